@@ -1,0 +1,58 @@
+"""Shared by all tests: shape checks at run time, one thread, the golden numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Every shape annotation of the package is checked while tests run (the hook must come before the first import).
+install_import_hook("ditlab", "beartype.beartype")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Outputs of an original implementation: its config, notes, and tensors by key."""
+
+    about: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The original's state dict."""
+        return {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("01_dit_a")` reads a fixture."""
+
+    def read(name: str) -> Golden:
+        return Golden(json.loads((GOLDENS / f"{name}.json").read_text()), load_file(GOLDENS / f"{name}.safetensors"))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared images and weights beside the checkout; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared folder beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
