@@ -1,0 +1,137 @@
+"""Folders that exist whole or not at all: written beside their place, flushed to disk, then renamed.
+
+A process that dies leaves only a hidden folder named `.NAME.partial-*`, which nothing reads and the next writer of the
+same NAME removes. A lock on that folder, released by the system when its process ends, tells a dead writer from a
+living one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a new empty folder that becomes `target` when the block ends without an exception.
+
+    Files written into it are flushed to disk before the rename. On an exception (or Ctrl-C) the folder is removed, and
+    so are parents of `target` that were made for it.
+
+    Args:
+        target: where the folder is to appear; its parents are made. An empty folder there is no hindrance.
+        replace: replace an existing `target`, by two renames: the old one steps aside and is then deleted.
+
+    Raises:
+        FileExistsError: `target` exists, or another process made it meanwhile, and `replace` is off.
+        OSError: the disk is full or the place is not writable; nothing is left behind.
+    """
+    made = _make_parents(target)
+    temporary: Path | None = None
+    lock: int | None = None
+    try:
+        _remove_dead(target)
+        temporary, lock = _make_temporary(target)
+        yield temporary
+        flush(temporary)
+        _appear(temporary, target, replace)
+        sync_folder(target.parent)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            # A parent that somebody else has begun to use meanwhile stays.
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def flush(folder: Path) -> None:
+    """Forces every file below `folder`, and the folders themselves, to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces a folder's list of names to disk; where the system cannot open folders (Windows), does nothing."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_parents(target: Path) -> list[Path]:
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _make_temporary(target: Path) -> tuple[Path, int | None]:
+    # Another writer's cleaning may take the new folder for a dead one before it is locked: then another is made.
+    for _ in range(10):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        lock = _lock(temporary)
+        if temporary.exists():
+            return temporary, lock
+        if lock is not None:
+            os.close(lock)
+    raise OSError(f"{target.parent}: a temporary folder does not stay")
+
+
+def _appear(temporary: Path, target: Path, replace: bool) -> None:
+    # mkdtemp makes folders for its owner alone; the finished one follows the umask like any other.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o777 & ~mask)
+    if not (replace and target.exists()):
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            raise
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    target.rename(aside / "replaced")
+    temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks: leftovers then stay until somebody removes them.
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_dead(target: Path) -> None:
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        if leftover.is_dir() and (handle := _lock(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(handle)

@@ -1,0 +1,124 @@
+"""The manifest of an image set: what is in the folder, where it came from, and the hashes that identify it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ditlab.data.duplicates import NearDuplicates
+from ditlab.data.source import Skipped
+from ditlab.errors import DitlabError
+
+FORMAT, VERSION = "ditlab-image-set", 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the set: its size in bytes and the SHA-256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about an image set besides its pixels.
+
+    Attributes:
+        source: what it was made from, e.g. `photos` or `folder:PATH`.
+        size: height and width, in pixels.
+        color: "rgb" or "grey".
+        options: the other settings it was made with.
+        shape: (N, C, H, W) of `images.npy`.
+        class_names: names of the classes; empty without labels.
+        label_counts: images of each class.
+        pools: images that may only be trained on ("train"), only be tested on ("test"), or either ("free").
+        exact_duplicates: images dropped because an earlier one has the same pixels.
+        near_duplicates: what the search for near-duplicates found; None where it was switched off.
+        skipped_count: images that could not be used.
+        skipped: the first thousand of them, with reasons.
+        notes: what a reader of results should know, as sentences.
+        origin: the source's own record, e.g. the hashes of the photographs.
+        files: the set's files by name.
+        hash: identifies the content: pixels, labels, class names and pools; not paths or settings.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    source: str
+    size: int
+    color: str
+    options: dict[str, Any]
+    shape: tuple[int, int, int, int]
+    class_names: tuple[str, ...]
+    label_counts: tuple[int, ...]
+    pools: dict[str, int]
+    exact_duplicates: int
+    near_duplicates: NearDuplicates | None
+    skipped_count: int
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    origin: dict[str, Any]
+    files: dict[str, FileRecord]
+    hash: str
+    made_by: str = ""
+    format: str = field(default=FORMAT)
+    version: int = field(default=VERSION)
+
+    def write(self, folder: Path) -> None:
+        """Writes `manifest.json` into a folder."""
+        (folder / MANIFEST).write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a folder's manifest.
+
+    Raises:
+        DitlabError: there is no image set, it was written by a newer version, or the manifest is damaged.
+    """
+    import json
+
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise DitlabError(f"image set: expected a folder at {folder}, found nothing")
+    if not path.is_file():
+        raise DitlabError(f"image set: expected {path}, found no such file (make a set with `ditlab data prepare`)")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DitlabError(f"{path}: expected JSON, found a damaged file ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DitlabError(f"{path}: expected the manifest of an image set (format '{FORMAT}'), found something else")
+    if content.get("version") != VERSION:
+        raise DitlabError(f"{path}: expected version {VERSION} of the format, found {content.get('version')!r}")
+    try:
+        manifest = _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DitlabError(f"{path}: field '{where}': {first['msg'].lower()}") from None
+    expected = content_hash(manifest.files, manifest.class_names)
+    if manifest.hash != expected:
+        raise DitlabError(f"{path}: expected the hash {expected[:12]} of its files, found {manifest.hash[:12]}")
+    return manifest
+
+
+def content_hash(files: dict[str, FileRecord], class_names: tuple[str, ...]) -> str:
+    """The hash that identifies an image set, from its files' hashes and its classes: 64 hexadecimal digits."""
+    lines = [f"{FORMAT} {VERSION}", *(f"{name} {files[name].sha256}" for name in sorted(files)), *class_names]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)

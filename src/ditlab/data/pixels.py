@@ -1,0 +1,101 @@
+"""Pixels: decoding image files, fitting them to a square, and the two number formats ditlab keeps them in.
+
+Images rest as `uint8 [N, C, H, W]` and are worked on as `float32 [B, C, H, W]` in [-1, 1]. The fit is the centre crop
+of Dhariwal and Nichol's ADM ("Diffusion Models Beat GANs on Image Synthesis", 2021): halve with a box filter while the
+short side is at least twice the target, resize with a bicubic filter so that the short side is the target, crop the
+middle.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ditlab.errors import DitlabError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Color = Literal["rgb", "grey"]
+
+
+def channels(color: Color) -> int:
+    """How many channels a colour format has: 3 for "rgb", 1 for "grey"."""
+    if color not in ("rgb", "grey"):
+        raise DitlabError(f"color: expected 'rgb' or 'grey', found {color!r}")
+    return 3 if color == "rgb" else 1
+
+
+def decode(source: Path | bytes, color: Color) -> Image.Image:
+    """Reads one image file, upright (EXIF) and in 8 bits, transparency over white.
+
+    Args:
+        source: a path, or the file's bytes.
+        color: "rgb" gives PIL mode RGB; "grey" gives mode L (ITU-R 601 luma).
+
+    Raises:
+        DitlabError: the file is not an image, is truncated, or is too large to be one; the message says which.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise DitlabError("not an image file") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow's decoders report damage by any of these, SyntaxError (broken PNG chunks) among them.
+        raise DitlabError(f"unreadable image: {error}") from None
+    return to_color(image, color)
+
+
+def to_color(image: Image.Image, color: Color) -> Image.Image:
+    """The image in 8-bit RGB or grey: 16-bit samples scaled down, transparency composited over white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels(color) == 3 else "L")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: `size` x `size` from the middle, antialiased by box halvings and one bicubic step.
+
+    An image whose short side is below `size` is enlarged.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        fitted = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+        image = image.resize(fitted, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def planes(image: Image.Image) -> np.ndarray:
+    """A PIL image (mode RGB or L) as uint8 [C, H, W]."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def to_float(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """uint8 in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to uint8: clipped, then rounded to the nearest of the 256 values (so `to_uint8(to_float(x)) == x`)."""
+    return images.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)

@@ -1,0 +1,129 @@
+"""Splits: which images of a set are trained on and which are held out, as a function of a seed.
+
+For one image set, seed and number of test images, the test images are the same whatever N is, and the train images
+of a smaller N are the first of those of a larger one: sets of N = 10, 100, 1000 are nested, as in the comparisons of
+An et al. (2410.21273) and Kadkhodaie et al. (2310.02557). Where the set has pools, test images come from pool 1 and
+train images from pool 0 only.
+
+The order comes from raw 64-bit output of NumPy's PCG64, sorted: that stream, unlike `Generator.permutation`, is
+promised never to change between versions of NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ditlab.data.imageset import ImageSet
+from ditlab.data.source import TEST, TRAIN
+from ditlab.errors import DitlabError
+from ditlab.randomness import numpy_generator
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Disjoint train and test indices into one image set.
+
+    Attributes:
+        train: int64 [N], in the seeded order, so that a prefix is the split of a smaller N.
+        test: int64 [test], in a seeded order.
+        seed: the seed of both orders ("shuffle" in An et al.).
+        imageset: hash of the image set.
+        family: hash of (image set, seed, test indices); equal for splits that differ only in N.
+        hash: hash of (family, train indices).
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    seed: int
+    imageset: str
+    family: str
+    hash: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The record a run keeps: enough to make the split again and to know that it is the same."""
+        return {
+            "seed": self.seed,
+            "train": len(self.train),
+            "test": len(self.test),
+            "imageset": self.imageset,
+            "family": self.family,
+            "hash": self.hash,
+        }
+
+
+def make_split(imageset: ImageSet, n: int | None, test: int, seed: int) -> Split:
+    """Splits an image set.
+
+    Args:
+        imageset: the set.
+        n: number of train images; None for all that are left.
+        test: number of test images, at least 0.
+        seed: another seed gives another shuffle: other train and other test images.
+
+    Raises:
+        DitlabError: more images are asked for than the set has.
+    """
+    if n is not None and n < 1:
+        raise DitlabError(f"split: expected at least 1 train image, found {n}")
+    if test < 0:
+        raise DitlabError(f"split: expected 0 or more test images, found {test}")
+    may_test = _allowed(imageset, TEST)
+    if test > len(may_test):
+        raise DitlabError(
+            f"split: {test} test images asked for, but {imageset.path} has {len(may_test)} that may be tested on"
+        )
+    test_indices = _order(may_test, len(imageset), seed, "test")[:test]
+    may_train = np.setdiff1d(_allowed(imageset, TRAIN), test_indices)
+    n = len(may_train) if n is None else n
+    if n > len(may_train) or n == 0:
+        besides = f" besides {test} test images" if imageset.pool is None and test else ""
+        raise DitlabError(f"split: N = {n} train images asked for, but {imageset.path} has {len(may_train)}{besides}")
+    train_indices = _order(may_train, len(imageset), seed, "train")[:n]
+    family = _hash("family", imageset.hash, str(seed), test_indices)
+    return Split(train_indices, test_indices, seed, imageset.hash, family, _hash("split", family, train_indices))
+
+
+def verify(record: dict[str, Any], imageset: ImageSet) -> Split:
+    """Makes the split of a run again and checks that it is the one the run was trained with.
+
+    Args:
+        record: what `Split.to_json` gave.
+        imageset: the image set, opened again.
+
+    Raises:
+        DitlabError: the record is incomplete, the image set is another one, or the split differs.
+    """
+    missing = {"seed", "train", "test", "imageset", "family", "hash"} - record.keys()
+    if missing:
+        raise DitlabError(f"split record: expected the field '{min(missing)}', found {', '.join(record) or 'none'}")
+    if record["imageset"] != imageset.hash:
+        raise DitlabError(
+            f"{imageset.path}: expected the image set {record['imageset'][:12]} that the run was trained on, "
+            f"found {imageset.hash[:12]}"
+        )
+    split = make_split(imageset, record["train"], record["test"], record["seed"])
+    if (split.family, split.hash) != (record["family"], record["hash"]):
+        raise DitlabError(f"{imageset.path}: expected the split {record['hash'][:12]}, found {split.hash[:12]}")
+    return split
+
+
+def _allowed(imageset: ImageSet, pool: int) -> np.ndarray:
+    return np.arange(len(imageset)) if imageset.pool is None else np.flatnonzero(imageset.pool == pool)
+
+
+def _order(indices: np.ndarray, count: int, seed: int, part: str) -> np.ndarray:
+    # One number for every image of the set, so that which images are allowed does not change the order of the others.
+    numbers = numpy_generator(seed, "split", part).bit_generator.random_raw(count)
+    return indices[np.argsort(numbers[indices], kind="stable")].astype(np.int64)
+
+
+def _hash(*parts: str | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part, "<i8").tobytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
