@@ -1,0 +1,154 @@
+"""One self-attention layer for every transformer here, and a way to look at its maps.
+
+The layer is multi-head attention as in the ViT and DiT (Vaswani et al., 1706.03762; Peebles and Xie, 2212.09748): one
+fused projection to queries, keys and values, attention under a pattern (`ditlab.nn.patterns`), one projection back.
+How it is computed is a matter of `ditlab.nn.kernels`; which layer gets which pattern, of `ditlab.nn.placement`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ditlab.errors import DitlabError
+from ditlab.nn.kernels import Kernel, attend, attention_kernel, attention_weights
+from ditlab.nn.kernels_flex import prepare_flex
+from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
+from ditlab.nn.placement import NAMED_WINDOWS, Scheme, parse_plan, placement
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of a grid, under a pattern.
+
+    Args:
+        width: channels of a token, a multiple of `heads`.
+        heads: number of heads.
+        grid: `(rows, columns)` of the tokens.
+        pattern: which keys a token sees.
+        extra: number of off-grid tokens behind the grid's, which see all and are seen by all.
+
+    Raises:
+        DitlabError: where `heads` does not divide `width`, or the pattern is larger than the grid.
+
+    Example:
+        >>> layer = SelfAttention(width=32, heads=4, grid=(8, 8), pattern=Window(3))
+        >>> layer(torch.randn(2, 64, 32)).shape
+        torch.Size([2, 64, 32])
+    """
+
+    def __init__(self, width: int, heads: int, grid: Grid, pattern: Pattern = Global(), *, extra: int = 0) -> None:  # noqa: B008
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise DitlabError(f"self-attention: expected a width that {heads} heads divide, found {width}")
+        check_fits(pattern, grid)
+        self.heads = heads
+        self.grid = grid
+        self.pattern = pattern
+        self.extra = extra
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
+        """Moving to a device prepares the block mask there, as a compiled forward pass cannot make it."""
+        super()._apply(fn, recurse)
+        if self.qkv.weight.is_cuda:
+            prepare_flex(self.pattern, self.grid, self.extra, self.qkv.weight.device)
+        return self
+
+    def split(self, x: Float[Tensor, "b n width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens, each `[b, heads, n, head_dim]`."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(
+        self, x: Float[Tensor, "b n width"], bias: Float[Tensor, "heads n n"] | None = None
+    ) -> Float[Tensor, "b n width"]:
+        """Attends.
+
+        Args:
+            x: tokens, n = rows * columns + extra, the extra ones last.
+            bias: added to the scaled scores of each head, queries by keys.
+        """
+        q, k, v = self.split(x)
+        out = attend(q, k, v, self.pattern, self.grid, bias=bias, extra=self.extra)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def capture_attention(
+    network: nn.Module, layers: Sequence[int] | None = None
+) -> Iterator[dict[int, list[Float[Tensor, "b heads n n"]]]]:
+    """Within it, every forward pass leaves the attention maps of the layers asked for.
+
+    Training never computes these maps; here they are recomputed as softmax(q k^T / sqrt(head_dim)) from the layer's
+    inputs. A map times the layer's values is the layer's output before its last projection.
+
+    Args:
+        network: any module that holds `SelfAttention` layers; call it itself within the context, not compiled.
+        layers: which of them, 0-based in the order of `network.modules()`; negative from the end; None for all.
+
+    Yields:
+        A dict that fills as the network runs: layer -> one map for each forward pass, float32 or wider, on the
+        network's device, without gradients. Rows are queries and sum to 1.
+
+    Raises:
+        DitlabError: for a network without such layers, or a layer that it does not have.
+
+    Example:
+        >>> layer = SelfAttention(width=8, heads=2, grid=(4, 4), pattern=Window(3))
+        >>> with capture_attention(layer) as maps:
+        ...     _ = layer(torch.randn(1, 16, 8))
+        >>> maps[0][0].shape
+        torch.Size([1, 2, 16, 16])
+    """
+    found = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    if not found:
+        raise DitlabError("attention maps: expected a network with SelfAttention layers, found none")
+    wanted = range(len(found)) if layers is None else layers
+    for layer in wanted:
+        if not -len(found) <= layer < len(found):
+            raise DitlabError(f"attention maps: expected layers below {len(found)}, found {layer}")
+    maps: dict[int, list[Tensor]] = {layer % len(found): [] for layer in wanted}
+
+    def hook(layer: int) -> Callable[..., None]:
+        def remember(module: SelfAttention, args: tuple, kwargs: dict, output: Tensor) -> None:
+            bias = kwargs.get("bias", args[1] if len(args) > 1 else None)
+            with torch.no_grad():
+                q, k, _ = module.split(args[0] if args else kwargs["x"])
+                maps[layer].append(attention_weights(q, k, module.pattern, module.grid, bias=bias, extra=module.extra))
+
+        return remember
+
+    handles = [found[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in maps]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = [
+    "NAMED_WINDOWS",
+    "Border",
+    "Global",
+    "Grid",
+    "Kernel",
+    "Partition",
+    "Pattern",
+    "Scheme",
+    "SelfAttention",
+    "Window",
+    "attend",
+    "attention_kernel",
+    "attention_weights",
+    "capture_attention",
+    "check_fits",
+    "parse_plan",
+    "placement",
+]

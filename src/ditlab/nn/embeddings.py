@@ -1,0 +1,103 @@
+"""What a network is told besides the image: where a patch lies, how much noise there is, which class it is.
+
+Sources: the fixed position table is that of MAE and DiT (Peebles & Xie 2023, section 3.1 and its released code); the
+sinusoid of the time step is DDPM's and DiT's (Vaswani et al. 2017).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+
+def frequencies(count: int, max_period: float = 10_000.0) -> Float[Tensor, " k"]:
+    """The angular frequencies f_k = max_period^(-k / count), k < count, in float32.
+
+    The exponent is rounded to float32 as in the originals, its exponential is taken in float64: torch's float32 `exp`
+    differs in the last bit from one processor to the next, which at t = 999 moves an angle by up to 6e-5.
+    """
+    exponents = -math.log(max_period) * torch.arange(count, dtype=torch.float32) / count
+    return exponents.double().exp().float()
+
+
+def sinusoid(t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0) -> Float[Tensor, "b w"]:
+    """Sinusoids of a time step at geometrically spaced frequencies: cosines first, then sines.
+
+    With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k), f_k = max_period^(-k/half).
+    Computed in float32 whatever the dtype of `t`, as the originals do.
+
+    Args:
+        t: time steps `[B]`, whole or fractional, usually 0..999.
+        width: even number of channels.
+        max_period: the longest period divided by 2 pi.
+    """
+    angles = t.float()[:, None] * frequencies(width // 2, max_period).to(t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _sin_cos_1d(positions: Tensor, width: int) -> Tensor:
+    """`[n] -> [n, width]`: sines first, then cosines, w_k = 10000^(-k / (width/2)), in float64."""
+    angles = positions[:, None] * 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def position_table(grid: tuple[int, int], width: int) -> Float[Tensor, "t d"]:
+    """The fixed two-dimensional sin-cos table, one row a token of the row-major grid.
+
+    The first half of the channels encodes the column, the second half the row (the order of MAE's code, kept by DiT).
+
+    Args:
+        grid: (rows, columns).
+        width: number of channels, a multiple of 4.
+
+    Returns:
+        `[rows * columns, width]`, float32.
+    """
+    rows, columns = grid
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    half = width // 2
+    return torch.cat([_sin_cos_1d(column.flatten(), half), _sin_cos_1d(row.flatten(), half)], dim=1).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Time step -> vector: sinusoids of 256 channels, then Linear, SiLU, Linear (DiT)."""
+
+    def __init__(self, width: int, *, sinusoid_width: int = 256) -> None:
+        super().__init__()
+        self.sinusoid_width = sinusoid_width
+        self.hidden = nn.Linear(sinusoid_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """`[B]` time steps to `[B, D]`."""
+        waves = sinusoid(t, self.sinusoid_width).to(self.hidden.weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(waves)))
+
+    def reset(self) -> None:
+        """DiT's initial values: weights N(0, 0.02), biases 0."""
+        for layer in (self.hidden, self.out):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+class LabelEmbedding(nn.Module):
+    """Class -> vector by a table; where labels are dropped in training, one more row, the last, means "no class"."""
+
+    def __init__(self, num_classes: int, width: int, *, null: bool = True) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.null = null
+        self.table = nn.Embedding(num_classes + int(null), width)
+
+    def forward(self, label: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """`[B]` classes, 0..num_classes - 1, or num_classes for no class, to `[B, D]`."""
+        return self.table(label)
+
+    def reset(self) -> None:
+        """DiT's initial values: N(0, 0.02)."""
+        nn.init.normal_(self.table.weight, std=0.02)

@@ -1,0 +1,254 @@
+"""Attention kernels: several ways to compute one thing, and the choice between them.
+
+softmax(q k^T / sqrt(head_dim) + bias) v, each query over the keys that its pattern lets it see (Vaswani et al.,
+1706.03762, Eq. 1, with the masks of `ditlab.nn.patterns`):
+
+- `math` is the definition in plain operations and the reference for all others: any dtype, any transform of
+  `torch.func`, differentiable as often as one likes;
+- `sdpa` is torch's own kernel, masked where needed;
+- `strips` (`ditlab.nn.kernels_cpu`) computes tiles of queries over the keys they reach, on the CPU;
+- `flex` (`ditlab.nn.kernels_flex`) is FlexAttention with a cached block mask, on CUDA;
+- `auto` takes what `ditlab.nn.policy` says is fastest.
+
+All but `math` are differentiable once, backward. Tokens are the grid's, row by row, then `extra` off-grid tokens that
+see all and are seen by all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ditlab.errors import DitlabError, unknown_name
+from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.kernels_flex import attend_flex
+from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
+from ditlab.nn.policy import Choice, choose_kernel, strips_way
+
+Kernel = Literal["auto", "math", "sdpa", "strips", "flex"]
+
+_active: Kernel = "auto"
+_masks: dict[tuple[Pattern, Grid, int, torch.device, torch.dtype], Tensor] = {}
+_said: set[str] = set()
+_log = logging.getLogger("ditlab")
+
+
+@contextmanager
+def attention_kernel(name: Kernel) -> Iterator[None]:
+    """Within it, attention is computed by the kernel of this name (process-wide; a compiled network recompiles).
+
+    Analyses that need forward-mode or second derivatives, or `torch.func.vmap`, say `with attention_kernel("math"):`.
+
+    Args:
+        name: "auto" (the default outside), "math", "sdpa", "strips" or "flex". A kernel that cannot do what is asked
+            of it (strips with a bias or off the CPU, flex with gradients on the CPU) leaves it to `sdpa`, said once.
+
+    Raises:
+        DitlabError: for an unknown name.
+    """
+    global _active
+    _check_name(name)
+    before = _active
+    _active = name
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def attend(
+    q: Float[Tensor, "b heads n d"],
+    k: Float[Tensor, "b heads n d"],
+    v: Float[Tensor, "b heads n d"],
+    pattern: Pattern,
+    grid: Grid,
+    *,
+    bias: Float[Tensor, "heads n n"] | None = None,
+    extra: int = 0,
+    kernel: Kernel | None = None,
+) -> Float[Tensor, "b heads n d"]:
+    """Attention of each query over the keys that the pattern lets it see, scaled by `head_dim ** -0.5`.
+
+    Args:
+        q, k, v: queries, keys, values; n = rows * columns + extra, the extra tokens last.
+        pattern: which keys a query sees. It may be larger than the grid: a query then sees what there is.
+        grid: `(rows, columns)` of the tokens.
+        bias: added to the scaled scores, before the softmax; queries by keys.
+        extra: number of off-grid tokens at the end, which see all and are seen by all.
+        kernel: one of the names of `attention_kernel`; None for the active one.
+
+    Returns:
+        The attended values, in the dtype of `q`.
+
+    Raises:
+        DitlabError: where the number of tokens does not match the grid, or for an unknown kernel.
+    """
+    if q.shape[-2] != grid[0] * grid[1] + extra:
+        raise DitlabError(
+            f"attention: expected {grid[0]}x{grid[1]} + {extra} = {grid[0] * grid[1] + extra} tokens, "
+            f"found {q.shape[-2]}"
+        )
+    name = _active if kernel is None else kernel
+    _check_name(name)
+    if name == "math":
+        return attend_math(q, k, v, pattern, grid, bias=bias, extra=extra)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if isinstance(pattern, Partition) and bias is None and not (extra or any(n % pattern.size for n in grid)):
+        return _by_window(q, k, v, pattern.size, grid, name)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    asked = (pattern, grid, q.device.type, q.dtype, q.shape[-1], needs_grad, bias is not None)
+    found, forward, backward = _resolve(name, *asked)
+    if found == "strips":
+        size, shift = _window_of(pattern, grid)
+        return tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
+    run = attend_flex if found == "flex" else attend_sdpa
+    return run(q, k, v, pattern, grid, bias=bias, extra=extra)
+
+
+def attention_weights(
+    q: Float[Tensor, "b heads n d"],
+    k: Float[Tensor, "b heads n d"],
+    pattern: Pattern,
+    grid: Grid,
+    *,
+    bias: Float[Tensor, "heads n n"] | None = None,
+    extra: int = 0,
+) -> Float[Tensor, "b heads n n"]:
+    """softmax(q k^T / sqrt(head_dim) + bias): rows sum to 1 and are exactly 0 outside the pattern.
+
+    Half precisions are computed and returned in float32. Arguments as for `attend`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        if q.dtype in (torch.bfloat16, torch.float16):
+            q = q.float()
+        scores = (q * q.shape[-1] ** -0.5) @ k.to(q.dtype).transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        if not pattern.covers(grid):
+            scores = scores.masked_fill(~_mask(pattern, grid, extra, q.device, torch.bool), float("-inf"))
+        return scores.softmax(-1)
+
+
+def attend_math(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
+) -> Tensor:
+    """The reference, in plain operations; half precisions are computed in float32. Arguments as for `attend`."""
+    weights = attention_weights(q, k, pattern, grid, bias=bias, extra=extra)
+    with torch.autocast(q.device.type, enabled=False):
+        return (weights @ v.to(weights.dtype)).to(q.dtype)
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
+) -> Tensor:
+    """torch's `scaled_dot_product_attention`, with a dense mask where the pattern is not global."""
+    mask = None if pattern.covers(grid) else _mask(pattern, grid, extra, q.device, q.dtype)
+    if bias is not None:
+        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype) + mask
+    width = q.shape[-1]
+    # CUDA's fused kernels want head dims in multiples of 8, and the CPU's is a quarter slower at 63 than at 64. The
+    # zeros change neither scores nor outputs; below 32 channels a copy costs more than it brings.
+    spare = -width % 8 if q.is_cuda or width > 32 else 0
+    if spare:
+        q, k, v = (F.pad(x, (0, spare)) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)
+    return out[..., :width] if spare else out
+
+
+def _resolve(
+    name: Kernel,
+    pattern: Pattern,
+    grid: Grid,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    biased: bool,
+) -> tuple[str, str, str]:
+    """The kernel that will run, and for strips how its forward and backward passes do; says where it falls back."""
+    choice = Choice("sdpa")
+    if name == "auto":
+        choice = choose_kernel(pattern, grid, device=device, dtype=dtype, head_dim=head_dim, needs_grad=needs_grad)
+        if choice.kernel == "strips" and biased:
+            choice = Choice("sdpa")
+            if isinstance(pattern, Window):
+                _say_once(f"attention: {pattern.name} with a bias runs as masked sdpa, for strips take no bias")
+    elif name == "strips":
+        if device == "cpu" and dtype != torch.float16 and not biased and not isinstance(pattern, Partition):
+            choice = strips_way(grid, dtype)
+        else:
+            _say_once("attention: strips want the CPU, no float16, no bias and no ragged partition; sdpa takes over")
+    elif name == "flex":
+        if device == "cuda" or not needs_grad:
+            choice = Choice("flex")
+        else:
+            _say_once("attention: flex has no backward pass on this device; sdpa takes over")
+    forward, backward = (way.encoded() if way else "" for way in (choice.forward, choice.backward))
+    return choice.kernel, forward, backward
+
+
+# While torch compiles, the choice runs for real and its answer, therefore only strings, is a constant of the graph.
+# This is torch.compiler.assume_constant_result without its import of the whole compiler, a second at every start.
+_resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _say_once(message: str) -> None:
+    """Warns about a fallback, once a process for each message."""
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
+
+
+def _window_of(pattern: Pattern, grid: Grid) -> tuple[int, bool]:
+    """A pattern as `tiled_attention` wants it: the window's size, 0 for global, and whether it is shifted."""
+    if isinstance(pattern, Window) and not pattern.covers(grid):
+        return pattern.size, pattern.border == "shift"
+    return 0, False
+
+
+def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: Kernel) -> Tensor:
+    """A partition that fits the grid: each of its windows is an image of its own under global attention."""
+    batch, heads, tokens, width = q.shape
+    down, across = grid[0] // size, grid[1] // size
+
+    def cut(x: Tensor) -> Tensor:
+        cells = x.reshape(batch, heads, down, size, across, size, width).permute(0, 2, 4, 1, 3, 5, 6)
+        return cells.reshape(batch * down * across, heads, size * size, width)
+
+    out = attend(cut(q), cut(k), cut(v), Global(), (size, size), kernel=kernel)
+    cells = out.reshape(batch, down, across, heads, size, size, width).permute(0, 3, 1, 4, 2, 5, 6)
+    return cells.reshape(batch, heads, tokens, width)
+
+
+def _mask(
+    pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype
+) -> Bool[Tensor, "n n"] | Float[Tensor, "n n"]:
+    """Who sees whom, off-grid tokens included, as bool or to be added; made once.
+
+    A compiled graph makes its own: it may not hold tensors of a cache that outlives it.
+    """
+    if torch.compiler.is_compiling():
+        return _make_mask(pattern, grid, extra, device, dtype)
+    key = (pattern, grid, extra, device, dtype)
+    if key not in _masks:
+        _masks[key] = _make_mask(pattern, grid, extra, device, dtype)
+    return _masks[key]
+
+
+def _make_mask(pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    visible = F.pad(pattern.mask(grid), (0, extra, 0, extra), value=True)
+    if dtype != torch.bool:
+        visible = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+    return visible.to(device)
+
+
+def _check_name(name: str) -> None:
+    if name not in get_args(Kernel):
+        raise unknown_name("attention kernel", name, get_args(Kernel))

@@ -1,0 +1,103 @@
+"""Windowed attention on CUDA: torch's FlexAttention, which skips the blocks of scores that no query of them sees.
+
+Dong et al., "Flex Attention" (2412.05496). Which key a query sees is read from small tables, one entry a token, so that
+all patterns on one grid share one compiled kernel. The block mask of a pattern is made once: `prepare_flex` is called
+when a layer moves to its device, because a graph under compilation must find it ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditlab.nn.patterns import Global, Grid, Partition, Pattern
+
+# torch.nn.attention.flex_attention brings the compiler with it, over a second of imports: hence within functions only.
+_block_masks: dict[tuple[Pattern, Grid, int, str], Any] = {}
+
+
+def prepare_flex(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Any | None:
+    """The block mask of a pattern, made at the first call; None where every token sees every token."""
+    if pattern.covers(grid):
+        return None
+    key = (pattern, grid, extra, str(device))
+    if key not in _block_masks:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens = grid[0] * grid[1] + extra
+        rule = _rule(pattern, grid, extra, device)
+        _block_masks[key] = create_block_mask(rule, None, None, tokens, tokens, device=str(device))
+    return _block_masks[key]
+
+
+def attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
+) -> Tensor:
+    """FlexAttention under the pattern's block mask, compiled. Arguments as for `ditlab.nn.kernels.attend`."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = prepare_flex(pattern, grid, extra, q.device)
+    width = q.shape[-1]
+    # The kernel wants head dims of at least 16 that are aligned in memory.
+    padded = max(16, width + -width % 8)
+    if padded != width:
+        q, k, v = (F.pad(x, (0, padded - width)) for x in (q, k, v))
+    modify = None if bias is None else _add_bias(bias)
+    kernel = flex_attention if torch.compiler.is_compiling() else _compiled()
+    out = kernel(q, k, v, score_mod=modify, block_mask=mask, scale=width**-0.5)
+    return out[..., :width]  # pyright: ignore[reportIndexIssue, reportReturnType, reportCallIssue, reportArgumentType]
+
+
+@cache
+def _compiled() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _add_bias(bias: Tensor) -> Callable:
+    def modify(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    return modify
+
+
+def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Callable:
+    """The pattern as FlexAttention's predicate of (image, head, query, key)."""
+    row_of, column_of = (
+        F.pad(axis.flatten(), (0, extra), value=-1).to(device)
+        for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    )
+    spans = [_spans(pattern, length) for length in grid]
+    # An off-grid query sees the whole grid, so its range is that of the axis.
+    first_row, end_row = (
+        F.pad(spans[0][:, side].repeat_interleave(grid[1]), (0, extra), value=side * grid[0]).to(device)
+        for side in range(2)
+    )
+    first_column, end_column = (
+        F.pad(spans[1][:, side].repeat(grid[0]), (0, extra), value=side * grid[1]).to(device) for side in range(2)
+    )
+
+    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row, column = row_of[key], column_of[key]
+        in_rows = (row >= first_row[query]) & (row < end_row[query])
+        in_columns = (column >= first_column[query]) & (column < end_column[query])
+        return (in_rows & in_columns) | (row < 0)
+
+    return sees
+
+
+def _spans(pattern: Pattern, length: int) -> Tensor:
+    """`[length, 2]`: along one axis, the first position that each position sees and the one after the last."""
+    positions = torch.arange(length)
+    if isinstance(pattern, Global):
+        return torch.stack((torch.zeros_like(positions), torch.full_like(positions, length)), 1)
+    if isinstance(pattern, Partition):
+        first = positions // pattern.size * pattern.size
+        return torch.stack((first, (first + pattern.size).clamp(max=length)), 1)
+    return torch.tensor([pattern.span(position, length) for position in range(length)])
