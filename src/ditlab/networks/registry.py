@@ -1,0 +1,23 @@
+"""Every network by the `kind` of its config: how ditlab builds a network from a config.json."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.randomness import key
+
+NetworkConfig = DiTConfig | BFCNNConfig
+"""The configs that a run can hold, told apart by `kind`."""
+
+NETWORKS: dict[type, type[nn.Module]] = {DiTConfig: DiT, BFCNNConfig: BFCNN}
+"""Which module a config builds."""
+
+
+def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
+    """A network with the initial weights that belong to a seed, on the CPU, without disturbing torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "weights"))
+        return NETWORKS[type(config)](config)
