@@ -1,0 +1,293 @@
+"""Objectives: how a network is trained to denoise.
+
+An objective draws every random number of a step for the whole global batch on the CPU (`draw`), so that one process and
+many draw the same; it turns images and draws into one loss an image (`losses`); and it makes the trained network a
+denoiser (`denoiser`).
+
+Sources: Ho et al. 2020, Eq. 14 (simple loss); Nichol and Dhariwal 2021, Eq. 16 (hybrid loss); Peebles and Xie 2023 (the
+settings that are the defaults here); Karras et al. 2022, Eq. 8 and Table 1 (EDM).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ditlab.diffusion.denoisers import (
+    BetweenSteps,
+    Denoiser,
+    EDMDenoiser,
+    Preconditioning,
+    PredictionTarget,
+    Variance,
+    VPDenoiser,
+)
+from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
+from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
+from ditlab.errors import DitlabError
+
+Draws = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class VPObjectiveConfig:
+    """Training on the steps of a discrete VP process, as DDPM, improved-diffusion and DiT do."""
+
+    kind: Literal["vp"] = "vp"
+    """Names this objective in config.json."""
+    schedule: ScheduleName = "linear"
+    """Noise schedule."""
+    steps: int = 1000
+    """Number of steps T of the process."""
+    prediction: PredictionTarget = "epsilon"
+    """What the network predicts: the noise or the clean image."""
+    variance: Variance = "learned-range"
+    """Reverse variance: learned between its two bounds (needs a network with twice the channels), or one of them."""
+    loss: Literal["mse", "rescaled-mse", "kl"] = "mse"
+    """mse: mean squared error, plus the variational bound in bits where the variance is learned; rescaled-mse: the
+    bound times T / 1000; kl: T times the bound alone."""
+    rescale_time: bool = False
+    """Tell the network t * 1000 / T instead of t."""
+    between: BetweenSteps = "interpolate"
+    """For a level between two steps, the denoiser takes a fractional t or the nearest step's."""
+    label_dropout: float = 0.1
+    """Probability that an image's label is replaced by "no class" (conditional networks only)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        make_schedule(self.schedule, self.steps)
+        _check_dropout(self.label_dropout)
+
+    def build(self) -> VPObjective:
+        """The objective."""
+        return VPObjective(self)
+
+
+@dataclass(frozen=True)
+class EDMObjectiveConfig:
+    """Training on continuous levels with a preconditioned network, as EDM does."""
+
+    kind: Literal["edm"] = "edm"
+    """Names this objective in config.json."""
+    precond: Preconditioning = "edm"
+    """Preconditioning, with the distribution of levels and the loss weight that belong to it."""
+    sigma_data: float = 0.5
+    """Standard deviation of the images (precond edm)."""
+    p_mean: float = -1.2
+    """Mean of ln sigma in training (precond edm)."""
+    p_std: float = 1.2
+    """Standard deviation of ln sigma in training (precond edm)."""
+    label_dropout: float = 0.1
+    """Probability that an image's label is replaced by "no class" (conditional networks only)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.sigma_data <= 0 or self.p_std <= 0:
+            raise DitlabError(
+                f"objective: expected sigma_data > 0 and p_std > 0, found {self.sigma_data} and {self.p_std}"
+            )
+        _check_dropout(self.label_dropout)
+
+    def build(self) -> EDMObjective:
+        """The objective."""
+        return EDMObjective(self)
+
+
+ObjectiveConfig = VPObjectiveConfig | EDMObjectiveConfig
+
+
+class Objective(ABC):
+    """How a network is trained. It has no memory unless `state_dict` says otherwise."""
+
+    label_dropout: float
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """Every random number of `count` images.
+
+        Args:
+            generator: a CPU generator.
+            count: images in the global batch.
+            shape: (C, H, W).
+
+        Returns:
+            CPU tensors with first dimension `count`, of which a process keeps its slice.
+        """
+
+    @abstractmethod
+    def losses(
+        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
+    ) -> dict[str, Tensor]:
+        """Losses `[B]` of the images under these draws, all on one device; "loss" is the one to descend.
+
+        Args:
+            network: raw output from (x, t, label).
+            images: in [-1, 1].
+            label: classes 0 .. num_classes - 1; dropped ones are replaced here.
+            draws: what `draw` gave for these images.
+        """
+
+    @abstractmethod
+    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> Denoiser:
+        """The network as a denoiser, at `shape` (C, H, W), or at its own `in_shape`."""
+
+    @abstractmethod
+    def network_outputs(self, channels: int) -> int:
+        """Channels that the network has to put out for images of so many channels."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            DitlabError: a state that belongs to another objective.
+        """
+        if state:
+            raise DitlabError(f"objective: expected a state without entries, found {', '.join(sorted(state))}")
+
+    def _drop_labels(self, network: nn.Module, label: Tensor | None, coins: Tensor) -> Tensor | None:
+        classes = int(getattr(network, "num_classes", 0))
+        if label is None or classes == 0:
+            return None
+        # Without dropout the "no class" row is never used, and a network without one is served too.
+        return torch.where(coins < self.label_dropout, classes, label) if self.label_dropout else label
+
+
+class VPObjective(Objective):
+    """The loss of a discrete VP process; `draw` gives "t" int64, "noise" unit normal and "coin" uniform."""
+
+    def __init__(self, config: VPObjectiveConfig, schedule: VPSchedule | None = None) -> None:
+        """`schedule` where the process is not the configuration's full one, such as a respaced one."""
+        self.config, self.label_dropout = config, config.label_dropout
+        self.schedule = make_schedule(config.schedule, config.steps) if schedule is None else schedule
+        self.process = GaussianProcess(self.schedule, config.prediction, config.variance)
+        self.time_factor = 1000 / config.steps if config.rescale_time else 1.0
+
+    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """See `Objective.draw`."""
+        return {
+            "t": torch.randint(len(self.schedule), (count,), generator=generator),
+            "coin": torch.rand(count, generator=generator),
+            "noise": torch.randn(count, *shape, generator=generator),
+        }
+
+    def losses(
+        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
+    ) -> dict[str, Tensor]:
+        """ "loss", and "mse" and "vb" (bits per dimension, as it enters the loss) where they are computed."""
+        config, process, t, channels = self.config, self.process, draws["t"], images.shape[1]
+        x = process.q_sample(images, t, draws["noise"])
+        time = process.network_time(t) * self.time_factor
+        output = network(x, time, self._drop_labels(network, label, draws["coin"])).float()
+        expected = self.network_outputs(channels)
+        if output.shape[1] != expected:
+            raise DitlabError(
+                f"objective: expected {expected} channels from the network (variance {config.variance}), "
+                f"found {output.shape[1]}"
+            )
+        if config.loss == "kl":
+            vb = process.bound(images, x, t, process.reverse(*process.split(output, x, t), x, t)) * len(self.schedule)
+            return {"loss": vb, "vb": vb}
+        target = draws["noise"] if config.prediction == "epsilon" else images
+        mse = flat_mean((target - output[:, :channels]) ** 2)
+        if config.variance != "learned-range":
+            return {"loss": mse, "mse": mse}
+        # The bound trains the variance alone: the prediction is detached (Nichol and Dhariwal, section 3.1).
+        x0, v = process.split(output, x, t)
+        vb = process.bound(images, x, t, process.reverse(x0.detach(), v, x, t))
+        if config.loss == "rescaled-mse":
+            vb = vb * (len(self.schedule) / 1000)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> VPDenoiser:
+        """See `Objective.denoiser`."""
+        config = self.config
+        return VPDenoiser(
+            network,
+            self.schedule,
+            config.prediction,
+            config.variance,
+            shape=shape,
+            between=config.between,
+            rescale_time=config.rescale_time,
+        )
+
+    def network_outputs(self, channels: int) -> int:
+        """2C with a learned variance, else C."""
+        return 2 * channels if self.config.variance == "learned-range" else channels
+
+
+# Song et al.'s ends of the levels in training, with images in [-1, 1] (Karras et al. 2022, Table 1).
+_VP_FIRST_TIME = 1e-5
+_VE_LEVELS = (0.02, 100.0)
+
+
+class EDMObjective(Objective):
+    """Weighted squared error of the denoised image; `draw` gives "sigma", "noise" unit normal and "coin" uniform.
+
+    The loss is the mean over an image's values where EDM's code has their sum; Adam does not see the difference.
+    """
+
+    def __init__(self, config: EDMObjectiveConfig) -> None:
+        self.config, self.label_dropout = config, config.label_dropout
+
+    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """See `Objective.draw`."""
+        sampler = torch.randn if self.config.precond == "edm" else torch.rand
+        return {
+            "sigma": self.sigmas(sampler(count, generator=generator)),
+            "coin": torch.rand(count, generator=generator),
+            "noise": torch.randn(count, *shape, generator=generator),
+        }
+
+    def sigmas(self, unit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Training levels from unit normal ("edm") or uniform ("vp", "ve") numbers."""
+        unit = unit.double()
+        if self.config.precond == "edm":
+            sigma = (unit * self.config.p_std + self.config.p_mean).exp()
+        elif self.config.precond == "vp":
+            time = 1 + unit * (_VP_FIRST_TIME - 1)
+            sigma = (0.5 * VP_BETA_D * time**2 + VP_BETA_MIN * time).expm1().sqrt()
+        else:
+            low, high = _VE_LEVELS
+            sigma = low * (high / low) ** unit
+        return sigma.float()
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """The loss weight of each level."""
+        if self.config.precond == "edm":
+            data = self.config.sigma_data
+            return (sigma**2 + data**2) / (sigma * data) ** 2
+        return sigma**-2
+
+    def losses(
+        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
+    ) -> dict[str, Tensor]:
+        """ "loss" (weighted) and "mse" (of the clean image)."""
+        sigma = draws["sigma"].reshape(-1, 1, 1, 1)
+        denoiser = self.denoiser(network, (images.shape[1], images.shape[2], images.shape[3]))
+        label = self._drop_labels(network, label, draws["coin"])
+        mse = flat_mean((denoiser.estimate(images + sigma * draws["noise"], sigma, label).x0 - images) ** 2)
+        return {"loss": self.weight(draws["sigma"]) * mse, "mse": mse}
+
+    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> EDMDenoiser:
+        """See `Objective.denoiser`."""
+        return EDMDenoiser(network, self.config.precond, self.config.sigma_data, shape=shape)
+
+    def network_outputs(self, channels: int) -> int:
+        """C: the level's weight stands in for a learned variance."""
+        return channels
+
+
+def _check_dropout(probability: float) -> None:
+    if not 0 <= probability < 1:
+        raise DitlabError(f"objective: expected label_dropout in [0, 1), found {probability}")

@@ -1,0 +1,263 @@
+"""Noise schedules: the discrete VP process and its respacings, and the level grids of the EDM samplers.
+
+Everything here is float64 on the host; what runs on a device rounds a finished coefficient once. Levels are `sigma` in
+the variance-exploding sense, y = x0 + sigma * n; step t of a VP process is the level sqrt((1 - abar_t) / abar_t).
+
+Sources: Ho et al. 2020 (linear betas, posterior); Nichol and Dhariwal 2021 (cosine, respacing, clipped log variance);
+Karras et al. 2022, Table 1 (the four discretizations), Eq. 5 (rho schedule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ditlab.errors import DitlabError, unknown_name
+
+ScheduleName = Literal["linear", "cosine"]
+Discretization = Literal["edm", "vp", "ve", "iddpm"]
+Respacing = str | int | Sequence[int]
+
+# Song et al. 2021's continuous VP process, in the notation of Karras et al. 2022, Table 1.
+VP_BETA_D = 19.9
+VP_BETA_MIN = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class VPSchedule:
+    """A discrete variance-preserving process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, t = 0 .. T-1.
+
+    All tables are float64 NumPy arrays of length T, t = 0 the least noisy step.
+    """
+
+    betas: np.ndarray
+    """Variance added at each step, in (0, 1)."""
+    timesteps: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64: the step of the full process that each step stands for, which is what a network is told."""
+
+    def __post_init__(self) -> None:
+        betas = np.asarray(self.betas, dtype=np.float64)
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise DitlabError("schedule: expected a list of betas in (0, 1), found others")
+        timesteps = np.asarray(self.timesteps, dtype=np.int64)
+        if len(timesteps) == 0:
+            timesteps = np.arange(len(betas))
+        if len(timesteps) != len(betas):
+            raise DitlabError(f"schedule: expected {len(betas)} timesteps, found {len(timesteps)}")
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "timesteps", timesteps)
+
+    @classmethod
+    def from_sigmas(cls, sigmas: np.ndarray, timesteps: np.ndarray | None = None) -> VPSchedule:
+        """The VP process whose steps are the levels `sigmas` (ascending, positive)."""
+        squares = np.asarray(sigmas, dtype=np.float64) ** 2
+        before = np.concatenate([[0.0], squares[:-1]])
+        # 1 - abar_t / abar_{t-1} with abar = 1 / (1 + sigma^2), written without the cancellation.
+        return cls((squares - before) / (1 + squares), np.empty(0, np.int64) if timesteps is None else timesteps)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def respaced(self, spec: Respacing) -> VPSchedule:
+        """The shorter process over the steps that `respace(self, spec)` keeps: beta'_i = 1 - abar_i / abar_{i-1}."""
+        kept = respace(self, spec)
+        abar = self.alphas_cumprod[kept]
+        return VPSchedule(1 - abar / np.concatenate([[1.0], abar[:-1]]), self.timesteps[kept])
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar_t, the share of the clean image's variance that is left at step t."""
+        return np.cumprod(1 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """abar_{t-1}, with 1 before the first step."""
+        return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """The VE level of each step, ascending."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """Its logarithm, with the value of t = 1 at t = 0, where the variance itself is 0."""
+        return np.log(self._without_first(self.posterior_variance))
+
+    @cached_property
+    def large_variance(self) -> np.ndarray:
+        """beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large"."""
+        return np.concatenate([self._without_first(self.posterior_variance)[:1], self.betas[1:]])
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+
+    def _without_first(self, variance: np.ndarray) -> np.ndarray:
+        # A process of one step has no second entry to borrow; its beta is the only positive variance there is.
+        return np.concatenate([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas
+
+
+def make_schedule(name: str, steps: int) -> VPSchedule:
+    """A full VP process.
+
+    Args:
+        name: "linear" (Ho et al., betas scaled by 1000 / steps) or "cosine" (Nichol and Dhariwal, Eq. 17, betas at
+            most 0.999).
+        steps: number of steps T; at least 20 for "linear", whose last beta would otherwise pass 1.
+
+    Raises:
+        DitlabError: unknown name, or too few steps.
+    """
+    if name == "linear":
+        if steps <= 20:
+            raise DitlabError(f"schedule 'linear': expected more than 20 steps, found {steps}")
+        return VPSchedule(np.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps))
+    if name == "cosine":
+        if steps < 1:
+            raise DitlabError(f"schedule 'cosine': expected at least 1 step, found {steps}")
+        u = np.arange(steps + 1) / steps
+        abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        return VPSchedule(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
+    raise unknown_name("schedule", name, ("linear", "cosine"))
+
+
+def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
+    """The steps that a shorter process keeps, ascending.
+
+    Args:
+        schedule: the process to shorten, or its number of steps T.
+        spec: "250": so many, evenly from the first step to the last. "10,15,20" or a list: T is cut into that many
+            equal sections, and each is spaced by its own count. "ddim50": every k-th step from 0, k the smallest
+            stride that gives exactly 50.
+
+    Raises:
+        DitlabError: a specification that cannot be read, or that asks for more steps than there are.
+    """
+    steps = schedule if isinstance(schedule, int) else len(schedule)
+    if isinstance(spec, str) and spec.startswith("ddim"):
+        (count,) = _counts(spec.removeprefix("ddim"), spec)
+        for stride in range(1, steps + 1):
+            if len(range(0, steps, stride)) == count:
+                return list(range(0, steps, stride))
+        raise DitlabError(f"respacing '{spec}': no integer stride takes exactly {count} of {steps} steps")
+    counts = _counts(spec, spec)
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = steps // len(counts) + (section < steps % len(counts))
+        if count > size:
+            raise DitlabError(f"respacing '{spec}': expected at most {size} steps in section {section}, found {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # The stride is added up rather than multiplied: the published step lists depend on its rounding.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept
+
+
+def _counts(spec: Respacing, whole: Respacing) -> list[int]:
+    try:
+        parts = [int(part) for part in (str(spec).split(",") if isinstance(spec, str | int) else spec)]
+    except ValueError:
+        parts = []
+    if not parts or min(parts) < 1:
+        raise DitlabError(f"respacing '{whole}': expected counts of at least 1 such as 250, ddim50 or 10,15,20")
+    return parts
+
+
+def vp_sigma(t: np.ndarray | float, beta_d: float = VP_BETA_D, beta_min: float = VP_BETA_MIN) -> np.ndarray:
+    """Level of the continuous VP process at time t in [0, 1]: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+    t = np.asarray(t, dtype=np.float64)
+    return np.asarray(np.sqrt(np.expm1(0.5 * beta_d * t**2 + beta_min * t)))
+
+
+def vp_sigma_inverse(sigma: np.ndarray | float) -> np.ndarray:
+    """The time in [0, 1] at which the continuous VP process has the level `sigma`."""
+    log = np.log1p(np.asarray(sigma, dtype=np.float64) ** 2)
+    return np.asarray((np.sqrt(VP_BETA_MIN**2 + 2 * VP_BETA_D * log) - VP_BETA_MIN) / VP_BETA_D)
+
+
+# Lowest and highest level of each discretization when nobody asks for others (Karras et al. 2022, Table 1).
+LEVEL_LIMITS: dict[str, tuple[float, float]] = {
+    "edm": (0.002, 80.0),
+    "vp": (float(vp_sigma(1e-3)), float(vp_sigma(1.0))),
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+}
+
+
+def noise_levels(
+    name: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
+) -> np.ndarray:
+    """A descending float64 grid of `steps` levels, without the final 0 (Karras et al. 2022, Table 1).
+
+    Args:
+        name: "edm" (even in sigma^(1/rho)), "vp" (even in the time of the VP process with these ends), "ve" (even in
+            log sigma) or "iddpm" (picked from the levels of the cosine process with 1000 steps).
+        steps: number of levels, at least 1.
+        sigma_min: last level; None for the discretization's own.
+        sigma_max: first level; None for the discretization's own.
+        rho: only for "edm".
+
+    Raises:
+        DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
+    """
+    if name not in LEVEL_LIMITS:
+        raise unknown_name("discretization", name, LEVEL_LIMITS)
+    low = LEVEL_LIMITS[name][0] if sigma_min is None else sigma_min
+    high = LEVEL_LIMITS[name][1] if sigma_max is None else sigma_max
+    if steps < 1 or not 0 < low < high < np.inf:
+        raise DitlabError(f"noise levels: expected steps >= 1 and 0 < lowest < highest, found {steps}, {low}, {high}")
+    # 0 at the highest level, 1 at the lowest; a single level is the highest.
+    fraction = np.arange(steps) / max(steps - 1, 1)
+    if name == "edm":
+        return (high ** (1 / rho) + fraction * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    if name == "vp":
+        return _vp_levels(fraction, low, high)
+    if name == "ve":
+        return high * (low / high) ** fraction
+    cosine = cosine_levels()
+    inside = cosine[(cosine >= low) & (cosine <= high)]
+    if len(inside) < 1:
+        raise DitlabError(f"noise levels 'iddpm': no level of the cosine process lies between {low} and {high}")
+    return inside[np.round((len(inside) - 1) * fraction).astype(int)]
+
+
+def _vp_levels(fraction: np.ndarray, low: float, high: float, last_time: float = 1e-3) -> np.ndarray:
+    # beta_d and beta_min such that sigma(1) = high and sigma(last_time) = low.
+    log_low, log_high = np.log1p(low**2), np.log1p(high**2)
+    beta_d = 2 * (log_high - log_low / last_time) / (1 - last_time)
+    return vp_sigma(1 + fraction * (last_time - 1), beta_d, log_high - beta_d / 2)
+
+
+def cosine_levels(steps: int = 1000) -> np.ndarray:
+    """The levels u_0 > ... > u_M = 0 of the cosine process in VE form (Karras et al. 2022, Table 1, iDDPM column).
+
+    abar is float32 because it was in the code behind the published results; that moves the lowest levels by up to 5e-4
+    of themselves. Everything after it is float64.
+    """
+    abar = (0.5 * np.pi * torch.arange(steps + 1) / steps / 1.008).sin().square()
+    ratios = (abar[:-1] / abar[1:]).double().clamp(min=0.001).tolist()
+    levels = np.zeros(steps + 1)
+    for j in range(steps, 0, -1):
+        levels[j - 1] = np.sqrt((levels[j] ** 2 + 1) / ratios[j - 1] - 1)
+    return levels

@@ -1,0 +1,272 @@
+"""One contract, and denoisers as different as they come: every test here runs on all of them, without a special case."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ditlab.diffusion.denoisers import BlindDenoiser, Denoiser, EDMDenoiser, VPDenoiser
+from ditlab.diffusion.levels import DiscreteLevels, LevelRange
+from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
+from ditlab.diffusion.schedules import make_schedule
+from ditlab.errors import DitlabError
+from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.randomness import torch_generator
+
+SHAPE = (3, 8, 8)
+NAMES = ["dit-vp", "dit-edm", "bf-cnn", "published-bf-cnn", "wiener", "empirical-bayes", "wrapped"]
+
+
+def trained_looking(network: torch.nn.Module) -> torch.nn.Module:
+    """Random weights everywhere, because a fresh DiT puts out zeros."""
+    generator = torch_generator(0, "weights")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def dit(**changes) -> torch.nn.Module:
+    return trained_looking(DiT(DiTConfig(image_size=(8, 8), patch=2, width=32, depth=2, heads=2, **changes)))
+
+
+def images(count: int = 12) -> torch.Tensor:
+    return torch.rand(count, *SHAPE, generator=torch_generator(0, "images")) * 2 - 1
+
+
+def bias_free() -> BFCNN:
+    network = BFCNN(BFCNNConfig(image_size=(8, 8), width=8, depth=4))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch_generator(1, "weights"))
+    return network.eval().requires_grad_(False)
+
+
+# The published CNN was trained with noise of up to 100 of 255, which is 200 / 255 in [-1, 1].
+CNN_LEVELS = LevelRange(0.0, 200 / 255)
+
+
+def make(name: str, shared=None) -> Denoiser:
+    if name == "dit-vp":
+        return VPDenoiser(dit(num_classes=4), make_schedule("linear", 1000))
+    if name == "dit-edm":
+        return EDMDenoiser(dit(learn_sigma=False))
+    if name == "bf-cnn":
+        return BlindDenoiser(bias_free(), CNN_LEVELS)
+    if name == "published-bf-cnn":
+        network = BFCNN(BFCNNConfig(image_size=(8, 8)))
+        network.load_state_dict(load_file(shared / "weights" / "bf_cnn_BSD300_color.safetensors"))
+        return BlindDenoiser(network.eval().requires_grad_(False), CNN_LEVELS)
+    if name == "wiener":
+        return WienerDenoiser(images())
+    if name == "empirical-bayes":
+        return EmpiricalBayesDenoiser(images(), chunk=5)
+    return Denoiser.wrap(lambda y, sigma, label: y / (1 + sigma.reshape(-1, 1, 1, 1) ** 2), SHAPE)
+
+
+@pytest.fixture(params=NAMES)
+def denoiser(request) -> Denoiser:
+    shared = None
+    if request.param == "published-bf-cnn":
+        shared = request.getfixturevalue("shared")
+        if not (shared / "weights" / "bf_cnn_BSD300_color.safetensors").is_file():
+            pytest.skip("no ../shared/weights/bf_cnn_BSD300_color.safetensors beside the checkout")
+    return make(request.param, shared)
+
+
+def noisy(sigma: float, count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    noise = torch.randn(count, *SHAPE, generator=torch_generator(0, "noise"))
+    return (images(count) + sigma * noise).to(dtype)
+
+
+def test_it_says_what_it_is(denoiser):
+    assert denoiser.shape == SHAPE
+    assert isinstance(denoiser.levels, DiscreteLevels | LevelRange)
+    assert 0 <= denoiser.levels.min < denoiser.levels.max
+    grid = denoiser.levels.grid("7")
+    assert len(grid) == 7
+    assert (np.diff(grid) > 0).all()
+    denoiser.check_levels(grid)
+    assert denoiser.peak == 2
+    assert denoiser.num_classes >= 0
+    assert denoiser.variance in ("learned-range", "fixed-small", "fixed-large")
+    assert denoiser.device == torch.device("cpu")
+    assert 0 < float(denoiser.scale(0.3)) < 3
+    time = denoiser.time(0.3)
+    if time is not None:
+        several = denoiser.time(torch.tensor([0.3, 0.5], dtype=torch.float64))
+        assert isinstance(several, torch.Tensor)
+        assert several[0].item() == pytest.approx(time)
+    assert (time is None) == denoiser.blind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 0.7])
+def test_image_and_noise_make_up_the_input(denoiser, sigma, dtype):
+    y = noisy(sigma, dtype=dtype)
+    x0, eps, v = denoiser.predict(y, sigma)
+    assert x0.shape == eps.shape == y.shape
+    assert x0.dtype == eps.dtype == dtype
+    assert torch.isfinite(x0).all()
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(x0 + sigma * eps, y, rtol=limit, atol=limit)
+    assert torch.equal(denoiser(y, sigma), x0)
+    assert v is None or v.shape == y.shape
+    assert (v is not None) == (denoiser.variance == "learned-range")
+
+
+def test_sigma_may_be_a_number_or_a_tensor(denoiser):
+    y = noisy(0.3)
+    expected = denoiser(y, 0.3)
+    for sigma in (torch.tensor(0.3), torch.tensor([0.3]), torch.full((3,), 0.3), torch.full((3,), 0.3).double()):
+        torch.testing.assert_close(denoiser(y, sigma), expected, rtol=1e-4, atol=1e-5)
+    each = denoiser(y, torch.tensor([0.1, 0.3, 0.6]))
+    for row, sigma in enumerate((0.1, 0.3, 0.6)):
+        torch.testing.assert_close(each[row : row + 1], denoiser(y[row : row + 1], sigma), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_to_the_input(denoiser):
+    y = noisy(0.3).requires_grad_()
+    denoiser(y, 0.3).square().sum().backward()
+    assert y.grad is not None
+    assert torch.isfinite(y.grad).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DDIMConfig(steps="5"), DDPMConfig(steps="5"), HeunConfig(steps=4), HeunConfig(steps=4, levels="ve", churn=1.0)],
+)
+def test_it_can_be_sampled(denoiser, config):
+    noise = ImageNoise(0, range(2), SHAPE)
+    label = torch.tensor([0, denoiser.num_classes]) if denoiser.num_classes else None
+    found = sample(denoiser, config, noise.initial(), label=label, noise=noise)
+    assert found.shape == (2, *SHAPE)
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+
+
+def test_bad_input_is_one_sentence(denoiser):
+    y = noisy(0.3)
+    with pytest.raises(DitlabError, match="expected images 3x8x8, found 1x8x8"):
+        denoiser(y[:, :1], 0.3)
+    with pytest.raises(DitlabError, match="expected 1 or 3 noise levels, found 2"):
+        denoiser(y, torch.tensor([0.1, 0.2]))
+    for sigma in (0.0, -1.0, math.nan, torch.tensor([0.1, 0.2, 0.0])):
+        with pytest.raises(DitlabError, match="noise level sigma"):
+            denoiser(y, sigma)
+    if denoiser.levels.max < math.inf:
+        with pytest.raises(DitlabError, match=r"noise level sigma from .* found"):
+            denoiser(y, 2 * denoiser.levels.max)
+    with pytest.raises(DitlabError, match="label"):
+        denoiser(y, 0.3, torch.tensor([0, 1, denoiser.num_classes + 1]))
+    with pytest.raises(DitlabError, match="label"):
+        denoiser.check(y, 0.3, torch.tensor([0, 0]))
+
+
+# ---- what each says about itself ----
+
+
+def test_a_vp_denoiser_is_told_exact_steps_on_its_grid():
+    denoiser = make("dit-vp")
+    assert isinstance(denoiser, VPDenoiser)
+    sigmas = denoiser.schedule.sigmas
+    assert [denoiser.time(float(s)) for s in sigmas] == list(range(1000))
+    in_float32 = denoiser.time(torch.from_numpy(sigmas).float())
+    assert isinstance(in_float32, torch.Tensor)
+    assert in_float32.tolist() == list(range(1000))
+    scale = np.array([denoiser.scale(float(s)) for s in sigmas])
+    np.testing.assert_allclose(scale, np.sqrt(denoiser.schedule.alphas_cumprod), rtol=1e-12)
+
+
+def test_steps_between_are_fractional_or_rounded():
+    schedule = make_schedule("linear", 1000)
+    middle = float(np.sqrt(schedule.sigmas[300] * schedule.sigmas[301]))
+    network = dit()
+    assert VPDenoiser(network, schedule).time(middle) == pytest.approx(300.5)
+    rounded = VPDenoiser(network, schedule, between="round")
+    assert rounded.time(middle * 1.0001) == 301
+    assert rounded.time(middle * 0.9999) == 300
+
+
+def test_epsilon_and_x0_predictions_say_the_same():
+    schedule = make_schedule("cosine", 1000)
+    network = dit(learn_sigma=False)
+
+    class Image(torch.nn.Module):
+        def forward(self, x, t, label=None):
+            sigma = torch.from_numpy(schedule.sigmas)[t.long()].float().reshape(-1, 1, 1, 1)
+            return x * (1 + sigma**2) ** 0.5 - sigma * network(x, t)
+
+    y, sigma = noisy(0.3), float(schedule.sigmas[200])
+    noise = VPDenoiser(network, schedule, "epsilon", "fixed-small")
+    image = VPDenoiser(Image(), schedule, "x0", "fixed-small", shape=SHAPE)
+    torch.testing.assert_close(noise.predict(y, sigma).x0, image.predict(y, sigma).x0)
+    torch.testing.assert_close(noise.predict(y, sigma).eps, image.predict(y, sigma).eps, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_reach_the_network():
+    denoiser = make("dit-vp")
+    y = noisy(0.3)
+    one, two = denoiser(y, 0.3, torch.tensor([1, 1, 1])), denoiser(y, 0.3, torch.tensor([2, 2, 2]))
+    assert (one - two).abs().max() > 1e-4
+    torch.testing.assert_close(denoiser(y, 0.3), denoiser(y, 0.3, torch.tensor([4, 4, 4])))
+
+
+@pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
+def test_preconditioning_equals_the_published_one(golden, precond):
+    fixture = golden("05_edm_nets")
+    y, sigma = fixture[f"in.{precond}.x"], fixture[f"in.{precond}.sigma"]
+    seen = {}
+
+    class Echo(torch.nn.Module):
+        def forward(self, x, t, label=None):
+            seen["x"], seen["t"] = x, t
+            return torch.ones_like(x)
+
+    denoiser = EDMDenoiser(Echo(), precond, shape=(3, 16, 16))
+    # The fixture also visits levels beyond the ones that this preconditioning was made for.
+    each = sigma.reshape(-1, 1, 1, 1)
+    found = denoiser.estimate(y, each).x0
+    torch.testing.assert_close(seen["x"][:1], fixture[f"out.{precond}.net_input_sample0"], rtol=1e-5, atol=1e-5)
+    # The original's own distance from float64, where ours is: its ln(1 + sigma^2) cancels in float32 at low VP levels.
+    slack = 1.1 * max(fixture.about["values"][f"{precond}: |c_noise - float64 c_noise|"])
+    torch.testing.assert_close(seen["t"], fixture[f"out.{precond}.c_noise"], rtol=1e-6, atol=slack)
+    skip = 0.25 / (each**2 + 0.25) if precond == "edm" else torch.ones_like(each)
+    out = {"edm": each * 0.5 / (each**2 + 0.25).sqrt(), "vp": -each, "ve": each}[precond]
+    torch.testing.assert_close(found, skip * y + out, rtol=1e-5, atol=1e-5)
+    number = float(sigma[2])
+    torch.testing.assert_close(denoiser.estimate(y, number).x0[2], found[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high", "origin"), [(0.0, 1.0, -1.0), (-1.0, 1.0, 0.0), (-0.5, 0.5, 0.0)])
+@pytest.mark.parametrize("output", ["noise", "clean"])
+def test_a_bias_free_network_is_homogeneous_about_its_origin(low, high, origin, output):
+    denoiser = BlindDenoiser(bias_free(), CNN_LEVELS, low=low, high=high, output=output)
+    assert denoiser.blind
+    assert denoiser.origin == pytest.approx(origin)
+    y = noisy(0.3)
+    for factor in (0.25, 3.0):
+        scaled = denoiser(denoiser.origin + factor * (y - denoiser.origin), 0.3)
+        torch.testing.assert_close(scaled, denoiser.origin + factor * (denoiser(y, 0.3) - denoiser.origin))
+    assert torch.equal(denoiser(y, 0.3), denoiser(y, 0.1))
+
+
+def test_a_users_own_noise_predictor_in_five_lines():
+    mine = Denoiser.wrap(lambda y, sigma, label: torch.zeros_like(y), SHAPE, output="epsilon", num_classes=3)
+    y = noisy(0.3)
+    assert torch.equal(mine(y, 0.3, torch.tensor([0, 1, 3])), y)
+    wrong = Denoiser.wrap(lambda y, sigma, label: y[:, :1], SHAPE)
+    with pytest.raises(DitlabError, match="expected a result 3x3x8x8, found 3x1x8x8"):
+        wrong(y, 0.3)
+
+
+def test_a_network_with_other_channels_is_refused():
+    with pytest.raises(DitlabError, match="expected 3 channels from the network, found 6"):
+        EDMDenoiser(dit())(noisy(0.3), 0.3)
+    with pytest.raises(DitlabError, match="low < high"):
+        BlindDenoiser(bias_free(), CNN_LEVELS, low=1.0, high=0.0)

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+
+from ditlab.diffusion.denoisers import Denoiser, Prediction, VPDenoiser
+from ditlab.diffusion.levels import LevelRange
+from ditlab.diffusion.likelihood import bits_per_dimension
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, SamplerConfig, invert, sample
+from ditlab.diffusion.schedules import make_schedule
+from ditlab.errors import DitlabError
+from ditlab.interop.original_dit import from_original
+from ditlab.networks.dit import DiTConfig
+
+LINEAR = make_schedule("linear", 1000)
+
+
+# ---- golden 02: the loops of the original implementation ----
+
+
+class Blend(torch.nn.Module):
+    """The golden's better-behaved network, made of its DiT."""
+
+    def __init__(self, dit):
+        super().__init__()
+        self.dit, self.in_shape, self.num_classes = dit, dit.in_shape, dit.num_classes
+
+    def forward(self, x, t, label=None):
+        output = self.dit(x, t, label)
+        noise = torch.from_numpy(np.sqrt(1 - LINEAR.alphas_cumprod))[t.long()].float().reshape(-1, 1, 1, 1)
+        return torch.cat([0.1 * output[:, :4] + noise * x, 0.3 * output[:, 4:]], 1)
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return golden("02_sampling")
+
+
+@pytest.fixture(scope="module")
+def denoisers(golden):
+    fixture = golden("01_dit_a")
+    c = fixture.about["config"]
+    config = DiTConfig(
+        image_size=(8, 8),
+        channels=4,
+        patch=c["patch_size"],
+        width=c["hidden_size"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        num_classes=c["num_classes"],
+    )
+    dit = from_original(fixture.weights(), config).eval()
+    return {"dit": VPDenoiser(dit, LINEAR), "blend": VPDenoiser(Blend(dit), LINEAR)}
+
+
+def loops():
+    for network in ("dit", "blend"):
+        for clip in (True, False):
+            yield network, "ddpm_zero", clip, DDPMConfig(steps="10", clip=clip)
+            yield network, "ddpm_noise", clip, DDPMConfig(steps="10", clip=clip)
+            yield network, "ddim", clip, DDIMConfig(steps="ddim10", clip=clip)
+    for clip in (True, False):
+        yield "blend", "ddim_on_10", clip, DDIMConfig(steps="10", clip=clip)
+        yield "blend", "ddim_eta1_on_10", clip, DDIMConfig(steps="10", eta=1.0, clip=clip)
+
+
+def near(recorded, key, found):
+    error, largest = recorded.about["values"]["float32_vs_float64"][key][:2]
+    assert (found - recorded[key]).abs().max().item() <= 20 * error + 1e-4 * largest
+
+
+@pytest.mark.parametrize(("network", "loop", "clip", "config"), list(loops()))
+def test_loops_go_through_the_published_states(recorded, denoisers, network, loop, clip, config):
+    states = []
+    zero = torch.zeros_like(recorded["in.x_T"])
+    sample(
+        denoisers[network],
+        config,
+        recorded["in.x_T"],
+        label=recorded["in.y"],
+        noise=lambda k: zero if loop == "ddpm_zero" else recorded["in.noise_seq"][k],
+        callback=lambda step: states.append(step.x_next),
+    )
+    key = f"linear.{network}.{loop}.clip_{clip}.traj"
+    found = torch.stack(states if len(recorded[key]) == 10 else [states[0], states[5], states[9]])
+    near(recorded, key, found)
+
+
+def test_ddim_backwards(recorded, denoisers):
+    start = 0.5 * recorded["in.x_T"].clamp(-1, 1)
+    found = invert(denoisers["blend"], DDIMConfig(steps="10", clip=True), start, label=recorded["in.y"])
+    near(recorded, "linear.blend.ddim_reverse.clip_True.sample", found)
+
+
+def test_bits_per_dimension(recorded, denoisers):
+    images, noise = recorded["in.x_T"].clamp(-1, 1), recorded["in.noise_seq"]
+    found = bits_per_dimension(denoisers["blend"], images, lambda k: noise[k], steps="10", label=recorded["in.y"])
+    for name, value in (
+        ("total_bpd", found.total),
+        ("prior_bpd", found.prior),
+        ("vb", found.terms),
+        ("xstart_mse", found.x0_mse),
+        ("mse", found.eps_mse),
+    ):
+        expected = recorded[f"linear.blend.bpd.{name}"]
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-7, msg=name)
+
+
+# ---- golden 05: the EDM samplers, on a denoiser in closed form ----
+
+
+class Shrink(Denoiser):
+    """D(y) = y k / (k + sigma^2), and the levels it was asked for."""
+
+    def __init__(self, k, levels=None):
+        self.k, self.calls = k, []
+        self.shape, self.levels = (2, 4, 4), levels or LevelRange(0.0, math.inf)
+
+    def estimate(self, y, sigma, label=None):
+        self.calls.append(sigma)
+        x0 = y * (self.k / (self.k + sigma * sigma))
+        return Prediction(x0, (y - x0) / sigma, None)
+
+
+@pytest.fixture(scope="module")
+def edm(golden):
+    return golden("05_edm_samplers")
+
+
+CHURN = HeunConfig(churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
+
+
+@pytest.mark.parametrize("k", ["1.0", "0.3"])
+@pytest.mark.parametrize(
+    ("name", "config", "levels"),
+    [
+        ("edm_sampler.18", HeunConfig(), None),
+        ("edm_sampler.40", HeunConfig(steps=40), None),
+        ("edm_sampler.churn.18", CHURN, None),
+        ("edm_sampler.limits.18", HeunConfig(), LevelRange(0.01, 30.0)),
+        ("ablation_sampler.edm_heun.18", HeunConfig(), None),
+        ("ablation_sampler.edm_euler.18", HeunConfig(second_order=False), None),
+        ("ablation_sampler.iddpm_heun.18", HeunConfig(levels="iddpm"), None),
+        ("ablation_sampler.iddpm_euler.18", HeunConfig(levels="iddpm", second_order=False), None),
+    ],
+)
+def test_heun_equals_the_published_sampler(edm, name, k, config, levels):
+    denoiser = Shrink(float(k), levels)
+    found = sample(denoiser, config, edm["in.latents"].double(), noise=lambda step: edm["in.noise_seq"][step])
+    torch.testing.assert_close(found, edm[f"k{k}.{name}"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(denoiser.calls, edm[f"sigma_calls.{name}"].numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "second_order"), [("euler", False), ("heun", True)])
+def test_heun_equals_another_implementation(edm, name, second_order):
+    found = sample(Shrink(0.3), HeunConfig(second_order=second_order), edm["in.latents"].double())
+    # Its levels were rounded to float32.
+    torch.testing.assert_close(found, edm[f"kdiff.sample_{name}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", ["vp", "ve"])
+def test_heun_runs_on_the_other_grids_at_the_published_levels(edm, levels):
+    denoiser = Shrink(1.0)
+    found = sample(denoiser, HeunConfig(levels=levels, steps=40), edm["in.latents"].double())
+    np.testing.assert_allclose(denoiser.calls[::2], edm[f"t_steps.{levels}.40"].numpy(), rtol=1e-9)
+    # The exact solution of the flow: y is scaled by sqrt((k + 0) / (k + sigma_max^2)).
+    highest = denoiser.calls[0]
+    exact = edm["in.latents"].double() * highest / math.sqrt(1 + highest**2)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
+def test_heun_keeps_float64_inside_and_gives_back_the_dtype_of_the_noise(edm):
+    seen = []
+    found = sample(Shrink(1.0), HeunConfig(), edm["in.latents"], callback=lambda step: seen.append(step.y_next.dtype))
+    assert found.dtype == torch.float32
+    assert set(seen) == {torch.float64}
+    torch.testing.assert_close(found, edm["k1.0.edm_sampler.18"].float())
+
+
+# ---- what holds for any sampler ----
+
+ALL = [
+    DDPMConfig(steps="12"),
+    DDPMConfig(steps="12", variance="fixed-large", clip=True),
+    DDIMConfig(steps="12"),
+    DDIMConfig(steps="12", eta=0.5),
+    HeunConfig(steps=6),
+    HeunConfig(steps=6, churn=2.0),
+]
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_an_image_does_not_depend_on_its_batch(config):
+    shape = (2, 4, 4)
+    whole = ImageNoise(3, range(5), shape)
+    part = ImageNoise(3, [4, 1], shape)
+    together = sample(Shrink(0.5), config, whole.initial(), noise=whole)
+    apart = sample(Shrink(0.5), config, part.initial(), noise=part)
+    torch.testing.assert_close(apart, together[[4, 1]], rtol=1e-6, atol=1e-6)
+    assert torch.equal(whole(0), ImageNoise(3, range(5), shape)(0))
+    assert not torch.equal(whole(0), whole(1))
+    assert not torch.equal(whole.initial(), ImageNoise(4, range(5), shape).initial())
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_a_callback_sees_every_step(config):
+    steps = []
+    noise = ImageNoise(0, range(2), (2, 4, 4))
+    found = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
+    count = len(steps)
+    assert [step.index for step in steps] == list(range(count))
+    assert {step.steps for step in steps} == {count} == {int(config.steps)}
+    assert [step.sigma_next for step in steps[:-1]] == [step.sigma for step in steps[1:]]
+    assert steps[-1].sigma_next == 0
+    assert all(torch.equal(a.y_next, b.y) for a, b in pairwise(steps))
+    torch.testing.assert_close(steps[-1].y_next.float(), found)
+    assert steps[0].x0.shape == found.shape
+
+
+def test_ancestral_sampling_is_ddim_with_eta_1():
+    noise = ImageNoise(0, range(2), (2, 4, 4))
+    ddpm = sample(Shrink(0.5), DDPMConfig(steps="20", variance="fixed-small"), noise.initial(), noise=noise)
+    ddim = sample(Shrink(0.5), DDIMConfig(steps="20", eta=1.0), noise.initial(), noise=noise)
+    torch.testing.assert_close(ddpm, ddim, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [DDPMConfig(steps="300"), DDIMConfig(steps="300"), HeunConfig(steps=40)])
+def test_samples_have_the_variance_of_the_data(config):
+    # Shrink(k) is the optimal denoiser of normal data with variance k.
+    noise = ImageNoise(0, range(200), (2, 4, 4))
+    found = sample(Shrink(0.25), config, noise.initial(), noise=noise)
+    assert found.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_inversion_undoes_sampling():
+    start = ImageNoise(0, range(4), (2, 4, 4)).initial()
+    config = DDIMConfig(steps="500")
+    denoiser = Shrink(1.0)
+    back = invert(denoiser, config, sample(denoiser, config, start))
+    torch.testing.assert_close(back, start, rtol=0.02, atol=0.01)
+    with pytest.raises(DitlabError, match="expected eta 0"):
+        invert(denoiser, DDIMConfig(eta=0.5), start)
+
+
+def test_bad_input_is_one_sentence():
+    start = torch.zeros(2, 2, 4, 4)
+    with pytest.raises(DitlabError, match="expected a source of noise"):
+        sample(Shrink(1.0), DDPMConfig(steps="5"), start)
+    with pytest.raises(DitlabError, match="expected images 2x4x4, found 3x4x4"):
+        sample(Shrink(1.0), DDIMConfig(steps="5"), torch.zeros(2, 3, 4, 4))
+    with pytest.raises(DitlabError, match="expected no label"):
+        sample(Shrink(1.0), DDIMConfig(steps="5"), start, label=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(DitlabError, match="found 'ddim5'"):
+        sample(Shrink(1.0), DDIMConfig(steps="ddim5"), start)
+    claims = Shrink(1.0)
+    claims.variance = "learned-range"
+    with pytest.raises(DitlabError, match="expected a learned variance v"):
+        sample(claims, DDPMConfig(steps="5"), start, noise=lambda k: start)
+    for make in (lambda: DDIMConfig(eta=2.0), lambda: HeunConfig(steps=0), lambda: HeunConfig(churn=-1.0)):
+        with pytest.raises(DitlabError):
+            make()
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_configs_go_through_json(config):
+    adapter = pydantic.TypeAdapter(SamplerConfig)
+    assert adapter.validate_json(adapter.dump_json(config)) == config
