@@ -1,0 +1,85 @@
+"""Differences between two kinds of runs, paired by seed: a mean, its interval, and the claim that it allows.
+
+Split and seed noise is as large as many effects here (An et al. Table 1, plain against dagger rows), so two kinds of
+runs are compared on equal seeds, and a difference is claimed only where the t interval of the paired differences
+leaves zero out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditlab.errors import DitlabError
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """second - first over paired seeds, with a t interval."""
+
+    first: str
+    second: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    mean: float
+    low: float | None
+    """Lower end of the interval; None with a single seed."""
+    high: float | None
+    confidence: float
+
+    @property
+    def seen(self) -> bool:
+        """Whether the interval leaves zero out. Never so with a single seed."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def sentence(self, what: str, unit: str = "dB") -> str:
+        """One sentence that claims no more than was measured.
+
+        Args:
+            what: the quantity, e.g. "gap at equal steps".
+            unit: its unit.
+        """
+        largest = max(abs(self.mean), abs(self.low or 0), abs(self.high or 0))
+        digits = 2 if largest >= 0.1 else 4  # so that a small difference does not print as -0.00
+        size = f"{self.second} minus {self.first}: {self.mean:+.{digits}f} {unit}"
+        if self.low is None or self.high is None:
+            return f"{what}: {size} with one seed ({self.seeds[0]}), so nothing can be said about its spread."
+        ends = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}"
+        interval = f"{self.confidence:.0%} interval {ends}, {len(self.seeds)} paired seeds"
+        if not self.seen:
+            return f"{what}: no difference seen ({size}, {interval})."
+        return f"{what}: {self.second} is {'higher' if self.mean > 0 else 'lower'} ({size}, {interval})."
+
+
+def paired_difference(
+    first: str,
+    second: str,
+    first_values: Mapping[int, float],
+    second_values: Mapping[int, float],
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """The t interval of second - first over the seeds that both have.
+
+    Args:
+        first: name of the first kind of run.
+        second: name of the second.
+        first_values: a number for each seed.
+        second_values: a number for each seed; seeds of one side only are left out.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        DitlabError: no seed in common.
+    """
+    from scipy.stats import t as student
+
+    seeds = tuple(sorted(set(first_values) & set(second_values)))
+    if not seeds:
+        raise DitlabError(f"comparison of '{first}' and '{second}': expected at least one seed in common, found none")
+    differences = np.array([second_values[s] - first_values[s] for s in seeds])
+    mean, low, high = float(differences.mean()), None, None
+    if len(seeds) > 1:
+        half = student.ppf((1 + confidence) / 2, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds))
+        low, high = float(mean - half), float(mean + half)
+    return PairedDifference(first, second, seeds, tuple(differences.tolist()), mean, low, high, confidence)

@@ -1,0 +1,1 @@
+"""Drawing results: figures and the report page. Nothing is computed here (DESIGN 3)."""
