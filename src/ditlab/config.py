@@ -1,0 +1,296 @@
+"""The configuration of a run: the components' own configs composed, presets by name, and JSON both ways.
+
+The same frozen dataclasses give the command line its flags (tyro), the config.json its checks (pydantic) and the
+library its arguments, so there is one place where a default stands.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig
+from ditlab.errors import DitlabError, unknown_name
+from ditlab.networks.bias_free import BFCNNConfig
+from ditlab.networks.dit import DiTConfig
+from ditlab.training.loop import TrainingConfig
+
+_TAGGED = pydantic.Field(discriminator="kind")
+Network = Annotated[DiTConfig | BFCNNConfig, _TAGGED]
+ObjectiveSettings = Annotated[VPObjectiveConfig | EDMObjectiveConfig, _TAGGED]
+Sampler = Annotated[DDPMConfig | DDIMConfig | HeunConfig, _TAGGED]
+
+FORMAT = 1
+"""Version of config.json's layout; a newer one is refused."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images a run is trained and tested on."""
+
+    path: str = ""
+    """The image set's folder; in config.json relative to the run's folder."""
+    n: int | None = None
+    """Number of training images; None for all but the test images."""
+    test: int = 300
+    """Number of test images held out (An et al.'s K)."""
+    seed: int = 0
+    """Seed of the shuffle that the train and test images come from; training sets are nested in n."""
+
+    def __post_init__(self) -> None:
+        """Refuses counts that cannot be."""
+        if self.n is not None and self.n < 1:
+            raise DitlabError(f"data: n must be at least 1, found {self.n}")
+        if self.test < 1:
+            raise DitlabError(f"data: test must be at least 1, found {self.test}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured during training, with the averaged weights, each `training.eval_every` steps."""
+
+    images: int = 64
+    """Train images, and as many test images, that are measured; the same ones and the same noise each time."""
+    levels: int = 10
+    """Noise levels of the PSNR, spread evenly over the denoiser's grid; 0 measures the losses alone."""
+
+    def __post_init__(self) -> None:
+        """Refuses counts that cannot be."""
+        if self.images < 1 or self.levels < 0:
+            raise DitlabError(
+                f"evaluation: images must be at least 1 and levels at least 0, found {self.images} and {self.levels}"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run's weights will be, and how it is measured and sampled by default."""
+
+    preset: str = ""
+    """The preset that the run started from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+    network: Network = field(default_factory=DiTConfig)
+    """The network; its image size, channels and classes follow the image set."""
+    objective: ObjectiveSettings = field(default_factory=VPObjectiveConfig)
+    """How it is trained."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long, and with which optimizer."""
+    sampler: Sampler = field(default_factory=DDPMConfig)
+    """How samples are drawn by default."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured during training."""
+
+    def __post_init__(self) -> None:
+        """Refuses components that do not fit each other, before any work starts."""
+        if isinstance(self.network, DiTConfig) and isinstance(self.objective, VPObjectiveConfig):
+            learned = self.objective.variance == "learned-range"
+            if learned != self.network.learn_sigma:
+                raise DitlabError(
+                    f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
+                    f"{learned}, found {self.network.learn_sigma}"
+                )
+        if isinstance(self.network, DiTConfig) and isinstance(self.objective, EDMObjectiveConfig):
+            if self.network.learn_sigma:
+                raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
+        if isinstance(self.network, BFCNNConfig):
+            raise DitlabError("config: bf-cnn networks can be loaded and analysed, not trained, in this version")
+
+
+_SIZES = {  # depth, width, heads
+    "nano": (4, 64, 2),
+    "micro": (6, 128, 4),
+    "xs": (12, 252, 4),  # An et al., Fig. 6: DiT-XS
+    "s": (12, 384, 6),  # DiT-S
+}
+_STEPS = {"nano": 5_000, "micro": 20_000, "xs": 400_000, "s": 400_000}
+
+
+def _preset(size: str, patch: int, objective: str) -> RunConfig:
+    depth, width, heads = _SIZES[size]
+    network = DiTConfig(patch=patch, depth=depth, width=width, heads=heads, learn_sigma=objective == "vp")
+    steps = _STEPS[size]
+    small = size in ("nano", "micro")
+    training = TrainingConfig(
+        steps=steps,
+        batch_size=32 if small else 64,
+        lr=1e-3 if size == "nano" else 5e-4 if size == "micro" else 1e-4,
+        log_every=50 if small else 100,
+        eval_every=250 if small else 5_000,
+        save_every=500 if small else 5_000,
+    )
+    if objective == "edm":
+        return RunConfig(
+            network=network, objective=EDMObjectiveConfig(), training=training, sampler=HeunConfig()
+        )
+    return RunConfig(network=network, training=training)
+
+
+PRESETS: dict[str, RunConfig] = {
+    (name := f"dit-{size}/{patch}" + ("" if objective == "vp" else "-edm")): replace(
+        _preset(size, patch, objective), preset=name
+    )
+    for size in _SIZES
+    for patch in (1, 2)
+    for objective in ("vp", "edm")
+}
+"""Whole recipes by name. `dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance);
+`dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own; `-edm` trains the same network in EDM's framework."""
+
+
+def preset(name: str) -> RunConfig:
+    """The recipe of a name.
+
+    Raises:
+        DitlabError: for an unknown name, with the nearest ones.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
+    """The config with the network's image size, channels and classes set to those of an image set.
+
+    Args:
+        config: a preset, perhaps changed.
+        shape: (C, H, W) of the images.
+        num_classes: classes of the image set. The network stays unconditional unless `network.num_classes` was set;
+            then both must be equal.
+    """
+    network = config.network
+    if not isinstance(network, DiTConfig):
+        return config
+    if network.num_classes not in (0, num_classes):
+        raise DitlabError(
+            f"config: network.num_classes is {network.num_classes}, the image set has {num_classes} classes"
+        )
+    return replace(config, network=replace(network, image_size=shape[1:], channels=shape[0]))
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """Which train and test images a run used: the fields of `ditlab.data.splits.Split.to_json`."""
+
+    seed: int
+    """Seed of the shuffle."""
+    train: int
+    """Number of training images."""
+    test: int
+    """Number of test images."""
+    imageset: str
+    """Hash of the image set."""
+    family: str
+    """Hash of image set, seed and test images: equal for runs whose training sets are nested."""
+    hash: str
+    """Hash that also covers the training images."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What config.json holds."""
+
+    config: RunConfig
+    """The resolved configuration."""
+    split: SplitRecord
+    """The split that it gave."""
+    command: str = ""
+    """The command that started the run."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions and machine at the start."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+
+for _part in (
+    DataConfig,
+    EvaluationConfig,
+    TrainingConfig,
+    RunConfig,
+    SplitRecord,
+    RunRecord,
+    DiTConfig,
+    BFCNNConfig,
+    VPObjectiveConfig,
+    EDMObjectiveConfig,
+    DDPMConfig,
+    DDIMConfig,
+    HeunConfig,
+):
+    # pydantic reads this attribute of a dataclass: a key that no field has is an error.
+    _part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def to_json(record: RunRecord | RunConfig) -> dict[str, Any]:
+    """JSON values of a record or a config."""
+    return pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+
+
+def from_json(kind: type, values: Any, where: str) -> Any:
+    """A record or a config from JSON values.
+
+    Args:
+        kind: RunRecord or RunConfig.
+        values: what `to_json` gave.
+        where: named in errors, usually a path.
+
+    Raises:
+        DitlabError: for an unknown key, a missing one, a value of the wrong kind, or values that do not fit together.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        # The tag of a union's member stands in the location; the key in the file has no such step.
+        tags = {"dit", "bf-cnn", "vp", "edm", "ddpm", "ddim", "heun"}
+        place = ".".join(str(part) for part in first["loc"] if part not in tags)
+        if first["type"] == "unexpected_keyword_argument":
+            raise DitlabError(f"{where}: unknown key '{place}'") from None
+        raise DitlabError(f"{where}: '{place}': {first['msg']}, found {first['input']!r:.60}") from None
+
+
+def read_record(path: Path) -> RunRecord:
+    """Reads a run's config.json.
+
+    Raises:
+        DitlabError: where it is missing, not JSON, of a newer layout, or has unknown keys.
+    """
+    if not path.is_file():
+        raise DitlabError(f"{path}: expected a run's config.json, found nothing")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError):
+        raise DitlabError(f"{path}: expected JSON, found something else") from None
+    version = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise DitlabError(f"{path}: expected a run's config.json with a 'format', found none")
+    if version > FORMAT:
+        raise DitlabError(f"{path}: its format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it")
+    return from_json(RunRecord, values, str(path))
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON values."""
+
+    def leaves(values: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(values, dict):
+            return {k: v for name, value in values.items() for k, v in leaves(value, f"{prefix}{name}.").items()}
+        return {prefix[:-1]: values}
+
+    return leaves(to_json(config), "")
+
+
+def differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configs differ, by dotted name."""
+
+    left, right = flat(a), flat(b)
+    return {
+        name: (left.get(name), right.get(name))
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    }

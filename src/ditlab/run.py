@@ -1,0 +1,370 @@
+"""A run: the folder of one trained network, and everything that is known about it.
+
+    runs/NAME/
+      config.json     resolved settings, split, command, environment
+      log.jsonl       one line an interval
+      checkpoints/    see ditlab.training.checkpoint
+      samples/  analysis/  report.html
+
+`Run.open` reads one, `start` makes one (or takes up one that was interrupted), `train_run` trains it, and `load` turns a
+reference to any trained network into a denoiser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ditlab
+from ditlab.analysis.psnr import RunFacts, grid_levels, psnr_point
+from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, read_record, to_json
+from ditlab.data.imageset import ImageSet
+from ditlab.data.splits import Split, make_split, verify
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.errors import DitlabError
+from ditlab.networks.registry import build_network
+from ditlab.randomness import torch_generator
+from ditlab.training.checkpoint import Checkpoint, CheckpointStore, load_network
+from ditlab.training.compiling import compile_blocks
+from ditlab.training.distributed import Processes
+from ditlab.training.log import TrainingLog, read_log
+from ditlab.training.loop import StopFlag, train
+
+RESUMABLE = frozenset({"training.steps", "training.keep", "training.keep_every", "training.save_every"})
+"""Settings that may change when a run goes on: they do not change any step that was already made."""
+
+
+class Run:
+    """One run's folder, opened for reading."""
+
+    def __init__(self, path: Path, record: RunRecord, data: Path | None = None) -> None:
+        self.path, self.record, self._data = path, record, data
+
+    @staticmethod
+    def open(path: str | Path, data: str | Path | None = None) -> Run:
+        """Opens a run.
+
+        Args:
+            path: its folder.
+            data: where its image set lies now, if it was moved.
+
+        Raises:
+            DitlabError: there is no run, or its config.json cannot be used.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise DitlabError(f"run {folder}: expected a run's folder, found {'a file' if folder.exists() else 'nothing'}")
+        return Run(folder, read_record(folder / "config.json"), None if data is None else Path(data))
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved settings."""
+        return self.record.config
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        training = self.config.training
+        return CheckpointStore(self.path / "checkpoints", keep=training.keep, keep_every=training.keep_every)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of the training log."""
+        return read_log(self.path / "log.jsonl")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was made and saved."""
+        steps = self.checkpoints.steps()
+        return bool(steps) and steps[-1] >= self.config.training.steps
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The image set that it was trained on."""
+        path = self._data if self._data is not None else self.path / self.config.data.path
+        return ImageSet.open(path)
+
+    @cached_property
+    def split(self) -> Split:
+        """Its train and test images, made again and checked against the hash in config.json."""
+        return verify(asdict(self.record.split), self.images)
+
+    def pictures(self, side: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor | None]:
+        """The first `count` train or test images `[B, C, H, W]` in [-1, 1], and their labels."""
+        indices = getattr(self.split, side)[:count]
+        labels = self.images.batch_labels(indices) if self.conditional else None
+        return self.images.batch(indices), labels
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network takes class labels."""
+        return bool(getattr(self.config.network, "num_classes", 0))
+
+    def checkpoint(self, step: int | None = None, say: Callable[[str], None] | None = None) -> Checkpoint:
+        """The checkpoint of a step, or the newest whole one.
+
+        Raises:
+            DitlabError: there is none, or the one asked for is damaged.
+        """
+        if step is not None:
+            if step not in self.checkpoints.steps():
+                kept = ", ".join(str(s) for s in self.checkpoints.steps()) or "none"
+                raise DitlabError(f"run {self.path}: no checkpoint of step {step}, found {kept}")
+            return self.checkpoints.load(step)
+        found = self.checkpoints.newest(say)
+        if found is None:
+            raise DitlabError(f"run {self.path}: expected a checkpoint, found none; was it trained?")
+        return found
+
+    def network(self, checkpoint: Checkpoint, *, ema: bool = True) -> nn.Module:
+        """The network with a checkpoint's weights, in evaluation mode, on the CPU."""
+        network = build_network(self.config.network)
+        load_network(network, checkpoint.ema if ema else checkpoint.model, checkpoint.path)
+        return network.eval().requires_grad_(False)
+
+    def denoiser(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] | None = None,
+    ) -> Denoiser:
+        """The trained network as a denoiser.
+
+        Args:
+            step: of which checkpoint; the newest whole one where None.
+            ema: the averaged weights (usual), or the raw ones.
+            device: where it computes.
+            say: told when a damaged checkpoint is passed over.
+        """
+        network = self.network(self.checkpoint(step, say), ema=ema).to(device)
+        return self.config.objective.build().denoiser(network)
+
+    def facts(self, step: int, *, ema: bool = True, label: str = "") -> RunFacts:
+        """What a result keeps about this run."""
+        config = self.config
+        return RunFacts(
+            name=self.name,
+            label=label,
+            n=self.record.split.train,
+            seed=self.record.split.seed,
+            step=step,
+            ema=ema,
+            split_family=self.record.split.family,
+            split_hash=self.record.split.hash,
+            settings={
+                "preset": config.preset,
+                "attention": getattr(config.network, "attention", ""),
+                "training_seed": config.training.seed,
+                "image_set": self.record.split.imageset,
+            },
+        )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and machine, for config.json and reports."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    found = {
+        "ditlab": ditlab.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{processor}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torch.device, command: str = "") -> Run:
+    """Makes a run's folder, or opens the one that is there if it has the same settings.
+
+    Args:
+        path: the run's folder.
+        config: the settings, already fitted to the images (`config.fit_to_images`).
+        images: the image set.
+        device: noted in the environment.
+        command: the command line that the user typed.
+
+    Raises:
+        DitlabError: the folder holds something else, or a run with other settings, or the split cannot be made.
+    """
+    path = Path(path)
+    split = make_split(images, config.data.n, config.data.test, config.data.seed)
+    relative = os.path.relpath(images.path.resolve(), path.resolve())
+    config = replace(config, data=replace(config.data, path=relative))
+    record = RunRecord(config, SplitRecord(**split.to_json()), command, environment(device))
+    if (path / "config.json").exists():
+        found = Run.open(path)
+        changed = {k: v for k, v in differences(found.config, config).items() if k != "data.path"}
+        wrong = {name: pair for name, pair in changed.items() if name not in RESUMABLE}
+        if wrong:
+            name, (before, now) = next(iter(wrong.items()))
+            more = f" ({len(wrong)} settings differ)" if len(wrong) > 1 else ""
+            raise DitlabError(
+                f"run {path}: it was started with {name} = {before}, now {now} is asked for{more}; "
+                "give another --out, or the same settings to go on"
+            )
+        if found.record.split.hash != split.hash:
+            raise DitlabError(f"run {path}: it was started on other images; give another --out, or the same image set")
+        if not changed:
+            return Run(path, found.record, images.path)
+        record = replace(found.record, config=config)
+    elif path.exists() and any(path.iterdir()):
+        raise DitlabError(f"run {path}: the folder exists and is not a run; give another --out")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        beside = path / "config.json.tmp"
+        beside.write_text(json.dumps(to_json(record), indent=1) + "\n")
+        beside.replace(path / "config.json")
+    except OSError as error:
+        raise DitlabError(f"run {path}: its folder could not be written: {error.strerror}") from None
+    return Run(path, record, images.path)
+
+
+def train_run(
+    run: Run,
+    processes: Processes,
+    *,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+    say: Callable[[str], None] = lambda sentence: None,
+    stop: StopFlag | None = None,
+) -> None:
+    """Trains a run until its last step, from its newest checkpoint.
+
+    Args:
+        run: from `start`.
+        processes: this process and the others.
+        progress: called after each step with the steps done and the last known loss.
+        say: called with sentences that the user should see.
+        stop: when set, the run is saved and `ditlab.training.loop.Interrupted` raised.
+    """
+    config = run.config
+    split = run.split
+    network = build_network(config.network, config.training.seed).to(processes.device)
+    objective = config.objective.build()
+    compiled = compile_blocks(
+        network, config.training.compile, device=processes.device, steps=config.training.steps
+    )
+    if compiled and processes.first:
+        say("compiling the network's blocks; the first steps take longer")
+    train(
+        network=network,
+        objective=objective,
+        images=run.images if run.conditional else _Unlabelled(run.images),
+        train=split.train,
+        config=config.training,
+        processes=processes,
+        checkpoints=run.checkpoints,
+        log=TrainingLog(run.path / "log.jsonl"),
+        evaluate=_evaluation(run, network, objective, processes.device),
+        progress=progress,
+        say=say,
+        stop=stop,
+    )
+
+
+class _Unlabelled:
+    """An image set whose labels an unconditional network does not get."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.shape, self.batch = images.shape, images.batch
+
+    def batch_labels(self, indices: np.ndarray) -> None:
+        """None."""
+
+
+def _evaluation(
+    run: Run, network: nn.Module, objective: Any, device: torch.device
+) -> Callable[[int], dict[str, float]]:
+    """What is measured during training: denoising loss and PSNR on fixed train and test images with fixed noise."""
+    settings = run.config.evaluation
+    sides = {side: run.pictures(side, settings.images) for side in ("train", "test")}
+    count = max(len(images) for images, _ in sides.values())
+    # Several draws of the loss, since it varies much more over noise levels than over images.
+    draws = objective.draw(torch_generator(0, "evaluation"), 4 * count, run.images.shape)
+    denoiser = objective.denoiser(network)
+    levels = grid_levels(denoiser, settings.levels) if settings.levels else ()
+
+    @torch.no_grad()
+    def loss(side: Literal["train", "test"]) -> float:
+        images, label = sides[side]
+        total, n = 0.0, len(images)
+        for draw in range(4):
+            part = {name: value[draw * count : draw * count + n].to(device) for name, value in draws.items()}
+            losses = objective.losses(network, images.to(device), None if label is None else label.to(device), part)
+            total += losses["loss"].double().mean().item()
+        return total / 4
+
+    def evaluate(step: int) -> dict[str, float]:
+        values = {f"{side}_loss": loss(side) for side in ("train", "test")}
+        if levels:
+            (train_images, train_labels), (test_images, test_labels) = sides["train"], sides["test"]
+            point = psnr_point(
+                denoiser,
+                train_images,
+                test_images,
+                levels,
+                train_labels=train_labels,
+                test_labels=test_labels,
+            )
+            values |= {"train_psnr": point.train, "test_psnr": point.test, "psnr_gap": point.gap}
+        return values
+
+    return evaluate
+
+
+def load(
+    reference: str | Path, *, step: int | None = None, ema: bool = True, device: torch.device | str = "cpu"
+) -> Denoiser:
+    """A denoiser from a reference to a trained network.
+
+    Args:
+        reference: a run's folder, or one of its checkpoint folders.
+        step: of which checkpoint, for a run; the newest whole one where None.
+        ema: the averaged weights (usual), or the raw ones.
+        device: where it computes.
+
+    Example:
+        >>> denoiser = ditlab.load("runs/global")  # doctest: +SKIP
+        >>> x0 = denoiser(y, sigma=0.3)  # doctest: +SKIP
+
+    Raises:
+        DitlabError: for anything that is not a run with a whole checkpoint.
+    """
+    text = str(reference)
+    for scheme in ("hub:", "diffusers:"):
+        if text.startswith(scheme):
+            raise DitlabError(f"{text}: this version loads run folders only, not '{scheme}' references")
+    path = Path(reference)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
+    if path.is_file():
+        if path.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
+            raise DitlabError(f"{path}: expected a run's folder, found a pickle, which could run code and is not opened")
+        raise DitlabError(f"{path}: expected a run's folder, found a file")
+    return Run.open(path).denoiser(step=step, ema=ema, device=device)

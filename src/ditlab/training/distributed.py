@@ -1,0 +1,92 @@
+"""The processes of one training job, as `torchrun` starts them: one object that also stands for a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditlab.errors import DitlabError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is, and on which device it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> slice:
+        """This process's part of a global batch of `batch` images."""
+        each = batch // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes (each has an equal share of the batch)."""
+        if self.world == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item() > 0)
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device to compute on: the one named, or else CUDA where there is one, or else the CPU.
+
+    Raises:
+        DitlabError: where the named device does not exist here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DitlabError(f"--device: expected 'cpu', 'cuda' or 'cuda:N', found '{name}'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DitlabError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """The processes of this job: those that `torchrun` started, else this one alone.
+
+    Under torchrun the group is opened here (nccl on CUDA, gloo on the CPU) and closed at the end of the block.
+    """
+    picked = pick_device(device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(0, 1, picked)
+        return
+    if picked.type == "cuda":
+        picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(picked)
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world, picked)
+    finally:
+        dist.destroy_process_group()
