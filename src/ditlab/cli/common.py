@@ -1,0 +1,183 @@
+"""What several verbs share: opening image sets by name, threads, signals, progress."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ditlab.data.imageset import ImageSet, prepare
+from ditlab.errors import DitlabError
+
+SOURCES = ("photos", "digits", "folder:", "hub:", "array:", "mosaic:")
+"""How a source of images starts, where a prepared set's folder could stand too."""
+
+
+def use_threads(threads: int | None) -> None:
+    """Limits torch's CPU threads; None leaves torch's own choice (all cores)."""
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise DitlabError(f"--threads: expected at least 1, found {threads}")
+        torch.set_num_threads(threads)
+
+
+def is_source(data: str) -> bool:
+    """Whether a --data value names a source rather than a prepared set's folder."""
+    return any(data == s or (s.endswith(":") and data.startswith(s)) for s in SOURCES) and not Path(data).is_dir()
+
+
+def open_images(data: str, size: int, console: Console) -> ImageSet:
+    """An image set from a --data value: a prepared set's folder, or a source, which is prepared first.
+
+    A source's set is kept in `image-sets/` of the current folder and used again next time.
+    """
+    if not data:
+        raise DitlabError(f"--data: expected an image set's folder or a source ({', '.join(SOURCES)}), found nothing")
+    if not is_source(data):
+        return ImageSet.open(data)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", data.removeprefix("mosaic:").removeprefix("folder:")).strip("-").lower()
+    folder = Path("image-sets") / f"{slug}-{size}"
+    if not folder.exists():
+        console.print(f"preparing {data} at {size}x{size} pixels in {folder}")
+    return prepare(data, folder, size=size)
+
+
+class TrainingBar:
+    """A training run's progress: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, title: str, steps: int, batch: int) -> None:
+        self._console, self._title, self._steps, self._batch = console, title, steps, batch
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._start: tuple[float, int] | None = None
+        self._said = time.monotonic()
+        self._loss = float("nan")
+
+    def __enter__(self) -> TrainingBar:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} images/s  loss {task.fields[loss]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._steps, rate="-", loss="-")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, step: int, loss: float) -> None:
+        """Shows that `step` steps are done; a loss of NaN means "no news"."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, step)
+        if loss == loss:
+            self._loss = loss
+        rate = (step - self._start[1]) * self._batch / max(now - self._start[0], 1e-9)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, rate=f"{rate:,.0f}", loss=f"{self._loss:.4f}")
+        elif now - self._said > 30:
+            self._said = now
+            left = (self._steps - step) * self._batch / rate if rate > 0 else float("inf")
+            self._console.print(
+                f"{self._title}: step {step} of {self._steps}, {rate:,.0f} images/s, loss {self._loss:.4f}, "
+                f"{left:,.0f} s left"
+            )
+
+
+@contextmanager
+def counting(console: Console, title: str, *, json_total: int | None = None) -> Iterator[Any]:
+    """A progress bar for work that is counted; yields `progress(done, total)`."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=json_total)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield progress
+
+
+@contextmanager
+def stopping(flag: Any) -> Iterator[None]:
+    """Within the block Ctrl-C (and a cluster's SIGTERM) sets a flag instead of ending the program; a second one ends it."""
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.set:
+            raise KeyboardInterrupt
+        flag.set = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def run_lock(folder: Path, wait: float = 30.0) -> Iterator[None]:
+    """Only one process at a time trains a run; the lock goes with the process, however it ends.
+
+    Args:
+        folder: the run's folder, which exists.
+        wait: seconds to wait for another process that is just ending.
+
+    Raises:
+        DitlabError: when another process still trains the run after that time.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows; there two processes on one run are the user's own care
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise DitlabError(f"run {folder}: another process is training it") from None
+                time.sleep(0.2)
+        yield
+
+
+def command_line(verb: str, words: Sequence[str] | None = None) -> str:
+    """The command as the user typed it, for config.json and reports."""
+    import shlex
+
+    return shlex.join(["ditlab", verb, *(sys.argv[2:] if words is None else words)])
+
+
+def parent_gone() -> bool:
+    """Whether the process that started this one for its own sake (DITLAB_PARENT) has ended."""
+    parent = os.environ.get("DITLAB_PARENT")
+    return parent is not None and os.getppid() != int(parent)

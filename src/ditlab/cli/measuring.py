@@ -1,0 +1,128 @@
+"""Measuring several runs side by side: their labels, their PSNR gaps, the closed-form references beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ditlab.analysis.matched import Trajectory
+from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
+from ditlab.cli.common import counting
+from ditlab.config import differences
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
+from ditlab.errors import DitlabError
+from ditlab.run import Run
+
+_NOT_A_LABEL = ("data.", "training.seed", "training.keep", "training.save_every", "training.log_every", "evaluation.")
+"""Settings by which runs of one kind may differ: the images, the seeds, and what does not touch the weights."""
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """A short name of what kind of run each is: the settings in which the kinds differ.
+
+    Runs that differ only in their images, N and seeds are of one kind. Where the attention is all that differs, a label
+    is just the attention plan; where nothing does, it is the preset.
+    """
+    first = runs[0].config
+    differing: dict[str, None] = {}
+    for other in runs[1:]:
+        for name in differences(first, other.config):
+            if not name.startswith(_NOT_A_LABEL):
+                differing[name] = None
+    if "preset" in differing and len(differing) > 1:
+        del differing["preset"]  # what the presets differ in is listed by itself
+    names = list(differing)
+    if not names:
+        return [first.preset or "run"] * len(runs)
+    if len(names) > 3 and "preset" in {n for r in runs[1:] for n in differences(first, r.config)}:
+        names = ["preset", *(["network.attention"] if "network.attention" in names else [])]
+
+    def value(run: Run, name: str) -> str:
+        found: Any = run.config
+        for part in name.split("."):
+            found = getattr(found, part, "-")
+        text = str(found)
+        return text if name in ("network.attention", "preset") else f"{name.rpartition('.')[2]} {text}"
+
+    return [", ".join(value(run, name) for name in names) for run in runs]
+
+
+def measure_run(
+    run: Run,
+    config: PSNRConfig,
+    console: Console,
+    *,
+    label: str = "",
+    step: int | None = None,
+    ema: bool = True,
+    device: torch.device | str = "cpu",
+) -> PSNRResult:
+    """The PSNR gap of one run, on its own split, checked against the image set."""
+    checkpoint = run.checkpoint(step, lambda sentence: console.print(f"note: {sentence}"))
+    network = run.network(checkpoint, ema=ema).to(device)
+    denoiser = run.config.objective.build().denoiser(network)
+    return _measure(run, denoiser, config, run.facts(checkpoint.step, ema=ema, label=label), console)
+
+
+def measure_references(
+    run: Run, config: PSNRConfig, levels: Sequence[float], console: Console, *, device: torch.device | str = "cpu"
+) -> list[PSNRResult]:
+    """The empirical-Bayes and the Wiener denoiser of a run's training images, measured like the run itself."""
+    images, _ = run.pictures("train", run.record.split.train)
+    images = images.to(device)
+    found = []
+    for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
+        facts = replace(run.facts(0), name=name, label="", step=None, ema=None)
+        found.append(_measure(run, denoiser, replace(config, levels=tuple(levels)), facts, console, labels=False))
+    return found
+
+
+def _measure(
+    run: Run, denoiser: Denoiser, config: PSNRConfig, facts: RunFacts, console: Console, *, labels: bool = True
+) -> PSNRResult:
+    (train, train_labels), (test, test_labels) = (run.pictures(s, config.images) for s in ("train", "test"))
+    with counting(console, f"PSNR gap of {facts.name}") as progress:
+        return psnr_gap(
+            denoiser,
+            train,
+            test,
+            config,
+            about=facts,
+            train_labels=train_labels if labels else None,
+            test_labels=test_labels if labels else None,
+            progress=progress,
+        )
+
+
+def trajectories(runs: Sequence[Run], labels: Sequence[str]) -> list[Trajectory]:
+    """What the logs of the runs say of PSNR along training; runs without such lines are left out."""
+    found = []
+    for run, label in zip(runs, labels, strict=True):
+        split = run.record.split
+        lines = [line for line in run.log if "psnr_gap" in line]
+        if lines:
+            found.append(
+                Trajectory.from_log(label, split.seed, lines, n=split.train, split_family=split.family)
+            )
+    return found
+
+
+def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
+    """Opens runs that are to stand side by side.
+
+    Raises:
+        DitlabError: none was named, or one was named twice.
+    """
+    if not paths:
+        raise DitlabError("expected at least one run's folder, found none")
+    runs = [Run.open(path, data) for path in paths]
+    places = [run.path.resolve() for run in runs]
+    for place in places:
+        if places.count(place) > 1:
+            raise DitlabError(f"run {place}: named twice")
+    return runs

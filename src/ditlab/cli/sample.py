@@ -1,0 +1,156 @@
+"""`ditlab sample`: images from a trained denoiser."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from ditlab.cli.common import counting, use_threads
+from ditlab.data.atomic import atomic_folder
+from ditlab.data.contact_sheet import fitting_scale, image_grid
+from ditlab.data.pixels import to_uint8
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, SamplerConfig, sample
+from ditlab.errors import DitlabError
+from ditlab.run import Run
+from ditlab.training.distributed import pick_device
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a run: a PNG grid, a folder of PNGs and samples.npz (uint8 [N, H, W, C] as arr_0).
+
+    Image i depends on --seed and i alone, whatever the batch size. The same command again gives the same files.
+    """
+
+    run_folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+    count: int = 64
+    """How many images."""
+    sampler: Literal["run", "ddpm", "ddim", "heun"] = "run"
+    """The sampler; run: the one in the run's config."""
+    steps: str | None = None
+    """Steps of the sampler: a count, for DDPM and DDIM also ddim50 or 10,15,20; the sampler's default where not given."""
+    labels: tuple[int, ...] | None = None
+    """Classes to draw, one after another, for a class-conditional run; all of them in turn where not given."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch: int = 64
+    """Images drawn at once."""
+    step: int | None = None
+    """The checkpoint; the newest where not given."""
+    raw: bool = False
+    """Use the raw weights instead of the averaged ones."""
+    out: Path | None = None
+    """The folder to write; RUN/samples/STEP-SAMPLER-SEED where not given."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads; all cores where not given."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Draws and writes the images."""
+        use_threads(self.threads)
+        if self.count < 1 or self.batch < 1:
+            raise DitlabError(f"sample: count and batch must be at least 1, found {self.count} and {self.batch}")
+        run = Run.open(self.run_folder)
+        checkpoint = run.checkpoint(self.step, lambda sentence: console.print(f"note: {sentence}"))
+        network = run.network(checkpoint, ema=not self.raw).to(pick_device(self.device))
+        denoiser = run.config.objective.build().denoiser(network)
+        config = sampler_config(run, self.sampler, self.steps)
+        label = self._labels(denoiser)
+        name = f"{checkpoint.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
+        out = self.out if self.out is not None else run.path / "samples" / name
+        with counting(console, "sampling") as progress:
+            images = draw(denoiser, config, self.count, seed=self.seed, batch=self.batch, label=label, progress=progress)
+        about = {
+            "run": run.name,
+            "step": checkpoint.step,
+            "ema": not self.raw,
+            "sampler": {"kind": config.kind, **{k: v for k, v in vars(config).items() if k != "kind"}},
+            "seed": self.seed,
+            "count": self.count,
+            "labels": None if label is None else label.tolist(),
+        }
+        write_samples(out, images, about, label)
+        console.print(f"wrote {self.count} images to {out} (grid.png, samples.npz, images/)")
+        return {"out": str(out), **about}
+
+    def _labels(self, denoiser: Denoiser) -> torch.Tensor | None:
+        if self.labels is None and not denoiser.num_classes:
+            return None
+        if not denoiser.num_classes:
+            raise DitlabError("sample --labels: the run is unconditional, it takes no labels")
+        chosen = self.labels if self.labels is not None else tuple(range(denoiser.num_classes))
+        for label in chosen:
+            if not 0 <= label <= denoiser.num_classes:
+                raise DitlabError(
+                    f"sample --labels: expected classes 0..{denoiser.num_classes - 1} "
+                    f"(or {denoiser.num_classes} for none), found {label}"
+                )
+        return torch.tensor([chosen[i % len(chosen)] for i in range(self.count)])
+
+
+def sampler_config(run: Run, sampler: str = "run", steps: str | None = None) -> SamplerConfig:
+    """The sampler that a user asked for.
+
+    Args:
+        run: whose own sampler is the default.
+        sampler: run, ddpm, ddim or heun.
+        steps: its steps, or None for its default.
+    """
+    config = run.config.sampler if sampler == "run" else {"ddpm": DDPMConfig, "ddim": DDIMConfig, "heun": HeunConfig}[sampler]()
+    if steps is None:
+        return config
+    if isinstance(config, HeunConfig):
+        if not steps.isdigit():
+            raise DitlabError(f"sample --steps: the Heun sampler takes a count, found '{steps}'")
+        return replace(config, steps=int(steps))
+    return replace(config, steps=steps)
+
+
+def draw(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    count: int,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    label: torch.Tensor | None = None,
+    progress: Any = lambda done, total: None,
+) -> np.ndarray:
+    """`count` images from a denoiser, uint8 [count, C, H, W]; image i depends on the seed and i alone."""
+    parts = []
+    for start in range(0, count, batch):
+        chosen = range(start, min(start + batch, count))
+        noise = ImageNoise(seed, chosen, denoiser.shape)
+        part = None if label is None else label[start : start + len(chosen)]
+        images = sample(denoiser, config, noise.initial(), label=part, noise=noise)
+        parts.append(to_uint8(images.cpu()).numpy())
+        progress(start + len(chosen), count)
+    return np.concatenate(parts)
+
+
+def write_samples(out: Path, images: np.ndarray, about: dict[str, Any], label: torch.Tensor | None) -> None:
+    """Writes a grid, single PNGs, the array of the ADM evaluator and the settings; the folder appears whole."""
+    from PIL import Image
+
+    with atomic_folder(out) as folder:
+        scale = fitting_scale(images.shape[-1])
+        image_grid(images[:100], scale=scale).save(folder / "grid.png")
+        (folder / "images").mkdir()
+        for number, image in enumerate(images):
+            pixels = image.transpose(1, 2, 0)
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / "images" / f"{number:06d}.png")
+        arrays = {"arr_0": images.transpose(0, 2, 3, 1)}
+        if label is not None:
+            arrays["arr_1"] = label.numpy()
+        np.savez(folder / "samples.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        (folder / "samples.json").write_text(json.dumps(about, indent=1) + "\n")

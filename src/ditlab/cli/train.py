@@ -1,0 +1,193 @@
+"""`ditlab train`: one denoiser on N images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from ditlab.cli.common import TrainingBar, command_line, open_images, parent_gone, run_lock, stopping, use_threads
+from ditlab.config import (
+    PRESETS,
+    DataConfig,
+    EvaluationConfig,
+    Network,
+    ObjectiveSettings,
+    RunConfig,
+    Sampler,
+    fit_to_images,
+    preset,
+)
+from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.samplers import DDPMConfig
+from ditlab.errors import DitlabError
+from ditlab.networks.dit import DiTConfig
+from ditlab.run import Run, start, train_run
+from ditlab.training.distributed import processes
+from ditlab.training.loop import Interrupted, StopFlag, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a denoiser on N images of a set; the same command again goes on where an interrupted run was.
+
+    Several processes: torchrun --nproc-per-node 2 -m ditlab train ... trains the same run, the batch shared among them.
+    """
+
+    preset: Annotated[str, tyro.conf.Positional]
+    """The recipe to start from; every other flag changes it."""
+    data: str = ""
+    """An image set's folder, or a source (photos, digits, folder:PATH, hub:ID, array:PATH, mosaic:PATH)."""
+    n: int | None = None
+    """Number of training images; all but the test images where not given."""
+    test: int = 300
+    """Number of test images held out."""
+    seed: int = 0
+    """Seed of the split, of the initial weights and of training."""
+    size: int = 32
+    """Side of the images in pixels, when --data is a source."""
+    out: Path | None = None
+    """The run's folder; runs/PRESET-DATA-nN-ATTENTION-sSEED where not given."""
+    conditional: bool = False
+    """Give the network the image set's class labels."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads; all cores where not given."""
+    network: Network = field(default_factory=DiTConfig)
+    """The network; its image size, channels, classes and learn_sigma follow the image set and the objective."""
+    objective: ObjectiveSettings = field(default_factory=VPObjectiveConfig)
+    """How it is trained."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long, and with which optimizer."""
+    sampler: Sampler = field(default_factory=DDPMConfig)
+    """How samples are drawn by default."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured during training."""
+
+    @staticmethod
+    def parse(words: list[str]) -> Train:
+        """The flags of a command line, on top of the preset that it names."""
+        name = next((word for word in words if not word.startswith("-")), None) if words else None
+        if name is not None and words[0] == name:
+            recipe = preset(name)
+        elif words and words[0] in ("-h", "--help"):
+            recipe = preset("dit-xs/1")
+        else:
+            raise DitlabError(f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}")
+        default = Train(
+            preset=recipe.preset,
+            network=recipe.network,
+            objective=recipe.objective,
+            training=recipe.training,
+            sampler=recipe.sampler,
+            evaluation=recipe.evaluation,
+        )
+        return tyro.cli(
+            Train,
+            prog="ditlab train",
+            args=words,
+            default=default,
+            config=(tyro.conf.AvoidSubcommands,),
+            description=f"{Train.__doc__}\n\nPresets: {', '.join(PRESETS)}.",
+        )
+
+    def settings(self, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
+        """The run's configuration for an image set of this shape (C, H, W)."""
+        network, training = self.network, self.training
+        if isinstance(network, DiTConfig):
+            learned = isinstance(self.objective, VPObjectiveConfig) and self.objective.variance == "learned-range"
+            classes = network.num_classes
+            if self.conditional:
+                if not num_classes:
+                    raise DitlabError("train --conditional: the image set has no classes")
+                classes = num_classes
+            # The size is set here too, since the preset's own need not divide by another patch.
+            network = replace(network, learn_sigma=learned, num_classes=classes, image_size=shape[1:])
+        if self.seed:
+            training = replace(training, seed=self.seed)
+        config = RunConfig(
+            preset=self.preset,
+            data=DataConfig(n=self.n, test=self.test, seed=self.seed),
+            network=network,
+            objective=self.objective,
+            training=training,
+            sampler=self.sampler,
+            evaluation=self.evaluation,
+        )
+        return fit_to_images(config, shape, num_classes)
+
+    def _out(self, config: RunConfig) -> Path:
+        if self.out is not None:
+            return self.out
+        plan = getattr(config.network, "attention", "").replace(",", "-").replace("*", "x").replace("@", "-")
+        source = Path(self.data.split(":")[-1]).name or "data"
+        n = "all" if self.n is None else str(self.n)
+        return Path("runs") / f"{self.preset.replace('/', '-')}-{source}-n{n}-{plan}-s{self.seed}"
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Trains, and says where the run lies."""
+        use_threads(self.threads)
+        images = open_images(self.data, self.size, console)
+        config = self.settings(images.shape, images.num_classes)
+        out = self._out(config)
+        with processes(self.device) as here:
+            if here.first:
+                run = start(out, config, images, device=here.device, command=command_line("train"))
+            here.wait()
+            if not here.first:
+                run = Run.open(out, images.path)
+            return _train(run, here, console)  # pyright: ignore[reportPossiblyUnbound]
+
+
+def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
+    training = run.config.training
+    if not here.first:
+        flag = StopFlag()
+        with stopping(flag):
+            train_run(run, here, stop=flag)
+        return {}
+    done = run.checkpoints.steps()
+    if done and done[-1] >= training.steps:
+        console.print(f"{run.path} is finished ({training.steps} steps)")
+        return _result(run)
+    console.print(
+        f"training {run.path} on {run.record.split.train} images, {run.record.split.test} held out, on {here.device}"
+        + (f", going on from step {done[-1]}" if done else "")
+    )
+    flag = _Watched()
+    bar = TrainingBar(console, run.name, training.steps, training.batch_size)
+    with run_lock(run.path), stopping(flag), bar:
+        try:
+            train_run(run, here, progress=bar, say=lambda sentence: console.print(f"note: {sentence}"), stop=flag)
+        except Interrupted as stop:
+            console.print(f"stopped and saved after step {stop.step}; the same command goes on from there")
+            raise KeyboardInterrupt from None
+    last = next((line for line in reversed(run.log) if "train_psnr" in line), None)
+    if last is not None:
+        console.print(
+            f"done: train PSNR {last['train_psnr']:.2f} dB, test PSNR {last['test_psnr']:.2f} dB, "
+            f"gap {last['psnr_gap']:.2f} dB (quick measure; `ditlab psnr-gap {run.path}` for the full one)"
+        )
+    return _result(run)
+
+
+class _Watched(StopFlag):
+    """A stop flag that also goes up when the program that started this one has ended."""
+
+    @property
+    def set(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether to stop."""
+        return self._asked or parent_gone()
+
+    @set.setter
+    def set(self, value: bool) -> None:
+        self._asked = value
+
+
+def _result(run: Run) -> dict[str, Any]:
+    lines = run.log
+    return {"run": str(run.path), "steps": run.config.training.steps, "last": lines[-1] if lines else None}
