@@ -95,9 +95,8 @@ class RunConfig:
                     f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
                     f"{learned}, found {self.network.learn_sigma}"
                 )
-        if isinstance(self.network, DiTConfig) and isinstance(self.objective, EDMObjectiveConfig):
-            if self.network.learn_sigma:
-                raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
+        if isinstance(self.objective, EDMObjectiveConfig) and getattr(self.network, "learn_sigma", False):
+            raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
         if isinstance(self.network, BFCNNConfig):
             raise DitlabError("config: bf-cnn networks can be loaded and analysed, not trained, in this version")
 
@@ -125,9 +124,7 @@ def _preset(size: str, patch: int, objective: str) -> RunConfig:
         save_every=500 if small else 5_000,
     )
     if objective == "edm":
-        return RunConfig(
-            network=network, objective=EDMObjectiveConfig(), training=training, sampler=HeunConfig()
-        )
+        return RunConfig(network=network, objective=EDMObjectiveConfig(), training=training, sampler=HeunConfig())
     return RunConfig(network=network, training=training)
 
 

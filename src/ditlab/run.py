@@ -6,8 +6,8 @@
       checkpoints/    see ditlab.training.checkpoint
       samples/  analysis/  report.html
 
-`Run.open` reads one, `start` makes one (or takes up one that was interrupted), `train_run` trains it, and `load` turns a
-reference to any trained network into a denoiser.
+`Run.open` reads one, `start` makes one (or takes up one that was interrupted), `train_run` trains it, and `load` turns
+a reference to any trained network into a denoiser.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Run:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise DitlabError(f"run {folder}: expected a run's folder, found {'a file' if folder.exists() else 'nothing'}")
+            raise DitlabError(
+                f"run {folder}: expected a run's folder, found {'a file' if folder.exists() else 'nothing'}"
+            )
         return Run(folder, read_record(folder / "config.json"), None if data is None else Path(data))
 
     @property
@@ -267,9 +269,7 @@ def train_run(
     split = run.split
     network = build_network(config.network, config.training.seed).to(processes.device)
     objective = config.objective.build()
-    compiled = compile_blocks(
-        network, config.training.compile, device=processes.device, steps=config.training.steps
-    )
+    compiled = compile_blocks(network, config.training.compile, device=processes.device, steps=config.training.steps)
     if compiled and processes.first:
         say("compiling the network's blocks; the first steps take longer")
     train(
@@ -365,6 +365,8 @@ def load(
         path, step = path.parent.parent, int(path.name)
     if path.is_file():
         if path.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
-            raise DitlabError(f"{path}: expected a run's folder, found a pickle, which could run code and is not opened")
+            raise DitlabError(
+                f"{path}: expected a run's folder, found a pickle, which could run code and is not opened"
+            )
         raise DitlabError(f"{path}: expected a run's folder, found a file")
     return Run.open(path).denoiser(step=step, ema=ema, device=device)

@@ -6,8 +6,8 @@ import torch
 from ditlab.errors import DitlabError
 from ditlab.interop.original_dit import from_original
 from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.nn.attention import attention_kernel
 from ditlab.nn import embeddings
+from ditlab.nn.attention import attention_kernel
 from ditlab.nn.embeddings import frequencies, sinusoid
 
 
@@ -70,7 +70,6 @@ def test_frequencies_differ_by_the_last_bit_at_most(golden):
 def test_sinusoid(case):
     fixture, _ = case
     close(sinusoid(fixture["in.t"], 256), fixture["out.t_freq"], 1e-6)
-
 
 
 @pytest.mark.usefixtures("same_exp")

@@ -83,7 +83,11 @@ def assert_equal(a: Path, b: Path) -> None:
     for left, right in zip(everything(a), everything(b), strict=True):
         assert left.keys() == right.keys()
         for name in left:
-            same = torch.equal(left[name], right[name]) if isinstance(left[name], torch.Tensor) else left[name] == right[name]
+            same = (
+                torch.equal(left[name], right[name])
+                if isinstance(left[name], torch.Tensor)
+                else left[name] == right[name]
+            )
             assert same, name
     assert lines(a) == lines(b)
 
@@ -225,7 +229,16 @@ def test_two_processes_train_the_same_run(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO.format(here=str(Path(__file__).parent)))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script), str(tmp_path / "two")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            str(script),
+            str(tmp_path / "two"),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -14,7 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.errors import DitlabError
@@ -126,7 +134,7 @@ def counting(console: Console, title: str, *, json_total: int | None = None) -> 
 
 @contextmanager
 def stopping(flag: Any) -> Iterator[None]:
-    """Within the block Ctrl-C (and a cluster's SIGTERM) sets a flag instead of ending the program; a second one ends it."""
+    """Within the block Ctrl-C (or SIGTERM) sets a flag instead of ending the program; a second one ends it."""
 
     def handle(number: int, frame: Any) -> None:
         if flag.set:

@@ -106,9 +106,7 @@ def trajectories(runs: Sequence[Run], labels: Sequence[str]) -> list[Trajectory]
         split = run.record.split
         lines = [line for line in run.log if "psnr_gap" in line]
         if lines:
-            found.append(
-                Trajectory.from_log(label, split.seed, lines, n=split.train, split_family=split.family)
-            )
+            found.append(Trajectory.from_log(label, split.seed, lines, n=split.train, split_family=split.family))
     return found
 
 

@@ -116,7 +116,14 @@ def _table(comparison: PSNRComparison, references: list[PSNRResult]) -> Table:
     for group in comparison.groups:
         std = group.std()
         gap = f"{group.mean():.2f}" + ("" if std is None else f" ± {std:.2f}")
-        row = [group.label, str(group.n), str(len(group.seeds)), f"{group.mean('train'):.2f}", f"{group.mean('test'):.2f}", gap]
+        row = [
+            group.label,
+            str(group.n),
+            str(len(group.seeds)),
+            f"{group.mean('train'):.2f}",
+            f"{group.mean('test'):.2f}",
+            gap,
+        ]
         table.add_row(*row)
     for r in references:
         sign = ">= " if r.bounded else ""

@@ -60,9 +60,10 @@ class Quickstart:
             images = prepare("photos", self.out / f"photos-{self.size}", size=self.size)
         else:
             images = open_images(self.data, self.size, console)
+        side = f"{images.shape[1]}x{images.shape[2]}"
         console.print(
-            f"{len(images)} crops of {images.shape[1]}x{images.shape[2]} pixels in {images.path}; training on {self.n} of "
-            f"them, with global and with local attention, {self.steps} steps each"
+            f"{len(images)} crops of {side} pixels in {images.path}; training on {self.n} of them, with global and with"
+            f" local attention, {self.steps} steps each"
         )
         jobs, labels = [], []
         count = len(self.seeds) * len(PLANS)
@@ -72,7 +73,12 @@ class Quickstart:
                 name = f"{label.split()[0]}-seed{seed}"
                 labels.append(label)
                 jobs.append(
-                    Job(name, self.out / "runs" / name, self.steps, self._words(plan, seed, name, images.path, cores // parallel))
+                    Job(
+                        name,
+                        self.out / "runs" / name,
+                        self.steps,
+                        self._words(plan, seed, name, images.path, cores // parallel),
+                    )
                 )
         train_all(jobs, parallel=parallel, console=console)
         trained = time.monotonic() - begun
@@ -85,11 +91,7 @@ class Quickstart:
             self.out / "report.html",
             console,
             title="Global and local attention on the same photographs",
-            foreword=[
-                f"Two small diffusion transformers were trained on the same {self.n} photograph crops of "
-                f"{images.shape[1]}x{images.shape[2]} pixels for {self.steps:,} steps: one whose tokens attend to all "
-                "others, one whose tokens attend to their 3x3 neighbourhood in every layer."
-            ],
+            foreword=[self._foreword(side)],
             samples=16,
             device=str(device),
             commands=[("everything on this page", self._command())],
@@ -107,12 +109,26 @@ class Quickstart:
             "training_seconds": round(trained, 1),
         }
 
+    def _foreword(self, side: str) -> str:
+        return (
+            f"Two small diffusion transformers were trained on the same {self.n} photograph crops of {side} pixels for "
+            f"{self.steps:,} steps: one whose tokens attend to all others, one whose tokens attend to their 3x3 "
+            "neighbourhood in every layer."
+        )
+
     def _words(self, plan: str, seed: int, name: str, images: Path, threads: int) -> tuple[str, ...]:
         every = max(self.steps // 20, 1)
         words = ["train", self.preset, "--data", str(images), "--n", str(self.n), "--seed", str(seed)]
         words += ["--network.attention", plan, "--training.steps", str(self.steps), "--training.lr", str(self.lr)]
         words += ["--training.eval-every", str(every), "--training.save-every", str(every)]
-        words += ["--evaluation.images", "50", "--out", str(self.out / "runs" / name), "--threads", str(max(threads, 1))]
+        words += [
+            "--evaluation.images",
+            "50",
+            "--out",
+            str(self.out / "runs" / name),
+            "--threads",
+            str(max(threads, 1)),
+        ]
         return tuple(words if self.device is None else [*words, "--device", self.device])
 
     def _command(self) -> str:

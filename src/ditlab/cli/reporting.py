@@ -18,6 +18,11 @@ from ditlab.config import flat
 from ditlab.data.pixels import to_uint8
 from ditlab.run import Run
 
+_CURVES = (
+    "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser knows "
+    "nothing but the training images (the limit of memorization); the Wiener denoiser knows their mean and covariance."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Material:
@@ -65,14 +70,13 @@ def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[st
         found["samples"] = (
             lambda theme: sample_grid(rows, columns=min(16, len(rows[0][1])), theme=theme),
             "Rows of images: " + "; ".join(caption for caption, _ in rows) + ".",
-            "Samples of each run from equal noise" + ("." if material.hide_training_images else ", and training images."),
+            "Samples of each run from equal noise"
+            + ("." if material.hide_training_images else ", and training images."),
         )
     found["psnr-curves"] = (
         lambda theme: psnr_curves(comparison, material.references, slots=slots, theme=theme),
         f"Curves of train and test PSNR by diffusion step for {names}, with the gap below.",
-        "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser "
-        "knows nothing but the training images (the limit of memorization); the Wiener denoiser knows their mean and "
-        "covariance only.",
+        _CURVES,
     )
     found["gap-bars"] = (
         lambda theme: gap_bars(comparison, slots=slots, theme=theme),
@@ -154,4 +158,3 @@ def save_report(material: Material, path: Path, *, title: str, foreword: Sequenc
     )
     save_page(data, path)
     return sentences
-

@@ -37,7 +37,7 @@ class Sample:
     sampler: Literal["run", "ddpm", "ddim", "heun"] = "run"
     """The sampler; run: the one in the run's config."""
     steps: str | None = None
-    """Steps of the sampler: a count, for DDPM and DDIM also ddim50 or 10,15,20; the sampler's default where not given."""
+    """Steps of the sampler: a count, for DDPM and DDIM also ddim50 or 10,15,20; its default if not given."""
     labels: tuple[int, ...] | None = None
     """Classes to draw, one after another, for a class-conditional run; all of them in turn where not given."""
     seed: int = 0
@@ -69,7 +69,9 @@ class Sample:
         name = f"{checkpoint.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
         out = self.out if self.out is not None else run.path / "samples" / name
         with counting(console, "sampling") as progress:
-            images = draw(denoiser, config, self.count, seed=self.seed, batch=self.batch, label=label, progress=progress)
+            images = draw(
+                denoiser, config, self.count, seed=self.seed, batch=self.batch, label=label, progress=progress
+            )
         about = {
             "run": run.name,
             "step": checkpoint.step,
@@ -106,7 +108,11 @@ def sampler_config(run: Run, sampler: str = "run", steps: str | None = None) -> 
         sampler: run, ddpm, ddim or heun.
         steps: its steps, or None for its default.
     """
-    config = run.config.sampler if sampler == "run" else {"ddpm": DDPMConfig, "ddim": DDIMConfig, "heun": HeunConfig}[sampler]()
+    config = (
+        run.config.sampler
+        if sampler == "run"
+        else {"ddpm": DDPMConfig, "ddim": DDIMConfig, "heun": HeunConfig}[sampler]()
+    )
     if steps is None:
         return config
     if isinstance(config, HeunConfig):
@@ -148,7 +154,9 @@ def write_samples(out: Path, images: np.ndarray, about: dict[str, Any], label: t
         (folder / "images").mkdir()
         for number, image in enumerate(images):
             pixels = image.transpose(1, 2, 0)
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / "images" / f"{number:06d}.png")
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
+                folder / "images" / f"{number:06d}.png"
+            )
         arrays = {"arr_0": images.transpose(0, 2, 3, 1)}
         if label is not None:
             arrays["arr_1"] = label.numpy()

@@ -77,7 +77,9 @@ class Train:
         elif words and words[0] in ("-h", "--help"):
             recipe = preset("dit-xs/1")
         else:
-            raise DitlabError(f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}")
+            raise DitlabError(
+                f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}"
+            )
         default = Train(
             preset=recipe.preset,
             network=recipe.network,
@@ -135,12 +137,9 @@ class Train:
         config = self.settings(images.shape, images.num_classes)
         out = self._out(config)
         with processes(self.device) as here:
-            if here.first:
-                run = start(out, config, images, device=here.device, command=command_line("train"))
-            here.wait()
-            if not here.first:
-                run = Run.open(out, images.path)
-            return _train(run, here, console)  # pyright: ignore[reportPossiblyUnbound]
+            run = start(out, config, images, device=here.device, command=command_line("train")) if here.first else None
+            here.wait()  # the others read what the first one wrote
+            return _train(run or Run.open(out, images.path), here, console)
 
 
 def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:

@@ -17,7 +17,7 @@ NETWORKS: dict[type, type[nn.Module]] = {DiTConfig: DiT, BFCNNConfig: BFCNN}
 
 
 def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
-    """A network with the initial weights that belong to a seed, on the CPU, without disturbing torch's own generator."""
+    """A network on the CPU with the initial weights of a seed; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "weights"))
         return NETWORKS[type(config)](config)

@@ -26,7 +26,7 @@ def frequencies(count: int, max_period: float = 10_000.0) -> Float[Tensor, " k"]
 def sinusoid(t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0) -> Float[Tensor, "b w"]:
     """Sinusoids of a time step at geometrically spaced frequencies: cosines first, then sines.
 
-    With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k), f_k = max_period^(-k/half).
+    With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k); f_k as in `frequencies`.
     Computed in float32 whatever the dtype of `t`, as the originals do.
 
     Args:

@@ -3,8 +3,8 @@
     checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 A checkpoint is written into a hidden folder beside its final place, flushed to the disk and renamed
-(`ditlab.data.atomic`): a process that is killed at any moment leaves the older checkpoints as they were. `state.json` lists the size and SHA-256 of the other files, so a damaged checkpoint
-is recognised. Nothing is pickled.
+(`ditlab.data.atomic`): a process that is killed at any moment leaves the older checkpoints as they were. `state.json`
+lists the size and SHA-256 of the other files, so a damaged checkpoint is recognised. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -194,7 +194,9 @@ class CheckpointStore:
             if not file.is_file():
                 raise DitlabError(f"{file}: expected {expected['bytes']} bytes, found nothing")
             if file.stat().st_size != expected["bytes"]:
-                raise DitlabError(f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size} (truncated?)")
+                raise DitlabError(
+                    f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size} (truncated?)"
+                )
             if _digest(file) != expected["sha256"]:
                 raise DitlabError(f"{file}: its SHA-256 is not the one in state.json; the file was changed or damaged")
         return Checkpoint(
@@ -295,12 +297,12 @@ def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: 
             nested.setdefault(name, {})[slot] = value
     # JSON has no tuples; AdamW wants its betas as one.
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state["param_groups"]]
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(network, optimizer, {"state": nested, "param_groups": groups}, options=options)
+    whole: dict[str, Any] = {"state": nested, "param_groups": groups}
+    set_optimizer_state_dict(network, optimizer, whole, options=StateDictOptions(full_state_dict=True))
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         near = next(p for p in [folder, *folder.parents] if p.exists())
         free = shutil.disk_usage(near).free
         return f"the disk is full ({free / 2**20:.0f} MiB free); earlier checkpoints are as they were"

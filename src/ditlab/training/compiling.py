@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 LONG_RUN = 5_000
-"""Steps from which `auto` compiles on the CPU: compiling takes 15-90 seconds there and saves about a tenth of a step."""
+"""Steps from which `auto` compiles on the CPU: compiling takes 15-90 seconds and saves about a tenth of a step."""
 WIDE = 192
 """Width from which `auto` compiles on the CPU; narrower networks gained nothing in our measurements."""
 

@@ -44,7 +44,7 @@ class EMA:
         """Moves the average towards the network's weights after optimizer step number `step` (the first is 1)."""
         state = network.state_dict()
         averaged = [name for name, value in self.weights.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [self.weights[name] for name in averaged],
             [state[name].detach().float() for name in averaged],
             1.0 - ema_decay(step, self.decay),

@@ -142,7 +142,7 @@ class StopFlag:
 
 
 def image_order(seed: int, step: int, batch: int, train: np.ndarray) -> np.ndarray:
-    """The indices of the images of one step: a seeded permutation of the train images, one after another, epoch by epoch.
+    """The indices of the images of one step: seeded permutations of the train images, epoch after epoch.
 
     Args:
         seed: the run's seed.
