@@ -32,13 +32,13 @@ class Quickstart:
 
     out: Path = Path("quickstart")
     """The folder of the image set, the runs and the report."""
-    n: int = 50
+    n: int = 30
     """Number of training crops."""
     size: int = 8
     """Side of a crop in pixels."""
     preset: str = "dit-nano/1"
     """The recipe of both runs."""
-    steps: int = 5000
+    steps: int = 4000
     """Training steps of each run."""
     lr: float = 2e-3
     """Learning rate: higher than usual, so that a short run memorizes visibly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,7 +147,7 @@ def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
     training = run.config.training
     if not here.first:
         flag = StopFlag()
-        with stopping(flag):
+        with stopping(flag), suppress(Interrupted):  # the first process says where to go on
             train_run(run, here, stop=flag)
         return {}
     done = run.checkpoints.steps()

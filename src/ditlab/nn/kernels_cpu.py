@@ -31,6 +31,8 @@ Engine = Literal["flash", "plain"]
 
 # Bytes of scores in flight per thread. Measured: 1/4 to 2 MiB differ by a few per cent.
 _CACHE = 1 << 20
+# Bytes of a float32 sum over some images' keys: beyond, memory comes fresh from the system, page by page, at every call.
+_ROOM = 3 << 23
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -90,8 +92,9 @@ def tiles_of(pattern: Global | Window, grid: Grid, tile: Grid, extra: int, dtype
     columns = [_reach(pattern, start, tile[1], grid[1]) for start in range(0, grid[1], tile[1])]
     masks: dict[tuple, Tensor | None] = {}
     tiles = []
-    for row_range, key_rows, row_mask in rows:
-        for column_range, key_columns, column_mask in columns:
+    # Down the columns: the keys that neighbours share then stay in the cache however wide the grid is.
+    for column_range, key_columns, column_mask in columns:
+        for row_range, key_rows, row_mask in rows:
             rule = (*_content(row_mask), *_content(column_mask))
             if rule not in masks:
                 masks[rule] = _additive(row_mask, column_mask, extra, dtype)
@@ -189,12 +192,13 @@ class _Job(NamedTuple):
         largest = max(t.shape[0] * t.shape[1] * (t.key_shape[0] * t.key_shape[1] + extra) for t in tiles)
         return _Job((rows, columns), (*tiles, None) if extra else tiles, how.engine, largest)
 
-    def images(self, q: Tensor) -> Iterator[slice]:
+    def images(self, q: Tensor, sums: bool = False) -> Iterator[slice]:
         """Ranges of images that are worked on together: what the cache holds, but enough for all threads."""
         images, heads = q.shape[:2]
         threads = torch.get_num_threads()
         if self.engine == "plain":
-            step = max(1, _CACHE * threads // (self.largest * heads * q.element_size()))
+            in_cache = _CACHE * threads // (self.largest * heads * q.element_size())
+            step = max(1, min(in_cache, _ROOM // (4 * q[0].numel())) if sums else in_cache)
         else:
             # torch's kernel shares out image by image and head by head, and needs little room for each.
             step = -(-4 * threads // heads)
@@ -298,7 +302,7 @@ def tiled_attention_backward(
     job = _Job.of(q, grid, window, shift, backward)
     scale = q.shape[-1] ** -0.5
     dq, dk, dv = _like_tokens(q), _like_tokens(q), _like_tokens(q)
-    for part in job.images(q):
+    for part in job.images(q, sums=True):
         grad_, q_ = (_Tokens(x[part], job.grid) for x in (grad, q))
         k_, v_ = (_Tokens(job.together(x[part]), job.grid) for x in (k, v))
         dq_ = _Tokens(dq[part], job.grid)

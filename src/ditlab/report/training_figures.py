@@ -140,10 +140,14 @@ def matched_psnr(
 
 
 def _opening(trajectory: Trajectory) -> float:
-    """Train PSNR of the last point before the gap exceeds a twentieth of its greatest value."""
+    """Train PSNR of the first point of interest: where the gap opens, or else the last few dB before the end."""
     threshold = max(trajectory.gap) / 20
     first = next((i for i, gap in enumerate(trajectory.gap) if gap > threshold), 0)
-    return trajectory.train[max(first - 1, 0)]
+    return max(trajectory.train[max(first - 1, 0)], max(trajectory.train) - _LAST_DB)
+
+
+_LAST_DB = 5.0
+"""How much of the way up, in dB of train PSNR, the matched figure shows at most."""
 
 
 def _mark_matches(axes: Axes, comparison: MatchedComparison, theme: Theme) -> None:
@@ -191,7 +195,7 @@ def loss_curves(
         handles = [Line2D([], [], color=theme.run(slots[label]), label=label) for label in logs]
         names = {"loss": "batches", "train_loss": "train images", "test_loss": "test images"}
         handles += [Line2D([], [], color=theme.ink, label=names[key], **style) for key, style in _LOSSES.items()]
-        figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)))
+        figure.legend(handles=handles, loc="outside lower left", ncols=3)
     return figure
 
 
