@@ -34,14 +34,14 @@ from ditlab.nn.policy import Choice, choose_kernel, strips_way
 
 Kernel = Literal["auto", "math", "sdpa", "strips", "flex"]
 
-_active: Kernel = "auto"
+_active: str = "auto"
 _masks: dict[tuple[Pattern, Grid, int, torch.device, torch.dtype], Tensor] = {}
 _said: set[str] = set()
 _log = logging.getLogger("ditlab")
 
 
 @contextmanager
-def attention_kernel(name: Kernel) -> Iterator[None]:
+def attention_kernel(name: str) -> Iterator[None]:
     """Within it, attention is computed by the kernel of this name (process-wide; a compiled network recompiles).
 
     Analyses that need forward-mode or second derivatives, or `torch.func.vmap`, say `with attention_kernel("math"):`.
@@ -72,7 +72,7 @@ def attend(
     *,
     bias: Float[Tensor, "heads n n"] | None = None,
     extra: int = 0,
-    kernel: Kernel | None = None,
+    kernel: str | None = None,
 ) -> Float[Tensor, "b heads n d"]:
     """Attention of each query over the keys that the pattern lets it see, scaled by `head_dim ** -0.5`.
 
@@ -163,7 +163,7 @@ def attend_sdpa(
 
 
 def _resolve(
-    name: Kernel,
+    name: str,
     pattern: Pattern,
     grid: Grid,
     device: str,
@@ -213,7 +213,7 @@ def _window_of(pattern: Pattern, grid: Grid) -> tuple[int, bool]:
     return 0, False
 
 
-def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: Kernel) -> Tensor:
+def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: str) -> Tensor:
     """A partition that fits the grid: each of its windows is an image of its own under global attention."""
     batch, heads, tokens, width = q.shape
     down, across = grid[0] // size, grid[1] // size

@@ -31,7 +31,7 @@ Engine = Literal["flash", "plain"]
 
 # Bytes of scores in flight per thread. Measured: 1/4 to 2 MiB differ by a few per cent.
 _CACHE = 1 << 20
-# Bytes of a float32 sum over some images' keys: beyond, memory comes fresh from the system, page by page, at every call.
+# Bytes of a float32 sum over some images' keys: larger blocks come fresh from the system, page by page, at every call.
 _ROOM = 3 << 23
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

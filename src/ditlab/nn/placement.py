@@ -30,7 +30,7 @@ NAMED_WINDOWS = MappingProxyType(
 
 
 def placement(
-    windows: tuple[int, ...], depth: int, scheme: Scheme = "head", border: Border = "clip"
+    windows: tuple[int, ...], depth: int, scheme: str = "head", border: Border = "clip"
 ) -> tuple[Pattern, ...]:
     """The patterns of a network's layers, first layer first: the windows in their order, global attention elsewhere.
 
@@ -87,7 +87,7 @@ def parse_plan(plan: str, depth: int, border: Border = "clip") -> tuple[Pattern,
     body, at, scheme = (part.strip() for part in plan.partition("@"))
     if at and scheme not in get_args(Scheme):
         raise unknown_name("placement", scheme, get_args(Scheme))
-    place: Scheme = scheme if at else "head"  # pyright: ignore[reportAssignmentType]
+    place = scheme if at else "head"
     if body in NAMED_WINDOWS:
         return placement(NAMED_WINDOWS[body], depth, place, border)
     sizes = [size for entry in body.split(",") for size in _entry(entry.strip(), plan)]

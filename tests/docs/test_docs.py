@@ -1,0 +1,154 @@
+"""Commands and Python of the README and the docs run as they stand, page by page, in order, in an empty folder."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditlab import cli
+from ditlab.config import PRESETS
+from ditlab.networks.dit import DiT
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {("denoisers.md", "python"), ("samplers.md", "python"), ("data.md", "sh")}
+"""Blocks that tests/diffusion/test_diffusion_docs.py and tests/cli/test_cli_data.py run."""
+BEFORE = {"data.md": "ditlab data prepare photos sets/photos --size 16"}
+"""What a page's Python needs of its commands where those run elsewhere."""
+SLOW = {"cli.md"}
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    text: str
+    reason: str
+    """Why it is not run; empty where it is."""
+
+    @property
+    def commands(self) -> list[list[str]]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def blocks(page: Path) -> list[Block]:
+    pattern = r"^(?:<!-- not run: (.*?) -->\n+)?^```(\w+)\n(.*?)^```$"
+    found = re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(kind, text, reason) for reason, kind, text in found if (page.name, kind) not in ELSEWHERE]
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[object, str]:
+    """Exit status and standard error of one `ditlab` command line."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main(words[1:])
+    return end.value.code, capsys.readouterr().err
+
+
+def check(words: list[str]) -> None:
+    """A command that is not run here: its flags, its make target or its file must exist."""
+    if words[0] == "torchrun":
+        words = words[words.index("ditlab") :]
+    if words[0] == "ditlab":
+        verb, rest = cli._verb(words[1:])
+        cli._parse(cli._load(verb), verb, rest)
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        assert words[0] == "pip", f"what should be checked of {words}?"
+
+
+def runnable(page: Path) -> bool:
+    return any(block.kind in ("sh", "python", "console") for block in blocks(page))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in SLOW else []) for p in PAGES if runnable(p)],
+)
+def test_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if page.name in BEFORE:
+        assert run(shlex.split(BEFORE[page.name]), capsys, monkeypatch)[0] == 0
+    names: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.kind == "sh":
+            for words in block.commands:
+                if block.reason or words[0] != "ditlab":
+                    check(words)
+                else:
+                    status, said = run(words, capsys, monkeypatch)
+                    assert status == 0, f"{shlex.join(words)}: {said}"
+        elif block.kind == "python" and not block.reason:
+            exec(compile(block.text, page.name, "exec"), names)
+        elif block.kind == "console":
+            for command, *expected in (part.splitlines() for part in block.text.split("$ ")[1:]):
+                status, said = run(shlex.split(command), capsys, monkeypatch)
+                assert (status, said.splitlines()) == (2, expected), command
+
+
+def test_every_page_is_in_the_navigation():
+    nav = re.findall(r"^  - .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_pages_outside_the_site(page):
+    # mkdocs checks those of the site.
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_presets():
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:6] == "| `dit"]
+    assert {row[0] for row in rows} == {name for name in PRESETS if not name.endswith("-edm")}
+    for name, parameters, shape, tokens, steps, batch, lr in rows:
+        network, training = PRESETS[name].network, PRESETS[name].training
+        with torch.device("meta"):
+            count = sum(p.numel() for p in DiT(network).parameters())
+        rows_, columns = network.grid
+        assert [f"{count / 1e6:.2f} M", f"{network.depth} x {network.width} x {network.heads}"] == [parameters, shape]
+        assert [f"{rows_ * columns}", f"{training.steps:,}"] == [tokens, steps]
+        assert [f"{training.batch_size}", f"{training.lr:g}"] == [batch, lr]
+
+
+def test_the_table_of_verbs():
+    table = re.findall(r"^\| `ditlab ([a-z -]+?)(?: [A-Z.]+)*` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(cli.VERBS)
+
+
+def test_the_order_of_imports():
+    line = re.search(r"^errors, randomness < .*$", (ROOT / "docs" / "contributing.md").read_text(), re.MULTILINE)
+    assert line is not None
+    order = [{part.strip() for part in step.split(",")} for step in line[0].split("<")]
+    place = {part: index for index, step in enumerate(order) for part in step}
+    package = ROOT / "src" / "ditlab"
+    parts = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert parts - {"__init__", "__main__"} == place.keys()
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if part not in place:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: relative import"
+                modules = [node.module or ""]
+            else:
+                modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                top, _, rest = module.partition(".")
+                other = rest.partition(".")[0]
+                if top != "ditlab" or not other or other == part:
+                    continue
+                assert place[other] < place[part], f"{path} imports {module}"
+                assert (part, other) != ("analysis", "networks"), f"{path}: analyses see denoisers, never networks"

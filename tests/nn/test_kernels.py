@@ -1,0 +1,238 @@
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditlab.errors import DitlabError
+from ditlab.nn import kernels
+from ditlab.nn.kernels import attend, attention_kernel, attention_weights
+from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.patterns import Global, Partition, Window
+
+KERNELS = ("auto", "sdpa", "strips")
+# Largest error allowed, relative to the largest value: a few units in the last place of the dtype.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+patterns = st.one_of(
+    st.just(Global()),
+    st.builds(Window, st.integers(0, 5).map(lambda r: 2 * r + 1), st.sampled_from(["clip", "shift"])),
+    st.builds(Partition, st.integers(1, 4)),
+)
+grids = st.tuples(st.integers(1, 9), st.integers(1, 19))
+
+
+def tensors(grid, dtype, *, extra=0, images=2, heads=2, width=8, seed=0):
+    """q, k, v and a gradient, strided as the layer's are."""
+    tokens = grid[0] * grid[1] + extra
+    packed = torch.randn(images, tokens, 4, heads, width, generator=torch.Generator().manual_seed(seed))
+    return packed.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def output_and_gradients(q, k, v, grad, pattern, grid, kernel, **options):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v, pattern, grid, kernel=kernel, **options)
+    assert out.dtype == q.dtype
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def in_float64(q, k, v, grad, pattern, grid, **options):
+    """The reference's."""
+    return output_and_gradients(q.double(), k.double(), v.double(), grad.double(), pattern, grid, "math", **options)
+
+
+def assert_close(found, expected, dtype):
+    for ours, reference in zip(found, expected, strict=True):
+        scale = max(1.0, reference.abs().max().item())
+        assert (ours.double() - reference.double()).abs().max() <= TOLERANCE[dtype] * scale
+
+
+def assert_equals_math(pattern, grid, kernel, dtype, **options):
+    extra = options.get("extra", 0)
+    q, k, v, grad = tensors(grid, dtype, extra=extra, width=options.pop("width", 8))
+    expected = in_float64(q, k, v, grad, pattern, grid, **options)
+    assert_close(output_and_gradients(q, k, v, grad, pattern, grid, kernel, **options), expected, dtype)
+    with torch.no_grad():
+        forward = attend(q, k, v, pattern, grid, kernel=kernel, **options)
+    assert_close([forward], expected[:1], dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    patterns,
+    grids,
+    st.sampled_from(KERNELS),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 3]),
+    st.sampled_from([7, 8]),
+)
+def test_every_kernel_equals_math(pattern, grid, kernel, dtype, extra, width):
+    assert_equals_math(pattern, grid, kernel, dtype, extra=extra, width=width)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(st.just(Global()), st.builds(Window, st.sampled_from([3, 5, 9]), st.sampled_from(["clip", "shift"]))),
+    st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    st.sampled_from(["flash:2:3", "flash:4:99", "plain:2:3", "plain:4:99", "plain:99:99"]),
+    st.sampled_from(["flash:2:3", "plain:3:4"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 2]),
+)
+def test_every_way_of_tiling_equals_math(pattern, grid, forward, backward, dtype, extra):
+    if forward.startswith("plain"):
+        backward = backward.replace("flash", "plain")
+    q, k, v, grad = tensors(grid, dtype, extra=extra, width=7)
+    expected = in_float64(q, k, v, grad, pattern, grid, extra=extra)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
+    out = tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
+    assert_close([out.detach(), *torch.autograd.grad(out, (q, k, v), grad)], expected, dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [63, 64])
+def test_the_sizes_of_xs_and_s_equal_math(kernel, dtype, width):
+    assert_equals_math(Window(7), (20, 20), kernel, dtype, width=width)
+    assert_equals_math(Global(), (16, 16), kernel, dtype, width=width)
+
+
+@pytest.mark.parametrize("kernel", ["math", *KERNELS])
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize(("border", "original"), [("clip", "clipped"), ("shift", "natten")])
+def test_outputs_equal_the_golden_ones(golden, kernel, size, border, original):
+    fixture = golden("08_local_attention")
+    q, k, v = (fixture[f"in.{name}"] for name in "qkv")
+    expected = fixture[f"out64.{original}.w{size}"]
+    out = attend(q, k, v, Window(size, border), (8, 8), kernel=kernel)
+    assert (out - expected).abs().max() < 2e-6
+    if kernel == "math":
+        wide = attend(q.double(), k.double(), v.double(), Window(size, border), (8, 8), kernel=kernel)
+        assert (wide - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kernel", ["math", *KERNELS])
+def test_gradients_and_full_attention_equal_the_golden_ones(golden, kernel):
+    fixture = golden("08_local_attention")
+    q, k, v, r = (fixture[f"in.{name}"] for name in "qkvr")
+    found = output_and_gradients(q, k, v, r, Window(5, "shift"), (8, 8), kernel)[1:]
+    for name, grad in zip("qkv", found, strict=True):
+        assert (grad - fixture[f"out.natten.w5.grad_{name}"]).abs().max() < 2e-6
+    assert (attend(q, k, v, Global(), (8, 8), kernel=kernel) - fixture["out64.full"]).abs().max() < 2e-6
+
+
+def test_weights_equal_nattens(golden):
+    fixture = golden("08_local_attention")
+    weights = attention_weights(fixture["in.q"], fixture["in.k"], Window(3, "shift"), (8, 8))[0, 0]
+    seen = fixture["mask.natten.w3"]
+    assert (weights[seen].view(64, 9) - fixture["out.natten_weights.w3"]).abs().max() < 1e-6
+    assert (weights[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "strips"])
+@pytest.mark.parametrize("pattern", [Global(), Window(3), Partition(2)])
+def test_bias_is_added_and_gets_its_gradient(kernel, pattern):
+    grid, extra = (4, 6), 2
+    q, k, v, grad = tensors(grid, torch.float32, extra=extra)
+    bias = torch.randn(2, 26, 26, generator=torch.Generator().manual_seed(1))
+    found = []
+    for name in ("math", kernel):
+        leaf = bias.clone().requires_grad_()
+        out = attend(q, k, v, pattern, grid, bias=leaf, extra=extra, kernel=name)
+        found.append([out.detach(), torch.autograd.grad(out, leaf, grad)[0]])
+    assert_close(found[1], found[0], torch.float32)
+
+
+def test_math_is_differentiable_twice_and_forward():
+    grid = (2, 3)
+    q, k, v, _ = (x.double().requires_grad_() for x in tensors(grid, torch.float64, images=1, heads=1, width=2))
+
+    def run(q, k, v):
+        return attend(q, k, v, Window(3), grid, kernel="math")
+
+    assert torch.autograd.gradgradcheck(run, (q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_math_takes_functional_transforms():
+    grid = (3, 4)
+    q, k, v, tangent = tensors(grid, torch.float64, images=1)
+
+    def run(q):
+        return attend(q, k, v, Window(3), grid, kernel="math")
+
+    step = 1e-6
+    by_difference = (run(q + step * tangent) - run(q - step * tangent)) / (2 * step)
+    assert (torch.func.jvp(run, (q,), (tangent,))[1] - by_difference).abs().max() < 1e-8
+    pulled = torch.func.vmap(torch.func.vjp(run, q)[1])(torch.stack([tangent, 2 * tangent]))[0]
+    assert (pulled[1] - 2 * pulled[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("way", ["plain:2:3", "flash:2:3"])
+def test_the_operator_is_well_registered(way):
+    q, k, v = (x.detach().requires_grad_() for x in tensors((4, 5), torch.float32)[:3])
+    torch.library.opcheck(
+        tiled_attention,
+        (q, k, v, [4, 5], 3, False, way, way),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_merging_the_heads_copies_nothing():
+    q, k, v, _ = tensors((6, 6), torch.float32)
+    out = attend(q, k, v, Window(3), (6, 6), kernel="strips")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_mixed_dtypes_follow_the_queries():
+    q, k, v, _ = tensors((4, 4), torch.float32)
+    for kernel in ("math", *KERNELS):
+        assert attend(q.bfloat16(), k, v, Window(3), (4, 4), kernel=kernel).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_work(dtype):
+    q, k, v, _ = (x.to(dtype) for x in tensors((5, 5), torch.float64))
+    out = attend(q, k, v, Window(3), (5, 5))
+    assert (
+        out.double() - attend(q.double(), k.double(), v.double(), Window(3), (5, 5), kernel="math")
+    ).abs().max() < 5e-3
+
+
+def test_the_context_sets_and_restores_the_kernel(monkeypatch):
+    q, k, v, _ = tensors((4, 4), torch.float32)
+    calls = []
+    monkeypatch.setattr(kernels, "attend_math", lambda *a, **o: calls.append("math") or a[0])
+    with attention_kernel("math"):
+        attend(q, k, v, Window(3), (4, 4))
+        with attention_kernel("sdpa"):
+            attend(q, k, v, Window(3), (4, 4))
+    attend(q, k, v, Window(3), (4, 4))
+    assert calls == ["math"]
+
+
+def test_unknown_kernels_name_the_near_ones():
+    q, k, v, _ = tensors((2, 2), torch.float32)
+    with pytest.raises(DitlabError, match="nearest: strips"):
+        attend(q, k, v, Global(), (2, 2), kernel="strip")
+    with pytest.raises(DitlabError, match="unknown attention kernel"), attention_kernel("x"):
+        pass
+
+
+def test_a_wrong_number_of_tokens_is_said():
+    q, k, v, _ = tensors((2, 3), torch.float32)
+    with pytest.raises(DitlabError, match=r"expected 2x3 \+ 1 = 7 tokens, found 6"):
+        attend(q, k, v, Global(), (2, 3), extra=1)
+
+
+def test_a_fallback_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "_said", set())
+    q, k, v, _ = (x.requires_grad_() for x in tensors((4, 4), torch.float32))
+    with caplog.at_level(logging.WARNING, "ditlab"):
+        for _ in range(2):
+            attend(q, k, v, Window(3), (4, 4), kernel="strips", bias=torch.zeros(2, 16, 16))
+            attend(q, k, v, Window(3), (4, 4), kernel="flex")
+    assert len(caplog.messages) == 2
+    assert all("sdpa" in message for message in caplog.messages)
