@@ -3,6 +3,8 @@
 Prints the time of `auto` and of its alternatives as a fraction of torch's full `scaled_dot_product_attention` of the
 same shape, dtype and head dim, measured in the same process: rounds in which each candidate runs once, their medians.
 On one CPU thread the time is the thread's own CPU time, so that other processes disturb less; otherwise wall time.
+Freed memory stays with the process, as it mostly does in training: else a result of some megabytes comes from the
+system page by page in every call, which at 64 x 64 tokens is 13 % of the time and no part of the question.
 
     python benchmarks/local_attention.py                # windows, scaling, global attention, small grids: 10 minutes
     python benchmarks/local_attention.py --parts windows --dtypes bfloat16 --ways plain:8:8 flash:4:32
@@ -15,6 +17,7 @@ several implementations at head dim 64, as the same ratio.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -195,6 +198,15 @@ def scaling(dtypes: list[torch.dtype], batch: int, timer: Timer) -> list[Row]:
     return rows
 
 
+def keep_memory() -> bool:
+    """Tells the C library to give no freed memory back to the system; whether it could be told."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    library = ctypes.CDLL(None)
+    return all(library.mallopt(option, 1 << 30) for option in (trim_threshold, mmap_threshold))
+
+
 def show(row: Row) -> None:
     """One line."""
     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row.ratios.items())
@@ -226,6 +238,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else torch.cpu.get_capabilities()["cpu_name"],
         "class": device.type if device.type == "cuda" else processor(),
         "threads": asked.threads,
+        "freed memory": "kept" if keep_memory() else "given back",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "clock": f"{timer.what}, medians of {asked.rounds} interleaved rounds",

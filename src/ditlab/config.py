@@ -241,6 +241,8 @@ def from_json(kind: type, values: Any, where: str) -> Any:
     """
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
+    except DitlabError as error:
+        raise DitlabError(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         # The tag of a union's member stands in the location; the key in the file has no such step.

@@ -1,7 +1,8 @@
 """The one error that a user's input can cause.
 
 A `DitlabError` carries one sentence: where, what was expected, what was found. The command line prints that sentence
-and exits with status 2; nothing else of ditlab is caught there, so a traceback always means a defect.
+and exits with status 2. Of all else only a disk that is full or may not be written is caught there, so a traceback
+always means a defect.
 """
 
 from __future__ import annotations

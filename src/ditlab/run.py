@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +46,10 @@ RESUMABLE = frozenset({"training.steps", "training.keep", "training.keep_every",
 """Settings that may change when a run goes on: they do not change any step that was already made."""
 
 
+_UNFINISHED = "config.json.tmp"
+"""What a kill while config.json was first written leaves: a folder with nothing else in it is still to be a run's."""
+
+
 class Run:
     """One run's folder, opened for reading."""
 
@@ -63,9 +69,10 @@ class Run:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise DitlabError(
-                f"run {folder}: expected a run's folder, found {'a file' if folder.exists() else 'nothing'}"
-            )
+            found = "a file" if folder.exists() else "nothing"
+            if folder.is_file() and folder.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
+                found = "a pickle, which could run code and is not opened"
+            raise DitlabError(f"run {folder}: expected a run's folder, found {found}")
         return Run(folder, read_record(folder / "config.json"), None if data is None else Path(data))
 
     @property
@@ -91,9 +98,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was made and saved."""
+        """Whether the last step was made, and saved in a checkpoint that is whole."""
         steps = self.checkpoints.steps()
-        return bool(steps) and steps[-1] >= self.config.training.steps
+        if not steps or steps[-1] < self.config.training.steps:
+            return False
+        try:
+            self.checkpoints.load(steps[-1])
+        except DitlabError:
+            return False
+        return True
 
     @cached_property
     def images(self) -> ImageSet:
@@ -235,17 +248,35 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
             raise DitlabError(f"run {path}: it was started on other images; give another --out, or the same image set")
         if not changed:
             return Run(path, found.record, images.path)
+        done = found.checkpoints.steps()
+        if done and config.training.steps < done[-1]:
+            raise DitlabError(
+                f"run {path}: it has already made {done[-1]} steps, now training.steps = {config.training.steps} is "
+                "asked for; give another --out, or at least as many steps"
+            )
         record = replace(found.record, config=config)
-    elif path.exists() and any(path.iterdir()):
+    elif path.is_file():
+        raise DitlabError(f"run {path}: expected a new folder or a run's, found a file")
+    elif path.is_dir() and any(child.name != _UNFINISHED for child in path.iterdir()):
         raise DitlabError(f"run {path}: the folder exists and is not a run; give another --out")
+    _write_record(path, record)
+    return Run(path, record, images.path)
+
+
+def _write_record(path: Path, record: RunRecord) -> None:
+    """Writes config.json, whole or not at all; a folder that was made for it goes again where it cannot be written."""
+    made = not path.exists()
+    beside = path / _UNFINISHED
     try:
         path.mkdir(parents=True, exist_ok=True)
-        beside = path / "config.json.tmp"
         beside.write_text(json.dumps(to_json(record), indent=1) + "\n")
         beside.replace(path / "config.json")
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+            if made:
+                path.rmdir()
         raise DitlabError(f"run {path}: its folder could not be written: {error.strerror}") from None
-    return Run(path, record, images.path)
 
 
 def train_run(
@@ -353,6 +384,9 @@ def load(
         >>> denoiser = ditlab.load("runs/global")  # doctest: +SKIP
         >>> x0 = denoiser(y, sigma=0.3)  # doctest: +SKIP
 
+    Warns:
+        UserWarning: a damaged checkpoint was passed over for an older one.
+
     Raises:
         DitlabError: for anything that is not a run with a whole checkpoint.
     """
@@ -363,10 +397,8 @@ def load(
     path = Path(reference)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
-    if path.is_file():
-        if path.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
-            raise DitlabError(
-                f"{path}: expected a run's folder, found a pickle, which could run code and is not opened"
-            )
-        raise DitlabError(f"{path}: expected a run's folder, found a file")
-    return Run.open(path).denoiser(step=step, ema=ema, device=device)
+
+    def say(sentence: str) -> None:
+        warnings.warn(sentence, stacklevel=2)
+
+    return Run.open(path).denoiser(step=step, ema=ema, device=device, say=say)

@@ -6,6 +6,7 @@ Every verb is a frozen dataclass in a module of its own: its fields are the flag
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 
 import ditlab
 from ditlab.errors import DitlabError, unknown_name
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""What a disk answers to a place that cannot be written: bad input like any other, wherever it comes up."""
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart:Quickstart", "train two denoisers on real photographs and compare them, in ten minutes"),
@@ -90,7 +94,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         # The reader of a pipe (head, say) has gone; nothing is wrong. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    if as_json:
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"ditlab: {error.filename or 'a file'}: could not be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    if as_json and result:  # of several processes only the first has something to say
         print(json.dumps(result, indent=1))
     sys.exit(0)
 

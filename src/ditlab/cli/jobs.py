@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -110,7 +111,7 @@ def _end(running: Sequence[tuple[Job, subprocess.Popen[bytes]]]) -> None:
         process.wait()
 
 
-def _last(job: Job) -> dict[str, float]:
+def _last(job: Job) -> dict[str, Any]:
     lines = read_log(job.folder / "log.jsonl")
     return next((line for line in reversed(lines) if "loss" in line), {})
 
@@ -119,7 +120,7 @@ def _news(job: Job) -> str:
     line = _last(job)
     if not line:
         return "starting"
-    rate = line["machine"].get("images_per_second", 0)  # pyright: ignore[reportAttributeAccessIssue]
+    rate = line["machine"].get("images_per_second", 0)
     return f"step {line['step']} of {job.steps}, {rate:,.0f} images/s, loss {line['loss']:.4f}"
 
 

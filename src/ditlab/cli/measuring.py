@@ -114,7 +114,8 @@ def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
     """Opens runs that are to stand side by side.
 
     Raises:
-        DitlabError: none was named, or one was named twice.
+        DitlabError: none was named, or one was named twice, or two of one seed were held back different test images
+            (said here, before anything is measured).
     """
     if not paths:
         raise DitlabError("expected at least one run's folder, found none")
@@ -123,4 +124,12 @@ def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
     for place in places:
         if places.count(place) > 1:
             raise DitlabError(f"run {place}: named twice")
+    families: dict[int, Run] = {}
+    for run in runs:
+        other = families.setdefault(run.record.split.seed, run)
+        if other.record.split.family != run.record.split.family:
+            raise DitlabError(
+                f"runs {other.path} and {run.path} have different splits (test images "
+                f"{other.record.split.family[:12]} and {run.record.split.family[:12]}), so they cannot be compared"
+            )
     return runs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from ditlab.analysis.comparison import PSNRComparison, compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
+from ditlab.analysis.store import write_json
 from ditlab.cli.common import use_threads
 from ditlab.cli.measuring import measure_references, measure_run, open_runs, run_labels
 from ditlab.errors import DitlabError
@@ -56,7 +56,6 @@ class PSNRGap:
         if self.labels and len(self.labels) != len(runs):
             raise DitlabError(f"psnr-gap --labels: expected {len(runs)} labels, one a run, found {len(self.labels)}")
         labels = list(self.labels) or run_labels(runs)
-        _check_splits(runs)
         results = [
             measure_run(run, self.settings, console, label=label, step=self.step, ema=not self.raw, device=device)
             for run, label in zip(runs, labels, strict=True)
@@ -79,18 +78,6 @@ class PSNRGap:
         return {**comparison.to_json(), "files": [str(f) for f in files]}
 
 
-def _check_splits(runs: list[Any]) -> None:
-    """Runs of one seed must have been held back the same test images: checked before anything is measured."""
-    families: dict[int, Any] = {}
-    for run in runs:
-        other = families.setdefault(run.record.split.seed, run)
-        if other.record.split.family != run.record.split.family:
-            raise DitlabError(
-                f"psnr-gap: runs {other.path} and {run.path} have different splits (test images "
-                f"{other.record.split.family[:12]} and {run.record.split.family[:12]}), so they cannot be compared"
-            )
-
-
 def save_comparison(out: Path, comparison: PSNRComparison, references: list[PSNRResult]) -> list[Path]:
     """Writes comparison.json and the figures; returns their paths."""
     from ditlab.report.figures import gap_bars, psnr_curves
@@ -100,8 +87,7 @@ def save_comparison(out: Path, comparison: PSNRComparison, references: list[PSNR
     for reference in references:
         kind = reference.about.name.replace(" ", "-").lower()
         reference.save(out, f"{kind}-n{reference.about.n}")
-    summary = out / "comparison.json"
-    summary.write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
+    summary = write_json(out / "comparison.json", comparison.to_json())
     return [
         summary,
         save(psnr_curves(comparison, references), out / "psnr-curves.png"),

@@ -68,6 +68,8 @@ class Sample:
         label = self._labels(denoiser)
         name = f"{checkpoint.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
         out = self.out if self.out is not None else run.path / "samples" / name
+        if out.exists() and not (out / "samples.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+            raise DitlabError(f"sample --out {out}: expected a new folder or one of samples, found something else")
         with counting(console, "sampling") as progress:
             images = draw(
                 denoiser, config, self.count, seed=self.seed, batch=self.batch, label=label, progress=progress
@@ -81,7 +83,11 @@ class Sample:
             "count": self.count,
             "labels": None if label is None else label.tolist(),
         }
-        write_samples(out, images, about, label)
+        try:
+            write_samples(out, images, about, label)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DitlabError(f"sample {out}: could not be written ({reason}); nothing was kept") from None
         console.print(f"wrote {self.count} images to {out} (grid.png, samples.npz, images/)")
         return {"out": str(out), **about}
 
@@ -145,10 +151,13 @@ def draw(
 
 
 def write_samples(out: Path, images: np.ndarray, about: dict[str, Any], label: torch.Tensor | None) -> None:
-    """Writes a grid, single PNGs, the array of the ADM evaluator and the settings; the folder appears whole."""
+    """Writes a grid, single PNGs, the array of the ADM evaluator and the settings; the folder appears whole.
+
+    Samples that lie there already are replaced.
+    """
     from PIL import Image
 
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=True) as folder:
         scale = fitting_scale(images.shape[-1])
         image_grid(images[:100], scale=scale).save(folder / "grid.png")
         (folder / "images").mkdir()

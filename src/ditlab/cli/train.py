@@ -27,8 +27,8 @@ from ditlab.diffusion.samplers import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiTConfig
 from ditlab.run import Run, start, train_run
-from ditlab.training.distributed import processes
-from ditlab.training.loop import Interrupted, StopFlag, TrainingConfig
+from ditlab.training.distributed import pick_device, processes
+from ditlab.training.loop import Interrupted, StopFlag, TrainingConfig, check_batch
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Train:
     """Train a denoiser on N images of a set; the same command again goes on where an interrupted run was.
 
     Several processes: torchrun --nproc-per-node 2 -m ditlab train ... trains the same run, the batch shared among them.
+    There the number of images is -n, for torchrun itself refuses --n as one of its own.
     """
 
     preset: Annotated[str, tyro.conf.Positional]
     """The recipe to start from; every other flag changes it."""
     data: str = ""
     """An image set's folder, or a source (photos, digits, folder:PATH, hub:ID, array:PATH, mosaic:PATH)."""
-    n: int | None = None
+    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """Number of training images; all but the test images where not given."""
     test: int = 300
     """Number of test images held out."""
@@ -81,9 +82,13 @@ class Train:
             raise DitlabError(
                 f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}"
             )
+        network = recipe.network
+        if isinstance(network, DiTConfig):
+            # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
+            network = replace(network, image_size=(0, 0))
         default = Train(
             preset=recipe.preset,
-            network=recipe.network,
+            network=network,
             objective=recipe.objective,
             training=recipe.training,
             sampler=recipe.sampler,
@@ -108,9 +113,8 @@ class Train:
                 if not num_classes:
                     raise DitlabError("train --conditional: the image set has no classes")
                 classes = num_classes
-            # The size is set here too, since the preset's own need not divide by another patch.
             network = replace(network, learn_sigma=learned, num_classes=classes, image_size=shape[1:])
-        if self.seed:
+        if self.seed and not training.seed:
             training = replace(training, seed=self.seed)
         config = RunConfig(
             preset=self.preset,
@@ -134,24 +138,38 @@ class Train:
     def run(self, console: Console) -> dict[str, Any]:
         """Trains, and says where the run lies."""
         use_threads(self.threads)
+        pick_device(self.device)  # a device that is not there is refused before a source is prepared
         images = open_images(self.data, self.size, console)
         config = self.settings(images.shape, images.num_classes)
         out = self._out(config)
         with processes(self.device) as here:
-            run = start(out, config, images, device=here.device, command=command_line("train")) if here.first else None
-            here.wait()  # the others read what the first one wrote
+            run, refusal = None, None
+            if here.first:
+                try:
+                    check_batch(config.training, here)
+                    run = start(out, config, images, device=here.device, command=command_line("train"))
+                except DitlabError as error:
+                    refusal = error
+            # The others wait here: they read what the first one wrote, or end without a word where it refuses.
+            if here.any(refusal is not None):
+                if refusal is not None:
+                    raise refusal
+                return {}
             return _train(run or Run.open(out, images.path), here, console)
 
 
 def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
     training = run.config.training
+    finished = run.finished  # every process finds the same, for nothing is written before all have begun to train
     if not here.first:
+        if finished:
+            return {}
         flag = StopFlag()
         with stopping(flag), suppress(Interrupted):  # the first process says where to go on
             train_run(run, here, stop=flag)
         return {}
     done = run.checkpoints.steps()
-    if done and done[-1] >= training.steps:
+    if finished:
         console.print(f"{run.path} is finished ({training.steps} steps)")
         return _result(run)
     console.print(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.nn.attention import Pattern, SelfAttention, parse_plan
+from ditlab.nn.attention import Pattern, SelfAttention, check_fits, parse_plan
 from ditlab.nn.embeddings import LabelEmbedding, TimeEmbedding, position_table
 from ditlab.nn.layers import MLP, modulate
 
@@ -32,7 +32,8 @@ class DiTConfig:
     kind: Literal["dit"] = "dit"
     """Names this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
-    """Height and width of the image or latent, in pixels; each a multiple of the patch."""
+    """Height and width of the image or latent, in pixels; each a multiple of the patch. 0 0 stands for those of an
+    image set that is not known yet: such a config can be filled in, not built."""
     channels: int = 3
     """Channels of the image or latent."""
     patch: int = 1
@@ -65,7 +66,7 @@ class DiTConfig:
                 raise DitlabError(f"{where}: {name} must be at least 1, found {getattr(self, name)}")
         if self.num_classes < 0:
             raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.num_classes}")
-        for side in self.image_size:
+        for side in self.image_size if self.sized else ():
             if side < 1 or side % self.patch:
                 raise DitlabError(
                     f"{where}: image_size must be multiples of the patch {self.patch}, found {tuple(self.image_size)}"
@@ -74,7 +75,14 @@ class DiTConfig:
             raise DitlabError(f"{where}: width must be a multiple of 4 (position table), found {self.width}")
         if self.width % self.heads:
             raise DitlabError(f"{where}: width must be a multiple of the {self.heads} heads, found {self.width}")
-        parse_plan(self.attention, self.depth, self.border)  # raises on a plan that does not fit
+        for pattern in self.patterns:  # reading the plan raises where it does not fit the depth
+            if self.sized:
+                check_fits(pattern, self.grid)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the image size is known."""
+        return tuple(self.image_size) != (0, 0)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -136,6 +144,8 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        if not config.sized:
+            raise DitlabError("DiT: expected a config with an image_size, found (0, 0), which stands for any")
         self.config = config
         width, patch = config.width, config.patch
         self.outputs = config.channels * (2 if config.learn_sigma else 1)

@@ -34,6 +34,8 @@ from ditlab.nn.policy import Choice, choose_kernel, strips_way
 
 Kernel = Literal["auto", "math", "sdpa", "strips", "flex"]
 
+_STRIPS_TAKE = (torch.float32, torch.bfloat16)
+
 _active: str = "auto"
 _masks: dict[tuple[Pattern, Grid, int, torch.device, torch.dtype], Tensor] = {}
 _said: set[str] = set()
@@ -181,10 +183,12 @@ def _resolve(
             if isinstance(pattern, Window):
                 _say_once(f"attention: {pattern.name} with a bias runs as masked sdpa, for strips take no bias")
     elif name == "strips":
-        if device == "cpu" and dtype != torch.float16 and not biased and not isinstance(pattern, Partition):
+        if device == "cpu" and dtype in _STRIPS_TAKE and not biased and not isinstance(pattern, Partition):
             choice = strips_way(grid, dtype)
         else:
-            _say_once("attention: strips want the CPU, no float16, no bias and no ragged partition; sdpa takes over")
+            _say_once(
+                "attention: strips want float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over"
+            )
     elif name == "flex":
         if device == "cuda" or not needs_grad:
             choice = Choice("flex")

@@ -31,8 +31,9 @@ Engine = Literal["flash", "plain"]
 
 # Bytes of scores in flight per thread. Measured: 1/4 to 2 MiB differ by a few per cent.
 _CACHE = 1 << 20
-# Bytes of a float32 sum over some images' keys: larger blocks come fresh from the system, page by page, at every call.
-_ROOM = 3 << 23
+# Bytes of a float32 sum over some images' keys. Larger blocks come fresh from the system, page by page, at every call,
+# and leave the cache; "plain" has more calls to spread over its images. Measured at 64 x 64 tokens.
+_ROOM = {"flash": 1 << 23, "plain": 3 << 23}
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -193,15 +194,12 @@ class _Job(NamedTuple):
         return _Job((rows, columns), (*tiles, None) if extra else tiles, how.engine, largest)
 
     def images(self, q: Tensor, sums: bool = False) -> Iterator[slice]:
-        """Ranges of images that are worked on together: what the cache holds, but enough for all threads."""
+        """Ranges of images that are worked on together: their scores of one tile and sums over keys fit their room."""
         images, heads = q.shape[:2]
-        threads = torch.get_num_threads()
-        if self.engine == "plain":
-            in_cache = _CACHE * threads // (self.largest * heads * q.element_size())
-            step = max(1, min(in_cache, _ROOM // (4 * q[0].numel())) if sums else in_cache)
-        else:
-            # torch's kernel shares out image by image and head by head, and needs little room for each.
-            step = -(-4 * threads // heads)
+        step = _CACHE * torch.get_num_threads() // (self.largest * heads * q.element_size())
+        if sums:
+            step = min(step, _ROOM[self.engine] // (4 * q[0].numel()))
+        step = max(1, step)
         for start in range(0, images, step):
             yield slice(start, min(start + step, images))
 
@@ -235,7 +233,7 @@ def tiled_attention(
     """Attention under a window, by tiles; differentiable once.
 
     Args:
-        q, k, v: `[b, heads, n, d]`, all of one dtype, on the CPU; n = rows * columns, plus off-grid tokens at the end.
+        q, k, v: `[b, heads, n, d]`, all float32 or all bfloat16, on the CPU; n = rows * columns, then off-grid tokens.
         grid: `[rows, columns]`.
         window: odd size, or 0 for global attention.
         shift: whether windows are moved inside at the border, else clipped.
@@ -306,11 +304,14 @@ def tiled_attention_backward(
         grad_, q_ = (_Tokens(x[part], job.grid) for x in (grad, q))
         k_, v_ = (_Tokens(job.together(x[part]), job.grid) for x in (k, v))
         dq_ = _Tokens(dq[part], job.grid)
-        # A key is reached from several tiles: their shares are summed in float32.
-        dk_, dv_ = (_Tokens(torch.zeros(q[part].shape), job.grid) for _ in range(2))
+        # A key is reached from several tiles: their shares are summed in float32, in place where that is the result.
+        dk_, dv_ = (
+            _Tokens(x[part].zero_() if q.dtype == torch.float32 else torch.zeros(q[part].shape), job.grid)
+            for x in (dk, dv)
+        )
         out_, norms_ = (
             (_Tokens(out[part], job.grid), _Tokens(norms[part, :, :, None], job.grid))
-            if (job.engine == "flash")
+            if job.engine == "flash"
             else (None, None)
         )
         for tile in job.tiles:
@@ -326,7 +327,8 @@ def tiled_attention_backward(
             dq_.put_queries(tile, shares[0])
             dk_.add_keys(tile, shares[1])
             dv_.add_keys(tile, shares[2])
-        dk[part], dv[part] = dk_.all, dv_.all
+        if q.dtype != torch.float32:
+            dk[part], dv[part] = dk_.all, dv_.all
     return dq, dk, dv
 
 

@@ -106,7 +106,7 @@ def _same_kernel_on_fewer_keys(pattern: Window, grid: Grid, dtype: torch.dtype, 
             0.0  # pieces of an 8 x 8 grid are too small for any gain: masked SDPA costs 1.0 to 1.1 of full attention
         )
     elif tokens < 256:
-        limit = 0.45
+        limit = 0.35
     else:
         limit = 0.65
     if dtype == torch.bfloat16:

@@ -60,7 +60,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             notes[name] = _ALIAS + seen[place]
         else:
             seen[place] = name
-            unique[name] = tensor
+            # safetensors refuses a part of another tensor's memory, so that is copied.
+            unique[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     save_file(unique, path, metadata=notes)
 
 

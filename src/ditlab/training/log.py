@@ -41,16 +41,24 @@ class TrainingLog:
         self.path = path
 
     def cut(self, step: int) -> None:
-        """Removes every line after `step`, whole file at a time, so that a kill leaves the old or the new one."""
+        """Removes every line after `step`, whole file at a time, so that a kill leaves the old or the new one.
+
+        Raises:
+            DitlabError: when the disk is full; the log stays as it was.
+        """
         if not self.path.exists():
             return
         kept = [record for record in read_log(self.path) if record["step"] <= step and (step > 0)]
         beside = self.path.with_suffix(".tmp")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        try:
+            with beside.open("w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise DitlabError(f"{self.path}: the log could not be written: {error.strerror}") from None
 
     def write(self, record: dict[str, Any], machine: dict[str, Any]) -> None:
         """Appends one line.

@@ -240,6 +240,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def check_batch(config: TrainingConfig, processes: Processes) -> None:
+    """Raises a DitlabError where a step's batch cannot be cut into equal parts for all processes and micro-batches."""
+    if config.batch_size % (config.accumulate * processes.world):
+        raise DitlabError(
+            f"training: batch_size {config.batch_size} must be a multiple of accumulate x processes = "
+            f"{config.accumulate * processes.world}"
+        )
+
+
 def train(
     *,
     network: nn.Module,
@@ -277,11 +286,7 @@ def train(
         Interrupted: after a save, when `stop` was set.
         DitlabError: when no checkpoint can be read or written, or the loss is no longer finite.
     """
-    if config.batch_size % (config.accumulate * processes.world):
-        raise DitlabError(
-            f"training: batch_size {config.batch_size} must be a multiple of accumulate x processes = "
-            f"{config.accumulate * processes.world}"
-        )
+    check_batch(config, processes)
     stop = stop or StopFlag()
     optimizer = make_optimizer(network, config)
     ema = EMA(network, config.ema)

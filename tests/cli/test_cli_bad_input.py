@@ -1,0 +1,352 @@
+"""Input that cannot be used: one sentence (where, expected, found), exit status 2, and not a byte written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ditlab as package
+from ditlab.errors import DitlabError
+
+
+def edit(path: Path, change) -> None:
+    """Changes a JSON file."""
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def put(record: dict, names: str, value) -> None:
+    *inner, last = names.split(".")
+    for name in inner:
+        record = record[name]
+    record[last] = value
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian", "unknown verb 'trian' (nearest: train)"),
+        ("xyzzy", "unknown verb 'xyzzy' (known: data info, data prepare, "),
+        ("data", "'data' needs one of: data prepare, data info; found nothing"),
+        ("data make", "'data' needs one of: data prepare, data info; found make"),
+        ("train", "train: expected a preset first (dit-nano/1, "),
+        ("train --data digits", "train: expected a preset first ("),
+        ("train dit-nona/1 --data digits", "unknown preset 'dit-nona/1' (nearest: dit-nano/1, "),
+        ("train unet --data digits", "unknown preset 'unet' ("),
+        ("train dit-nano/1", "--data: expected an image set's folder or a source (photos, digits, "),
+        ("train dit-nano/1 --data none", "expected a folder at none, found nothing"),
+        ("train dit-nano/1 --data folder:none", "folder source: expected a folder at none, found nothing"),
+        ("train dit-nano/1 --data digits --device tpu9", "--device: expected 'cpu', 'cuda' or 'cuda:N', found 'tpu9'"),
+        ("train dit-nano/1 --data digits --threads 0", "--threads: expected at least 1, found 0"),
+        ("train dit-nano/1 --data x --network.attention 4,g,g,g", "expected an odd size (3, 5, 7, ...), found 4"),
+        ("train dit-nano/1 --data x --network.attention 3,g", "one entry for each of 4 layers, found 2"),
+        ("train dit-nano/1 --data x --network.attention locl", "unknown attention plan 'locl' (nearest: local"),
+        ("train dit-nano/1 --data x --training.steps 0", "training: steps must be at least 1, found 0"),
+        ("train dit-nano/1 --data x --network.width 30", "width must be a multiple of 4 (position table), found 30"),
+        ("sample none", "run none: expected a run's folder, found nothing"),
+        ("psnr-gap none", "run none: expected a run's folder, found nothing"),
+        ("report none", "run none: expected a run's folder, found nothing"),
+        ("psnr-gap", "expected at least one run's folder, found none"),
+        ("quickstart --seeds 1 1", "quickstart --seeds: expected different seeds, found [1, 1]"),
+        ("data prepare folder:none set", "folder source: expected a folder at none, found nothing"),
+        ("data info none", "image set: expected a folder at none, found nothing"),
+    ],
+)
+def test_names_and_numbers(refused, words, says):
+    assert says in refused(*words.split())
+
+
+def test_text_offered_as_images(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture\n")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.png", "b.jpg"):
+        (texts / name).write_text("not a picture\n")
+    says = refused("data", "prepare", "folder:texts", "set")
+    assert "expected at least 2 usable images, found 0 (2 skipped, e.g. a.png: not an image file" in says
+    says = refused("train", "dit-nano/1", "--data", "folder:texts", "--size", "8")
+    assert "expected at least 2 usable images, found 0" in says
+    says = refused("data", "prepare", "folder:notes.txt", "set")
+    assert says == "folder source: expected a folder at notes.txt, found a file"
+    says = refused("data", "prepare", "array:notes.txt", "set")
+    assert says == "notes.txt: expected a .npy or .npz file, found another format (pickles are not read)"
+    assert "notes.txt" in refused("train", "dit-nano/1", "--data", "notes.txt")
+    assert refused("sample", "notes.txt") == "run notes.txt: expected a run's folder, found a file"
+
+
+def test_more_images_than_there_are(refused, place, tmp_path):
+    out = tmp_path / "run"
+    says = refused(*place.words(out, "--n", 5000))
+    assert says == f"split: N = 5000 train images asked for, but {place.images} has 1777 besides 20 test images"
+    assert "5000 test images asked for" in refused(*place.words(out, "--test", 5000))
+    assert "n must be at least 1, found 0" in refused(*place.words(out, "--n", 0))
+
+
+def test_windows_that_do_not_fit(refused, ditlab, place, tmp_path):
+    out = tmp_path / "run"
+    says = refused(*place.words(out, "--network.attention", "13,g"))
+    assert says == "attention window 13: expected a size of at most 8 on a grid of 8x8 tokens, found 13"
+    assert "odd size" in refused(*place.words(out, "--network.attention", "6,g"))
+    # Patches make the grid coarser; 7 fits on 8x8 pixels, not on 4x4 tokens.
+    says = refused(*place.words(out, "--network.attention", "7,g", "--network.patch", 2))
+    assert says == "attention window 7: expected a size of at most 4 on a grid of 4x4 tokens, found 7"
+    says = refused(*place.words(out, "--network.patch", 3))
+    assert says == "DiT config: image_size must be multiples of the patch 3, found (8, 8)"
+
+
+def test_a_window_is_measured_against_the_images_and_not_the_presets_size(ditlab, tmp_path):
+    """40x40 images take a window of 39 and a patch of 5, which the preset's own 32x32 would not."""
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8))
+    words = ["train", "dit-nano/1", "--data", "array:a.npy", "--size", 40, "--n", 4, "--test", 2, "--threads", 1]
+    words += ["--network.width", 16, "--network.depth", 1, "--training.steps", 1, "--training.batch-size", 2]
+    words += ["--evaluation.images", 1, "--evaluation.levels", 0, "--device", "cpu"]
+    assert ditlab(*words, "--network.attention", "39", "--out", "a").status == 0
+    assert ditlab(*words, "--network.patch", 5, "--out", "b").status == 0
+
+
+def test_folders_that_are_something_else(refused, place, plain, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.txt").write_text("mine")
+    for verb in ("sample", "psnr-gap", "report"):
+        says = refused(verb, tmp_path / "folder")
+        assert says == f"{tmp_path}/folder/config.json: expected a run's config.json, found nothing"
+    assert refused(*place.words(tmp_path / "folder")).endswith("the folder exists and is not a run; give another --out")
+    assert refused(*place.words(tmp_path / "file")).endswith("expected a new folder or a run's, found a file")
+    assert "its folder could not be written: Not a directory" in refused(*place.words(tmp_path / "file" / "run"))
+    sample = ["sample", plain, "--count", 1, "--steps", 2, "--out"]
+    assert refused(*sample, tmp_path / "folder").endswith(
+        "expected a new folder or one of samples, found something else"
+    )
+    assert refused(*sample, tmp_path / "file").endswith("expected a new folder or one of samples, found something else")
+
+
+def test_other_settings_for_the_same_run(refused, place, plain):
+    says = refused(*place.words(plain, "--training.lr", 0.01))
+    assert "it was started with training.lr = 0.001, now 0.01 is asked for; give another --out" in says
+    says = refused(*place.words(plain, "--network.attention", "3,3", "--n", 10))
+    assert "(2 settings differ)" in says
+    says = refused(*place.words(plain, steps=3))
+    assert "it has already made 6 steps, now training.steps = 3 is asked for" in says
+
+
+def test_batches_that_cannot_be_cut(refused, place, tmp_path):
+    says = refused(*place.words(tmp_path / "run", "--training.accumulate", 3))
+    assert says == "training: batch_size 8 must be a multiple of accumulate 3"
+
+
+def test_labels(refused, place, plain):
+    conditional = place.trained("conditional", "--conditional")
+    for label in (11, -1):
+        says = refused("sample", conditional, "--count", 2, "--steps", 2, "--labels", label)
+        assert says == f"sample --labels: expected classes 0..9 (or 10 for none), found {label}"
+    says = refused("sample", plain, "--labels", 1)
+    assert says == "sample --labels: the run is unconditional, it takes no labels"
+    says = refused(*place.words(plain, "--network.num-classes", 3))
+    assert says == "config: network.num_classes is 3, the image set has 10 classes"
+
+
+def test_sampling_and_measuring_settings(refused, plain):
+    assert "at least 1, found 0 and 64" in refused("sample", plain, "--count", 0)
+    assert "expected counts of at least 1 such as 250" in refused("sample", plain, "--steps", "many")
+    assert refused("sample", plain, "--step", 5).endswith("no checkpoint of step 5, found 4, 6")
+    assert "takes a count, found 'ddim5'" in refused("sample", plain, "--sampler", "heun", "--steps", "ddim5")
+    assert "named twice" in refused("psnr-gap", plain, plain)
+    assert "expected 1 labels, one a run, found 2" in refused("psnr-gap", plain, "--labels", "a", "b")
+    assert "images must be at least 1, found 0" in refused("psnr-gap", plain, "--images", 0)
+    assert "must not be negative, found -1" in refused("report", plain, "--samples", -1)
+
+
+def test_runs_with_different_splits(refused, place, plain):
+    other = place.trained("other-split", "--test", 30, steps=1)
+    for verb in ("psnr-gap", "report"):
+        says = refused(verb, plain, other)
+        assert f"runs {plain} and {other} have different splits" in says
+        assert says.endswith("so they cannot be compared")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("config.training.stepz", 3, "unknown key 'config.training.stepz'"),
+        ("config.network.foo", 3, "unknown key 'config.network.foo'"),
+        ("bogus", 1, "unknown key 'bogus'"),
+        ("format", 2, "its format is 2, this ditlab reads up to 1; a newer ditlab wrote it"),
+        ("format", "new", "expected a run's config.json with a 'format', found none"),
+        ("config.training.steps", "many", "'config.training.steps': Input should be a valid integer"),
+        ("config.training.steps", 0, "training: steps must be at least 1, found 0"),
+        ("config.network.kind", "unet", "'config.network': Input tag 'unet'"),
+    ],
+)
+def test_a_config_that_cannot_be_read(refused, place, plain, key, value, says):
+    run = place.copy(plain)
+    edit(run / "config.json", lambda record: put(record, key, value))
+    found = refused("sample", run)
+    assert found.startswith(f"{run}/config.json: ")
+    assert says in found
+
+
+def test_a_config_that_is_not_json(refused, place, plain):
+    run = place.copy(plain)
+    (run / "config.json").write_text("steps: 3\n")
+    assert refused("sample", run) == f"{run}/config.json: expected JSON, found something else"
+
+
+def test_a_truncated_checkpoint_is_passed_over(refused, ditlab, place, plain, tmp_path):
+    run = place.copy(plain)
+    newest, older = (run / "checkpoints" / f"{step:09d}" / "model.safetensors" for step in (6, 4))
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:1000])
+    note = f"{newest}: expected {len(whole)} bytes, found 1000 (truncated?); going back to the checkpoint of step 4"
+    done = ditlab("sample", run, "--count", 1, "--steps", 2, "--out", tmp_path / "images")
+    assert done.status == 0
+    assert f"note: {note}" in done.out
+    with pytest.warns(UserWarning, match="going back to the checkpoint of step 4"):
+        package.load(run)
+    # Asked for by name, it is an error; and so is a run with no whole checkpoint at all.
+    assert "found 1000 (truncated?)" in refused("sample", run, "--step", 6)
+    # Training does not call a damaged last step finished: it makes the steps again.
+    done = ditlab(*place.words(run))
+    assert done.status == 0
+    assert note in done.out
+    assert newest.read_bytes() == whole
+    for path in (newest, older):
+        path.write_bytes(path.read_bytes()[:1000])
+    for words in (["sample", run], place.words(run)):
+        assert refused(*words).startswith(f"no whole checkpoint is left: {newest}: expected ")
+
+
+def test_a_damaged_byte_is_found(refused, place, plain):
+    run = place.copy(plain)
+    for step in (4, 6):
+        path = run / "checkpoints" / f"{step:09d}" / "ema.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    assert "its SHA-256 is not the one in state.json" in refused("sample", run)
+
+
+def test_a_checkpoint_of_a_newer_version(refused, place, plain):
+    run = place.copy(plain)
+    for step in (4, 6):
+        edit(run / "checkpoints" / f"{step:09d}" / "state.json", lambda record: put(record, "format", 9))
+    says = refused("sample", run)
+    assert "the checkpoint's format is 9, this ditlab reads up to 1; a newer ditlab wrote it" in says
+
+
+def test_a_checkpoint_of_another_network(refused, ditlab, place, plain):
+    run = place.copy(plain)
+    edit(run / "config.json", lambda record: put(record, "config.network.width", 20))
+    says = refused("sample", run)
+    assert (
+        "'embed.weight' has shape (16, 3, 1, 1), expected (20, 3, 1, 1); are these another network's weights?" in says
+    )
+    done = ditlab(*place.words(run, "--network.width", 20, steps=8))
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert "another network's weights" in done.err
+    edit(run / "config.json", lambda record: put(record, "config.network.width", 16))
+    edit(run / "config.json", lambda record: put(record, "config.network.depth", 1))
+    assert "belongs to another network; this one has no such weights" in refused("sample", run)
+
+
+class Harmful:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return exec, ("open('harm', 'w').close()",)
+
+
+def test_a_pickle_is_never_opened(refused, ditlab, place, plain, tmp_path):
+    torch.save({"w": torch.zeros(2), "x": Harmful()}, tmp_path / "model.pt")
+    says = refused("sample", tmp_path / "model.pt")
+    assert says.endswith("expected a run's folder, found a pickle, which could run code and is not opened")
+    with pytest.raises(DitlabError, match="found a pickle, which could run code and is not opened"):
+        package.load(tmp_path / "model.pt")
+    run = place.copy(plain)
+    for content in ((tmp_path / "model.pt").read_bytes(), pickle.dumps(Harmful())):
+        for step in (4, 6):
+            folder = run / "checkpoints" / f"{step:09d}"
+            (folder / "model.safetensors").write_bytes(content)
+        assert "truncated?" in refused("sample", run)
+        # Even where state.json vouches for it.
+        files = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for step in (4, 6):
+            state = run / "checkpoints" / f"{step:09d}" / "state.json"
+            whole = state.read_text()
+            edit(state, lambda record, files=files: record["files"].update({"model.safetensors": files}))
+        says = refused("sample", run)
+        assert "expected a safetensors file, found a pickle, which could run code and is not opened" in says
+        with pytest.raises(DitlabError, match="found a pickle"):
+            package.load(run)
+        for step in (4, 6):
+            (run / "checkpoints" / f"{step:09d}" / "state.json").write_text(whole)
+    assert not Path("harm").exists()
+
+
+def test_an_image_set_that_has_changed(refused, place, plain):
+    run = place.copy(plain)
+    edit(run / "config.json", lambda record: put(record, "split.imageset", "0" * 64))
+    says = refused("psnr-gap", run)
+    assert "expected the image set 000000000000 that the run was trained on, found " in says
+    edit(run / "config.json", lambda record: put(record, "config.data.path", "../../gone"))
+    assert "gone, found nothing" in refused("psnr-gap", run)
+
+
+def test_a_full_disk(ditlab, place, small_disk):
+    """The first checkpoint fits, the second does not: it is said, the first stays, and with room the run goes on."""
+    run = small_disk / "run"
+    words = place.words(run, "--training.keep", 2)
+    done = ditlab(*words)
+    assert done.status == 2
+    assert done.err == (
+        f"ditlab: {run}/checkpoints/000000004: the checkpoint could not be written: the disk is full (0 MiB free); "
+        "earlier checkpoints are as they were\n"
+    )
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000000002"]
+    package.load(run)
+    with (small_disk / "fill").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"\0" * 4096):
+            pass
+    kept = sorted(p.name for p in run.rglob("*"))
+    done = ditlab(*words)
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert "No space left on device" in done.err
+    done = ditlab("sample", run, "--count", 2, "--steps", 2)
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert done.err.endswith("could not be written (No space left on device); nothing was kept\n")
+    assert sorted(p.name for p in run.rglob("*")) == kept
+    done = ditlab(*place.words(small_disk / "new"))
+    assert done.err == f"ditlab: run {small_disk}/new: its folder could not be written: No space left on device\n"
+    done = ditlab("data", "prepare", "digits", small_disk / "set", "--size", 8)
+    assert done.status == 2
+    assert sorted(p.name for p in small_disk.iterdir()) == ["fill", "run"]
+    (small_disk / "fill").unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    assert ditlab(*words).status == 0
+    unbroken = place.trained("plain")
+    for name in ("model", "ema", "optimizer"):
+        part = f"checkpoints/000000006/{name}.safetensors"
+        assert (run / part).read_bytes() == (unbroken / part).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_ends_the_same_way(tmp_path):
+    for words, says in (
+        (["trian"], "unknown verb 'trian' (nearest: train)"),
+        (["sample", "model.pt"], "run model.pt: expected a run's folder, found nothing"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ditlab", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"ditlab: {says}\n")
+    assert not any(tmp_path.iterdir())

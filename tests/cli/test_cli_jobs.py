@@ -1,0 +1,302 @@
+"""The verbs at work, end to end, on tiny networks: train, go on, sample, measure, report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import ditlab as package
+from ditlab.analysis.psnr import PSNRConfig
+from ditlab.cli import quickstart, report
+from ditlab.cli.report import write_report
+from ditlab.run import Run
+from ditlab.training.log import read_log
+
+COARSE = PSNRConfig(images=10, points=3)
+"""Measured in a moment; the report's own settings take half a minute."""
+
+
+def lines(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "machine"} for line in read_log(run / "log.jsonl")]
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    newest = max((run / "checkpoints").iterdir())
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+def start(words: list[str], cwd: Path, **more) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ditlab", *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+    )
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_help_and_version(ditlab):
+    for words in ([], ["--help"], ["help"]):
+        done = ditlab(*words)
+        assert done.status == 0
+        assert "Start with: ditlab quickstart" in done.out
+    assert ditlab("--version").out == f"ditlab {package.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "data prepare", "data info", "sample", "psnr-gap", "report", "train"])
+def test_every_verb_has_help(ditlab, verb):
+    words = [*verb.split(), *(["dit-xs/1"] if verb == "train" else []), "--help"]
+    done = ditlab(*words)
+    assert done.status == 0
+    assert f"ditlab {verb}" in done.out
+    if verb == "train":
+        assert "dit-nano/1-edm" in done.out
+
+
+def test_train_finishes_and_goes_on(ditlab, place, plain):
+    run = place.copy(plain)
+    before = weights(run)
+    done = ditlab(*place.words(run))
+    assert (done.status, done.out) == (0, f"{run} is finished (6 steps)\n")
+    assert weights(run) == before
+    done = ditlab(*place.words(run, steps=9))
+    assert done.status == 0
+    assert "going on from step 6" in done.out
+    assert Run.open(run).config.training.steps == 9
+    longer = place.trained("longer", steps=9)
+    assert weights(run) == weights(longer)
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["000000008", "000000009"]
+
+
+def test_train_says_its_result_as_json(ditlab, place, plain):
+    done = ditlab(*place.words(plain), "--json")
+    result = json.loads(done.out)
+    assert (result["run"], result["steps"], result["last"]["step"]) == (str(plain), 6, 6)
+    assert done.err == f"{plain} is finished (6 steps)\n"
+    record = json.loads((plain / "config.json").read_text())
+    assert record["config"]["preset"] == "dit-nano/1"
+    assert (plain / record["config"]["data"]["path"]).resolve() == place.images.resolve()
+    assert {"torch", "python", "processor", "device"} <= record["environment"].keys()
+    assert all(
+        {"train_loss", "test_loss", "psnr_gap"} <= line.keys() for line in lines(plain) if line["step"] in (3, 6)
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(ditlab, place, tmp_path):
+    """Interrupted and taken up again, a run has the weights and the log of an unbroken one, to the bit."""
+    intervals = ["--training.log-every", 10, "--training.eval-every", 100, "--training.save-every", 100]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    process = start(place.words(broken, *intervals, steps=300), tmp_path)
+    wait_for(lambda: any(line["step"] >= 10 for line in read_log(broken / "log.jsonl")))
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    step = max(Run.open(broken).checkpoints.steps())
+    assert 10 <= step < 300
+    assert f"stopped and saved after step {step}; the same command goes on from there" in said
+    assert "Traceback" not in said
+    done = ditlab(*place.words(broken, *intervals, steps=300))
+    assert f"going on from step {step}" in done.out
+    assert ditlab(*place.words(whole, *intervals, steps=300)).status == 0
+    assert weights(broken) == weights(whole)
+    assert lines(broken) == lines(whole)
+
+
+def test_two_processes_do_not_train_one_run(ditlab, place, plain, tmp_path, monkeypatch):
+    from ditlab.cli import train
+    from ditlab.cli.common import run_lock
+
+    fcntl = pytest.importorskip("fcntl")
+    run = place.copy(plain)
+    monkeypatch.setattr(train, "run_lock", lambda folder: run_lock(folder, wait=0.0))
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = ditlab(*place.words(run, steps=7))
+    assert (done.status, done.err) == (2, f"ditlab: run {run}: another process is training it\n")
+
+
+def test_samples(ditlab, plain, tmp_path):
+    """What is written; and image i is the same whatever the batch."""
+    words = ["sample", plain, "--count", 5, "--sampler", "ddim", "--steps", "4", "--device", "cpu"]
+    result = json.loads(ditlab(*words, "--out", "a", "--batch", 5, "--json").out)
+    assert (result["step"], result["ema"], result["count"], result["labels"]) == (6, True, 5, None)
+    assert ditlab(*words, "--out", "b", "--batch", 2).status == 0
+    found = {}
+    for name in "ab":
+        folder = tmp_path / name
+        assert sorted(p.name for p in folder.iterdir()) == ["grid.png", "images", "samples.json", "samples.npz"]
+        with np.load(folder / "samples.npz") as arrays:
+            found[name] = arrays["arr_0"]
+            assert arrays.files == ["arr_0"]
+        assert (found[name].dtype, found[name].shape) == (np.uint8, (5, 8, 8, 3))
+        assert sorted(p.name for p in (folder / "images").iterdir()) == [f"00000{i}.png" for i in range(5)]
+        with Image.open(folder / "images" / "000003.png") as image:
+            assert np.array_equal(np.asarray(image), found[name][3])
+    # A rounding to 8 bits may fall differently where a matrix product adds up in another order.
+    assert np.abs(found["a"].astype(int) - found["b"]).max() <= 1
+    assert (found["a"] == found["b"]).mean() > 0.99
+    with Image.open(tmp_path / "a" / "grid.png") as image:
+        assert image.width > image.height > 8
+    # The same command again gives the same files; another seed gives others.
+    before = (tmp_path / "a" / "samples.npz").read_bytes()
+    assert ditlab(*words, "--out", "a").status == 0
+    assert (tmp_path / "a" / "samples.npz").read_bytes() == before
+    assert ditlab(*words, "--out", "c", "--seed", 1).status == 0
+    with np.load(tmp_path / "c" / "samples.npz") as arrays:
+        assert not np.array_equal(arrays["arr_0"], found["a"])
+
+
+def test_samples_of_the_runs_own_sampler_lie_in_the_run(ditlab, place, plain):
+    run = place.copy(plain)
+    assert ditlab("sample", run, "--count", 2, "--steps", 3, "--raw").status == 0
+    assert ditlab("sample", run, "--count", 2, "--steps", 3, "--step", 4).status == 0
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["000000004-ddpm3-seed0", "000000006-ddpm3-seed0-raw"]
+
+
+def test_conditional_training_and_sampling(ditlab, place, tmp_path):
+    run = place.trained("conditional", "--conditional")
+    assert Run.open(run).conditional
+    result = json.loads(
+        ditlab("sample", run, "--count", 3, "--steps", 2, "--labels", 7, 10, "--out", "a", "--json").out
+    )
+    assert result["labels"] == [7, 10, 7]
+    with np.load(tmp_path / "a" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [7, 10, 7]
+    result = json.loads(ditlab("sample", run, "--count", 12, "--steps", 2, "--out", "b", "--json").out)
+    assert result["labels"] == [*range(10), 0, 1]
+    denoiser = package.load(run)
+    assert denoiser.num_classes == 10
+    y = torch.randn(2, 3, 8, 8)
+    # Six steps of training have moved the label table away from its start, so the label matters.
+    assert not torch.equal(denoiser(y, 1.0, torch.tensor([1, 2])), denoiser(y, 1.0, torch.tensor([2, 1])))
+
+
+def test_edm_training_and_heun(ditlab, place, tmp_path):
+    run = place.trained("edm", preset="dit-nano/1-edm")
+    result = json.loads(ditlab("sample", run, "--count", 2, "--steps", 3, "--out", "a", "--json").out)
+    assert (result["sampler"]["kind"], result["sampler"]["steps"]) == ("heun", 3)
+    assert Run.open(run).config.network.learn_sigma is False
+    # EDM's skip connection makes even a barely trained denoiser leave a nearly clean image alone.
+    y = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert (package.load(run)(y, 0.01) - y).abs().max() < 0.05
+
+
+def test_psnr_gap_of_two_runs(ditlab, place, plain, tmp_path):
+    local = place.trained("local", "--network.attention", "3,3")
+    runs = [place.copy(plain), place.copy(local)]
+    words = ["psnr-gap", *runs, "--images", 20, "--points", 3, "--out", tmp_path / "out"]
+    done = ditlab(*words, "--json")
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    assert [g["label"] for g in result["groups"]] == ["global", "3,3"]
+    assert {g["n"] for g in result["groups"]} == {20}
+    out = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert {"comparison.json", "psnr-curves.png", "gap-bars.png", "wiener-n20.json", "empirical-bayes-n20.npz"} <= {
+        *out
+    }
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == {
+        k: v for k, v in result.items() if k != "files"
+    }
+    for picture in ("psnr-curves.png", "gap-bars.png"):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert image.width > 300
+    for run in runs:
+        found = sorted(p.name for p in (run / "analysis").iterdir())
+        assert found == ["psnr-gap.csv", "psnr-gap.json", "psnr-gap.npz"]
+        with (run / "analysis" / "psnr-gap.csv").open() as file:
+            assert len(list(csv.reader(file))) == 4
+        with np.load(run / "analysis" / "psnr-gap.npz") as arrays:
+            assert np.isfinite(arrays["train_mse"]).all()
+            assert arrays["train_mse"].shape[:2] == (3, 20)
+    for words in (["--levels", "0.1", "1.0", "--no-references"], ["--raw", "--step", "4", "--reduction", "psnr_mean"]):
+        done = ditlab("psnr-gap", runs[0], "--images", 5, "--points", 2, "--out", tmp_path / "more", *words)
+        assert done.status == 0, done.err
+
+
+@pytest.mark.slow
+def test_report_is_one_file(ditlab, place, plain, tmp_path, monkeypatch):
+    local = place.trained("local", "--network.attention", "3,3")
+    runs = [place.copy(plain), place.copy(local)]
+    monkeypatch.setattr(report, "write_report", partial(write_report, settings=COARSE))
+    done = ditlab("report", *runs, "--samples", 2, "--out", tmp_path / "page" / "report.html", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["report"] == str(tmp_path / "page" / "report.html")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "global" in page
+    assert "3,3" in page
+    sources = re.findall(r'<(?:img|script|link|iframe|source)[^>]*?(?:src|href|srcset)="([^"]{0,40})', page)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    assert not re.search(r"@import|url\((?!['\"]?(data:|#))", page)
+    pictures = {p.name for p in (tmp_path / "page" / "figures").iterdir()}
+    assert {"samples.png", "psnr-curves.png", "gap-bars.png", "losses.png", "matched-psnr.png"} <= pictures
+    # What was measured with the same settings is used again.
+    made = [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs]
+    for run in runs:
+        report._result(Run.open(run), "", COARSE, Console(file=io.StringIO()), "cpu")
+    assert [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs] == made
+
+
+def _free(run: Path) -> bool:
+    """Whether no process trains the run."""
+    import fcntl
+
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.slow
+def test_quickstart_goes_on_after_kill_9(ditlab, tmp_path, monkeypatch):
+    """Killed while both runs train, its processes save and end by themselves; typed again, it goes on from there."""
+    pytest.importorskip("fcntl")
+    words = ["quickstart", "--out", "quick", "--size", "4", "--steps", "40", "--n", "10", "--device", "cpu"]
+    runs = [tmp_path / "quick" / "runs" / name for name in ("global-seed0", "local-seed0")]
+    first = start(words, tmp_path)
+    wait_for(lambda: all((run / "checkpoints").is_dir() and any((run / "checkpoints").glob("0*")) for run in runs))
+    first.kill()
+    first.communicate()
+    wait_for(lambda: all(_free(run) for run in runs), 60)
+    steps = [Run.open(run).checkpoints.steps()[-1] for run in runs]
+    assert all(2 <= step < 40 for step in steps), steps
+    assert not (tmp_path / "quick" / "report.html").exists()
+    monkeypatch.setattr(quickstart, "write_report", partial(write_report, settings=COARSE))
+    done = ditlab(*words)
+    assert done.status == 0, done.err
+    for run, step in zip(runs, steps, strict=True):
+        assert Run.open(run).finished
+        told = (run.parent / f"{run.name}.txt").read_text()
+        assert f"stopped and saved after step {step}" in told
+        assert f"going on from step {step}" in told
+    page = (tmp_path / "quick" / "report.html").read_text()
+    assert "global attention" in page
+    assert "ditlab quickstart --out quick --n 10 --size 4 --steps 40" in page
+    assert f"The result: {tmp_path}/quick/report.html" in done.out

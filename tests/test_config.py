@@ -1,0 +1,160 @@
+"""Presets, JSON both ways, and settings that do not fit together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ditlab.config import (
+    PRESETS,
+    DataConfig,
+    EvaluationConfig,
+    RunConfig,
+    RunRecord,
+    SplitRecord,
+    differences,
+    fit_to_images,
+    flat,
+    from_json,
+    preset,
+    read_record,
+    to_json,
+)
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
+from ditlab.errors import DitlabError
+from ditlab.networks.bias_free import BFCNNConfig
+from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.training.loop import TrainingConfig
+
+SPLIT = SplitRecord(seed=1, train=20, test=10, imageset="a", family="b", hash="c")
+
+
+def test_the_papers_presets():
+    xs, s = preset("dit-xs/1"), preset("dit-s/1")
+    assert (xs.network.depth, xs.network.width, xs.network.heads, xs.network.patch) == (12, 252, 4, 1)
+    assert (s.network.depth, s.network.width, s.network.heads, s.network.patch) == (12, 384, 6, 1)
+    assert (xs.training.lr, xs.training.ema, xs.training.steps) == (1e-4, 0.9999, 400_000)
+    assert isinstance(xs.objective, VPObjectiveConfig)
+    assert (xs.objective.schedule, xs.objective.steps, xs.objective.prediction) == ("linear", 1000, "epsilon")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name):
+    config = preset(name)
+    assert config.preset == name
+    values = json.loads(json.dumps(to_json(config)))
+    assert from_json(RunConfig, values, "here") == config
+    assert isinstance(config.objective, EDMObjectiveConfig) == name.endswith("-edm")
+    assert isinstance(config.sampler, HeunConfig) == name.endswith("-edm")
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(DitlabError, match=r"unknown preset 'dit-sx/1' \(nearest: .*dit-xs/1"):
+        preset("dit-sx/1")
+
+
+def test_a_record_is_written_and_read(tmp_path):
+    config = replace(preset("dit-nano/2"), data=DataConfig("../set", 20, 10, 1), sampler=DDIMConfig(steps="10"))
+    record = RunRecord(config, SPLIT, "ditlab train", {"torch": "2"})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(record)))
+    assert read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bogus": 1}, "unknown key 'bogus'"),
+        ({"format": 2}, "its format is 2, this ditlab reads up to 1; a newer ditlab wrote it"),
+        ({"format": None}, "expected a run's config.json with a 'format', found none"),
+        ({"split": {"seed": 1}}, "'split.train': Field required"),
+        ({"config": {"training": {"lrr": 1}}}, "unknown key 'config.training.lrr'"),
+        ({"config": {"network": {"kind": "dit", "widht": 8}}}, "unknown key 'config.network.widht'"),
+        ({"config": {"network": {"kind": "ditto"}}}, "'config.network': Input tag 'ditto'"),
+        ({"config": {"training": {"betas": [0.9]}}}, "'config.training.betas.1': Field required"),
+        ({"config": {"data": {"n": 0}}}, "data: n must be at least 1, found 0"),
+    ],
+)
+def test_records_that_cannot_be_read(tmp_path, change, says):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**to_json(RunRecord(preset("dit-nano/1"), SPLIT)), **change}))
+    with pytest.raises(DitlabError) as raised:
+        read_record(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1", "\x00"])
+def test_files_that_are_not_json(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(DitlabError, match="expected JSON, found something else"):
+        read_record(path)
+    with pytest.raises(DitlabError, match=r"expected a run's config\.json, found nothing"):
+        read_record(tmp_path / "none.json")
+
+
+def test_settings_by_dotted_name():
+    a = preset("dit-nano/1")
+    b = replace(a, network=replace(a.network, attention="3*4"), training=replace(a.training, steps=7))
+    assert differences(a, b) == {"network.attention": ("global", "3*4"), "training.steps": (5000, 7)}
+    assert differences(a, a) == {}
+    assert flat(a)["network.width"] == 64
+    assert differences(a, preset("dit-nano/1-edm"))["objective.kind"] == ("vp", "edm")
+
+
+def test_the_network_follows_the_images():
+    config = fit_to_images(preset("dit-nano/2"), (1, 8, 12), 5)
+    assert (config.network.image_size, config.network.channels, config.network.num_classes) == ((8, 12), 1, 0)
+    conditional = replace(config, network=replace(config.network, num_classes=5))
+    assert fit_to_images(conditional, (1, 8, 12), 5).network.num_classes == 5
+    with pytest.raises(DitlabError, match=r"network\.num_classes is 5, the image set has 3 classes"):
+        fit_to_images(conditional, (1, 8, 12), 3)
+    with pytest.raises(DitlabError, match=r"multiples of the patch 2, found \(9, 9\)"):
+        fit_to_images(preset("dit-nano/2"), (3, 9, 9), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"network": DiTConfig(learn_sigma=False)}, "'learned-range' needs network.learn_sigma True, found False"),
+        ({"objective": VPObjectiveConfig(variance="fixed-small")}, "needs network.learn_sigma False, found True"),
+        ({"objective": EDMObjectiveConfig()}, "the EDM objective learns no variance"),
+        ({"network": BFCNNConfig()}, "bf-cnn networks can be loaded and analysed, not trained"),
+    ],
+)
+def test_parts_that_do_not_fit(changes, says):
+    with pytest.raises(DitlabError, match=says):
+        replace(RunConfig(), **changes)
+
+
+def test_counts_that_cannot_be():
+    for kind, change in ((DataConfig, {"n": 0}), (DataConfig, {"test": 0}), (EvaluationConfig, {"images": 0})):
+        with pytest.raises(DitlabError, match="must be at least 1"):
+            kind(**change)
+    with pytest.raises(DitlabError, match="levels at least 0"):
+        EvaluationConfig(levels=-1)
+    with pytest.raises(DitlabError, match="keep must be at least 1"):
+        TrainingConfig(keep=0)
+
+
+def test_windows_larger_than_the_grid_are_refused():
+    with pytest.raises(DitlabError, match="window 9: expected a size of at most 8 on a grid of 8x4 tokens, found 9"):
+        DiTConfig(image_size=(8, 4), depth=2, attention="9,g")
+    with pytest.raises(DitlabError, match="at most 4 on a grid of 4x4 tokens, found 5"):
+        DiTConfig(image_size=(8, 8), patch=2, depth=2, attention="5,g")
+    DiTConfig(image_size=(8, 4), depth=2, attention="7,g")
+
+
+def test_a_config_without_a_size_yet_can_be_filled_in_and_not_built():
+    config = DiTConfig(image_size=(0, 0), depth=2, attention="9,g", patch=3)
+    assert replace(config, image_size=(27, 27)).grid == (9, 9)
+    with pytest.raises(DitlabError, match="found 9"):
+        replace(config, image_size=(6, 6))
+    with pytest.raises(DitlabError, match="odd size"):
+        DiTConfig(image_size=(0, 0), depth=2, attention="4,g")
+    with pytest.raises(DitlabError, match="expected a config with an image_size"):
+        DiT(config)
