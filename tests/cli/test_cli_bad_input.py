@@ -350,3 +350,14 @@ def test_a_process_of_its_own_ends_the_same_way(tmp_path):
         )
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"ditlab: {says}\n")
     assert not any(tmp_path.iterdir())
+
+
+def test_runs_on_different_image_sets(refused, place, plain):
+    """Their seeds differ too, so that nothing else gives it away: they would pass for two shuffles of one set."""
+    other = place.folder / "runs" / "other-set"
+    other.mkdir(parents=True)
+    record = json.loads((plain / "config.json").read_text())
+    record["split"] |= {"imageset": "0" * 64, "family": "1" * 64, "seed": 5}
+    (other / "config.json").write_text(json.dumps(record))
+    says = refused("psnr-gap", plain, other)
+    assert f"runs {plain} and {other} were trained on different image sets" in says

@@ -114,8 +114,8 @@ def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
     """Opens runs that are to stand side by side.
 
     Raises:
-        DitlabError: none was named, or one was named twice, or two of one seed were held back different test images
-            (said here, before anything is measured).
+        DitlabError: none was named, or one was named twice, or they are of different image sets, or two of one seed
+            were held back different test images (said here, before anything is measured).
     """
     if not paths:
         raise DitlabError("expected at least one run's folder, found none")
@@ -125,7 +125,13 @@ def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
         if places.count(place) > 1:
             raise DitlabError(f"run {place}: named twice")
     families: dict[int, Run] = {}
+    first = runs[0]
     for run in runs:
+        if run.record.split.imageset != first.record.split.imageset:
+            raise DitlabError(
+                f"runs {first.path} and {run.path} were trained on different image sets "
+                f"({first.record.split.imageset[:12]} and {run.record.split.imageset[:12]}), so they cannot be compared"
+            )
         other = families.setdefault(run.record.split.seed, run)
         if other.record.split.family != run.record.split.family:
             raise DitlabError(
