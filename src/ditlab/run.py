@@ -335,21 +335,22 @@ def _evaluation(
     """What is measured during training: denoising loss and PSNR on fixed train and test images with fixed noise."""
     settings = run.config.evaluation
     sides = {side: run.pictures(side, settings.images) for side in ("train", "test")}
-    count = max(len(images) for images, _ in sides.values())
-    # Several draws of the loss, since it varies much more over noise levels than over images.
-    draws = objective.draw(torch_generator(0, "evaluation"), 4 * count, run.images.shape)
+    # Both sides get the very same noise levels and noise: the loss varies much more over levels than over images.
+    count = min(len(images) for images, _ in sides.values())
+    repeats = -(-4 * settings.images // count)
+    draws = objective.draw(torch_generator(0, "evaluation"), repeats * count, run.images.shape)
     denoiser = objective.denoiser(network)
     levels = grid_levels(denoiser, settings.levels) if settings.levels else ()
 
     @torch.no_grad()
     def loss(side: Literal["train", "test"]) -> float:
         images, label = sides[side]
-        total, n = 0.0, len(images)
-        for draw in range(4):
-            part = {name: value[draw * count : draw * count + n].to(device) for name, value in draws.items()}
-            losses = objective.losses(network, images.to(device), None if label is None else label.to(device), part)
-            total += losses["loss"].double().mean().item()
-        return total / 4
+        images, label = images[:count].to(device), None if label is None else label[:count].to(device)
+        total = 0.0
+        for repeat in range(repeats):
+            part = {name: value[repeat * count : (repeat + 1) * count].to(device) for name, value in draws.items()}
+            total += objective.losses(network, images, label, part)["loss"].double().mean().item()
+        return total / repeats
 
     def evaluate(step: int) -> dict[str, float]:
         values = {f"{side}_loss": loss(side) for side in ("train", "test")}

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ditlab.errors import DitlabError
+from ditlab.nn import kernels
 from ditlab.nn.attention import (
     Global,
     Partition,
@@ -12,6 +13,7 @@ from ditlab.nn.attention import (
     attention_kernel,
     capture_attention,
 )
+from ditlab.nn.kernels_cpu import tiles_of
 
 # torch's own compiler imports do this.
 quiet_compiler = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -138,3 +140,15 @@ def test_kernels_agree_on_cuda(kernel, pattern):
     expected = run(module, x, "math", bfloat16=True)
     for found, reference in zip(run(module, x, kernel, bfloat16=True), expected, strict=True):
         assert (found - reference).abs().max() <= 3e-2 * reference.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math", "sdpa", "strips"])
+def test_masks_first_made_under_inference_mode_serve_training(kernel):
+    layer = SelfAttention(width=8, heads=1, grid=(9, 7), pattern=Window(3))  # a grid of this test's own
+    kernels._masks.clear()
+    tiles_of.cache_clear()
+    with attention_kernel(kernel):
+        with torch.inference_mode():
+            layer(torch.randn(2, 63, 8))
+        layer(torch.randn(2, 63, 8)).sum().backward()
+    assert layer.qkv.weight.grad is not None

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -112,7 +112,7 @@ class TrainingBar:
 
 
 @contextmanager
-def counting(console: Console, title: str, *, json_total: int | None = None) -> Iterator[Any]:
+def counting(console: Console, title: str) -> Iterator[Any]:
     """A progress bar for work that is counted; yields `progress(done, total)`."""
     with Progress(
         TextColumn("{task.description}"),
@@ -124,7 +124,7 @@ def counting(console: Console, title: str, *, json_total: int | None = None) -> 
         disable=not console.is_terminal,
         transient=True,
     ) as bar:
-        task = bar.add_task(title, total=json_total)
+        task = bar.add_task(title, total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
@@ -178,11 +178,11 @@ def run_lock(folder: Path, wait: float = 30.0) -> Iterator[None]:
         yield
 
 
-def command_line(verb: str, words: Sequence[str] | None = None) -> str:
+def command_line(verb: str) -> str:
     """The command as the user typed it, for config.json and reports."""
     import shlex
 
-    return shlex.join(["ditlab", verb, *(sys.argv[2:] if words is None else words)])
+    return shlex.join(["ditlab", verb, *sys.argv[2:]])
 
 
 def parent_gone() -> bool:

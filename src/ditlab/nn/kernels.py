@@ -246,6 +246,8 @@ def _mask(
     return _masks[key]
 
 
+# Made outside inference mode, even when first needed within it: a cached mask has to serve training too.
+@torch.inference_mode(False)
 def _make_mask(pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     visible = F.pad(pattern.mask(grid), (0, extra, 0, extra), value=True)
     if dtype != torch.bool:

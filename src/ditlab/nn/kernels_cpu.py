@@ -79,6 +79,7 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # as for the masks of ditlab.nn.kernels: what is cached has to serve training too
 def tiles_of(pattern: Global | Window, grid: Grid, tile: Grid, extra: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Cuts the grid in tiles of at most `tile` queries; equal masks are one tensor.
 
