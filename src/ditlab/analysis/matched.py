@@ -275,8 +275,15 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
     )
 
 
-def compare_trajectories(first: Sequence[Trajectory], second: Sequence[Trajectory]) -> MatchedComparison:
+def compare_trajectories(
+    first: Sequence[Trajectory], second: Sequence[Trajectory], *, margin: float | None = None
+) -> MatchedComparison:
     """Two kinds of runs, one or several seeds each, paired by seed; seeds of one side only are left out and named.
+
+    Args:
+        first: runs of one kind.
+        second: runs of the other.
+        margin: in dB, as in `ditlab.analysis.paired.paired_difference`.
 
     Raises:
         DitlabError: a side is empty or mixes labels, a seed occurs twice, N differs, no seed in common, or as
@@ -304,7 +311,8 @@ def compare_trajectories(first: Sequence[Trajectory], second: Sequence[Trajector
     seeds = tuple(compare_seed(sides[0][s], sides[1][s]) for s in common)
 
     def difference(pairs: Mapping[int, tuple[float, float]]) -> PairedDifference:
-        return paired_difference(a, b, {k: v[0] for k, v in pairs.items()}, {k: v[1] for k, v in pairs.items()})
+        one, other = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
+        return paired_difference(a, b, one, other, margin=margin)
 
     matched = {s.seed: s.gap_matched for s in seeds if s.gap_matched is not None}
     return MatchedComparison(

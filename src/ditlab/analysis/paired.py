@@ -2,7 +2,8 @@
 
 Split and seed noise is as large as many effects here (An et al. Table 1, plain against dagger rows), so two kinds of
 runs are compared on equal seeds, and a difference is claimed only where the t interval of the paired differences
-leaves zero out.
+leaves zero out. That two kinds of runs are similar is claimed only where the whole interval lies inside a margin that
+was fixed before the runs were looked at: an interval that contains zero may merely be wide.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ class PairedDifference:
     """Lower end of the interval; None with a single seed."""
     high: float | None
     confidence: float
+    margin: float | None = None
+    """Differences smaller than this count as none; fixed beforehand. None where no margin was fixed."""
+
+    @property
+    def similar(self) -> bool:
+        """Whether the whole interval lies inside the margin. Never so without a margin or with a single seed."""
+        if self.margin is None or self.low is None or self.high is None:
+            return False
+        return -self.margin < self.low and self.high < self.margin
 
     @property
     def seen(self) -> bool:
@@ -48,9 +58,21 @@ class PairedDifference:
             return f"{what}: {size} with one seed ({self.seeds[0]}), so nothing can be said about its spread."
         ends = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}"
         interval = f"{self.confidence:.0%} interval {ends}, {len(self.seeds)} paired seeds"
+        return f"{what}: {self.verdict(unit)} ({size}, {interval})."
+
+    def verdict(self, unit: str = "dB") -> str:
+        """What the interval allows to be said, in a few words without numbers of its own.
+
+        Args:
+            unit: of the margin.
+        """
+        if self.low is None:
+            return "one seed only, nothing can be said"
+        within = "" if self.margin is None else f"within the margin of {self.margin:g} {unit} that was fixed beforehand"
         if not self.seen:
-            return f"{what}: no difference seen ({size}, {interval})."
-        return f"{what}: {self.second} is {'higher' if self.mean > 0 else 'lower'} ({size}, {interval})."
+            return f"similar, {within}" if self.similar else "no difference seen"
+        side = f"{self.second} is {'higher' if self.mean > 0 else 'lower'}"
+        return f"{side}, but {within}" if self.similar else side
 
 
 def paired_difference(
@@ -59,6 +81,7 @@ def paired_difference(
     first_values: Mapping[int, float],
     second_values: Mapping[int, float],
     confidence: float = 0.95,
+    margin: float | None = None,
 ) -> PairedDifference:
     """The t interval of second - first over the seeds that both have.
 
@@ -68,11 +91,15 @@ def paired_difference(
         first_values: a number for each seed.
         second_values: a number for each seed; seeds of one side only are left out.
         confidence: of the interval, in (0, 1).
+        margin: below which two kinds of runs count as similar, fixed before looking at the results; None for no claim.
 
     Raises:
-        DitlabError: no seed in common.
+        DitlabError: no seed in common, or a margin that is not positive.
     """
     from scipy.stats import t as student
+
+    if margin is not None and not margin > 0:
+        raise DitlabError(f"comparison of '{first}' and '{second}': expected a margin above 0, found {margin}")
 
     seeds = tuple(sorted(set(first_values) & set(second_values)))
     if not seeds:
@@ -82,4 +109,4 @@ def paired_difference(
     if len(seeds) > 1:
         half = student.ppf((1 + confidence) / 2, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds))
         low, high = float(mean - half), float(mean + half)
-    return PairedDifference(first, second, seeds, tuple(differences.tolist()), mean, low, high, confidence)
+    return PairedDifference(first, second, seeds, tuple(differences.tolist()), mean, low, high, confidence, margin)
