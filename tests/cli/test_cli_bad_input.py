@@ -36,7 +36,7 @@ def put(record: dict, names: str, value) -> None:
     ("words", "says"),
     [
         ("trian", "unknown verb 'trian' (nearest: train)"),
-        ("xyzzy", "unknown verb 'xyzzy' (known: data info, data prepare, "),
+        ("xyzzy", "unknown verb 'xyzzy' (known: attention, data info, data prepare, "),
         ("data", "'data' needs one of: data prepare, data info; found nothing"),
         ("data make", "'data' needs one of: data prepare, data info; found make"),
         ("train", "train: expected a preset first (dit-nano/1, "),

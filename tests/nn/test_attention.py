@@ -11,6 +11,7 @@ from ditlab.nn.attention import (
     Window,
     attend,
     attention_kernel,
+    attention_modules,
     capture_attention,
 )
 from ditlab.nn.kernels_cpu import tiles_of
@@ -99,6 +100,19 @@ def test_capture_takes_layers_by_number_and_leaves_nothing_behind():
     network(x)
     assert {number: len(found) for number, found in maps.items()} == {0: 2, 2: 2}
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_capture_hands_maps_over_instead_of_keeping_them():
+    network = nn.Sequential(layer(seed=0), layer(seed=1), layer(seed=2))
+    assert attention_modules(network) == list(network)
+    x, seen = torch.randn(1, 42, 24), []
+    with capture_attention(network, [1, 2]) as expected:
+        network(x)
+    with capture_attention(network, [1, 2], use=lambda number, found: seen.append((number, found))) as maps:
+        network(x)
+    assert maps == {1: [], 2: []}
+    assert [number for number, _ in seen] == [1, 2]
+    assert all(torch.equal(found, expected[number][0]) for number, found in seen)
 
 
 def test_capture_refuses_what_is_not_there():

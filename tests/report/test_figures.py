@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import Any
-
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 from ditlab.analysis.comparison import compare
 from ditlab.analysis.matched import Trajectory, compare_trajectories
@@ -78,26 +73,8 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_text_lies_over_other_text_or_outside_the_figure(name, monkeypatch):
-    figure = FIGURES[name](LIGHT)
-    boxes: dict[int, tuple[str, Any]] = {}
-    draw = Text.draw
-
-    def recorded(text, renderer, *args, **kwargs):
-        if text.get_visible() and text.get_text().strip():
-            boxes[id(text)] = (text.get_text(), text.get_window_extent(renderer))
-        return draw(text, renderer, *args, **kwargs)
-
-    monkeypatch.setattr(Text, "draw", recorded)
-    FigureCanvasAgg(figure).draw()
-    assert boxes
-    for text, box in boxes.values():
-        assert min(box.x0, box.y0) >= -1, text
-        assert box.x1 <= figure.bbox.x1 + 1, text
-        assert box.y1 <= figure.bbox.y1 + 1, text
-    for (one, a), (two, b) in combinations(boxes.values(), 2):
-        overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(overlap) <= 1.0, (one, two)
+def test_no_text_lies_over_other_text_or_outside_the_figure(name, texts_apart):
+    texts_apart(FIGURES[name](LIGHT))
 
 
 @pytest.mark.parametrize("name", FIGURES)

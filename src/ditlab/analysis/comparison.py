@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ditlab.analysis.paired import PairedDifference, paired_difference
-from ditlab.analysis.psnr import PSNRResult, Reduction, Side
+from ditlab.analysis.psnr import PSNRResult, Reduction, RunFacts, Side
 from ditlab.errors import DitlabError
 
 
@@ -109,13 +109,17 @@ class PSNRComparison:
                 }
                 for g in self.groups
             ],
-            "differences": [{"n": n, **asdict(d), "seen": d.seen} for n, d in self.differences],
+            "differences": [{"n": n, **asdict(d), "seen": d.seen, "similar": d.similar} for n, d in self.differences],
             "sentences": list(self.sentences()),
         }
 
 
-def compare(results: Sequence[PSNRResult]) -> PSNRComparison:
+def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PSNRComparison:
     """Groups results by label and N, over seeds, after checking that they may stand side by side.
+
+    Args:
+        results: one a run.
+        margin: in dB, as in `ditlab.analysis.paired.paired_difference`.
 
     Raises:
         DitlabError: no result, different levels, noise, images a side or reduction; one seed with two different test
@@ -134,7 +138,7 @@ def compare(results: Sequence[PSNRResult]) -> PSNRComparison:
                 f"N = {r.about.n} and seed {r.about.seed}; give them different labels"
             )
         seeds[r.about.seed] = r
-    _check_splits(results)
+    check_splits([r.about for r in results])
     labels = list(dict.fromkeys(label for label, _ in groups))
     ordered = sorted(groups, key=lambda key: (labels.index(key[0]), -1 if key[1] is None else key[1]))
     made = tuple(
@@ -143,7 +147,7 @@ def compare(results: Sequence[PSNRResult]) -> PSNRComparison:
     differences = []
     for n in dict.fromkeys(g.n for g in made):
         for first, second in combinations([g for g in made if g.n == n], 2):
-            pair = paired_difference(first.label, second.label, first.averages(), second.averages())
+            pair = paired_difference(first.label, second.label, first.averages(), second.averages(), margin=margin)
             differences.append((n, pair))
     return PSNRComparison(made, tuple(differences))
 
@@ -165,26 +169,32 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
         raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")
 
 
-def _check_splits(results: Sequence[PSNRResult]) -> None:
-    families: dict[int, PSNRResult] = {}
-    trained: dict[tuple[int, int | None], PSNRResult] = {}
-    for r in results:
-        same_seed = families.setdefault(r.about.seed, r)
-        if same_seed.about.split_family != r.about.split_family:
+def check_splits(runs: Sequence[RunFacts]) -> None:
+    """Refuses runs that may not stand side by side, whatever was measured on them.
+
+    Raises:
+        DitlabError: one seed with two different test sets, or with two training sets at one N; labels without a common
+            seed.
+    """
+    families: dict[int, RunFacts] = {}
+    trained: dict[tuple[int, int | None], RunFacts] = {}
+    for r in runs:
+        same_seed = families.setdefault(r.seed, r)
+        if same_seed.split_family != r.split_family:
             raise DitlabError(
-                f"comparison: '{same_seed.about.name}' and '{r.about.name}' have different splits (family "
-                f"{same_seed.about.split_family[:12]} and {r.about.split_family[:12]}): they were not held back the "
-                "same test images, so their gaps cannot be compared"
+                f"comparison: '{same_seed.name}' and '{r.name}' have different splits (family "
+                f"{same_seed.split_family[:12]} and {r.split_family[:12]}): they were not held back the "
+                "same test images, so they cannot be compared"
             )
-        same_n = trained.setdefault((r.about.seed, r.about.n), r)
-        if same_n.about.split_hash != r.about.split_hash:
+        same_n = trained.setdefault((r.seed, r.n), r)
+        if same_n.split_hash != r.split_hash:
             raise DitlabError(
-                f"comparison: '{same_n.about.name}' and '{r.about.name}' have different training images at equal N and "
-                f"seed (split {same_n.about.split_hash[:12]} and {r.about.split_hash[:12]})"
+                f"comparison: '{same_n.name}' and '{r.name}' have different training images at equal N and "
+                f"seed (split {same_n.split_hash[:12]} and {r.split_hash[:12]})"
             )
     seeds_of: dict[str, dict[int, str]] = {}
-    for r in results:
-        seeds_of.setdefault(r.about.group, {})[r.about.seed] = r.about.name
+    for r in runs:
+        seeds_of.setdefault(r.group, {})[r.seed] = r.name
     for (_, first), (_, second) in combinations(seeds_of.items(), 2):
         if not set(first) & set(second):
             raise DitlabError(

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("train:Train", "train a denoiser on N images of a set"),
     "sample": ("sample:Sample", "draw images from a trained denoiser"),
     "psnr-gap": ("psnr_gap:PSNRGap", "measure train and test PSNR by noise level, and the gap between them"),
+    "attention": ("attention:Attention", "draw attention maps and measure how local they are"),
     "report": ("report:Report", "write one HTML page about one or several runs"),
 }
 """Verb -> (where its class is, what it does)."""

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 
+from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
-from ditlab.cli.common import use_threads
+from ditlab.cli.common import command_line, counting, use_threads
+from ditlab.cli.looking import holds, look_at
 from ditlab.cli.measuring import measure_references, measure_run, open_runs, run_labels
-from ditlab.cli.reporting import Material, figures, save_figures, save_report
+from ditlab.cli.reporting import Drawn, Material, draw_all, figures, save_figures, save_report
 from ditlab.cli.sample import draw, sampler_config
 from ditlab.errors import DitlabError
 from ditlab.run import Run
 from ditlab.training.distributed import pick_device
 
+KINDS = 12
+"""At most so many kinds of runs are sampled."""
+SAMPLES = 64
+"""At most so many samples of each, so that the page stays small."""
+
 
 @dataclass(frozen=True)
 class Report:
-    """Write one self-contained HTML page about runs: settings, samples, PSNR curves, gap bars, gap along training.
+    """Write one self-contained HTML page about runs: settings, samples and their nearest training images, PSNR curves,
+    gap bars, gap along training, attention maps with a token picker, locality of attention.
 
-    PSNR gaps that `ditlab psnr-gap` has already measured for the newest checkpoint are used; others are measured now.
+    What `ditlab psnr-gap` and `ditlab attention` have already measured for the newest checkpoint is used; the rest is
+    measured now.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -38,9 +46,10 @@ class Report:
     labels: tuple[str, ...] = ()
     """Names of the kinds of runs, one a run; found from the settings that differ where not given."""
     samples: int = 16
-    """Images to draw from each kind of run; 0 for none."""
+    """Images to draw from each kind of run at each N, at most 64; 0 for none."""
     hide_training_images: bool = False
-    """Leave out pictures of training images (for sets whose terms forbid passing them on)."""
+    """Leave out pictures of all real images, training and held-out ones (for sets whose terms forbid passing them on).
+    Attention is then shown on a sample, and samples stand alone with their distance to the nearest training image."""
     data: Path | None = None
     """Where the image set lies now, if it was moved."""
     device: str | None = None
@@ -53,6 +62,10 @@ class Report:
         use_threads(self.threads)
         if self.samples < 0:
             raise DitlabError(f"report --samples: must not be negative, found {self.samples}")
+        if self.samples > SAMPLES:
+            raise DitlabError(
+                f"report --samples: expected at most {SAMPLES}, found {self.samples}; `ditlab sample` draws more"
+            )
         runs = open_runs(self.runs, self.data)
         if self.labels and len(self.labels) != len(runs):
             raise DitlabError(f"report --labels: expected {len(runs)} labels, one a run, found {len(self.labels)}")
@@ -67,6 +80,7 @@ class Report:
             samples=self.samples,
             hide_training_images=self.hide_training_images,
             device=str(pick_device(self.device)),
+            commands=[("this page", command_line("report"))],
         )
         console.print(f"wrote {out}")
         return {"report": str(out), "sentences": sentences}
@@ -84,6 +98,7 @@ def write_report(
     hide_training_images: bool = False,
     device: str = "cpu",
     settings: PSNRConfig | None = None,
+    attention: AttentionConfig | None = None,
     commands: Sequence[tuple[str, str]] = (),
 ) -> list[str]:
     """Measures what is missing, draws, and writes the page with its figures beside it; returns its sentences."""
@@ -94,31 +109,36 @@ def write_report(
     for n in comparison.counts:
         first = next(run for run in runs if run.record.split.train == n)
         references += measure_references(first, settings, results[0].levels, console, device=device)
-    drawn: dict[str, np.ndarray] = {}
-    if samples:
-        for run, label in zip(runs, labels, strict=True):
-            if label not in drawn:
-                denoiser = run.denoiser(device=device)
-                config = sampler_config(run)
-                drawn[label] = draw(denoiser, config, samples, seed=0)
+    sampled = _samples(runs, labels, samples, console, device) if samples else []
+    looks = look_at(runs, labels, attention or AttentionConfig(), console, device=device)
     told = [(f"train {run.name}", run.record.command) for run in runs]
-    material = Material(runs, labels, comparison, references, drawn, [*commands, *told], hide_training_images)
-    save_figures(figures(material, material.matched()), out.parent / "figures")
-    return save_report(material, out, title=title, foreword=foreword)
+    words = [*commands, *told]
+    material = Material(runs, labels, comparison, references, sampled, looks, words, hide_training_images)
+    drawn = draw_all(figures(material, material.matched()))
+    save_figures(drawn, out.parent / "figures")
+    return save_report(material, drawn, out, title=title, foreword=foreword)
+
+
+def _samples(runs: Sequence[Run], labels: Sequence[str], count: int, console: Console, device: str) -> list[Drawn]:
+    """Samples of each kind of run at each N, of its first shuffle."""
+    found: dict[tuple[str, int], Drawn] = {}
+    for run, label in zip(runs, labels, strict=True):
+        kind = (label, run.record.split.train)
+        if kind not in found and len(found) < KINDS:
+            denoiser = run.denoiser(device=device)
+            with counting(console, f"samples of {run.name}") as progress:
+                images = draw(denoiser, sampler_config(run), count, seed=0, progress=progress)
+            found[kind] = Drawn.of(run, label, images)
+    return list(found.values())
 
 
 def _result(run: Run, label: str, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
     """The saved result of the newest checkpoint if it was measured with these settings, else a new one, saved."""
-    from dataclasses import replace
-
     saved = run.path / "analysis" / "psnr-gap.json"
-    steps = run.checkpoints.steps()
     if saved.is_file():
         found = PSNRResult.load(saved)
-        about = found.about
-        fresh = bool(steps) and about.step == steps[-1] and about.split_hash == run.record.split.hash and about.ema
-        if fresh and replace(found.config, batch_size=1) == replace(settings, batch_size=1):
-            return replace(found, about=replace(about, label=label))
+        if holds(run, found, settings):
+            return replace(found, about=replace(found.about, label=label))
     made = measure_run(run, settings, console, label=label, device=device)
     made.save(run.path / "analysis")
     return made

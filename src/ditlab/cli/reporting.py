@@ -3,25 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ditlab.analysis.comparison import PSNRComparison
 from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_trajectories
+from ditlab.analysis.nearest import NearestResult, nearest
 from ditlab.analysis.psnr import PSNRResult
+from ditlab.analysis.store import write_bytes
+from ditlab.cli.looking import Look, localities, map_rows, pickers
 from ditlab.cli.measuring import trajectories
 from ditlab.config import flat
-from ditlab.data.pixels import to_uint8
 from ditlab.run import Run
+
+if TYPE_CHECKING:
+    from ditlab.report.page import Picture, Section
 
 _CURVES = (
     "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser knows "
     "nothing but the training images (the limit of memorization); the Wiener denoiser knows their mean and covariance."
 )
+_LOSSES = (
+    "The loss of the batches, and the loss of the averaged weights on fixed train and test images (first shuffle)."
+)
+_NO_IMAGE = "No image may be shown here (there is no sample, or only copies of training images), so no token picker."
+_MAPS = (
+    "Above: each layer's map (mean over heads, queries downwards), brought to [0, 1] and cut off at 0.1, with its "
+    "centre enlarged. Below: what the middle token attends to. The style is that of An et al., Fig. 4."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Samples of a run, and the training images nearest to them."""
+
+    run: Run
+    label: str
+    images: np.ndarray
+    """uint8 [count, C, H, W], drawn from the same noise for every run."""
+    nearest: NearestResult
+
+    @classmethod
+    def of(cls, run: Run, label: str, images: np.ndarray) -> Drawn:
+        """Finds the nearest training images, and those of held-out images as a control."""
+        mirror = run.config.training.flip
+        train = run.images.take(run.split.train)
+        held_out = run.images.take(run.split.test[:CONTROLS])
+        steps = run.checkpoints.steps()
+        result = NearestResult(
+            run.facts(steps[-1], label=label),
+            nearest(images, train, mirror=mirror),
+            nearest(held_out, train, mirror=mirror) if len(held_out) else None,
+            mirror,
+        )
+        return cls(run, label, images, result)
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """The nearest training image of each sample, uint8 [count, C, H, W], mirrored where that is nearer."""
+        found = self.nearest.samples
+        images = self.run.images.take(self.run.split.train[found.index])
+        return np.where(found.mirrored[:, None, None, None], images[..., ::-1], images)
+
+    @property
+    def telling(self) -> np.ndarray:
+        """Whether each sample shows too much of a training image where none may be shown, bool [count].
+
+        So does a copy (d1 / d2 < 1/3), and what lies less than half as far from a training image as held-out images do.
+        """
+        found, held_out = self.nearest.samples, self.nearest.held_out
+        near = 0.0 if held_out is None else float(np.median(held_out.first)) / 2
+        return found.copied | (found.first < near)
+
+
+SHOWN = 16
+"""Samples of each kind that the page shows, at most; distances are given for all."""
+CONTROLS = 300
+"""Held-out images whose nearest training images are looked for, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +94,18 @@ class Material:
     labels: Sequence[str]
     comparison: PSNRComparison
     references: Sequence[PSNRResult]
-    samples: Mapping[str, np.ndarray]
-    """Label -> uint8 [N, C, H, W], drawn from equal noise."""
+    samples: Sequence[Drawn]
+    looks: Sequence[Look]
+    """Runs with attention."""
     commands: Sequence[tuple[str, str]]
     hide_training_images: bool = False
+    """No picture of a real image, be it trained on or held out."""
+
+    @property
+    def sampled(self) -> dict[str, np.ndarray]:
+        """Run's name -> its samples that may be shown."""
+        hide = self.hide_training_images
+        return {one.run.name: one.images[~one.telling] if hide else one.images for one in self.samples}
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -58,21 +128,14 @@ class Material:
 
 def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[str, tuple[Any, str, str]]:
     """File name -> (drawing of a theme, alt text, caption); drawings of parts that were not measured are left out."""
-    from ditlab.report.figures import gap_bars, psnr_curves, sample_grid
+    from ditlab.report.figures import gap_bars, psnr_curves
     from ditlab.report.style import assign
-    from ditlab.report.training_figures import gap_along_training, loss_curves, matched_psnr
 
     comparison, slots = material.comparison, assign(material.comparison.labels)
     names = " and ".join(comparison.labels)
     found: dict[str, tuple[Any, str, str]] = {}
-    rows = _rows(material)
-    if rows:
-        found["samples"] = (
-            lambda theme: sample_grid(rows, columns=min(16, len(rows[0][1])), theme=theme),
-            "Rows of images: " + "; ".join(caption for caption, _ in rows) + ".",
-            "Samples of each run from equal noise"
-            + ("." if material.hide_training_images else ", and training images."),
-        )
+    if material.samples:
+        found["samples"] = _samples_figure(material)
     found["psnr-curves"] = (
         lambda theme: psnr_curves(comparison, material.references, slots=slots, theme=theme),
         f"Curves of train and test PSNR by diffusion step for {names}, with the gap below.",
@@ -83,78 +146,202 @@ def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[st
         f"Bars of the average PSNR gap of {names}.",
         "Average over noise levels of the gap, truncated at zero at each level.",
     )
-    along = material.trajectories
-    if along:
-        found["gap-along-training"] = (
-            lambda theme: gap_along_training(along, slots=slots, theme=theme),
-            f"The PSNR gap and the test PSNR of {names} against training steps.",
-            "Averaged weights, a coarse grid of noise levels, the same images and noise each time.",
-        )
-        one = matched[0] if len(matched) == 1 else None
-        found["matched-psnr"] = (
-            lambda theme: matched_psnr(along, one, slots=slots, theme=theme),
-            f"Test PSNR against train PSNR along the training of {names}.",
-            "At equal train PSNR a curve that lies higher generalizes better at the same fit.",
-        )
-    logs = {}
-    for run, label in zip(material.runs, material.labels, strict=True):
-        logs.setdefault(label, run.log)
-    found["losses"] = (
-        lambda theme: loss_curves(logs, slots=slots, theme=theme),
-        f"Losses of {names} against training steps.",
-        "The loss of the batches, and the loss of the averaged weights on fixed train and test images (first seed).",
-    )
+    for n in comparison.counts:
+        found |= _training_figures(material, matched, n, slots)
+    found |= _attention_figures(material, slots)
     return found
 
 
-def _rows(material: Material) -> list[tuple[str, np.ndarray]]:
-    rows = [(f"samples, {label}", images) for label, images in material.samples.items()]
-    if rows and not material.hide_training_images:
-        count = len(rows[0][1])
-        images, _ = material.runs[0].pictures("train", count)
-        rows.append(("training images", to_uint8(images).numpy()))
-    return rows
+def _training_figures(
+    material: Material, matched: Sequence[MatchedComparison], n: int | None, slots: Mapping[str, int]
+) -> dict[str, tuple[Any, str, str]]:
+    """Those along training, of the runs with this N; where a report has several N, their names end in it."""
+    from ditlab.report.training_figures import gap_along_training, loss_curves, matched_psnr
+
+    several = len(material.comparison.counts) > 1
+    ending, which = (f"-n{n}", f"N = {n}. ") if several else ("", "")
+    names = " and ".join(material.comparison.labels)
+    found: dict[str, tuple[Any, str, str]] = {}
+    along = [t for t in material.trajectories if t.n == n]
+    pairs = [comparison for comparison in matched if comparison.n == n]
+    if along:
+        found[f"gap-along-training{ending}"] = (
+            lambda theme: gap_along_training(along, slots=slots, theme=theme),
+            f"{which}The PSNR gap and the test PSNR of {names} against training steps.",
+            f"{which}Averaged weights, a coarse grid of noise levels, the same images and noise each time.",
+        )
+        found[f"matched-psnr{ending}"] = (
+            lambda theme: matched_psnr(along, pairs[0] if len(pairs) == 1 else None, slots=slots, theme=theme),
+            f"{which}Test PSNR against train PSNR along the training of {names}.",
+            f"{which}At equal train PSNR a curve that lies higher generalizes better at the same fit.",
+        )
+    logs = _drawn_logs(material, n)
+    if any("loss" in line or "train_loss" in line for log in logs.values() for line in log):
+        found[f"losses{ending}"] = (
+            lambda theme: loss_curves(logs, slots=slots, theme=theme),
+            f"{which}Losses of {names} against training steps.",
+            f"{which}{_LOSSES}",
+        )
+    return found
 
 
-def save_figures(drawings: Mapping[str, tuple[Any, str, str]], folder: Path) -> list[Path]:
-    """Writes each figure as NAME.png for a light page."""
-    from ditlab.report.style import LIGHT, save
+def _drawn_logs(material: Material, n: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Label -> the log of its first run with this N."""
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for run, label in zip(material.runs, material.labels, strict=True):
+        if run.record.split.train == n:
+            logs.setdefault(label, run.log)
+    return logs
 
-    folder.mkdir(parents=True, exist_ok=True)
-    return [save(drawing(LIGHT), folder / f"{name}.png") for name, (drawing, _, _) in drawings.items()]
+
+def _attention_figures(material: Material, slots: Mapping[str, int]) -> dict[str, tuple[Any, str, str]]:
+    from ditlab.report.attention_figures import attention_map_figure
+    from ditlab.report.locality_figures import locality_by_n, locality_curves
+
+    found: dict[str, tuple[Any, str, str]] = {}
+    rows = map_rows(material.looks, material.sampled, hide_real_images=material.hide_training_images)
+    if rows is not None:
+        found["attention-maps"] = (
+            lambda theme: attention_map_figure(rows.maps, layers=rows.layers, picture=rows.picture, theme=theme),
+            f"Attention maps of {', '.join(label for label, _ in rows.maps)}, layer by layer, with the middle token's.",
+            _MAPS,
+        )
+    for number, alike in enumerate(localities(material.looks), 1):
+        results = [r for g in alike.groups for r in g.results]
+        words = " and ".join(alike.labels)
+        found[f"attention-locality-{number}"] = (
+            lambda theme, results=results: locality_curves(results, slots=slots, theme=theme),
+            f"Mean attention distance by layer and mass by radius of {words}.",
+            "Thin broken lines: uniform attention over what each layer may see; dotted: over the whole grid.",
+        )
+        if len(alike.counts) > 1 and None not in alike.counts:
+            found[f"attention-locality-by-n-{number}"] = (
+                lambda theme, results=results: locality_by_n(results, slots=slots, theme=theme),
+                f"Locality of {words} against the number of training images.",
+                "Means over layers, heads and noise levels; dots are shuffles.",
+            )
+    return found
 
 
-def save_report(material: Material, path: Path, *, title: str, foreword: Sequence[str] = ()) -> list[str]:
+def _samples_figure(material: Material) -> tuple[Any, str, str]:
+    from ditlab.report.sample_figures import SampleRow, samples_with_nearest
+
+    hide = material.hide_training_images
+    rows = []
+    for drawn in material.samples:
+        found, about = drawn.nearest.samples.take(SHOWN), drawn.nearest.about
+        images = drawn.images[:SHOWN]
+        if hide:
+            images = np.where(drawn.telling[:SHOWN, None, None, None], np.uint8(127), images)
+        name = f"{drawn.label}, N = {about.n}, shuffle {about.seed}"
+        rows.append(SampleRow(name, images, found, None if hide else drawn.pictures[:SHOWN]))
+    beneath = "with their distance to the nearest training image (no real image is shown, nor any copy of one)"
+    if not hide:
+        beneath = "each above its nearest training image, with their distance"
+    return (
+        lambda theme: samples_with_nearest(rows, theme=theme),
+        f"Rows of images: samples of {'; '.join(row.caption for row in rows)}, {beneath}.",
+        f"Samples from equal noise, {beneath} in grey levels (0 to 255).",
+    )
+
+
+def save_figures(pictures: Mapping[str, Picture], folder: Path) -> list[Path]:
+    """Writes each figure as NAME.png, as it looks on a light page."""
+    return [write_bytes(folder / f"{name}.png", picture.light) for name, picture in pictures.items()]
+
+
+def draw_all(drawings: Mapping[str, tuple[Any, str, str]]) -> dict[str, Picture]:
+    """File name -> the figure in both themes."""
+    from ditlab.report.page import Picture
+
+    return {name: Picture.draw(*drawing, exact=name == "samples") for name, drawing in drawings.items()}
+
+
+def save_report(
+    material: Material,
+    drawn: Mapping[str, Picture],
+    path: Path,
+    *,
+    title: str,
+    foreword: Sequence[str] = (),
+) -> list[str]:
     """Writes report.html and returns its sentences."""
-    from ditlab.report.page import PageData, Picture, RunCard, save_page
+    from ditlab.report.page import PAGE_BYTES, PageData, RunCard, build_page, save_page
+    from ditlab.report.picker import BUDGET
+    from ditlab.report.sections import (
+        attention_section,
+        gap_section,
+        locality_section,
+        matched_section,
+        psnr_section,
+        samples_section,
+        training_section,
+    )
 
-    matched = material.matched()
-    drawings = figures(material, matched)
+    comparison, matched = material.comparison, material.matched()
 
     def pictures(*names: str) -> list[Picture]:
-        return [Picture.draw(*drawings[name]) for name in names if name in drawings]
+        ends = ["", *(f"-n{n}" for n in comparison.counts)]
+        return [drawn[name + end] for end in ends for name in names if name + end in drawn]
 
-    sentences = [*material.comparison.sentences(), *(s for m in matched for s in m.sentences())]
-    notes = dict.fromkeys(note for g in material.comparison.groups for r in g.results for note in r.notes)
-    downloads: dict[str, Any] = {"comparison.json": material.comparison.to_json()}
-    downloads |= {f"matched-{i}.json": m.to_json() for i, m in enumerate(matched)}
-    for run, group in ((r.about.name, r) for g in material.comparison.groups for r in g.results):
-        downloads[f"{run}-psnr-gap.json"] = group.to_json()
+    results = {f"{r.about.name}-psnr-gap.json": r.to_json() for g in comparison.groups for r in g.results}
+    for r in material.references:
+        results[f"{r.about.name.replace(' ', '-').lower()}-n{r.about.n}-psnr-gap.json"] = r.to_json()
+    logs = {
+        f"{label}-n{n}-log.json": _thinned(log)
+        for n in comparison.counts
+        for label, log in _drawn_logs(material, n).items()
+    }
+    sections = [
+        samples_section(pictures("samples"), [one.nearest for one in material.samples]),
+        psnr_section(comparison, pictures("psnr-curves"), results),
+        gap_section(comparison, pictures("gap-bars")),
+        training_section(pictures("gap-along-training", "losses"), logs),
+        matched_section(matched, pictures("matched-psnr")),
+        attention_section([], pictures("attention-maps")),
+    ]
+    for number, alike in enumerate(localities(material.looks), 1):
+        files = {f"{r.about.name}-attention.json": r.to_json() for g in alike.groups for r in g.results}
+        shown = pictures(*(f"{name}-{number}" for name in ("attention-locality", "attention-locality-by-n")))
+        sections.append(locality_section(alike, shown, number=number, data=files))
+    several = len(comparison.counts) > 1
+    alone, together = comparison.sentences()[: len(comparison.groups)], comparison.sentences()[len(comparison.groups) :]
+    differences = [*together, *(f"N = {m.n}. {s}" if several else s for m in matched for s in m.sentences())]
     data = PageData(
         title=title,
-        summary=[*foreword, *sentences],
+        summary=[*foreword, *(alone if len(alone) <= 4 or not differences else ()), *differences],
+        sections=sections,
         runs=[RunCard(r.name, label, flat(r.config)) for r, label in zip(material.runs, material.labels, strict=True)],
-        comparison=material.comparison,
-        matched=matched,
-        samples=pictures("samples"),
-        curves=pictures("psnr-curves"),
-        bars=pictures("gap-bars"),
-        along_training=pictures("gap-along-training", "losses"),
-        matched_pictures=pictures("matched-psnr"),
-        notes=list(notes),
+        labels=comparison.labels,
         commands=material.commands,
         environment=material.runs[0].record.environment,
-        downloads=downloads,
     )
-    save_page(data, path)
-    return sentences
+    size = len(build_page(data).encode())
+    if size > PAGE_BYTES:
+        sections = [_without_files(section) for section in sections]
+        data = replace(data, sections=sections)
+        size = len(build_page(data).encode())
+    # The pickers get what everything else leaves of the page.
+    budget = max(0, min(BUDGET, PAGE_BYTES - size))
+    chosen = pickers(material.looks, material.sampled, budget, hide_real_images=material.hide_training_images)
+    at = next(i for i, section in enumerate(sections) if section.id == "attention")
+    instead = _NO_IMAGE if material.looks else ""
+    sections[at] = attention_section(chosen, sections[at].pictures, instead=instead)
+    save_page(replace(data, sections=sections), path)
+    return [*alone, *differences]
+
+
+LOG_LINES = 500
+"""Lines of a log that a page carries, at most."""
+
+
+def _thinned(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log, or every second, third, ... line of it and all with measurements."""
+    every = -(-len(log) // LOG_LINES)
+    return [line for i, line in enumerate(log) if every <= 1 or i % every == 0 or "psnr_gap" in line]
+
+
+def _without_files(section: Section) -> Section:
+    """The section of a page that has grown too large: the files of single runs stay in their folders."""
+    note = "The page would be too large with the files behind this section; they lie in the folders of the runs."
+    return replace(section, data={}, notes=[*section.notes, note]) if section.data else section

@@ -68,6 +68,11 @@ class Denoiser(ABC):
     device: torch.device = torch.device("cpu")
     """Where y has to be."""
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The `nn.Module` that computes it, for analyses that look inside; None where there is none to be found."""
+        return None
+
     @abstractmethod
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """`predict` without its checks, for loops that have called `check` once.
@@ -165,7 +170,8 @@ class Denoiser(ABC):
         """A denoiser from any function `(y [B, C, H, W], sigma [B], label) -> x0 or unit noise [B, C, H, W]`.
 
         Args:
-            function: the user's own, working in [-1, 1].
+            function: the user's own, working in [-1, 1]. Analyses of attention look inside it where it is an
+                `nn.Module`, or a method of one.
             shape: (C, H, W).
             levels: levels that it knows; every positive one where not given.
             output: "x0" if it returns the clean image, "epsilon" if the unit noise.
@@ -190,6 +196,11 @@ class NetworkDenoiser(Denoiser):
         given: Any = network.in_shape if shape is None else shape
         self.shape = (int(given[0]), int(given[1]), int(given[2]))
         self.num_classes = int(getattr(network, "num_classes", 0))
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        return self.network
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -391,6 +402,12 @@ class _WrappedDenoiser(Denoiser):
         self.output: PredictionTarget = output
         self.shape, self.num_classes, self.blind, self.origin, self.device = shape, num_classes, blind, origin, device
         self.levels = LevelRange(0.0, math.inf) if levels is None else levels
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The function itself, or the object that it is a method of, where that is an `nn.Module`."""
+        holder = getattr(self.function, "__self__", self.function)
+        return holder if isinstance(holder, nn.Module) else None
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -80,22 +81,33 @@ class SelfAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+def attention_modules(network: nn.Module) -> list[SelfAttention]:
+    """The `SelfAttention` layers inside a module, each once, in the order of `network.modules()`; empty without any."""
+    return [module for module in network.modules() if isinstance(module, SelfAttention)]
+
+
 @contextmanager
 def capture_attention(
-    network: nn.Module, layers: Sequence[int] | None = None
+    network: nn.Module,
+    layers: Sequence[int] | None = None,
+    *,
+    use: Callable[[int, Tensor], object] | None = None,
 ) -> Iterator[dict[int, list[Float[Tensor, "b heads n n"]]]]:
     """Within it, every forward pass leaves the attention maps of the layers asked for.
 
     Training never computes these maps; here they are recomputed as softmax(q k^T / sqrt(head_dim)) from the layer's
-    inputs. A map times the layer's values is the layer's output before its last projection.
+    inputs. A map times the layer's values is the layer's output before its last projection. Compiled modules run
+    uncompiled meanwhile, for a compiled one would pass over what watches the layers.
 
     Args:
-        network: any module that holds `SelfAttention` layers; call it itself within the context, not compiled.
+        network: any module that holds `SelfAttention` layers.
         layers: which of them, 0-based in the order of `network.modules()`; negative from the end; None for all.
+        use: called with (layer, map) as soon as a layer has run; the map is then not kept, so that the memory of one
+            layer's maps is enough.
 
     Yields:
-        A dict that fills as the network runs: layer -> one map for each forward pass, float32 or wider, on the
-        network's device, without gradients. Rows are queries and sum to 1.
+        A dict that fills as the network runs: layer -> one map for each forward pass (none with `use`), float32 or
+        wider, on the network's device, without gradients. Rows are queries and sum to 1.
 
     Raises:
         DitlabError: for a network without such layers, or a layer that it does not have.
@@ -107,7 +119,7 @@ def capture_attention(
         >>> maps[0][0].shape
         torch.Size([1, 2, 16, 16])
     """
-    found = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    found = attention_modules(network)
     if not found:
         raise DitlabError("attention maps: expected a network with SelfAttention layers, found none")
     wanted = range(len(found)) if layers is None else layers
@@ -117,17 +129,20 @@ def capture_attention(
     maps: dict[int, list[Tensor]] = {layer % len(found): [] for layer in wanted}
 
     def hook(layer: int) -> Callable[..., None]:
+        keep = maps[layer].append if use is None else partial(use, layer)
+
         def remember(module: SelfAttention, args: tuple, kwargs: dict, output: Tensor) -> None:
             bias = kwargs.get("bias", args[1] if len(args) > 1 else None)
             with torch.no_grad():
                 q, k, _ = module.split(args[0] if args else kwargs["x"])
-                maps[layer].append(attention_weights(q, k, module.pattern, module.grid, bias=bias, extra=module.extra))
+                keep(attention_weights(q, k, module.pattern, module.grid, bias=bias, extra=module.extra))
 
         return remember
 
     handles = [found[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in maps]
     try:
-        yield maps
+        with torch.compiler.set_stance("force_eager"):
+            yield maps
     finally:
         for handle in handles:
             handle.remove()
@@ -146,6 +161,7 @@ __all__ = [
     "Window",
     "attend",
     "attention_kernel",
+    "attention_modules",
     "attention_weights",
     "capture_attention",
     "check_fits",

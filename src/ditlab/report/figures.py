@@ -233,7 +233,7 @@ def sample_grid(
     """
     if not rows:
         raise DitlabError("sample grid: expected at least one row of images, found none")
-    sheets = [_montage(caption, images, columns) for caption, images in rows]
+    sheets = [montage(caption, images, columns) for caption, images in rows]
     lines = [sheet.shape[0] / sheet.shape[1] * columns for sheet in sheets]
     with canvas(columns * inches + 0.2, sum(lines) * inches + 0.34 * len(rows) + 0.1, theme) as figure:
         grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=lines)
@@ -244,8 +244,12 @@ def sample_grid(
     return figure
 
 
-def _montage(caption: str, images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [h, w, 4] with transparent gaps, each pixel enlarged so that it stays sharp."""
+def montage(caption: str, images: np.ndarray, columns: int) -> np.ndarray:
+    """Images in lines of `columns`, uint8 [h, w, 4] with transparent gaps, each pixel enlarged so that it stays sharp.
+
+    Raises:
+        DitlabError: the images, which the caption names, are not uint8 [N, C, H, W] with C 1 or 3 and N at least 1.
+    """
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or not len(images):
         raise DitlabError(
             f"sample grid, '{caption}': expected uint8 [N, 1 or 3, H, W], found {images.dtype} {list(images.shape)}"

@@ -1,27 +1,40 @@
-"""The report page: one HTML file with its style, pictures and result files inside, which opens anywhere.
+"""The report page: one HTML file with its style, pictures, script and result files inside, which opens anywhere.
 
-It asks nothing of the network (its content-security policy forbids it), follows the reader's light or dark setting, and
-can be read on a phone. `build_page` only lays out what it is given.
+A page is a summary and a sequence of sections; a section holds words, tables, pictures, attention pickers and the JSON
+behind them. `ditlab.report.sections` makes the standard sections from results; a study adds its own. `build_page` only
+lays out what it is given. The page asks nothing of the network and runs no script but its own (its content-security
+policy names that script's hash), follows the reader's light or dark setting, and can be read on a phone and on paper.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ditlab
-from ditlab.analysis.comparison import PSNRComparison
-from ditlab.analysis.matched import MatchedComparison
 from ditlab.analysis.store import write_text
 from ditlab.errors import DitlabError
+from ditlab.report.picker import AttentionPicker
 from ditlab.report.style import DARK, DPI, LIGHT, Theme, assign, png
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.figure import Figure
+
+PAGE_BYTES = 9_500_000
+"""A report stays below this size: many mail servers refuse 10 MB."""
+
+_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
+"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,85 @@ class Picture:
         return round(int.from_bytes(self.light[16:20], "big") / DPI * 108)
 
     @classmethod
-    def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str) -> Picture:
+    def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str, *, exact: bool = False) -> Picture:
         """Draws a figure in both themes.
+
+        A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
+        photographs.
 
         Example:
             >>> picture = Picture.draw(lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ...")
         """
-        return cls(png(drawing(LIGHT)), png(drawing(DARK)), alt, caption)
+        light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
+        return cls(light, dark, alt, caption) if exact else cls(_smaller(light), _smaller(dark), alt, caption)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; the first column names the row.
+
+    A cell may be None (shown as "–"), a number, a truth value or words. Columns of numbers stand to the right. A cell
+    that is the name of a kind of run (`PageData.labels`) carries its colour. `words in backticks` are set as code.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    digits: int = 2
+    """Decimals of floats."""
+    folded: str = ""
+    """Where given, the table lies folded away under these words."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise DitlabError(
+                    f"report table '{self.caption or ', '.join(self.columns)}': expected {len(self.columns)} cells in "
+                    f"each row, found {len(row)}"
+                )
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The cells as a reader sees them."""
+        return [[_value(cell, self.digits) for cell in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column, whether all that stands in it are numbers (at least one)."""
+        found = []
+        for column in range(len(self.columns)):
+            cells = [row[column] for row in self.rows if row[column] is not None]
+            found.append(bool(cells) and all(_is_number(cell) for cell in cells))
+        return found
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading. What is empty is left out; the order on the page is that of the fields."""
+
+    id: str
+    """Its anchor: letters, digits and hyphens, once on a page."""
+    title: str
+    paragraphs: Sequence[str] = ()
+    points: Sequence[str] = ()
+    """Sentences in a list."""
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    """Small print: what a reader must know about how it was measured."""
+    code: Sequence[tuple[str, str]] = ()
+    """(what it does, the exact command line)."""
+    pickers: Sequence[AttentionPicker] = ()
+    pictures: Sequence[Picture] = ()
+    parts: Sequence[Section] = ()
+    """Sections within this one."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """File name -> the JSON behind this section, offered as a download."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        own = (self.paragraphs, self.points, self.tables, self.code, self.pickers, self.pictures, self.data)
+        return not any(own) and all(part.empty for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -65,29 +150,22 @@ class RunCard:
 
 @dataclass(frozen=True)
 class PageData:
-    """All that a report shows. A part that is empty leaves its section out."""
+    """All that a page shows. A part that is empty is left out."""
 
     title: str
     summary: Sequence[str]
     """Sentences with the numbers, the most important first."""
-    runs: Sequence[RunCard]
-    comparison: PSNRComparison | None = None
-    """For the table of numbers and the sentences of differences."""
-    matched: Sequence[MatchedComparison] = ()
-    samples: Sequence[Picture] = ()
-    curves: Sequence[Picture] = ()
-    bars: Sequence[Picture] = ()
-    along_training: Sequence[Picture] = ()
-    """The gap against steps, and the losses."""
-    matched_pictures: Sequence[Picture] = ()
-    notes: Sequence[str] = ()
-    """What a reader must know about how it was measured (`PSNRResult.notes`)."""
+    sections: Sequence[Section] = ()
+    """After the runs and their settings, in this order."""
+    runs: Sequence[RunCard] = ()
+    labels: Sequence[str] = ()
+    """The kinds of runs in the order of their colours (as `style.assign`); those of `runs` where empty."""
     commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command line)."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions and machine."""
-    downloads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """File name -> the JSON that it holds."""
+    downloads: Mapping[str, Any] = field(default_factory=dict)
+    """File name -> JSON that stands behind the whole page; what stands behind a section is in its `data`."""
     made: str = ""
     """When, in words; left out where empty, so that the same data make the same page."""
 
@@ -96,12 +174,18 @@ def build_page(data: PageData) -> str:
     """The page as HTML.
 
     Raises:
-        DitlabError: there is neither a summary nor a run, or a download is not JSON.
+        DitlabError: there is neither a summary nor a run nor a section, two sections have one id, or a file is not
+            JSON.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    if not data.summary and not data.runs:
+    sections = page_sections(data)
+    if not data.summary and not sections:
         raise DitlabError("report: expected at least one sentence or one run to show, found neither")
+    ids = Counter(part.id for section in sections for part in _all_parts(section))
+    for name, count in ids.items():
+        if count > 1 or not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            raise DitlabError(f"report: expected one section with a plain id, found {count} with the id '{name}'")
     pages = Environment(
         loader=PackageLoader("ditlab.report"),
         autoescape=True,
@@ -109,17 +193,18 @@ def build_page(data: PageData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"base64": _base64, "value": _value}
-    differing, shared = _settings(data.runs)
-    labels = data.comparison.labels if data.comparison else [run.label for run in data.runs]
+    pages.filters |= {"base64": _base64, "words": _words, "file": _file, "inline_json": _inline_json}
+    assert pages.loader is not None
+    script = pages.loader.get_source(pages, "page.js")[0].strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return pages.get_template("report.html.j2").render(
         page=data,
-        differing=differing,
-        shared=shared,
-        slots=assign(labels),
+        sections=sections,
+        slots=assign(data.labels or [run.label for run in data.runs]),
         light=LIGHT,
         dark=DARK,
-        downloads={name: _download(name, record) for name, record in data.downloads.items()},
+        script=_safe(script),
+        digest=digest,
         version=ditlab.__version__,
     )
 
@@ -127,6 +212,50 @@ def build_page(data: PageData) -> str:
 def save_page(data: PageData, path: Path | str) -> Path:
     """Writes the page, whole or not at all, and returns its path."""
     return write_text(Path(path), build_page(data))
+
+
+def page_sections(data: PageData) -> list[Section]:
+    """All sections of a page in order: settings, the page's own, commands, environment, files; none of them empty."""
+    found = [
+        _settings_section(data.runs),
+        *data.sections,
+        Section("commands", "Commands", code=data.commands),
+        Section("environment", "Environment", tables=_two_columns(data.environment)),
+        Section("files", "Results as files", data=data.downloads),
+    ]
+    return [_without_empty(section) for section in found if not section.empty]
+
+
+def _without_empty(section: Section) -> Section:
+    return replace(section, parts=[_without_empty(part) for part in section.parts if not part.empty])
+
+
+def _all_parts(section: Section) -> Iterator[Section]:
+    yield section
+    for part in section.parts:
+        yield from _all_parts(part)
+
+
+def _two_columns(values: Mapping[str, Any], folded: str = "") -> list[Table]:
+    rows = [(f"`{name}`", _value(value)) for name, value in values.items()]
+    return [Table(("name", "value"), rows, folded=folded)] if rows else []
+
+
+def _settings_section(runs: Sequence[RunCard]) -> Section:
+    """What differs between the runs in a table, and folded away what they share."""
+    differing, shared = _settings(runs)
+    if len(runs) == 1:
+        return Section("settings", "Run and settings", [runs[0].name], tables=_two_columns(shared))
+    names = ", ".join(run.name for run in runs)
+    words = ["What differs between the runs:"] if differing else [f"No setting differs between the runs: {names}."]
+    tables = []
+    if differing:
+        rows = [
+            (run.name, run.label, *(_value(values[i]) for values in differing.values())) for i, run in enumerate(runs)
+        ]
+        tables.append(Table(("run", "kind", *(f"`{name}`" for name in differing)), rows))
+    tables += _two_columns(shared, f"Settings that all runs share ({len(shared)})")
+    return Section("settings", "Runs and settings", words if runs else (), tables=tables)
 
 
 def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -141,27 +270,65 @@ def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, 
     return differing, shared
 
 
+def _smaller(content: bytes) -> bytes:
+    """A large PNG with 256 colours; others as they are."""
+    from PIL import Image
+
+    if len(content) < 200_000:
+        return content
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        few = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(buffer, format="PNG", optimize=True)
+    return min(content, buffer.getvalue(), key=len)
+
+
 def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _download(name: str, record: Mapping[str, Any]) -> bytes:
+def _safe(html: str) -> Markup:
+    from markupsafe import Markup
+
+    return Markup(html)
+
+
+def _words(text: str) -> Markup:
+    """Text as HTML, `words in backticks` as code."""
+    from markupsafe import escape
+
+    return _safe(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _file(record: Any, name: str) -> bytes:
+    """A result as the bytes of a JSON file."""
     try:
-        return json.dumps(record, indent=1, allow_nan=False).encode()
+        return json.dumps(record, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise DitlabError(f"report: the download '{name}' is not JSON ({error})") from error
 
 
-def _value(value: Any) -> str:
-    """A setting as a reader would write it."""
-    if value is None or value == "":
+def _inline_json(record: Any) -> Markup:
+    """JSON for a script element that the browser does not run; nothing in it can end the element."""
+    return _safe(json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _is_number(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return bool(_NUMBER.match(cell)) or cell == "–"
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
+
+
+def _value(value: Any, digits: int | None = None) -> str:
+    """A value as a reader would write it; floats with this many decimals, or as short as they are."""
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}" if digits is None else f"{value:,.{digits}f}"
     if isinstance(value, list | tuple):
         return ", ".join(_value(v) for v in value)
     return str(value)
