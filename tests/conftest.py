@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def disk_of(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
+    """`disk_of("400k")` makes a disk of that size."""
+    made: list[Path] = []
+
+    def mount(size: str) -> Path:
+        if sys.platform != "linux" or shutil.which("mount") is None:
+            pytest.skip("a small disk needs Linux's tmpfs")
+        folder = tmp_path_factory.mktemp("disk")
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()}")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,15 +135,6 @@ def plain(place) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path_factory) -> Iterator[Path]:
+def small_disk(disk_of) -> Path:
     """A disk of 400 KiB."""
-    if sys.platform != "linux" or shutil.which("mount") is None:
-        pytest.skip("a small disk needs Linux's tmpfs")
-    folder = tmp_path_factory.mktemp("disk")
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no tmpfs may be mounted here: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return disk_of("400k")

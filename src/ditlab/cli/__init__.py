@@ -29,6 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "psnr-gap": ("psnr_gap:PSNRGap", "measure train and test PSNR by noise level, and the gap between them"),
     "attention": ("attention:Attention", "draw attention maps and measure how local they are"),
     "report": ("report:Report", "write one HTML page about one or several runs"),
+    "study list": ("study:List", "show the studies: their questions, scales and costs"),
+    "study run": ("study:Run", "train and measure the cells of a study, as many at a time as fit"),
+    "study status": ("study:Status", "show how far each cell of a study is"),
+    "study report": ("study:Report", "write the page of a study with what is on record of its cells"),
 }
 """Verb -> (where its class is, what it does)."""
 

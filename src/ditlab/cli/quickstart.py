@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from ditlab.cli.common import open_images, use_threads
-from ditlab.cli.jobs import Job, train_all
 from ditlab.cli.report import write_report
 from ditlab.data.imageset import prepare
 from ditlab.errors import DitlabError
 from ditlab.run import Run
+from ditlab.studies.pipeline import training_progress
+from ditlab.studies.runner import Job, Slot, Stage, run_jobs
 from ditlab.training.distributed import pick_device
 
 PLANS = {"global attention": "global", "local attention": "3*4"}
@@ -72,19 +73,15 @@ class Quickstart:
             for label, plan in PLANS.items():
                 name = f"{label.split()[0]}-seed{seed}"
                 labels.append(label)
-                jobs.append(
-                    Job(
-                        name,
-                        self.out / "runs" / name,
-                        self.steps,
-                        self._words(plan, seed, name, images.path, cores // parallel),
-                    )
-                )
-        train_all(jobs, parallel=parallel, console=console)
+                jobs.append(self._job(plan, seed, name, images.path))
+        slots = [Slot(max(cores // parallel, 1), str(device))] * parallel
+        for outcome in run_jobs(jobs, slots, console, title="quickstart"):
+            if outcome.reason:
+                raise DitlabError(f"training {outcome.name} failed: {outcome.reason}")
         trained = time.monotonic() - begun
         console.print("measuring the PSNR gap and writing the report")
         use_threads(None)
-        runs = [Run.open(job.folder) for job in jobs]
+        runs = [Run.open(self.out / "runs" / job.name) for job in jobs]
         sentences = write_report(
             runs,
             labels,
@@ -116,6 +113,15 @@ class Quickstart:
             "neighbourhood in every layer."
         )
 
+    def _job(self, plan: str, seed: int, name: str, images: Path) -> Job:
+        folder = self.out / "runs" / name
+
+        def stages(slot: Slot) -> list[Stage]:
+            words = self._words(plan, seed, name, images, slot.threads)
+            return [Stage("train", words, progress=training_progress(folder, self.steps))]
+
+        return Job(name, folder.parent / f"{name}.txt", stages)
+
     def _words(self, plan: str, seed: int, name: str, images: Path, threads: int) -> tuple[str, ...]:
         every = max(self.steps // 20, 1)
         words = ["train", self.preset, "--data", str(images), "--n", str(self.n), "--seed", str(seed)]
@@ -127,7 +133,7 @@ class Quickstart:
             "--out",
             str(self.out / "runs" / name),
             "--threads",
-            str(max(threads, 1)),
+            str(threads),
         ]
         return tuple(words if self.device is None else [*words, "--device", self.device])
 

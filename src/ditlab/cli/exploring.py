@@ -1,0 +1,93 @@
+"""Token pickers for the page of a study: one image, and where each kind of attention looks on it at few and many N.
+
+They need the weights, so they are made of the run folders that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from rich.console import Console
+
+from ditlab.analysis.locality_result import LocalityResult
+from ditlab.cli.looking import Look, pickers
+from ditlab.cli.reporting import Drawn
+from ditlab.cli.sample import draw, sampler_config
+from ditlab.diffusion.samplers import HeunConfig
+from ditlab.errors import DitlabError
+from ditlab.report.picker import AttentionPicker
+from ditlab.run import Run
+from ditlab.studies.grid import Plan
+from ditlab.studies.store import Store
+
+BYTES = 2_500_000
+"""Of all pickers of a page together, at most."""
+_CANDIDATES = 16
+"""Samples among which one is looked for that shows no training image."""
+
+
+def study_pickers(
+    plans: Sequence[Plan], store: Store, console: Console, room: int, *, hide: bool
+) -> list[AttentionPicker]:
+    """Pickers of the first seed's runs of the first image set and network, at the smallest and the largest N.
+
+    The image is the same in all of them. N between are left out, so that layers, heads and noise levels find room.
+
+    Args:
+        plans: one or several scales of a study; the first with measured attention is shown.
+        store: where runs and results lie.
+        console: where a note is printed if there is nothing to show.
+        room: bytes that are left on the page.
+        hide: show a sample that the run of the largest N drew, and that is no copy, instead of a held-out image.
+    """
+    for plan in plans:
+        try:
+            looks = _looks(plan, store)
+        except DitlabError as error:
+            console.print(f"note: no token picker: {error}", markup=False)
+            continue
+        if looks:
+            samples = _sample(looks[-1], console) if hide else np.empty(0)
+            if hide and not len(samples):
+                console.print("note: no token picker: every sample shows too much of a training image")
+                return []
+            shown = {look.run.name: samples for look in looks}
+            ends = {looks[0].result.about.n, looks[-1].result.about.n}
+            drawn_by = f"{looks[-1].label} attention at N = {looks[-1].result.about.n}"
+            return pickers(
+                [look for look in looks if look.result.about.n in ends],
+                shown,
+                min(BYTES, room),
+                hide_real_images=hide,
+                drawn_by=drawn_by,
+            )
+    return []
+
+
+def _looks(plan: Plan, store: Store) -> list[Look]:
+    """The measured runs of one panel and seed, by N; of each N all kinds of attention."""
+    if "attention" not in plan.analyses:
+        return []
+    place = {"data": plan.axes["data"][0], "network": plan.axes["network"][0], "seed": plan.axes["seed"][0]}
+    found = []
+    for cell in sorted(plan.cells, key=lambda cell: cell["n"]):
+        if any(cell[axis] != value for axis, value in place.items()):
+            continue
+        if store.measured(cell["hash"], plan, "attention"):
+            run = Run.open(store.run(cell["hash"]))
+            result = LocalityResult.load(store.cell(cell["hash"]) / "attention.json")
+            result = replace(result, about=replace(result.about, label=cell["attention"]))
+            found.append(Look(run, cell["attention"], run.denoiser(), result))
+    return found
+
+
+def _sample(look: Look, console: Console) -> np.ndarray:
+    """One sample of a run that shows no training image, uint8 [1, C, H, W]; none where all of them do."""
+    config = sampler_config(look.run)
+    if not isinstance(config, HeunConfig):
+        config = sampler_config(look.run, "ddim", "50")
+    console.print(f"drawing {_CANDIDATES} samples of {look.label} at N = {look.result.about.n} for the token pickers")
+    images = draw(look.denoiser, config, _CANDIDATES, seed=0)
+    return images[~Drawn.of(look.run, look.label, images).telling][:1]

@@ -1,0 +1,103 @@
+"""Published numbers, and in what a study's settings differ from those they were measured with.
+
+published/*.json hold each value with its unit, its source, and how certain it is: "stated" in the text or a table,
+"read from a figure", "inferred", or "unknown" (a guess where nothing was found).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from ditlab.config import flat, preset
+from ditlab.nn.placement import parse_plan
+from ditlab.studies.grid import Plan
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper says about a study's question."""
+
+    paper: str
+    certainty: Mapping[str, str]
+    """Word -> what it means."""
+    settings: tuple[Mapping[str, Any], ...]
+    """name, value (or one for each network, by preset), certainty, source."""
+    claims: tuple[Mapping[str, Any], ...]
+    """text, source, certainty."""
+    values: tuple[Mapping[str, Any], ...]
+    """images, network, attention, n, quantity, value, unit, source, certainty."""
+
+    def value(self, **wanted: Any) -> Mapping[str, Any] | None:
+        """The first value with these fields, or None."""
+        return next((v for v in self.values if all(v[k] == w for k, w in wanted.items())), None)
+
+
+def published(study: str) -> Published | None:
+    """What is published about a study ("an2024/fig6"); None where nothing is on file."""
+    path = files("ditlab.studies") / "published" / f"{study.partition('/')[0]}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    mine = record["studies"].get(study)
+    if mine is None:
+        return None
+    return Published(
+        record["paper"],
+        record["certainty"],
+        tuple(record["settings"]),
+        tuple(mine["claims"]),
+        tuple(mine["values"]),
+    )
+
+
+def settings_here(plan: Plan, network: str) -> dict[str, Any]:
+    """A plan's settings under the names that published/*.json use, for one network of it."""
+    found = flat(preset(network)) | dict(plan.settings[network])
+    sizes = sorted({int(facts["size"]) for facts in plan.images.values()})
+    found["images"] = ", ".join(plan.images)
+    found["network.image_size"] = "; ".join(f"{size}, {size}" for size in sizes)
+    found["n"] = ", ".join(f"{n:,}" for n in plan.axes["n"])
+    found["shuffles"] = str(len(plan.axes["seed"]))
+    depth = found["network.depth"]
+    local = [text for name, text in plan.plans.items() if name != "global"]
+    found["windows"] = "; ".join(_windows(text, depth) for text in local) or None
+    for analysis, settings in plan.analyses.items():
+        found |= {f"{analysis}.{name}": value for name, value in settings.items()}
+    return found
+
+
+def _windows(plan: str, depth: int) -> str:
+    sizes = [(layer, getattr(p, "size", None)) for layer, p in enumerate(parse_plan(plan, depth), 1)]
+    local = [(layer, size) for layer, size in sizes if size is not None]
+    if not local:
+        return "none"
+    layers = [layer for layer, _ in local]
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    where = f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+    return f"{', '.join(str(size) for _, size in local)} in layers {where} of {depth}"
+
+
+def differing(paper: Published, plan: Plan, network: str) -> list[tuple[str, str, str, str]]:
+    """(setting, the paper's value, its certainty and source, the value here) where they differ."""
+    here = settings_here(plan, network)
+    rows = []
+    for setting in paper.settings:
+        name, value = setting["name"], setting["value"]
+        if isinstance(value, dict):
+            value = value.get(network, ", ".join(f"{one} ({of})" for of, one in value.items()))
+        if here.get(name) is not None and _text(here[name]) != _text(value):
+            rows.append((name, _text(value), f"{setting['certainty']}: {setting['source']}", _text(here[name])))
+    return rows
+
+
+def _text(value: Any) -> str:
+    """A setting as a reader would write it; equal settings have equal texts."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,278 @@
+"""A study's page: from plan.json and cells alone, with every cell empty, some, or all on record."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditlab.analysis.paired import paired_difference
+from ditlab.studies.grid import Plan
+from ditlab.studies.published import differing, published, settings_here
+from ditlab.studies.results import CONTRASTS, Panel, panels, verdict
+from ditlab.studies.store import Store
+from ditlab.studies.study_page import seen
+
+NUMBERS = {
+    # (N, seed): gap of global, gap of local, with best test PSNR of each.
+    (10, 0): (2.0, 1.0, 14.0, 14.2),
+    (10, 1): (2.2, 1.1, 14.1, 14.2),
+    (10, 2): (2.1, 1.2, 14.2, 14.4),
+    (100, 0): (0.5, 0.5, 15.0, 15.3),
+    (100, 1): (0.6, 0.5, 15.1, 14.8),
+    (100, 2): (0.4, 0.5, 15.2, 15.2),
+}
+
+
+def plan(seeds=(0, 1, 2), analyses=("psnr-gap",)) -> Plan:
+    settings = {"psnr-gap": {"images": 50, "points": 3, "reduction": "mse_mean"}, "attention": {"images": 4}}
+    cells = [
+        {
+            "hash": f"{kind}{n}s{seed}",
+            "data": "digits",
+            "network": "dit-nano/1",
+            "attention": kind,
+            "n": n,
+            "seed": seed,
+        }
+        for seed in seeds
+        for n in (10, 100)
+        for kind in ("global", "local")
+    ]
+    return Plan(
+        study="an2024/fig6",
+        scale="small",
+        axes={
+            "data": ["digits"],
+            "network": ["dit-nano/1"],
+            "attention": ["global", "local"],
+            "n": [10, 100],
+            "seed": [*seeds],
+        },
+        plans={"global": "global", "local": "3,g*3"},
+        images={"digits": {"source": "digits", "size": 8, "count": 1797, "hash": "ab" * 32}},
+        settings={"dit-nano/1": {"training.steps": 30}},
+        analyses={name: settings[name] for name in analyses},
+        cells=tuple(cells),
+        command="ditlab study run an2024/fig6",
+    )
+
+
+def psnr_record(cell: dict, gap: float) -> dict:
+    """A PSNR gap of 20 dB on test images at each of three levels, and `gap` more on training images."""
+    about = {
+        "name": "run", "label": "", "n": cell["n"], "seed": cell["seed"], "step": 30, "ema": True,
+        "split_family": f"family{cell['seed']}", "split_hash": f"split{cell['seed']}n{cell['n']}", "settings": {},
+    }  # fmt: skip
+    config = {
+        "images": 50, "points": 3, "levels": None, "reduction": "mse_mean", "draws": 1, "noise_seed": 0, "clip": False,
+        "batch_size": 100,
+    }  # fmt: skip
+    curves = {"train": [20 + gap] * 3, "test": [20.0] * 3, "gap": [gap] * 3}
+    return {
+        "kind": "psnr-gap", "version": 1, "about": about, "config": config, "levels": [0.1, 1.0, 10.0],
+        "timesteps": [10, 100, 500], "peak": 2.0, "images": {"train": 10, "test": 50},
+        "draws": {"train": 5, "test": 1}, "notes": ["A note."], "averages": {"mse_mean": {}},
+        "curves": {"mse_mean": curves},
+    }  # fmt: skip
+
+
+def write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def record(root: Path, cell: dict, gap: float, best: float) -> None:
+    """A cell's files, as if it had been trained."""
+    folder = root / "cells" / cell["hash"]
+    points = [
+        {"step": step, "train_psnr": train, "test_psnr": test, "psnr_gap": train - test, "train_loss": 1.0}
+        for step, train, test in ((0, 5.0, 5.0), (10, best + 0.5, best), (30, best + 3, best - 1))
+    ]
+    write(folder / "trajectory.json", {"kind": "study-trajectory", "version": 1, "points": points})
+    write(
+        folder / "cell.json",
+        {
+            "kind": "study-cell", "version": 1, **cell, "name": cell["hash"], "command": "ditlab train x",
+            "environment": {"torch": "2"}, "spent": {"train": {"seconds": 2.0, "cpu_seconds": 1.0}},
+            "split": {"family": f"family{cell['seed']}"}, "memory_bytes": 2**20,
+        },
+    )  # fmt: skip
+    write(folder / "psnr-gap.json", psnr_record(cell, gap))
+
+
+def filled(root: Path, made: Plan, leave_out: tuple[str, ...] = ()) -> Store:
+    made.save(root / "an2024-fig6-small")
+    for cell in made.cells:
+        one, two, best_one, best_two = NUMBERS[cell["n"], cell["seed"]]
+        first = cell["attention"] == "global"
+        if cell["hash"] not in leave_out:
+            record(root, dict(cell), one if first else two, best_one if first else best_two)
+    return Store(root)
+
+
+def panel_of(made: Plan, store: Store) -> Panel:
+    (panel,) = panels(made, store)
+    return panel
+
+
+def test_three_ways_are_the_paired_differences_of_the_records(tmp_path):
+    made = plan()
+    panel = panel_of(made, filled(tmp_path, made))
+    found = {(c.what, c.n): c.difference for c in panel.contrasts}
+    assert found.keys() == {(what, n) for what in CONTRASTS for n in (10, 100)}
+    for n in (10, 100):
+        rows = np.array([NUMBERS[n, seed] for seed in range(3)])
+        for what, first, second in ((CONTRASTS[0], 0, 1), (CONTRASTS[2], 2, 3)):
+            wanted = paired_difference(
+                "global", "local", dict(enumerate(rows[:, first].tolist())), dict(enumerate(rows[:, second].tolist()))
+            )
+            got = found[what, n]
+            assert got is not None
+            assert (got.mean, got.low, got.high) == pytest.approx((wanted.mean, wanted.low, wanted.high))
+    assert seen(panel, "lowers") == [
+        "Gap at equal steps, local against global: at N = 10 lower; at N = 100 no difference seen."
+    ]
+    falls = seen(panel, "falls")
+    assert falls[0].startswith(
+        "Gap of global: 2.10 dB at N = 10, 0.50 dB at N = 100. From the smallest to the largest N"
+    )
+    assert "N = 100 is lower" in falls[0]
+
+
+def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
+    """Seeds that one side lacks are left out; an N where no seed has both sides has no difference, and no error."""
+    made = plan()
+    panel = panel_of(made, filled(tmp_path, made, ("local10s0", "local10s1", "local10s2", "global100s1")))
+    found = {(c.what, c.n): c.difference for c in panel.contrasts}
+    for what in CONTRASTS:
+        assert found[what, 10] is None
+        there = found[what, 100]
+        assert there is not None
+        assert there.seeds == (0, 2)
+    assert seen(panel, "lowers") == [
+        "Gap at equal steps, local against global: at N = 100 no difference seen; at N = 10 cannot be compared."
+    ]
+    # Kinds that share no seed at all: the first stays.
+    apart = panel_of(made, filled(tmp_path / "b", made, tuple(c["hash"] for c in made.cells if apart_(c))))
+    assert apart.comparison is not None
+    assert apart.comparison.labels == ("global",)
+    assert all(c.difference is None for c in apart.contrasts)
+
+
+def apart_(cell) -> bool:
+    return (cell["attention"] == "global") == (cell["seed"] == 2)
+
+
+def test_one_seed_says_so(tmp_path):
+    made = plan(seeds=(0,))
+    panel = panel_of(made, filled(tmp_path, made))
+    for about in ("lowers", "best"):
+        (line,) = seen(panel, about)
+        assert line.endswith("at N = 10, 100 one seed, so nothing can be said.")
+    assert not any(c.difference.seen for c in panel.contrasts if c.difference is not None)
+
+
+def test_verdicts():
+    def d(*values: float):
+        return paired_difference("a", "b", dict.fromkeys(range(len(values)), 0.0), dict(enumerate(values)))
+
+    said = verdict({10: d(-1.0, -1.1, -0.9), 30: d(-1.0, 1.0, 0.2), 100: d(0.5), 300: None, 1000: d(2.0, 2.1)})
+    assert said == (
+        "at N = 10 lower; at N = 1,000 higher; at N = 30 no difference seen; at N = 100 one seed, so nothing can be "
+        "said; at N = 300 cannot be compared"
+    )
+
+
+@pytest.mark.slow
+def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
+    made = plan()
+    filled(tmp_path / "studies", made)
+    done = ditlab(tmp_path, "study", "report", "an2024/fig6", "--json")
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    page = (tmp_path / result["report"]).read_text()
+    for words in (
+        "12 of 12 cells are on record (3 paired seeds).",
+        "Local against global, three ways",
+        "2.10",
+        "read from a figure",
+        "7.49",
+        "No cell of this page has a network and an N of the paper",
+        "A note.",
+        "ditlab study run an2024/fig6",
+    ):
+        assert words in page, words
+    assert len(page) < 10e6
+    folder = tmp_path / "studies" / "an2024-fig6-small"
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert float(rows[0]["gap"]) == pytest.approx(2.0)
+    assert rows[0]["best_step"] == "10"
+    table = json.loads((folder / "table.json").read_text())
+    assert table["sentences"] == result["sentences"]
+    assert {p.name for p in (folder / "figures").iterdir()} >= {"gap-bars.png", "differences.png", "psnr-curves.png"}
+    # The same records make the same page.
+    assert ditlab(tmp_path, "study", "report", "an2024/fig6").status == 0
+    assert (tmp_path / result["report"]).read_text() == page
+
+
+@pytest.mark.slow
+def test_pages_of_empty_and_half_empty_studies(ditlab, tmp_path):
+    made = plan()
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells))
+    assert ditlab(tmp_path, "study", "report", "an2024/fig6").status == 0
+    page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
+    assert page.count("<td>empty</td>") == 12
+    assert "Nothing is on record." in page
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells if c["seed"] > 0))
+    done = ditlab(tmp_path, "study", "report", "an2024/fig6")
+    assert done.status == 0, done.err
+    page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
+    assert page.count("<td>empty</td>") == 8
+    assert "4 of 12 cells are on record" in page
+
+
+def test_several_scales_on_one_page(ditlab, tmp_path):
+    from dataclasses import replace
+
+    made = plan()
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells))
+    other = replace(made, scale="paper", plans={"global": "global", "local": "5,g*3"})
+    other.save(tmp_path / "studies" / "an2024-fig6-paper")
+    done = ditlab(tmp_path, "study", "report", "an2024/fig6", "--scale", "small", "paper")
+    assert done.status == 0, done.err
+    page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
+    assert len(set(re.findall(r'<section id="(cells[^"]*)"', page))) == 2
+
+
+def test_published_values_have_a_source_and_a_certainty():
+    six = published("an2024/fig6")
+    assert six is not None
+    assert len([v for v in six.values if v["source"] == "Fig. 6"]) == 72
+    for row in (*six.values, *six.settings, *six.claims):
+        assert row["certainty"] in six.certainty
+        assert row["source"]
+    found = six.value(images="CelebA", network="dit-s/1", attention="local", n=10_000, quantity="gap")
+    assert found is not None
+    assert (found["value"], found["unit"]) == (1.73, "dB")
+    assert published("an2024/fig99") is None
+    assert published("nobody/fig1") is None
+
+
+def test_what_differs_from_the_paper():
+    six = published("an2024/fig6")
+    assert six is not None
+    here = settings_here(plan(), "dit-nano/1")
+    assert here["windows"] == "3 in layers 1 of 4"
+    rows = {name: (there, now) for name, there, _, now in differing(six, plan(), "dit-nano/1")}
+    assert rows["training.steps"] == ("400,000", "30")
+    assert rows["training.lr"] == ("0.0001", "0.001")
+    assert rows["network.width"] == ("252 (dit-xs/1), 384 (dit-s/1)", "64")
+    assert "shuffles" not in rows
+    assert "objective.schedule" not in rows
