@@ -1,4 +1,4 @@
-"""Attention maps of any denoiser whose network has `SelfAttention` layers, and how local they are.
+"""Attention maps of any denoiser whose network has attention layers, and how local they are.
 
 The protocol of An et al. (2410.21273, Fig. 4 and Eq. 6): an image is noised, the denoiser runs, and the maps
 softmax(Q K^T / sqrt(head_dim)) of its layers are read. The paper says neither at which noise level nor how heads are
@@ -33,7 +33,7 @@ from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.levels import DiscreteLevels
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.nn.attention import attention_modules, capture_attention
+from ditlab.nn.attention import attention_views, capture_attention
 from ditlab.nn.patterns import Grid, Pattern
 
 __all__ = [
@@ -115,7 +115,8 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
     """The attention layers of a denoiser's network, numbered from 1.
 
     Raises:
-        DitlabError: it has none, or was made of a plain function, into which one cannot look.
+        DitlabError: it has none, has layers of another kind that were not given to
+            `ditlab.nn.attention.show_attention`, or was made of a plain function, into which one cannot look.
     """
     module = denoiser.module
     if module is None:
@@ -123,10 +124,14 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
             f"attention: expected a denoiser made of a network, found a {type(denoiser).__name__.strip('_')} without "
             "one; give Denoiser.wrap the nn.Module itself"
         )
-    found = attention_modules(module)
+    found = attention_views(module)
     if not found:
-        raise DitlabError(f"attention: expected a network with attention layers, found {type(module).__name__} without")
-    return tuple(AttentionLayer(i, m.pattern, m.heads, m.grid, m.extra) for i, m in enumerate(found, 1))
+        other = next((type(m).__name__ for m in module.modules() if "attention" in type(m).__name__.lower()), None)
+        instead = "without" if other is None else f"with {other}; give each to ditlab.nn.attention.show_attention"
+        raise DitlabError(
+            f"attention: expected a network with attention layers, found {type(module).__name__} {instead}"
+        )
+    return tuple(AttentionLayer(i, v.pattern, v.heads, v.grid, v.extra) for i, (_, v) in enumerate(found, 1))
 
 
 def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:

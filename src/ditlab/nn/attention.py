@@ -7,15 +7,17 @@ How it is computed is a matter of `ditlab.nn.kernels`; which layer gets which pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
+from ditlab.nn.foreign import Scores, View, show_attention, view_of
 from ditlab.nn.kernels import Kernel, attend, attention_kernel, attention_weights
 from ditlab.nn.kernels_flex import prepare_flex
 from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
@@ -80,10 +82,28 @@ class SelfAttention(nn.Module):
         out = attend(q, k, v, self.pattern, self.grid, bias=bias, extra=self.extra)
         return self.proj(out.transpose(1, 2).flatten(2))
 
+    def view(self) -> View:
+        """How its maps are made (`ditlab.nn.foreign`)."""
 
-def attention_modules(network: nn.Module) -> list[SelfAttention]:
-    """The `SelfAttention` layers inside a module, each once, in the order of `network.modules()`; empty without any."""
-    return [module for module in network.modules() if isinstance(module, SelfAttention)]
+        def read(args: tuple[Any, ...], named: Mapping[str, Any]) -> Scores:
+            q, k, _ = self.split(args[0] if args else named["x"])
+            return Scores(q, k, named.get("bias", args[1] if len(args) > 1 else None))
+
+        return View(self.heads, self.grid, read, self.pattern, self.extra)
+
+
+def attention_views(network: nn.Module) -> list[tuple[nn.Module, View]]:
+    """The attention layers inside a module that can be looked into, each once, in the order of `network.modules()`.
+
+    These are `SelfAttention` layers and those given to `ditlab.nn.foreign.show_attention`; empty without any.
+    """
+    views = [(m, m.view() if isinstance(m, SelfAttention) else view_of(m)) for m in network.modules()]
+    return [(module, view) for module, view in views if view is not None]
+
+
+def attention_modules(network: nn.Module) -> list[nn.Module]:
+    """The modules of `attention_views`."""
+    return [module for module, _ in attention_views(network)]
 
 
 @contextmanager
@@ -100,7 +120,7 @@ def capture_attention(
     uncompiled meanwhile, for a compiled one would pass over what watches the layers.
 
     Args:
-        network: any module that holds `SelfAttention` layers.
+        network: any module that holds layers of `attention_views`.
         layers: which of them, 0-based in the order of `network.modules()`; negative from the end; None for all.
         use: called with (layer, map) as soon as a layer has run; the map is then not kept, so that the memory of one
             layer's maps is enough.
@@ -119,7 +139,7 @@ def capture_attention(
         >>> maps[0][0].shape
         torch.Size([1, 2, 16, 16])
     """
-    found = attention_modules(network)
+    found = attention_views(network)
     if not found:
         raise DitlabError("attention maps: expected a network with SelfAttention layers, found none")
     wanted = range(len(found)) if layers is None else layers
@@ -128,18 +148,17 @@ def capture_attention(
             raise DitlabError(f"attention maps: expected layers below {len(found)}, found {layer}")
     maps: dict[int, list[Tensor]] = {layer % len(found): [] for layer in wanted}
 
-    def hook(layer: int) -> Callable[..., None]:
+    def hook(layer: int, view: View) -> Callable[..., None]:
         keep = maps[layer].append if use is None else partial(use, layer)
 
-        def remember(module: SelfAttention, args: tuple, kwargs: dict, output: Tensor) -> None:
-            bias = kwargs.get("bias", args[1] if len(args) > 1 else None)
+        def remember(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             with torch.no_grad():
-                q, k, _ = module.split(args[0] if args else kwargs["x"])
-                keep(attention_weights(q, k, module.pattern, module.grid, bias=bias, extra=module.extra))
+                q, k, bias = view.read(args, named)
+                keep(attention_weights(q, k, view.pattern, view.grid, bias=bias, extra=view.extra))
 
         return remember
 
-    handles = [found[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in maps]
+    handles = [found[layer][0].register_forward_hook(hook(layer, found[layer][1]), with_kwargs=True) for layer in maps]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield maps
@@ -162,9 +181,11 @@ __all__ = [
     "attend",
     "attention_kernel",
     "attention_modules",
+    "attention_views",
     "attention_weights",
     "capture_attention",
     "check_fits",
     "parse_plan",
     "placement",
+    "show_attention",
 ]

@@ -120,7 +120,7 @@ def attention_weights(
     pattern: Pattern,
     grid: Grid,
     *,
-    bias: Float[Tensor, "heads n n"] | None = None,
+    bias: Float[Tensor, "... n n"] | None = None,
     extra: int = 0,
 ) -> Float[Tensor, "b heads n n"]:
     """softmax(q k^T / sqrt(head_dim) + bias): rows sum to 1 and are exactly 0 outside the pattern.
