@@ -13,6 +13,7 @@ import torch
 import ditlab
 from ditlab.config import DataConfig, RunConfig, fit_to_images, preset
 from ditlab.data.imageset import ImageSet, prepare
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiTConfig
 from ditlab.run import Run, environment, start, train_run
@@ -107,6 +108,14 @@ def test_start_takes_up_the_same_run_and_refuses_another(images, trained):
     with pytest.raises(DitlabError, match=r"already made 4 steps, now training\.steps = 2 is asked for"):
         start(trained.path, settings(images, steps=2), images, device=CPU)
     assert Run.open(trained.path).config == again.config
+
+
+@pytest.mark.parametrize("sampler", [DDIMConfig(steps="7"), DDPMConfig(steps="9")])
+def test_another_sampler_is_no_other_run(images, tmp_path, sampler):
+    """It changes no step, and no cell's hash (`ditlab.studies.cells`): the run goes on, and keeps the new one."""
+    start(tmp_path / "run", settings(images), images, device=CPU)
+    again = start(tmp_path / "run", replace(settings(images), sampler=sampler), images, device=CPU)
+    assert again.config.sampler == Run.open(tmp_path / "run").config.sampler == sampler
 
 
 def test_start_on_other_images_of_the_same_settings(images, trained, tmp_path):

@@ -43,7 +43,7 @@ from ditlab.training.log import TrainingLog, read_log
 from ditlab.training.loop import StopFlag, train
 
 RESUMABLE = frozenset({"training.steps", "training.keep", "training.keep_every", "training.save_every"})
-"""Settings that may change when a run goes on: they do not change any step that was already made."""
+"""Settings that may change when a run goes on, beside the sampler's: they do not change any step already made."""
 
 
 _UNFINISHED = "config.json.tmp"
@@ -236,7 +236,9 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
     if (path / "config.json").exists():
         found = Run.open(path)
         changed = {k: v for k, v in differences(found.config, config).items() if k != "data.path"}
-        wrong = {name: pair for name, pair in changed.items() if name not in RESUMABLE}
+        wrong = {
+            name: pair for name, pair in changed.items() if name not in RESUMABLE and not name.startswith("sampler.")
+        }
         if wrong:
             name, (before, now) = next(iter(wrong.items()))
             more = f" ({len(wrong)} settings differ)" if len(wrong) > 1 else ""

@@ -35,11 +35,15 @@ class Opened:
 
 @pytest.fixture
 def opened(chromium) -> Iterator[Any]:
-    """`opened(path, width=390)` opens a file; at the end no page may have said anything or asked for anything else."""
+    """`opened(path, width=390)` opens a file, after the script `first` was run in it; at the end no page may have said anything or asked for anything else."""
     contexts, pages = [], []
 
-    def open_(path: Path, *, width: int = 1000, height: int = 800, quiet: bool = True, **settings: Any) -> Opened:
+    def open_(
+        path: Path, *, width: int = 1000, height: int = 800, quiet: bool = True, first: str = "", **settings: Any
+    ) -> Opened:
         context = chromium.new_context(viewport={"width": width, "height": height}, **settings)
+        if first:
+            context.add_init_script(first)
         found = Opened(context.new_page())
         found.page.on("console", lambda message: found.said.append(message.text))
         found.page.on("pageerror", lambda error: found.said.append(str(error)))

@@ -283,11 +283,50 @@ def test_words_can_be_read_in_both_themes(opened, path):
 def test_on_paper(opened, path):
     page = ready(opened(path, color_scheme="dark"))
     page.emulate_media(media="print", color_scheme="dark")
+    # A picture changes a moment after its media.
+    image = page.locator("picture img").first
+    expect()(image).to_have_js_property("currentSrc", image.get_attribute("src"))
     assert ground(page) == shown(page) == rgb(LIGHT.background)
     for gone in ("nav", "#theme", ".picker-controls"):
         assert not page.locator(gone).first.is_visible()
     assert page.locator(".picker-maps canvas").first.is_visible()
     assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.fixture(scope="module")
+def far(path, tmp_path_factory) -> Path:
+    """The page with its picker many screens below the top."""
+    words = "".join(f"<p>Paragraph {i} of a long section.</p>" for i in range(400))
+    html = path.read_text(encoding="utf-8").replace("<main>", f"<main>{words}")
+    target = tmp_path_factory.mktemp("far") / "report.html"
+    target.write_text(html, encoding="utf-8")
+    return target
+
+
+def test_maps_are_printed_that_nobody_scrolled_to(opened, far):
+    page = opened(far).page
+    maps = page.locator(".picker-maps canvas")
+    expect()(maps).to_have_count(4)
+    assert page.evaluate("scrollY") == 0
+    page.emulate_media(media="print")
+    assert maps.first.is_visible()
+    assert not page.locator(".picker-idle").is_visible()
+    # Two images and four maps; a page without the picker holds its single figure.
+    pictures = page.pdf().count(b"/Subtype /Image")
+    page.evaluate("document.querySelector('.picker').remove()")
+    assert pictures >= page.pdf().count(b"/Subtype /Image") + 6
+
+
+@pytest.mark.parametrize("missing", ["DecompressionStream", "OffscreenCanvas"])
+def test_an_old_browser_is_told_so(opened, path, missing):
+    page = opened(path, first=f"delete window.{missing}").page
+    page.locator(".picker").scroll_into_view_if_needed()
+    expect()(page.locator(".picker-idle")).to_contain_text("needs a newer browser")
+    page.wait_for_timeout(300)
+    assert page.locator(".picker-idle").is_visible()
+    assert not page.locator(".picker-live").is_visible()
+    page.pdf()
+    page.click("#theme")
 
 
 def test_files_can_be_saved(opened, path, tmp_path):

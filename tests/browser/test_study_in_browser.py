@@ -57,6 +57,11 @@ def test_the_page_on_a_phone(smoke, opened, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("#cells td").count() >= 4
     assert page.locator("#maps img").count() == 2
+    # The token pickers of the smallest and the largest N work here as in a report.
+    assert page.locator("#maps .picker").count() == 2
+    page.locator("#maps .picker").first.scroll_into_view_if_needed()
+    page.locator("#maps .picker .picker-live").first.wait_for(state="visible")
+    assert page.locator("#maps .picker canvas").count() > 4
     for image in page.locator("img").all():
         assert image.get_attribute("alt")
         assert image.evaluate("image => image.naturalWidth") > 100

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.psnr import PSNRConfig
 from ditlab.cli import looking, report, reporting
 from ditlab.cli.report import write_report
+from ditlab.cli.sample import draw, sampler_config
+from ditlab.report import attention_figures, sample_figures
 from ditlab.report import page as page_module
-from ditlab.report import sample_figures
+from ditlab.report import picker as picker_module
 from ditlab.report.page import PAGE_BYTES, Picture
 from ditlab.report.style import LIGHT
 from ditlab.run import Run
@@ -86,6 +92,7 @@ def test_everything_is_on_the_page_and_measured_once(ditlab, runs, quick, tmp_pa
     along = {f"{name}-n{n}.png" for name in ("gap-along-training", "matched-psnr", "losses") for n in (10, 20)}
     attention = {"attention-maps.png", "attention-locality-1.png", "attention-locality-by-n-1.png"}
     assert figures == {"samples.png", "psnr-curves.png", "gap-bars.png", *along, *attention}
+    assert all(re.fullmatch(reporting.FIGURES, name.removesuffix(".png")) for name in figures)
     links = dict(re.findall(r'download="([^"]+)" href="data:application/json;base64,([^"]+)"', page))
     kinds = {json.loads(base64.b64decode(content)).get("kind") for name, content in links.items() if "log" not in name}
     assert kinds == {
@@ -104,18 +111,31 @@ def test_everything_is_on_the_page_and_measured_once(ditlab, runs, quick, tmp_pa
 
 
 @pytest.mark.slow
-def test_attention_of_other_images_or_weights_is_measured_again(ditlab, runs, quick, undrawn, tmp_path):
-    out = tmp_path / "report.html"
+def test_what_was_measured_otherwise_is_measured_beside_it(ditlab, runs, quick, undrawn, tmp_path):
+    """Other weights, images or settings: not used, and not overwritten, for a user has measured them on purpose."""
+    out, folder = tmp_path / "report.html", runs[0] / "analysis"
     words = ["report", runs[0], "--samples", 0, "--out", out]
     assert ditlab(*words).status == 0
-    kept = runs[0] / "analysis" / "attention.json"
-    right = json.loads(kept.read_text())
-    for change in ({"step": 4}, {"settings": {"images_from": "train"}}):
-        record = {**right, "about": {**right["about"], **change}}
-        record["values"] = {**right["values"], "distance": (2 * np.array(right["values"]["distance"])).tolist()}
-        kept.write_text(json.dumps(record))
-        assert ditlab(*words).status == 0
-        assert json.loads(kept.read_text())["values"] == right["values"], change
+    assert {p.name for p in folder.glob("*.json")} == {"psnr-gap.json", "attention.json"}
+    ways = {
+        "attention": [{"about": {"step": 4}}, {"about": {"settings": {"images_from": "train"}}}],
+        "psnr-gap": [{"about": {"ema": False}}, {"config": {"images": 5}}],
+    }
+    for name, changes in ways.items():
+        kept, own = folder / f"{name}.json", folder / f"report-{name}.json"
+        right = json.loads(kept.read_text())
+        for change in changes:
+            record = {**right, **{part: {**right[part], **values} for part, values in change.items()}}
+            kept.write_text(json.dumps(record))
+            beside = {p.name: p.read_bytes() for p in folder.glob(f"{name}*")}
+            assert ditlab(*words).status == 0
+            assert {p.name: p.read_bytes() for p in folder.glob(f"{name}*")} == beside, change
+            again = json.loads(own.read_text())
+            assert again == right, change
+            before = own.stat().st_mtime_ns
+            assert ditlab(*words).status == 0
+            assert own.stat().st_mtime_ns == before, change
+            own.unlink()
 
 
 @pytest.mark.slow
@@ -182,18 +202,157 @@ def test_a_run_without_attention_has_no_such_sections(ditlab, runs, quick, undra
     assert not {"attention", "locality"} & set(sections(out.read_text(encoding="utf-8")))
 
 
+def noise_picture(side: int) -> Picture:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
+    return Picture(buffer.getvalue(), buffer.getvalue(), "a", "b")
+
+
 @pytest.mark.slow
-def test_a_page_that_would_be_too_large_leaves_files_and_maps_out(ditlab, runs, quick, undrawn, tmp_path, monkeypatch):
+def test_a_page_that_would_be_too_large_is_made_smaller(ditlab, runs, quick, tmp_path, monkeypatch):
+    """With figures of real size: first files go, then figures lose colours and resolution, then pickers."""
+    monkeypatch.setattr(Picture, "draw", lambda *_, **__: noise_picture(300))
     out = tmp_path / "report.html"
-    assert ditlab("report", runs[0], "--samples", 0, "--out", out).status == 0
+    words = ("report", runs[0], "--samples", 0, "--out", out)
+    assert ditlab(*words).status == 0
     whole = out.read_text(encoding="utf-8")
-    assert "the folders of the runs" not in whole
-    monkeypatch.setattr(page_module, "PAGE_BYTES", 30_000)
-    assert ditlab("report", runs[0], "--samples", 0, "--out", out).status == 0
-    small = out.read_text(encoding="utf-8")
-    assert len(small) < len(whole)
-    assert "they lie in the folders of the runs" in small
-    assert sum(len(one["runs"][0]["maps"]) for one in pickers(small)) == 1
+    assert "they lie beside the results" not in whole
+    assert len(pickers(whole)) == 1
+    monkeypatch.setattr(reporting, "ROOM", 60_000)
+    for limit, budget, kept in ((500_000, 100_000, 1), (130_000, 10_000, 0)):
+        monkeypatch.setattr(page_module, "PAGE_BYTES", limit)
+        monkeypatch.setattr(picker_module, "BUDGET", budget)
+        done = ditlab(*words)
+        assert done.status == 0, done.err
+        small = out.read_text(encoding="utf-8")
+        assert out.stat().st_size <= limit
+        assert "they lie beside the results" in small
+        assert len(pickers(small)) == kept, limit
+        assert ("leaves no room for a token picker" in small) == (not kept)
+    monkeypatch.setattr(page_module, "PAGE_BYTES", 20_000)
+    done = ditlab(*words)
+    assert done.status == 2
+    assert "expected a page of at most 20,000 bytes" in done.err
+    assert out.read_text(encoding="utf-8") == small
+
+
+@pytest.mark.slow
+def test_figures_of_an_earlier_report_do_not_stay(ditlab, runs, quick, undrawn, tmp_path):
+    """They may show real images, which a report that hides them must not leave beside it."""
+    out, folder = tmp_path / "report.html", tmp_path / "figures"
+    assert ditlab("report", *runs[:2], "--samples", 2, "--out", out).status == 0
+    assert (folder / "samples.png").is_file()
+    (folder / "mine.png").write_bytes(PIXEL)
+    (folder / "losses-n300.png").write_bytes(PIXEL)
+    words = ("report", runs[0], "--samples", 0, "--hide-training-images", "--out", out)
+    assert ditlab(*words).status == 0
+    left = {path.name for path in folder.iterdir()}
+    assert left == {
+        *("mine.png", "psnr-curves.png", "gap-bars.png", "gap-along-training.png", "matched-psnr.png", "losses.png"),
+        "attention-locality-1.png",
+    }
+
+
+@pytest.mark.slow
+def test_runs_whose_folders_have_one_name_stay_apart(ditlab, place, quick, undrawn, tmp_path):
+    made = [place.trained("plain"), place.trained("local", "--network.attention", "3,3")]
+    images = Run.open(made[0]).images.path
+    folders = [shutil.copytree(run, tmp_path / f"seed{i}" / "run") for i, run in enumerate(made)]
+    out = tmp_path / "report.html"
+    words = ("--data", images, "--samples", 3, "--hide-training-images", "--out", out)
+    done = ditlab("report", *folders, *words)
+    assert done.status == 0, done.err
+    page = out.read_text(encoding="utf-8")
+    names = re.findall(r'download="([^"]+)"', page)
+    for kind in ("nearest", "psnr-gap", "attention"):
+        assert {f"seed0-run-{kind}.json", f"seed1-run-{kind}.json"} <= set(names)
+    assert all(f"train seed{i}-run" in page for i in (0, 1))
+    links = dict(re.findall(r'download="([^"]+)" href="data:application/json;base64,([^"]+)"', page))
+    plans = [
+        json.loads(base64.b64decode(links[f"seed{i}-run-attention.json"]))["about"]["settings"]["attention"]
+        for i in (0, 1)
+    ]
+    assert plans[0] != plans[1]
+    assert "a sample drawn by seed0-run" in page
+    # The picture is the first run's own sample.
+    run = Run.open(folders[0], images)
+    drawn = draw(run.denoiser(), sampler_config(run), 3, seed=0)
+    shown = reporting.Drawn.of(run, "a", drawn)
+    (one,) = pickers(page)
+    assert (picture(one) == drawn[~shown.telling][0].transpose(1, 2, 0)).all()
+
+
+def asked_labels(monkeypatch) -> list[Any]:
+    asked, seen = [], looking.attention_maps
+
+    def maps(*given, **named):
+        asked.append(named["label"])
+        return seen(*given, **named)
+
+    monkeypatch.setattr(looking, "attention_maps", maps)
+    return asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hide", [False, True])
+def test_a_run_without_a_null_class_sees_the_images_own_class(
+    ditlab, place, quick, undrawn, tmp_path, monkeypatch, hide
+):
+    conditional = ("--network.num-classes", 10, "--network.no-null-class", "--objective.label-dropout", 0)
+    path = place.copy(place.trained("classes", *conditional))
+    asked, drawn = asked_labels(monkeypatch), []
+    making = reporting.Drawn.of
+    monkeypatch.setattr(reporting.Drawn, "of", lambda *a, **k: drawn.append(making(*a, **k)) or drawn[-1])
+    words = ("--samples", 12, *(["--hide-training-images"] if hide else []))
+    done = ditlab("report", path, *words, "--out", tmp_path / "report.html")
+    assert done.status == 0, done.err
+    run = Run.open(path)
+    assert drawn[0].classes.tolist() == [i % 10 for i in range(12)]
+    assert run.images.labels is not None
+    right = drawn[0].classes[~drawn[0].telling][0] if hide else run.images.labels[run.split.test[0]]
+    assert asked
+    assert {int(label) for label in asked} == {int(right)}
+
+
+def test_maps_are_made_only_of_what_the_figure_shows(runs, monkeypatch):
+    """Of at most `ROWS` runs, and of those layers alone."""
+    console = Console(quiet=True)
+    opened = [Run.open(path) for path in runs]
+    looks = looking.look_at(opened, ["a", "b"] * 2, AttentionConfig(images=2), console)
+    asked, seen = [], looking.attention_maps
+
+    def maps(denoiser, *given, layers, **named):
+        asked.append(list(layers))
+        return seen(denoiser, *given, layers=layers, **named)
+
+    monkeypatch.setattr(looking, "attention_maps", maps)
+    monkeypatch.setattr(looking, "ROWS", 3)
+    monkeypatch.setattr(attention_figures, "layers_shown", lambda layers: layers[-1:])
+    rows = looking.map_rows(looks, {}, hide_real_images=False)
+    assert rows is not None
+    assert asked == [[2]] * 3
+    assert [sorted(seen.maps) for _, seen in rows.maps] == [[2]] * 3
+    assert rows.layers == [2]
+
+
+def test_pickers_keep_to_their_room_with_their_images(runs):
+    opened = [Run.open(path) for path in runs]
+    looks = looking.look_at(opened, ["a", "b"] * 2, AttentionConfig(images=2), Console(quiet=True))
+
+    def made(budget: int) -> tuple[list[Any], int]:
+        found = looking.pickers(looks, {}, budget, hide_real_images=False)
+        return found, sum(len(json.dumps(one.payload({}), separators=(",", ":"))) for one in found)
+
+    whole, size = made(4_000_000)
+    assert len(whole) == 2
+    assert not any(one.notes for one in whole)
+    for budget in (size // 2, size // 4, 25_000, 5_000, 0):
+        found, taken = made(budget)
+        assert taken <= budget
+        assert len(found) == (2 if budget > 60_000 else len(found))
+    one, _ = made(20_000)
+    assert len(one) == 1
+    assert one[0].notes == ["1 more picker found no room on the page."]
 
 
 def test_too_many_samples(refused, plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -78,3 +79,53 @@ def test_a_plan_without_training(ditlab, place, tmp_path):
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["an2024-fig6-smoke"]
     status = ditlab("study", "status", *words, "--json")
     assert json.loads(status.out) == json.loads(done.out)
+
+
+def test_a_plan_on_record_is_kept(ditlab, place, tmp_path, monkeypatch):
+    """--plan leaves it alone; another part of the grid is added to it; other settings keep the earlier one beside."""
+    monkeypatch.setattr("ditlab.cli.study.run_jobs", lambda *_, **__: [])
+    folder = tmp_path / "here" / "an2024-fig6-smoke"
+    words = ["study", "run", "an2024/fig6", "--scale", "smoke", "--out", "here", "--data", place.images]
+
+    def run(*more: object) -> str:
+        done = ditlab(*words, *more)
+        assert done.status == 0, done.err
+        return " ".join(done.out.split())
+
+    def places() -> list[tuple]:
+        cells = json.loads((folder / "plan.json").read_text())["cells"]
+        return [(c["seed"], c["n"], c["attention"]) for c in cells]
+
+    run("--n", 10, "--attention", "local", "--seeds", 1)
+    assert places() == [(1, 10, "local")]
+    before = (folder / "plan.json").read_bytes()
+    assert "stays as it is" in run("--plan")
+    assert (folder / "plan.json").read_bytes() == before
+    assert "the study's plan has 3 cells" in run("--n", 20, "--seeds", 0)
+    assert places() == [(0, 20, "global"), (0, 20, "local"), (1, 10, "local")]
+    command = json.loads((folder / "plan.json").read_text())["command"]
+    run("--n", 20, "--seeds", 0, "--attention", "global")
+    assert places() == [(0, 20, "global"), (0, 20, "local"), (1, 10, "local")]
+    assert json.loads((folder / "plan.json").read_text())["command"] == command
+    # Two of the twelve places between are empty, and the page is made all the same.
+    assert ditlab("study", "report", "an2024/fig6", "--scale", "smoke", "--out", "here").status == 0
+    before = (folder / "plan.json").read_bytes()
+    said = run("--n", 10, "--seeds", 0, "--steps", 70)
+    assert "WARNING: the plan of an2024/fig6 at scale smoke changed" in said
+    assert places() == [(0, 10, "global"), (0, 10, "local")]
+    assert (folder / "plan-previous.json").read_bytes() == before
+    (folder / "plan.json").write_text("{")
+    assert "WARNING" in run("--n", 10, "--seeds", 0)
+
+
+@pytest.mark.parametrize("verb", ["psnr-gap", "attention"])
+def test_an_analysis_ends_with_the_program_that_started_it(ditlab, place, plain, monkeypatch, verb):
+    """Like a training: a runner that was killed leaves nothing behind that measures on."""
+    run = place.copy(plain)
+    monkeypatch.setenv("DITLAB_PARENT", "1")
+    done = ditlab(verb, run, "--device", "cpu", "--images", 4)
+    assert done.status == 130
+    assert not (run / "analysis" / f"{verb}.json").exists()
+    monkeypatch.setenv("DITLAB_PARENT", str(os.getppid()))
+    assert ditlab(verb, run, "--device", "cpu", "--images", 4).status == 0
+    assert (run / "analysis" / f"{verb}.json").exists()

@@ -6,15 +6,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ditlab.studies.an2024 import STUDIES
+from ditlab.studies.grid import Plan
+from ditlab.studies.store import Store
+from ditlab.studies.study_page import StudyPage
+
 ROOT = Path(__file__).parents[2]
 SEEDS = ROOT / "results" / "quickstart-seeds"
+FACES = ROOT / "results" / "faces"
+
+
+def block(name: str) -> list[str]:
+    """The listed sentences of a block of the README."""
+    text = (ROOT / "README.md").read_text()
+    inside = text[text.index(f"<!-- {name} -->") : text.index(f"<!-- /{name} -->")]
+    return [line.removeprefix("- ") for line in inside.splitlines() if line.startswith("- ")]
 
 
 def test_readme_repeats_the_measured_sentences():
-    text = (ROOT / "README.md").read_text()
-    block = text[text.index("<!-- quickstart-result -->") : text.index("<!-- /quickstart-result -->")]
-    said = [line.removeprefix("- ") for line in block.splitlines() if line.startswith("- ")]
-    assert said == json.loads((SEEDS / "summary.json").read_text())["sentences"]
+    assert block("quickstart-result") == json.loads((SEEDS / "summary.json").read_text())["sentences"]
+
+
+def test_readme_repeats_what_was_seen_on_faces():
+    assert block("faces-result") == json.loads((FACES / "an2024-fig6-small" / "table.json").read_text())["sentences"]
+
+
+@pytest.mark.parametrize("name", ["an2024/fig6", "an2024/fig4"])
+def test_what_is_said_of_faces_follows_from_the_committed_cells(name):
+    folder = FACES / f"{name.replace('/', '-')}-small"
+    page = StudyPage(STUDIES[name], [Plan.load(folder / "plan.json")], Store(FACES))
+    assert all(cell.standing.state == "done" for panel in page.panels for cell in panel.cells)
+    assert page.sentences() == json.loads((folder / "table.json").read_text())["sentences"]
 
 
 @pytest.mark.parametrize("kind", ["global", "local"])

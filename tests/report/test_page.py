@@ -19,8 +19,21 @@ from ditlab.analysis.nearest import NearestResult, nearest
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Global
+from ditlab.report import page as page_module
 from ditlab.report.figures import gap_bars, sample_grid
-from ditlab.report.page import PAGE_BYTES, PageData, Picture, RunCard, Section, Table, build_page, save_page
+from ditlab.report.page import (
+    EXACT_BYTES,
+    PAGE_BYTES,
+    PageData,
+    Picture,
+    RunCard,
+    Section,
+    Table,
+    build_page,
+    fit_page,
+    page_size,
+    save_page,
+)
 from ditlab.report.picker import BUDGET, AttentionPicker, pack_run
 from ditlab.report.sections import (
     attention_section,
@@ -230,7 +243,7 @@ def test_the_same_data_make_the_same_page(data, tmp_path):
     assert save_page(data, tmp_path / "report.html").read_text(encoding="utf-8") == build_page(data)
 
 
-def test_large_figures_shrink_and_those_of_photographs_stay_exact():
+def test_large_figures_shrink_and_those_of_photographs_stay_exact(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [("noise", rng.integers(0, 256, (80, 3, 32, 32), np.uint8))]
     exact, small = (
@@ -239,8 +252,69 @@ def test_large_figures_shrink_and_those_of_photographs_stay_exact():
     assert len(exact.light) > 200_000
     assert len(small.light) < 0.6 * len(exact.light)
     assert small.width == exact.width
-    with Image.open(io.BytesIO(small.light)) as image:
-        assert image.mode == "P"
+    assert len(exact.light) < EXACT_BYTES
+    monkeypatch.setattr(page_module, "EXACT_BYTES", len(exact.light) - 1)
+    large = Picture.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=True)
+    for picture in (small, large):
+        with Image.open(io.BytesIO(picture.light)) as image:
+            assert image.mode == "P"
+
+
+def noise(side: int, seed: int = 0) -> Picture:
+    """A figure of photographs at its worst: nothing of it can be compressed."""
+    themes = np.random.default_rng(seed).integers(0, 256, (2, side, side, 3), np.uint8)
+    buffers = []
+    for pixels in themes:
+        buffers.append(io.BytesIO())
+        Image.fromarray(pixels).save(buffers[-1], "PNG")
+    return Picture(buffers[0].getvalue(), buffers[1].getvalue(), "a", "b")
+
+
+def test_a_page_that_is_too_large_is_made_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "PAGE_BYTES", 1_000_000)
+    plain = Picture.draw(lambda theme: sample_grid([("x", np.zeros((2, 3, 4, 4), np.uint8))], theme=theme), "a", "b")
+    inner = Section("inner", "Inner", pictures=[noise(430)], data={"c.json": {"c": "x" * 1000}})
+    sections = [Section("a", "A", pictures=[plain, noise(160)], data={"a.json": {"a": "x" * 1000}}, parts=[inner])]
+    data = PageData("x", ["y"], sections, downloads={"all.json": {"a": 1}})
+    assert page_size(data) > 1_500_000
+    path = save_page(data, tmp_path / "report.html")
+    assert path.stat().st_size <= 1_000_000
+    fitted = fit_page(data)
+    assert path.read_text(encoding="utf-8") == build_page(fitted)
+    reader = Reader(build_page(fitted))
+    assert not [a for a in reader.all("a") if "download" in a]
+    assert build_page(fitted).count("they lie beside the results") == 3
+    # The small ones are as they were, and what is smaller takes as much room on the page.
+    assert fitted.sections[0].pictures[0] == plain
+    (large,) = fitted.sections[0].parts[0].pictures
+    assert large.size < inner.pictures[0].size / 2
+    assert large.width == inner.pictures[0].width
+    # Nothing is taken from a page that fits.
+    small = PageData("x", ["y"], [Section("a", "A", pictures=[plain], data={"a.json": {"a": 1}})])
+    assert fit_page(small) is small
+    assert fit_page(small, 999_990) is not small
+
+
+def test_more_is_taken_only_where_it_must_be(monkeypatch):
+    picture = noise(400)
+    data = PageData("x", ["y"], [Section("a", "A", pictures=[picture])])
+    whole, seen = page_size(data), []
+    for share in (0.9, 0.3, 0.15, 0.11, 0.045):
+        monkeypatch.setattr(page_module, "PAGE_BYTES", int(share * whole))
+        fitted = fit_page(data)
+        assert page_size(fitted) <= share * whole, share
+        (made,) = fitted.sections[0].pictures
+        assert made.width == pytest.approx(picture.width, abs=3)
+        seen.append((made.shrunk, made.light == made.dark))
+    assert seen == [(1, False), (1, True), (2, True), (2, True), (4, True)]
+
+
+def test_a_page_that_cannot_fit_is_refused_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "PAGE_BYTES", 30_000)
+    data = PageData("x", ["y"], [Section("a", "A", pictures=[noise(300)])])
+    with pytest.raises(DitlabError, match=r"report\.html: expected a page of at most 30,000 bytes, found"):
+        save_page(data, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_pickers_keep_to_their_bytes():

@@ -94,6 +94,11 @@ class Commands:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> Study:
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def commands() -> type[Commands]:
     return Commands
 

@@ -73,23 +73,33 @@ def test_what_cannot_be_recorded_fails_the_job(tmp_path):
     def refuse(slot):
         raise DitlabError("run x: it is damaged")
 
+    def forbid(argument):
+        raise PermissionError(13, "Permission denied", "runs/x")
+
     jobs = [
         Job("full", tmp_path / "full.txt", lambda slot: [Stage("train", GOOD, full)]),
         Job("damaged", tmp_path / "damaged.txt", refuse),
+        Job("forbidden", tmp_path / "forbidden.txt", forbid),
+        Job("unnoted", tmp_path / "unnoted.txt", lambda slot: [], ended=forbid),
         Job("nowhere", tmp_path / "full.txt" / "x" / "out.txt", lambda slot: [Stage("train", GOOD)]),
         job("good", tmp_path, GOOD),
     ]
     (tmp_path / "full.txt").touch()
-    outcomes = {o.name: o for o in run_jobs(jobs, SLOTS, quiet(), title="test")}
+    console = quiet()
+    outcomes = {o.name: o for o in run_jobs(jobs, SLOTS, console, title="test")}
     assert outcomes["full"].reason == "cell.json: could not be written (No space left on device)"
     assert outcomes["full"].command == "ditlab --version"
     assert outcomes["damaged"].reason == "run x: it is damaged"
+    assert "Permission denied" in outcomes["forbidden"].reason
+    assert outcomes["unnoted"].state == "done"
+    assert "note: unnoted: [Errno 13] Permission denied" in console.file.getvalue()
     assert "could not be written" in outcomes["nowhere"].reason
     assert outcomes["good"].state == "done"
 
 
-def test_a_job_of_another_runner_is_waited_for(tmp_path):
+def test_a_job_of_another_runner_is_waited_for(tmp_path, monkeypatch):
     """Its lock is free only at the third time of asking; the other jobs do not wait for that."""
+    monkeypatch.setattr(runner, "_ASK", 0.01)
     asked, order = [], []
 
     @contextmanager
@@ -99,12 +109,30 @@ def test_a_job_of_another_runner_is_waited_for(tmp_path):
 
     jobs = [
         Job("theirs", tmp_path / "a.txt", lambda slot: [], lock, lambda outcome: order.append("theirs")),
-        job("mine", tmp_path, GOOD, ended=lambda outcome: order.append("mine")),
+        job("mine", tmp_path, ended=lambda outcome: order.append("mine")),
     ]
     outcomes = run_jobs(jobs, SLOTS, quiet(), title="test")
     assert [o.state for o in outcomes] == ["done", "done"]
     assert order == ["mine", "theirs"]
     assert len(asked) == 3
+
+
+def test_a_job_set_aside_is_asked_for_again_while_others_run(tmp_path, monkeypatch):
+    """A free slot does not wait for the jobs in the other slots."""
+    monkeypatch.setattr(runner, "_ASK", 0.01)
+    asked, order = [], []
+
+    @contextmanager
+    def lock():
+        asked.append(1)
+        yield len(asked) > 1
+
+    jobs = [
+        Job("theirs", tmp_path / "a.txt", lambda slot: [], lock, lambda outcome: order.append("theirs")),
+        job("long", tmp_path, GOOD, ended=lambda outcome: order.append("long")),
+    ]
+    run_jobs(jobs, SLOTS, quiet(), title="test")
+    assert order == ["theirs", "long"]
 
 
 def test_the_slots_environment_reaches_the_process(tmp_path, monkeypatch):
@@ -187,8 +215,9 @@ def test_slots_fit_cores_memory_and_gpus(monkeypatch):
     monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(runner, "free_memory", lambda: 10 * 2**30)
     assert make_slots(20, device="cpu", parallel=None, memory=2**30) == [Slot(1)] * 8
-    assert make_slots(20, device="cpu", parallel=None, memory=4 * 2**30) == [Slot(4)] * 2
-    assert make_slots(20, device="cpu", parallel=None, memory=2**40) == [Slot(8)]
+    assert make_slots(20, device="cpu", parallel=None, memory=4 * 2**30) == [Slot(1)] * 2
+    # Memory decides how many there are, and never their threads, on which the bits of a result depend.
+    assert make_slots(20, device="cpu", parallel=None, memory=2**40) == [Slot(1)]
     assert make_slots(2, device="cpu", parallel=None, memory=1) == [Slot(1)] * 2
     assert make_slots(20, device="cpu", parallel=3, memory=2**40) == [Slot(2)] * 3
     assert make_slots(0, device="cpu", parallel=None, memory=1) == [Slot(1)]

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from ditlab.analysis.paired import paired_difference
+from ditlab.studies.an2024 import STUDIES
+from ditlab.studies.findings import seen
 from ditlab.studies.grid import Plan
 from ditlab.studies.published import differing, published, settings_here
-from ditlab.studies.results import CONTRASTS, Panel, panels, verdict
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Panel, panels, verdict
 from ditlab.studies.store import Store
-from ditlab.studies.study_page import seen
+from ditlab.studies.study_page import StudyPage
 
 NUMBERS = {
     # (N, seed): gap of global, gap of local, with best test PSNR of each.
@@ -120,22 +122,30 @@ def panel_of(made: Plan, store: Store) -> Panel:
     return panel
 
 
-def test_three_ways_are_the_paired_differences_of_the_records(tmp_path):
+def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
     made = plan()
     panel = panel_of(made, filled(tmp_path, made))
     found = {(c.what, c.n): c.difference for c in panel.contrasts}
     assert found.keys() == {(what, n) for what in CONTRASTS for n in (10, 100)}
     for n in (10, 100):
         rows = np.array([NUMBERS[n, seed] for seed in range(3)])
-        for what, first, second in ((CONTRASTS[0], 0, 1), (CONTRASTS[2], 2, 3)):
+        for what, first, second in ((FULL, 0, 1), (ALONG[2], 2, 3)):
             wanted = paired_difference(
                 "global", "local", dict(enumerate(rows[:, first].tolist())), dict(enumerate(rows[:, second].tolist()))
             )
             got = found[what, n]
             assert got is not None
             assert (got.mean, got.low, got.high) == pytest.approx((wanted.mean, wanted.low, wanted.high))
+    assert seen(panel, "full") == [
+        "Full measurement of the gap, local against global: at N = 10 lower; at N = 100 no difference seen."
+    ]
+    # Along training, by another instrument, every gap of these records is 4 dB at the last step.
+    for n in (10, 100):
+        equal = found[ALONG[0], n]
+        assert equal is not None
+        assert equal.differences == pytest.approx([0.0] * 3, abs=1e-9)
     assert seen(panel, "lowers") == [
-        "Gap at equal steps, local against global: at N = 10 lower; at N = 100 no difference seen."
+        "Gap at equal steps along training, local against global: at N = 10, 100 no difference seen."
     ]
     falls = seen(panel, "falls")
     assert falls[0].startswith(
@@ -154,9 +164,10 @@ def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
         there = found[what, 100]
         assert there is not None
         assert there.seeds == (0, 2)
-    assert seen(panel, "lowers") == [
-        "Gap at equal steps, local against global: at N = 100 no difference seen; at N = 10 cannot be compared."
+    assert seen(panel, "full") == [
+        "Full measurement of the gap, local against global: at N = 100 no difference seen; at N = 10 not yet measured."
     ]
+    assert seen(panel, "best")[0].endswith("at N = 10 not yet measured.")
     # Kinds that share no seed at all: the first stays.
     apart = panel_of(made, filled(tmp_path / "b", made, tuple(c["hash"] for c in made.cells if apart_(c))))
     assert apart.comparison is not None
@@ -181,11 +192,76 @@ def test_verdicts():
     def d(*values: float):
         return paired_difference("a", "b", dict.fromkeys(range(len(values)), 0.0), dict(enumerate(values)))
 
-    said = verdict({10: d(-1.0, -1.1, -0.9), 30: d(-1.0, 1.0, 0.2), 100: d(0.5), 300: None, 1000: d(2.0, 2.1)})
-    assert said == (
+    found = {10: d(-1.0, -1.1, -0.9), 30: d(-1.0, 1.0, 0.2), 100: d(0.5), 300: None, 600: None, 1000: d(2.0, 2.1)}
+    assert verdict([Contrast("gap", n, "a", "b", difference, n != 600) for n, difference in found.items()]) == (
         "at N = 10 lower; at N = 1,000 higher; at N = 30 no difference seen; at N = 100 one seed, so nothing can be "
-        "said; at N = 300 cannot be compared"
+        "said; at N = 300 cannot be compared; at N = 600 not yet measured"
     )
+
+
+def test_ranges_that_do_not_overlap_cannot_be_compared(tmp_path):
+    """They are measured, so this is not what an empty cell gives."""
+    made = plan(seeds=(0,))
+    store = filled(tmp_path, made)
+    path = store.cell("local10s0") / "trajectory.json"
+    changed = json.loads(path.read_text())
+    for point in changed["points"]:
+        point["train_psnr"] += 50
+    path.write_text(json.dumps(changed))
+    (line,) = seen(panel_of(made, store), "matched")
+    assert line.endswith("at N = 100 one seed, so nothing can be said; at N = 10 cannot be compared.")
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [("psnr-gap", "curves"), ("psnr-gap", "peak"), ("psnr-gap", "config"), ("cell", "split"), ("trajectory", "points")],
+)
+def test_a_record_that_lacks_a_field_is_not_on_record(ditlab, tmp_path, file, field):
+    """It is to be made again; neither the page nor the status falls over it."""
+    made = plan()
+    store = filled(tmp_path / "studies", made)
+    path = store.cell("local10s0") / f"{file}.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != field}))
+    assert store.record("local10s0", file) is None
+    panel = panel_of(made, store)
+    assert next(c for c in panel.cells if c.place["hash"] == "local10s0").standing.state != "done"
+    for what, contrast in ((c.what, c) for c in panel.contrasts if c.n == 10):
+        expected = (1, 2) if (what == FULL) == (file == "psnr-gap") else (0, 1, 2)
+        assert contrast.difference is not None
+        assert contrast.difference.seeds == expected
+    done = ditlab(tmp_path, "study", "status", "an2024/fig6", "--json")
+    assert done.status == 0, done.err
+
+
+def test_a_damaged_curve_is_one_sentence(ditlab, tmp_path):
+    made = plan()
+    path = filled(tmp_path / "studies", made).cell("local10s0") / "psnr-gap.json"
+    path.write_text(path.read_text().replace('"mse_mean": {"train"', '"mse_mean": {"trian"'))
+    done = ditlab(tmp_path, "study", "report", "an2024/fig6")
+    assert done.status == 2
+    assert done.err.startswith("ditlab: studies/cells/local10s0: a recorded result is damaged (KeyError: 'train')")
+
+
+def test_the_status_has_no_numbers_of_other_settings(ditlab, tmp_path):
+    from dataclasses import replace
+
+    made = plan()
+    store = filled(tmp_path / "studies", made)
+    for cell in made.cells:
+        path = store.cell(cell["hash"]) / "psnr-gap.json"
+        changed = json.loads(path.read_text())
+        changed["averages"]["mse_mean"] = {"train": 21.0, "test": 20.0, "gap": 1.0}
+        path.write_text(json.dumps(changed))
+
+    def averages() -> list:
+        return [
+            c["averages"] for c in json.loads(ditlab(tmp_path, "study", "status", "an2024/fig6", "--json").out)["cells"]
+        ]
+
+    assert averages() == [{"train": 21.0, "test": 20.0, "gap": 1.0}] * 12
+    other = replace(made, analyses={"psnr-gap": {**made.analyses["psnr-gap"], "images": 60}})
+    other.save(tmp_path / "studies" / "an2024-fig6-small")
+    assert averages() == [None] * 12
 
 
 @pytest.mark.slow
@@ -199,6 +275,10 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
     for words in (
         "12 of 12 cells are on record (3 paired seeds).",
         "Local against global, three ways",
+        "The full measurement takes up to 50 images of each side at 3 noise levels",
+        "Gap at matched train PSNR along training, local against global: ",
+        "gap at equal steps, dB",
+        "-1.25 to -0.75 (3)",
         "2.10",
         "read from a figure",
         "7.49",
@@ -249,6 +329,20 @@ def test_several_scales_on_one_page(ditlab, tmp_path):
     assert done.status == 0, done.err
     page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
     assert len(set(re.findall(r'<section id="(cells[^"]*)"', page))) == 2
+    headings = re.findall(r"<h2[^>]*>(Cells of the grid.*?)</h2>", page)
+    assert [h.rpartition(", ")[2] for h in headings] == ["scale small)", "scale paper)"]
+
+
+def test_what_belongs_to_a_claim(tmp_path):
+    """That local attention lowers the gap is answered with its control beside it."""
+    made = plan()
+    page = StudyPage(STUDIES["an2024/fig6"], [made], filled(tmp_path, made))
+    (claims,) = [section for section in page.sections() if section.id == "claims"]
+    lowers = next(part for part in claims.parts if "lowers the gap" in part.title)
+    starts = ("Full measurement of the gap", "Gap at equal steps along", "Gap at matched train PSNR along")
+    assert len(lowers.points) == len(starts)
+    for line, start in zip(lowers.points, starts, strict=True):
+        assert line.startswith(start)
 
 
 def test_published_values_have_a_source_and_a_certainty():
@@ -276,3 +370,5 @@ def test_what_differs_from_the_paper():
     assert rows["network.width"] == ("252 (dit-xs/1), 384 (dit-s/1)", "64")
     assert "shuffles" not in rows
     assert "objective.schedule" not in rows
+    (test,) = [setting for setting in six.settings if setting["name"] == "data.test"]
+    assert test["certainty"] == "inferred"

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -141,6 +142,7 @@ def test_a_damaged_record_is_measured_again_and_nothing_trained(unbroken, copied
     folder = copied
     name = plan_of(folder).cells[0]["hash"]
     (folder / "out" / "cells" / name / "psnr-gap.json").write_text('{"kind": "psnr-g')
+    (folder / "out" / "runs" / name / "analysis" / "psnr-gap.json").unlink()
     (folder / "out" / "cells" / name / "cell.json").unlink()
     weights = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs" / name).rglob("*.safetensors")}
     done = ditlab(folder, *commands.run)
@@ -148,6 +150,21 @@ def test_a_damaged_record_is_measured_again_and_nothing_trained(unbroken, copied
     assert re.search(r"N=10 seed 0: psnr-gap$", done.out, re.MULTILINE)
     assert not re.search(r"N=10 seed 0: train$", done.out, re.MULTILINE)
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
+    assert numbers(folder) == numbers(unbroken)
+
+
+def test_what_was_measured_but_not_recorded_is_recorded(unbroken, copied, commands, ditlab):
+    """As after a kill between the two; a result that was measured otherwise is not taken for it."""
+    folder = copied
+    one, two, *_ = [cell["hash"] for cell in plan_of(folder).cells]
+    for name in (one, two):
+        (folder / "out" / "cells" / name / "psnr-gap.json").unlink()
+    other = folder / "out" / "runs" / two / "analysis" / "psnr-gap.json"
+    other.write_text(other.read_text().replace('"noise_seed": 0', '"noise_seed": 7'))
+    done = ditlab(folder, *commands.run)
+    assert done.status == 0, done.err
+    assert not re.search(r"global N=10 seed 0: psnr-gap$", done.out, re.MULTILINE)
+    assert re.search(r"local N=10 seed 0: psnr-gap$", done.out, re.MULTILINE)
     assert numbers(folder) == numbers(unbroken)
 
 
@@ -225,6 +242,17 @@ def test_another_runners_cell_is_left_to_it(unbroken, tmp_path):
         with Store(tmp_path / "out").lock("ab") as theirs:
             assert not theirs
     assert not store.locked("ab")
+    # Who looks whether a cell is worked on takes it from nobody, whoever else looks.
+    with (tmp_path / "out" / "runs" / "ab.lock").open() as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not store.locked("ab")
+        with store.lock("ab") as mine:
+            assert not mine
+        Timer(0.01, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with store.lock("ab") as mine:
+            assert mine
     plan = plan_of(unbroken)
     name = plan.cells[0]["hash"]
     with store.lock(name):

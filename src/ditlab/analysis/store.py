@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -19,16 +20,17 @@ from ditlab.errors import DitlabError
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             fill(file)
         beside.replace(path)
     except OSError as error:
         raise DitlabError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of the same cause as the one that is told
+            beside.unlink(missing_ok=True)
     return path
 
 

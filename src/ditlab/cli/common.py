@@ -113,7 +113,10 @@ class TrainingBar:
 
 @contextmanager
 def counting(console: Console, title: str) -> Iterator[Any]:
-    """A progress bar for work that is counted; yields `progress(done, total)`."""
+    """A progress bar for work that is counted; yields `progress(done, total)`.
+
+    Where the program that started this one has ended (`parent_gone`), counting ends this one too, as Ctrl-C would.
+    """
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -127,6 +130,8 @@ def counting(console: Console, title: str) -> Iterator[Any]:
         task = bar.add_task(title, total=None)
 
         def progress(done: int, total: int) -> None:
+            if parent_gone():
+                raise KeyboardInterrupt
             bar.update(task, completed=done, total=total)
 
         yield progress

@@ -22,7 +22,7 @@ from ditlab.run import Run
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store
 
-BYTES = 2_500_000
+BYTES = 1_800_000
 """Of all pickers of a page together, at most."""
 _CANDIDATES = 16
 """Samples among which one is looked for that shows no training image."""
@@ -45,37 +45,40 @@ def study_pickers(
     for plan in plans:
         try:
             looks = _looks(plan, store)
+            if looks:
+                return _pickers(looks, console, room, hide=hide)
         except DitlabError as error:
             console.print(f"note: no token picker: {error}", markup=False)
-            continue
-        if looks:
-            samples = _sample(looks[-1], console) if hide else np.empty(0)
-            if hide and not len(samples):
-                console.print("note: no token picker: every sample shows too much of a training image")
-                return []
-            shown = {look.run.name: samples for look in looks}
-            ends = {looks[0].result.about.n, looks[-1].result.about.n}
-            drawn_by = f"{looks[-1].label} attention at N = {looks[-1].result.about.n}"
-            return pickers(
-                [look for look in looks if look.result.about.n in ends],
-                shown,
-                min(BYTES, room),
-                hide_real_images=hide,
-                drawn_by=drawn_by,
-            )
     return []
 
 
+def _pickers(looks: Sequence[Look], console: Console, room: int, *, hide: bool) -> list[AttentionPicker]:
+    samples = _sample(looks[-1], console) if hide else np.empty(0)
+    if hide and not len(samples):
+        console.print("note: no token picker: every sample shows too much of a training image")
+        return []
+    return pickers(
+        looks,
+        {look.key: samples for look in looks},
+        min(BYTES, room),
+        hide_real_images=hide,
+        drawn_by=f"{looks[-1].label} attention at N = {looks[-1].result.about.n}",
+    )
+
+
 def _looks(plan: Plan, store: Store) -> list[Look]:
-    """The measured runs of one panel and seed, by N; of each N all kinds of attention."""
+    """The measured runs of one panel and seed, at the smallest and the largest N; of each all kinds of attention."""
     if "attention" not in plan.analyses:
         return []
     place = {"data": plan.axes["data"][0], "network": plan.axes["network"][0], "seed": plan.axes["seed"][0]}
+    cells = [
+        cell
+        for cell in sorted(plan.cells, key=lambda cell: cell["n"])
+        if all(cell[axis] == value for axis, value in place.items()) and store.measured(cell["hash"], plan, "attention")
+    ]
     found = []
-    for cell in sorted(plan.cells, key=lambda cell: cell["n"]):
-        if any(cell[axis] != value for axis, value in place.items()):
-            continue
-        if store.measured(cell["hash"], plan, "attention"):
+    for cell in cells:
+        if cell["n"] in (cells[0]["n"], cells[-1]["n"]):
             run = Run.open(store.run(cell["hash"]))
             result = LocalityResult.load(store.cell(cell["hash"]) / "attention.json")
             result = replace(result, about=replace(result.about, label=cell["attention"]))

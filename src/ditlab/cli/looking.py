@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from ditlab.analysis.attention_maps import (
 )
 from ditlab.analysis.denoising import level_noise
 from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
+from ditlab.analysis.psnr import PSNRResult
 from ditlab.cli.common import counting
 from ditlab.data.pixels import to_float, to_uint8
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.nn.attention import attention_modules
-from ditlab.report.picker import AttentionPicker, PickerRun, pack_run
+from ditlab.report.picker import AttentionPicker, PickerRun, frame_size, pack_run
 from ditlab.run import Run
 
 PICKERS = 6
@@ -42,6 +43,13 @@ class Look:
     label: str
     denoiser: Denoiser
     result: LocalityResult
+    name: str = ""
+    """The run's name where several runs have folders of one name; else the folder's."""
+
+    @property
+    def key(self) -> str:
+        """The name under which the run's samples are found."""
+        return self.name or self.run.name
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -51,10 +59,33 @@ class Look:
 
 
 def holds(run: Run, found: Any, settings: Any) -> bool:
-    """Whether a kept result is of the run's newest weights and split, and was measured with these settings."""
+    """Whether a kept result is of the run's newest weights and split, and was measured with these settings, on held-out
+    images where there is a choice."""
     steps, about = run.checkpoints.steps(), found.about
     fresh = bool(steps) and about.step == steps[-1] and about.split_hash == run.record.split.hash and about.ema
-    return bool(fresh) and replace(found.config, batch_size=1) == replace(settings, batch_size=1)
+    held_out = about.settings.get("images_from", "test") == "test"
+    return bool(fresh) and held_out and replace(found.config, batch_size=1) == replace(settings, batch_size=1)
+
+
+Result = TypeVar("Result", PSNRResult, LocalityResult)
+_OWN = "report-"
+"""How the names of results start that a report measured because what lay there was measured otherwise."""
+
+
+def recall(run: Run, name: str, kind: type[Result], settings: Any) -> Result | None:
+    """The result that was kept in a run's folder under this name, or by a report, if it `holds`; else None."""
+    for path in (run.path / "analysis" / f"{begins}{name}.json" for begins in ("", _OWN)):
+        if path.is_file():
+            found = kind.load(path)
+            if holds(run, found, settings):
+                return found
+    return None
+
+
+def keep(run: Run, name: str, result: PSNRResult | LocalityResult) -> None:
+    """Saves what a report has measured, under a name of its own where a result lies already: that is its maker's."""
+    folder = run.path / "analysis"
+    result.save(folder, f"{_OWN}{name}" if (folder / f"{name}.json").exists() else name)
 
 
 def look_at(
@@ -63,32 +94,36 @@ def look_at(
     settings: AttentionConfig,
     console: Console,
     *,
+    names: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Look]:
-    """The locality of every run that has attention, on held-out images; measurements are kept in its folder."""
+    """The locality of every run that has attention, on held-out images; measurements are kept in its folder.
+
+    Args:
+        runs: the runs.
+        labels: the kind of each.
+        settings: what is measured.
+        console: where progress is shown.
+        names: a name for each run, where those of the folders are not enough to tell them apart.
+        device: where it is measured.
+    """
     found = []
-    for run, label in zip(runs, labels, strict=True):
+    for run, label, name in zip(runs, labels, names or [run.name for run in runs], strict=True):
         checkpoint = run.checkpoint(None, lambda sentence: console.print(f"note: {sentence}"))
         network = run.network(checkpoint).to(device)
         if not attention_modules(network):
             continue
         denoiser = run.config.objective.build().denoiser(network)
         facts = run.facts(checkpoint.step, label=label)
-        saved = run.path / "analysis" / "attention.json"
-        result = LocalityResult.load(saved) if saved.is_file() else None
-        held_out = result is not None and result.about.settings.get("images_from", "test") == "test"
-        if result is None or not held_out or not holds(run, result, settings):
+        result = recall(run, "attention", LocalityResult, settings)
+        if result is None:
             images, classes = run.pictures("test", settings.images)
             with counting(console, f"attention of {run.name}") as progress:
                 result = measure_attention(denoiser, images, settings, labels=classes, about=facts, progress=progress)
-            result.save(saved.parent)
-        found.append(Look(run, label, denoiser, _about(result, facts)))
+            keep(run, "attention", result)
+        # Under the name and label that this report gives the run.
+        found.append(Look(run, label, denoiser, replace(result, about=replace(facts, name=name)), name))
     return found
-
-
-def _about(result: LocalityResult, facts: Any) -> LocalityResult:
-    """The result under the name that this report gives its run."""
-    return replace(result, about=facts)
 
 
 def pickers(
@@ -98,29 +133,41 @@ def pickers(
     *,
     hide_real_images: bool,
     drawn_by: str | None = None,
+    classes: Mapping[str, torch.Tensor] | None = None,
 ) -> list[AttentionPicker]:
     """A token picker for each N: one image, and the attention of each kind of run on it, of one shuffle.
 
     Args:
         looks: the runs with attention.
         samples: run's name -> samples that may be shown, uint8 [N, C, H, W].
-        budget: bytes of all pickers together.
+        budget: bytes of all pickers together; those that find no room are left out, and the last one says so.
         hide_real_images: take a sample of the first run instead of a held-out image; without one there is no picker.
         drawn_by: what drew the samples, in words, if not the runs that they stand for.
+        classes: run's name -> the classes that its samples were drawn for, int64 [N], of conditional runs.
     """
     chosen = []
     for members in _groups(looks)[:PICKERS]:
-        image = _image(members[0], samples, hide_real_images, drawn_by)
+        image = _image(members[0], samples, classes or {}, hide_real_images, drawn_by)
         if image is not None:
-            chosen.append((members, *image))
-    made, left = [], sum(len(members) for members, _, _ in chosen)
-    for members, image, words in chosen:
-        runs = []
+            chosen.append((members, image))
+    frames = [frame_size(m[0].denoiser.shape[1:], len(m[0].result.levels)) for m, _ in chosen]
+    # Images that leave no room for maps are of no use.
+    while sum(frames) > budget / 2:
+        frames.pop()
+    made, room = [], budget - sum(frames)
+    for number, (members, image) in enumerate(chosen[: len(frames)]):
+        runs, left, others = [], room, sum(len(m) for m, _ in chosen[number : len(frames)])
         for look in members:
             # Each gets its share of what is left: local attention packs small and leaves more to the others.
-            runs.append(_pack(look, image, budget // left))
-            budget, left = max(0, budget - runs[-1].size), left - 1
-        made.append(_picker(members[0], image, words, runs))
+            runs.append(_pack(look, image, max(0, left // others)))
+            left, others = left - runs[-1].size, others - 1
+        if left >= 0:
+            made.append(_picker(members[0], image, runs))
+            room = left
+    missing = len(chosen) - len(made)
+    if made and missing:
+        more = f"{missing} more picker{'s' if missing > 1 else ''} found no room on the page."
+        made[-1] = replace(made[-1], notes=[*made[-1].notes, more])
     return made
 
 
@@ -134,31 +181,41 @@ class MapRows:
     """The image, uint8 [C, H, W], where all rows have the same."""
 
 
-def map_rows(looks: Sequence[Look], samples: Mapping[str, np.ndarray], *, hide_real_images: bool) -> MapRows | None:
+def map_rows(
+    looks: Sequence[Look],
+    samples: Mapping[str, np.ndarray],
+    *,
+    hide_real_images: bool,
+    classes: Mapping[str, torch.Tensor] | None = None,
+) -> MapRows | None:
     """The maps of at most `ROWS` runs on one grid, at the middle noise level, on the image of their picker."""
     from ditlab.report.attention_figures import layers_shown
 
     groups = _groups(looks)
     alike = [members for members in groups if members[0].kind[2:] == groups[0][0].kind[2:]]
-    maps, pictures = [], []
+    rows: list[tuple[Look, _Image]] = []
     for members in alike:
-        found = _image(members[0], samples, hide_real_images)
-        for look in members if found is not None else ():
-            assert found is not None
-            result = look.result
-            sigma = result.levels[len(result.levels) // 2]
-            label = look.label if len(alike) == 1 else f"{look.label}, N = {result.about.n}"
-            seen = attention_maps(
-                look.denoiser, found[0], sigma, noise_seed=result.config.noise_seed, label=_no_class(look.denoiser)
-            )
-            maps.append((label, seen))
-            pictures.append(to_uint8(found[0])[0].numpy())
-    maps, pictures = maps[:ROWS], pictures[:ROWS]
-    if not maps:
+        found = _image(members[0], samples, classes or {}, hide_real_images)
+        if found is not None:
+            rows += [(look, found) for look in members]
+    rows = rows[:ROWS]
+    if not rows:
         return None
-    common = sorted(set.intersection(*(set(seen.maps) for _, seen in maps)))
+    # Maps are large, so those that are not shown are not made.
+    numbers = [{layer.number for layer in attention_layers(look.denoiser)} for look, _ in rows]
+    layers = layers_shown(sorted(set.intersection(*numbers)))
+    maps, pictures = [], []
+    for look, image in rows:
+        result = look.result
+        sigma, noise_seed = result.levels[len(result.levels) // 2], result.config.noise_seed
+        label = look.label if len(alike) == 1 else f"{look.label}, N = {result.about.n}"
+        seen = attention_maps(
+            look.denoiser, image.pixels, sigma, layers=layers, noise_seed=noise_seed, label=image.label(look)
+        )
+        maps.append((label, seen))
+        pictures.append(to_uint8(image.pixels)[0].numpy())
     same = all(np.array_equal(picture, pictures[0]) for picture in pictures)
-    return MapRows(maps, layers_shown(common), pictures[0] if same else None)
+    return MapRows(maps, layers, pictures[0] if same else None)
 
 
 def localities(looks: Sequence[Look]) -> list[LocalityComparison]:
@@ -180,22 +237,45 @@ def _groups(looks: Sequence[Look]) -> list[list[Look]]:
     return [list(members.values()) for members in groups.values()]
 
 
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """The image that runs are looked at on."""
+
+    pixels: torch.Tensor
+    """float32 [1, C, H, W]."""
+    words: str
+    """What it is."""
+    drawn_for: torch.Tensor | None
+    """The class that a sample was drawn for, int64 [1]; None for none, and for a held-out image."""
+    held_out: bool
+
+    def label(self, look: Look) -> torch.Tensor | None:
+        """The class that a run is told; None where it takes none, or the image has none."""
+        if not look.denoiser.num_classes:
+            return None
+        return look.run.images.batch_labels(look.run.split.test[:1]) if self.held_out else self.drawn_for
+
+
 def _image(
-    look: Look, samples: Mapping[str, np.ndarray], hide: bool, drawn_by: str | None = None
-) -> tuple[torch.Tensor, str] | None:
-    """The image to look at, float32 [1, C, H, W], and what it is."""
+    look: Look,
+    samples: Mapping[str, np.ndarray],
+    classes: Mapping[str, torch.Tensor],
+    hide: bool,
+    drawn_by: str | None = None,
+) -> _Image | None:
+    """The image to look at: the first held-out one, or where real ones are hidden the first sample, if there is one."""
     if not hide:
-        return look.run.pictures("test", 1)[0], "the first held-out image"
-    if not len(samples.get(look.run.name, ())):
+        return _Image(look.run.pictures("test", 1)[0], "the first held-out image", None, held_out=True)
+    if not len(samples.get(look.key, ())):
         return None
-    return to_float(
-        torch.from_numpy(samples[look.run.name][:1].copy())
-    ), f"a sample drawn by {drawn_by or look.run.name}"
+    pixels = to_float(torch.from_numpy(samples[look.key][:1].copy()))
+    drawn_for = classes[look.key][:1] if look.key in classes else None
+    return _Image(pixels, f"a sample drawn by {drawn_by or look.key}", drawn_for, held_out=False)
 
 
-def _picker(look: Look, image: torch.Tensor, words: str, runs: Sequence[PickerRun]) -> AttentionPicker:
+def _picker(look: Look, shown: _Image, runs: Sequence[PickerRun]) -> AttentionPicker:
     """A picker of packed runs; `look` is the first of them."""
-    result, facts = look.result, look.result.about
+    result, facts, image = look.result, look.result.about, shown.pixels
     noisy = []
     for sigma in result.levels:
         noise = level_noise(result.config.noise_seed, sigma, [0], [0], look.denoiser.shape)
@@ -203,7 +283,7 @@ def _picker(look: Look, image: torch.Tensor, words: str, runs: Sequence[PickerRu
         noisy.append(_picture(seen.clamp(-1, 1)))
     steps = result.timesteps
     names = [f"σ = {s:.2f}" + ("" if steps is None else f" (t = {steps[i]})") for i, s in enumerate(result.levels)]
-    title = words if facts.n is None else f"N = {facts.n}, shuffle {facts.seed}: {words}"
+    title = shown.words if facts.n is None else f"N = {facts.n}, shuffle {facts.seed}: {shown.words}"
     return AttentionPicker(title, _picture(image), noisy, names, result.grid, runs)
 
 
@@ -211,19 +291,13 @@ def _picture(image: torch.Tensor) -> np.ndarray:
     return to_uint8(image)[0].numpy().transpose(1, 2, 0)
 
 
-def _no_class(denoiser: Denoiser) -> torch.Tensor | None:
-    """The label that stands for no class, where there are classes."""
-    return torch.full((1,), denoiser.num_classes) if denoiser.num_classes else None
-
-
-def _pack(look: Look, image: torch.Tensor, budget: int) -> PickerRun:
-    result = look.result
-    label = _no_class(look.denoiser)
+def _pack(look: Look, image: _Image, budget: int) -> PickerRun:
+    result, label = look.result, image.label(look)
 
     @lru_cache(maxsize=1)  # the maps of one level at a time
     def at(level: int) -> AttentionMaps:
         sigma, noise_seed = result.levels[level], result.config.noise_seed
-        return attention_maps(look.denoiser, image, sigma, noise_seed=noise_seed, label=label)
+        return attention_maps(look.denoiser, image.pixels, sigma, noise_seed=noise_seed, label=label)
 
     def maps(level: int, layer: int) -> np.ndarray:
         return at(level).maps[layer][0].numpy()

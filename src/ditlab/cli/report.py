@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -14,9 +15,9 @@ from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
-from ditlab.cli.looking import holds, look_at
+from ditlab.cli.looking import keep, look_at, recall
 from ditlab.cli.measuring import measure_references, measure_run, open_runs, run_labels
-from ditlab.cli.reporting import Drawn, Material, draw_all, figures, save_figures, save_report
+from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
 from ditlab.cli.sample import draw, sampler_config
 from ditlab.errors import DitlabError
 from ditlab.run import Run
@@ -103,15 +104,19 @@ def write_report(
 ) -> list[str]:
     """Measures what is missing, draws, and writes the page with its figures beside it; returns its sentences."""
     settings = settings or PSNRConfig()
-    results = [_result(run, label, settings, console, device) for run, label in zip(runs, labels, strict=True)]
+    names = run_names(runs)
+    results = []
+    for run, label, name in zip(runs, labels, names, strict=True):
+        found = _result(run, settings, console, device)
+        results.append(replace(found, about=replace(found.about, label=label, name=name)))
     comparison = compare(results)
     references: list[PSNRResult] = []
     for n in comparison.counts:
         first = next(run for run in runs if run.record.split.train == n)
         references += measure_references(first, settings, results[0].levels, console, device=device)
-    sampled = _samples(runs, labels, samples, console, device) if samples else []
-    looks = look_at(runs, labels, attention or AttentionConfig(), console, device=device)
-    told = [(f"train {run.name}", run.record.command) for run in runs]
+    sampled = _samples(runs, labels, names, samples, console, device) if samples else []
+    looks = look_at(runs, labels, attention or AttentionConfig(), console, names=names, device=device)
+    told = [(f"train {name}", run.record.command) for run, name in zip(runs, names, strict=True)]
     words = [*commands, *told]
     material = Material(runs, labels, comparison, references, sampled, looks, words, hide_training_images)
     drawn = draw_all(figures(material, material.matched()))
@@ -119,26 +124,26 @@ def write_report(
     return save_report(material, drawn, out, title=title, foreword=foreword)
 
 
-def _samples(runs: Sequence[Run], labels: Sequence[str], count: int, console: Console, device: str) -> list[Drawn]:
-    """Samples of each kind of run at each N, of its first shuffle."""
+def _samples(
+    runs: Sequence[Run], labels: Sequence[str], names: Sequence[str], count: int, console: Console, device: str
+) -> list[Drawn]:
+    """Samples of each kind of run at each N, of its first shuffle; of conditional runs of each class in turn."""
     found: dict[tuple[str, int], Drawn] = {}
-    for run, label in zip(runs, labels, strict=True):
+    for run, label, name in zip(runs, labels, names, strict=True):
         kind = (label, run.record.split.train)
         if kind not in found and len(found) < KINDS:
             denoiser = run.denoiser(device=device)
-            with counting(console, f"samples of {run.name}") as progress:
-                images = draw(denoiser, sampler_config(run), count, seed=0, progress=progress)
-            found[kind] = Drawn.of(run, label, images)
+            classes = torch.arange(count) % denoiser.num_classes if denoiser.num_classes else None
+            with counting(console, f"samples of {name}") as progress:
+                images = draw(denoiser, sampler_config(run), count, seed=0, label=classes, progress=progress)
+            found[kind] = Drawn.of(run, label, images, name=name, classes=classes)
     return list(found.values())
 
 
-def _result(run: Run, label: str, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
-    """The saved result of the newest checkpoint if it was measured with these settings, else a new one, saved."""
-    saved = run.path / "analysis" / "psnr-gap.json"
-    if saved.is_file():
-        found = PSNRResult.load(saved)
-        if holds(run, found, settings):
-            return replace(found, about=replace(found.about, label=label))
-    made = measure_run(run, settings, console, label=label, device=device)
-    made.save(run.path / "analysis")
-    return made
+def _result(run: Run, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
+    """The kept result of the newest checkpoint, if it was measured with these settings; else a new one, now kept."""
+    found = recall(run, "psnr-gap", PSNRResult, settings)
+    if found is None:
+        found = measure_run(run, settings, console, device=device)
+        keep(run, "psnr-gap", found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ditlab.analysis.comparison import PSNRComparison
 from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_trajectories
@@ -21,7 +23,7 @@ from ditlab.config import flat
 from ditlab.run import Run
 
 if TYPE_CHECKING:
-    from ditlab.report.page import Picture, Section
+    from ditlab.report.page import Picture
 
 _CURVES = (
     "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser knows "
@@ -31,6 +33,7 @@ _LOSSES = (
     "The loss of the batches, and the loss of the averaged weights on fixed train and test images (first shuffle)."
 )
 _NO_IMAGE = "No image may be shown here (there is no sample, or only copies of training images), so no token picker."
+_NO_ROOM = "The rest of the page leaves no room for a token picker; `ditlab report` of fewer runs has one."
 _MAPS = (
     "Above: each layer's map (mean over heads, queries downwards), brought to [0, 1] and cut off at 0.1, with its "
     "centre enlarged. Below: what the middle token attends to. The style is that of An et al., Fig. 4."
@@ -46,21 +49,33 @@ class Drawn:
     images: np.ndarray
     """uint8 [count, C, H, W], drawn from the same noise for every run."""
     nearest: NearestResult
+    classes: torch.Tensor | None = None
+    """The class that each was drawn for, int64 [count]; None of unconditional runs, or where none was named."""
 
     @classmethod
-    def of(cls, run: Run, label: str, images: np.ndarray) -> Drawn:
-        """Finds the nearest training images, and those of held-out images as a control."""
+    def of(
+        cls, run: Run, label: str, images: np.ndarray, *, name: str = "", classes: torch.Tensor | None = None
+    ) -> Drawn:
+        """Finds the nearest training images, and those of held-out images as a control.
+
+        Args:
+            run: what drew the images.
+            label: its kind.
+            images: uint8 [count, C, H, W].
+            name: the run's name; that of its folder where not given.
+            classes: that the images were drawn for, int64 [count].
+        """
         mirror = run.config.training.flip
         train = run.images.take(run.split.train)
         held_out = run.images.take(run.split.test[:CONTROLS])
         steps = run.checkpoints.steps()
         result = NearestResult(
-            run.facts(steps[-1], label=label),
+            replace(run.facts(steps[-1], label=label), name=name or run.name),
             nearest(images, train, mirror=mirror),
             nearest(held_out, train, mirror=mirror) if len(held_out) else None,
             mirror,
         )
-        return cls(run, label, images, result)
+        return cls(run, label, images, result, classes)
 
     @property
     def pictures(self) -> np.ndarray:
@@ -82,6 +97,15 @@ class Drawn:
 
 SHOWN = 16
 """Samples of each kind that the page shows, at most; distances are given for all."""
+SHEET = 96
+"""Samples of all kinds together that the page shows, at most."""
+ROOM = 1_000_000
+"""Bytes of the page that are kept for token pickers, where there is attention to show."""
+FIGURES = (
+    r"samples|psnr-curves|gap-bars|(gap-along-training|matched-psnr|losses)(-n\w+)?|attention-maps"
+    r"|attention-locality(-by-n)?-\d+"
+)
+"""The names of a report's figures, as a regular expression."""
 CONTROLS = 300
 """Held-out images whose nearest training images are looked for, at most."""
 
@@ -102,10 +126,27 @@ class Material:
     """No picture of a real image, be it trained on or held out."""
 
     @property
+    def names(self) -> list[str]:
+        """A name for each run, no two alike."""
+        return run_names(self.runs)
+
+    @property
     def sampled(self) -> dict[str, np.ndarray]:
         """Run's name -> its samples that may be shown."""
-        hide = self.hide_training_images
-        return {one.run.name: one.images[~one.telling] if hide else one.images for one in self.samples}
+        return {one.nearest.about.name: one.images[self._shown(one)] for one in self.samples}
+
+    @property
+    def sampled_classes(self) -> dict[str, torch.Tensor]:
+        """Run's name -> the classes of `sampled`, for conditional runs."""
+        return {
+            one.nearest.about.name: one.classes[torch.from_numpy(self._shown(one))]
+            for one in self.samples
+            if one.classes is not None
+        }
+
+    def _shown(self, one: Drawn) -> np.ndarray:
+        """Which samples may be shown, bool [count]."""
+        return ~one.telling if self.hide_training_images else np.ones(len(one.images), bool)
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -124,6 +165,16 @@ class Material:
                 if {t.seed for t in first} & {t.seed for t in second}:
                     found.append(compare_trajectories(first, second))
         return found
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run, no two alike: its folder's, with those above it where several folders have one name."""
+    paths = [run.path.resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["-".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name}-{number}" for number, run in enumerate(runs, 1)]
 
 
 def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[str, tuple[Any, str, str]]:
@@ -199,7 +250,12 @@ def _attention_figures(material: Material, slots: Mapping[str, int]) -> dict[str
     from ditlab.report.locality_figures import locality_by_n, locality_curves
 
     found: dict[str, tuple[Any, str, str]] = {}
-    rows = map_rows(material.looks, material.sampled, hide_real_images=material.hide_training_images)
+    rows = map_rows(
+        material.looks,
+        material.sampled,
+        hide_real_images=material.hide_training_images,
+        classes=material.sampled_classes,
+    )
     if rows is not None:
         found["attention-maps"] = (
             lambda theme: attention_map_figure(rows.maps, layers=rows.layers, picture=rows.picture, theme=theme),
@@ -227,14 +283,14 @@ def _samples_figure(material: Material) -> tuple[Any, str, str]:
     from ditlab.report.sample_figures import SampleRow, samples_with_nearest
 
     hide = material.hide_training_images
-    rows = []
+    rows, count = [], min(SHOWN, SHEET // len(material.samples))
     for drawn in material.samples:
-        found, about = drawn.nearest.samples.take(SHOWN), drawn.nearest.about
-        images = drawn.images[:SHOWN]
+        found, about = drawn.nearest.samples.take(count), drawn.nearest.about
+        images = drawn.images[:count]
         if hide:
-            images = np.where(drawn.telling[:SHOWN, None, None, None], np.uint8(127), images)
+            images = np.where(drawn.telling[:count, None, None, None], np.uint8(127), images)
         name = f"{drawn.label}, N = {about.n}, shuffle {about.seed}"
-        rows.append(SampleRow(name, images, found, None if hide else drawn.pictures[:SHOWN]))
+        rows.append(SampleRow(name, images, found, None if hide else drawn.pictures[:count]))
     beneath = "with their distance to the nearest training image (no real image is shown, nor any copy of one)"
     if not hide:
         beneath = "each above its nearest training image, with their distance"
@@ -246,7 +302,13 @@ def _samples_figure(material: Material) -> tuple[Any, str, str]:
 
 
 def save_figures(pictures: Mapping[str, Picture], folder: Path) -> list[Path]:
-    """Writes each figure as NAME.png, as it looks on a light page."""
+    """Writes each figure as NAME.png, as it looks on a light page.
+
+    An earlier report's figures that this one has not are deleted: they may show images that this one hides.
+    """
+    for file in folder.glob("*.png"):
+        if file.stem not in pictures and re.fullmatch(FIGURES, file.stem):
+            file.unlink()
     return [write_bytes(folder / f"{name}.png", picture.light) for name, picture in pictures.items()]
 
 
@@ -266,7 +328,7 @@ def save_report(
     foreword: Sequence[str] = (),
 ) -> list[str]:
     """Writes report.html and returns its sentences."""
-    from ditlab.report.page import PAGE_BYTES, PageData, RunCard, build_page, save_page
+    from ditlab.report.page import PAGE_BYTES, PageData, RunCard, fit_page, page_size, save_page
     from ditlab.report.picker import BUDGET
     from ditlab.report.sections import (
         attention_section,
@@ -311,22 +373,30 @@ def save_report(
         title=title,
         summary=[*foreword, *(alone if len(alone) <= 4 or not differences else ()), *differences],
         sections=sections,
-        runs=[RunCard(r.name, label, flat(r.config)) for r, label in zip(material.runs, material.labels, strict=True)],
+        runs=[
+            RunCard(name, label, flat(run.config))
+            for run, label, name in zip(material.runs, material.labels, material.names, strict=True)
+        ],
         labels=comparison.labels,
         commands=material.commands,
         environment=material.runs[0].record.environment,
     )
-    size = len(build_page(data).encode())
-    if size > PAGE_BYTES:
-        sections = [_without_files(section) for section in sections]
-        data = replace(data, sections=sections)
-        size = len(build_page(data).encode())
+    data = fit_page(data, ROOM if material.looks else 0)
     # The pickers get what everything else leaves of the page.
-    budget = max(0, min(BUDGET, PAGE_BYTES - size))
-    chosen = pickers(material.looks, material.sampled, budget, hide_real_images=material.hide_training_images)
-    at = next(i for i, section in enumerate(sections) if section.id == "attention")
-    instead = _NO_IMAGE if material.looks else ""
-    sections[at] = attention_section(chosen, sections[at].pictures, instead=instead)
+    budget = max(0, min(BUDGET, PAGE_BYTES - page_size(data)))
+    chosen = pickers(
+        material.looks,
+        material.sampled,
+        budget,
+        hide_real_images=material.hide_training_images,
+        classes=material.sampled_classes,
+    )
+    hidden = material.hide_training_images and not any(len(images) for images in material.sampled.values())
+    instead = "" if not material.looks else _NO_IMAGE if hidden else _NO_ROOM
+    sections = [
+        attention_section(chosen, one.pictures, instead=instead) if one.id == "attention" else one
+        for one in data.sections
+    ]
     save_page(replace(data, sections=sections), path)
     return [*alone, *differences]
 
@@ -339,9 +409,3 @@ def _thinned(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The log, or every second, third, ... line of it and all with measurements."""
     every = -(-len(log) // LOG_LINES)
     return [line for i, line in enumerate(log) if every <= 1 or i % every == 0 or "psnr_gap" in line]
-
-
-def _without_files(section: Section) -> Section:
-    """The section of a page that has grown too large: the files of single runs stay in their folders."""
-    note = "The page would be too large with the files behind this section; they lie in the folders of the runs."
-    return replace(section, data={}, notes=[*section.notes, note]) if section.data else section

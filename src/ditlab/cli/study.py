@@ -12,12 +12,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ditlab.analysis.store import write_bytes
 from ditlab.cli.common import command_line, open_images
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.cells import Cell
-from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, overridden, resolve
+from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, merged, overridden, resolve
 from ditlab.studies.pipeline import cell_jobs, memory_estimate
 from ditlab.studies.runner import make_slots, run_jobs, summary
 from ditlab.studies.store import Store
@@ -95,7 +96,7 @@ class Run:
     parallel: int | None = None
     """Processes at a time; as many as cores, free memory and GPUs allow where not given."""
     plan: bool = False
-    """Only check everything, write plan.json and show the table."""
+    """Only check everything and show the table; plan.json is written where there is none yet."""
     device: str | None = None
     """cpu, cuda (all GPUs) or cuda:N; CUDA where there is one."""
 
@@ -107,7 +108,7 @@ class Run:
         scale = overridden(study, self.scale, self._overrides())
         plan, cells, images = _resolve(study, self.scale, scale, console)
         store = Store(self.out)
-        plan.save(store.plan(study.name, self.scale))
+        _keep(plan, store.plan(study.name, self.scale), console, dry=self.plan)
         todo = [cell for cell in cells if not store.complete(cell.hash, plan)]
         console.print(
             f"{study.name} at scale {self.scale}: {len(cells)} cells, {len(cells) - len(todo)} on record, "
@@ -155,7 +156,51 @@ def _resolve(
     return plan, cells, found
 
 
+def _keep(plan: Plan, folder: Path, console: Console, *, dry: bool) -> None:
+    """Writes plan.json: the cells of earlier commands stay in it where they make one grid with those of this one.
+
+    A plan with other settings replaces it, and the earlier one becomes plan-previous.json.
+
+    Args:
+        plan: what this command asks for.
+        folder: the study's at this scale.
+        console: told where the study's plan is not just what this command asks for.
+        dry: leave a plan that is there as it is.
+    """
+    path = folder / "plan.json"
+    if not path.exists():
+        plan.save(folder)
+        return
+    if dry:
+        console.print(f"note: {path} stays as it is; without --plan this command would change or add to it")
+        return
+    try:
+        both = merged(Plan.load(path), plan)
+    except DitlabError as error:
+        console.print(f"note: {error}", markup=False)
+        both = None
+    if both is None:
+        previous = write_bytes(folder / "plan-previous.json", path.read_bytes())
+        console.print(
+            f"WARNING: the plan of {plan.study} at scale {plan.scale} changed: its runs, images or analyses are set "
+            f"otherwise than before. Its page now has the cells of this command alone. The earlier plan is kept as "
+            f"{previous}; its cells stay on record."
+        )
+    elif len(both.cells) > len(plan.cells):
+        console.print(f"the study's plan has {len(both.cells)} cells, those of earlier commands included")
+    (both or plan).save(folder)
+
+
 _AXES = {"data": "images", "network": "network", "attention": "attention", "n": "N", "seed": "seed"}
+
+
+def _averages(store: Store, name: str, plan: Plan) -> dict[str, Any] | None:
+    """Train and test PSNR and the gap of a cell, where they were measured with the plan's settings."""
+    if "psnr-gap" not in plan.analyses or not store.measured(name, plan, "psnr-gap"):
+        return None
+    found = (store.record(name, "psnr-gap") or {}).get("averages", {}).get("mse_mean")
+    whole = isinstance(found, dict) and all(isinstance(found.get(k), float | int) for k in ("train", "test", "gap"))
+    return found if whole else None
 
 
 def _show(store: Store, plan: Plan, console: Console) -> dict[str, Any]:
@@ -168,8 +213,7 @@ def _show(store: Store, plan: Plan, console: Console) -> dict[str, Any]:
     records, failures = [], []
     for cell in plan.cells:
         standing = store.standing(cell["hash"], plan)
-        psnr = store.record(cell["hash"], "psnr-gap") if "psnr-gap" in plan.analyses else None
-        averages = None if psnr is None else psnr["averages"]["mse_mean"]
+        averages = _averages(store, cell["hash"], plan)
         numbers = ["" if averages is None else f"{averages[k]:.2f}" for k in ("train", "test", "gap")]
         record = {**cell, "state": standing.state, "note": standing.note, "averages": averages}
         style = "" if standing.state == "done" else "dim"

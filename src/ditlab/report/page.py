@@ -2,8 +2,9 @@
 
 A page is a summary and a sequence of sections; a section holds words, tables, pictures, attention pickers and the JSON
 behind them. `ditlab.report.sections` makes the standard sections from results; a study adds its own. `build_page` only
-lays out what it is given. The page asks nothing of the network and runs no script but its own (its content-security
-policy names that script's hash), follows the reader's light or dark setting, and can be read on a phone and on paper.
+lays out what it is given, and `save_page` makes a page that would be too large smaller. The page asks nothing of the
+network and runs no script but its own (its content-security policy names that script's hash), follows the reader's
+light or dark setting, and can be read on a phone and on paper.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 PAGE_BYTES = 9_500_000
 """A report stays below this size: many mail servers refuse 10 MB."""
 
+EXACT_BYTES = 1_000_000
+"""A figure of photographs keeps all its colours up to this size."""
+_SMALLEST = 4
+"""Figures lose at most so much of their resolution, in each direction, where a page would be too large."""
+_NOT_HERE = "The page would be too large with the files behind this; they lie beside the results that it was made of."
+
 _NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
 """How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"."""
 
@@ -48,24 +56,32 @@ class Picture:
     alt: str
     """What is to be seen, for a reader who does not see it."""
     caption: str
+    shrunk: int = 1
+    """Of how many pixels of the drawing, in each direction, one is kept."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page."""
+        return sum(-(-len(content) // 3) * 4 for content in {self.light, self.dark})
 
     @property
     def width(self) -> int:
         """Width on the page in CSS pixels, so that text has the same size in all figures."""
         # The width in pixels stands in bytes 16 to 19 of every PNG.
-        return round(int.from_bytes(self.light[16:20], "big") / DPI * 108)
+        return round(int.from_bytes(self.light[16:20], "big") * self.shrunk / DPI * 108)
 
     @classmethod
     def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str, *, exact: bool = False) -> Picture:
         """Draws a figure in both themes.
 
         A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
-        photographs.
+        photographs, up to `EXACT_BYTES`.
 
         Example:
             >>> picture = Picture.draw(lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ...")
         """
         light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
+        exact = exact and len(light) <= EXACT_BYTES
         return cls(light, dark, alt, caption) if exact else cls(_smaller(light), _smaller(dark), alt, caption)
 
 
@@ -210,8 +226,92 @@ def build_page(data: PageData) -> str:
 
 
 def save_page(data: PageData, path: Path | str) -> Path:
-    """Writes the page, whole or not at all, and returns its path."""
-    return write_text(Path(path), build_page(data))
+    """Writes the page, whole or not at all, and returns its path; what would be too large is made smaller (`fit_page`).
+
+    Raises:
+        DitlabError: as `build_page`; the page is too large even so.
+    """
+    data = fit_page(data)
+    html = build_page(data)
+    if (size := len(html.encode())) > PAGE_BYTES:
+        raise DitlabError(
+            f"report {path}: expected a page of at most {PAGE_BYTES:,} bytes, found {size:,} with its figures as small "
+            "as they can be; show fewer runs"
+        )
+    return write_text(Path(path), html)
+
+
+def page_size(data: PageData) -> int:
+    """Bytes of the page; raises as `build_page`."""
+    return len(build_page(data).encode())
+
+
+def fit_page(data: PageData, spare: int = 0) -> PageData:
+    """The page with what it takes to stay below `PAGE_BYTES`, if that can be had.
+
+    In this order, as far as needed: the files behind sections are left out, then those behind the whole page (a note
+    says so); figures, the largest first, get 256 colours, then one theme, then half and a quarter of their resolution.
+
+    Args:
+        data: the page.
+        spare: bytes to keep free for what is still to come.
+
+    Raises:
+        DitlabError: as `build_page`.
+    """
+    limit = PAGE_BYTES - spare
+    if page_size(data) <= limit:
+        return data
+    data = replace(data, sections=[_without_files(section) for section in data.sections])
+    if data.downloads and page_size(data) > limit:
+        data = replace(data, sections=[*data.sections, Section("files", "Results as files", [_NOT_HERE])], downloads={})
+    excess = page_size(data) - limit
+    pictures = {id(p): p for section in data.sections for part in _all_parts(section) for p in part.pictures}
+    for smaller in (_few_colours, _one_theme, *(partial(_shrink, by=by) for by in range(2, _SMALLEST + 1, 2))):
+        for key in sorted(pictures, key=lambda key: -pictures[key].size):
+            if excess > 0:
+                made = smaller(pictures[key])
+                excess -= pictures[key].size - made.size
+                pictures[key] = made
+    return replace(data, sections=[_with_pictures(section, pictures) for section in data.sections])
+
+
+def _without_files(section: Section) -> Section:
+    parts = [_without_files(part) for part in section.parts]
+    notes = [*section.notes, _NOT_HERE] if section.data else section.notes
+    return replace(section, data={}, notes=notes, parts=parts)
+
+
+def _with_pictures(section: Section, pictures: Mapping[int, Picture]) -> Section:
+    """The section with each of its pictures, by its id, in the form that is given."""
+    parts = [_with_pictures(part, pictures) for part in section.parts]
+    return replace(section, pictures=[pictures[id(picture)] for picture in section.pictures], parts=parts)
+
+
+def _few_colours(picture: Picture) -> Picture:
+    return replace(picture, light=_smaller(picture.light, 0), dark=_smaller(picture.dark, 0))
+
+
+def _one_theme(picture: Picture) -> Picture:
+    return replace(picture, dark=picture.light)
+
+
+def _shrink(picture: Picture, by: int) -> Picture:
+    """With one pixel in `by` times `by` of the drawing."""
+    from PIL import Image
+
+    if picture.shrunk >= by:
+        return picture
+
+    def shrunk(content: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(content)) as image:
+            image.convert("RGB").reduce(by // picture.shrunk).save(buffer, format="PNG", optimize=True)
+        return _smaller(buffer.getvalue(), 0)
+
+    light = shrunk(picture.light)
+    dark = light if picture.dark == picture.light else shrunk(picture.dark)
+    return replace(picture, light=light, dark=dark, shrunk=by)
 
 
 def page_sections(data: PageData) -> list[Section]:
@@ -270,11 +370,11 @@ def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, 
     return differing, shared
 
 
-def _smaller(content: bytes) -> bytes:
+def _smaller(content: bytes, large: int = 30_000) -> bytes:
     """A large PNG with 256 colours; others as they are."""
     from PIL import Image
 
-    if len(content) < 200_000:
+    if len(content) < large:
         return content
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(content)) as image:

@@ -25,6 +25,12 @@ QUERIES = 256
 """Tokens that can be picked; of larger grids every second, third, ... row and column."""
 
 
+_NAME = 16
+"""Bytes of a map's name in JSON, with quotes and commas."""
+_AROUND = 8_000
+"""Bytes of a picker's controls and sentences."""
+
+
 @dataclass(frozen=True, eq=False)
 class PickerRun:
     """The maps of one run, packed."""
@@ -35,13 +41,16 @@ class PickerRun:
     heads: int
     packed: Mapping[tuple[int, int, int], bytes]
     """(level, layer, head) -> a deflated map; levels from 0, layers and heads from 1, head 0 is the mean of all."""
+    boxes: Mapping[int, str | None]
+    """Layer -> for each token that can be picked the first and last row and column that it may see, as base64; None
+    where it may see all."""
     left_out: tuple[str, ...] = ()
     """What the budget could not hold, in sentences."""
 
     @property
     def size(self) -> int:
         """Bytes on the page."""
-        return sum(_size(chunk) for chunk in self.packed.values())
+        return sum(map(_size, self.packed.values())) + sum(map(_box_size, self.boxes.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +112,7 @@ class AttentionPicker:
                     "slot": slots.get(run.label),
                     "heads": run.heads,
                     "layers": [
-                        {"layer": layer, "pattern": pattern.name, "boxes": _boxes(pattern, self.grid)}
+                        {"layer": layer, "pattern": pattern.name, "boxes": run.boxes[layer]}
                         for layer, pattern in run.patterns.items()
                     ],
                     "maps": {".".join(map(str, key)): _base64(chunk) for key, chunk in run.packed.items()},
@@ -111,6 +120,12 @@ class AttentionPicker:
                 for run in self.runs
             ],
         }
+
+
+def frame_size(shape: tuple[int, int], levels: int) -> int:
+    """Bytes on the page of a picker without its maps: images of (height, width) as seen at so many noise levels, and
+    the words around them."""
+    return (levels + 1) * 4 * shape[0] * shape[1] + _AROUND
 
 
 def query_stride(grid: Grid) -> int:
@@ -138,7 +153,7 @@ def pack_run(
         levels: number of noise levels.
         maps: (level from 0, layer) -> float [heads, T, T] of one image, rows queries that sum to 1; asked for one at a
             time, so that not all need to be in memory.
-        budget: bytes on the page.
+        budget: bytes on the page; at least one map is kept.
 
     Raises:
         DitlabError: no layer or level, or maps of another shape than the grid's.
@@ -149,7 +164,8 @@ def pack_run(
     order = sorted(range(levels), key=lambda level: (abs(level - levels // 2), level))
     kept: dict[tuple[int, int, int], bytes] = {}
     missing: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    heads, used = 0, 0
+    boxes = {layer: _boxes(pattern, grid) for layer, pattern in patterns.items()}
+    heads, used = 0, sum(map(_box_size, boxes.values()))
     for level in order:
         means: dict[int, dict[int, bytes]] = {}
         single: dict[int, dict[int, bytes]] = {}
@@ -173,7 +189,8 @@ def pack_run(
         + (f" (there only layers {_listed(chosen)} are kept)." if chosen else ".")
         for (what, chosen), at in missing.items()
     )
-    return PickerRun(label, {layer: patterns[layer] for layer in shown}, heads, kept, left_out)
+    boxes = {layer: boxes[layer] for layer in shown}
+    return PickerRun(label, {layer: patterns[layer] for layer in shown}, heads, kept, boxes, left_out)
 
 
 def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
@@ -238,8 +255,12 @@ def _rgb(image: np.ndarray) -> bytes:
 
 
 def _size(chunk: bytes) -> int:
-    """Bytes as base64."""
-    return -(-len(chunk) // 3) * 4
+    """Bytes as base64 under a name."""
+    return -(-len(chunk) // 3) * 4 + _NAME
+
+
+def _box_size(box: str | None) -> int:
+    return len(box or "") + 3 * _NAME
 
 
 def _base64(content: bytes) -> str:

@@ -53,7 +53,7 @@ SMALL = Scale(
         "evaluation.levels": 10,
     },
     psnr=PSNRConfig(images=300, points=20),
-    cost="a cell takes a few minutes on one CPU core",
+    cost="a cell takes about four minutes of one CPU core, three of them training",
 )
 
 PAPER = Scale(
@@ -72,7 +72,7 @@ FIG6 = Study(
     question="Does the PSNR gap fall with the number of training images, and does local attention lower it?",
     scales={"smoke": SMOKE, "small": SMALL, "paper": PAPER},
     analyses=("psnr-gap", "attention"),
-    asks=("falls", "lowers", "matched", "best", "locality"),
+    asks=("falls", "full", "lowers", "matched", "best", "locality"),
     published="an2024/fig6",
     margin=0.2,
 )

@@ -6,6 +6,7 @@ otherwise, into a `Plan`: a list of cells, written as plan.json. Nothing is trai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -189,6 +190,58 @@ class Plan:
         except (KeyError, TypeError) as error:
             raise DitlabError(f"{path}: a field of the plan is missing or unknown ({error})") from error
         return plan
+
+
+def merged(old: Plan, new: Plan) -> Plan | None:
+    """One plan of the cells of both, in the order of `resolve`; None where they do not make one grid.
+
+    They do where the study, the scale and the analyses are the same, and every image set, network and attention plan
+    that both name is the same in both. Cells that neither asked for are not in it.
+    """
+
+    def alike(name: str) -> bool:
+        one, two = getattr(old, name), getattr(new, name)
+        return all(_json(one[key]) == _json(two[key]) for key in one.keys() & two.keys())
+
+    def hashes(plan: Plan) -> dict[str, str]:
+        return {name: facts["hash"] for name, facts in plan.images.items()}
+
+    same = all(
+        _json(getattr(old, name)) == _json(getattr(new, name)) for name in ("study", "scale", "analyses", "margin")
+    )
+    mine, theirs = hashes(old), hashes(new)
+    if (
+        not same
+        or not alike("plans")
+        or not alike("settings")
+        or any(mine[k] != theirs[k] for k in mine.keys() & theirs)
+    ):
+        return None
+    axes = {name: _joined(old.axes[name], new.axes[name]) for name in new.axes}
+    axes |= {name: sorted(axes[name]) for name in ("n", "seed")}
+    cells = {cell["hash"]: dict(cell) for plan in (old, new) for cell in plan.cells}
+    order = ("seed", "data", "network", "n", "attention")
+    known = {cell["hash"] for cell in old.cells}
+    return replace(
+        new,
+        axes=axes,
+        plans={**old.plans, **new.plans},
+        images={**old.images, **new.images},
+        settings={**old.settings, **new.settings},
+        cells=tuple(sorted(cells.values(), key=lambda cell: [axes[name].index(cell[name]) for name in order])),
+        # The commands that together planned it.
+        command=old.command if cells.keys() == known else "\n".join(dict.fromkeys([old.command, new.command])).strip(),
+    )
+
+
+def _joined(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """The values of both, in the order of the one that has them all, if one does: the scale's own comes first."""
+    first, second = (new, old) if set(new) >= set(old) else (old, new)
+    return list(dict.fromkeys([*first, *second]))
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def resolve(

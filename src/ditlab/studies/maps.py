@@ -1,19 +1,20 @@
 """Attention maps of a study's cells against N, as An et al.'s Fig. 4: the one part of its page that needs weights.
 
 Drawn from the run folders that are there, and kept as pictures beside the page, so that the page can be made again
-when the runs are gone.
+when the runs are gone. Beside each lies what it was drawn from; it stands only for the same runs and noise levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ditlab.analysis.attention_maps import AttentionMaps, attention_layers, attention_maps
 from ditlab.analysis.locality_result import LocalityResult
-from ditlab.analysis.store import write_bytes
+from ditlab.analysis.store import read_json, write_bytes, write_json
 from ditlab.data.pixels import to_uint8
 from ditlab.errors import DitlabError
 from ditlab.report.attention_figures import attention_map_figure, layers_shown
@@ -21,6 +22,8 @@ from ditlab.report.page import Picture
 from ditlab.run import Run
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store
+
+_STEM, _KIND = "attention-maps", "study-attention-maps"
 
 
 def map_pictures(
@@ -39,7 +42,7 @@ def map_pictures(
         plans: one or several scales of a study.
         store: where the runs lie.
         folder: where pictures are kept, and read from where runs are missing.
-        hide_images: do not show the image itself.
+        hide_images: do not show the image itself; kept pictures that show one are removed.
         say: told which maps could not be drawn anew, and why.
     """
     found = []
@@ -51,7 +54,19 @@ def map_pictures(
                 for label in plan.axes["attention"]:
                     picture = _picture(plan, store, folder, (data, network, label), hide_images, say)
                     found += [] if picture is None else [picture]
+    if hide_images:
+        for file in folder.glob(f"{_STEM}-*.png"):
+            if not _hidden(file):
+                file.unlink()
     return found
+
+
+def _hidden(file: Path) -> bool:
+    """Whether a kept picture is known to show no image."""
+    try:
+        return read_json(_about(file.name.rpartition("-")[0], file.parent), _KIND, 1).get("hidden") is True
+    except DitlabError:
+        return False
 
 
 def _picture(
@@ -69,41 +84,74 @@ def _picture(
         for cell in plan.cells
         if (cell["data"], cell["network"], cell["attention"], cell["seed"]) == (data, network, label, seed)
     }
-    recorded = {n: name for n, name in names.items() if store.measured(name, plan, "attention")}
+    recorded = {
+        n: LocalityResult.load(store.cell(name) / "attention.json")
+        for n, name in sorted(names.items())
+        if store.measured(name, plan, "attention")
+    }
     if not recorded:
         return None
     alt = f"Attention maps by layer for {label} attention, a pair of lines for each number of training images."
     caption = f"{label} attention, {data}, {network}, seed {seed}: mean over heads, on one held-out image with noise."
-    stem = "-".join(["attention-maps", plan.scale, data, network, label]).replace("/", "-")
+    stem = "-".join([_STEM, plan.scale, data, network, label]).replace("/", "-")
+    about = _about(stem, folder)
+    drawn_from = {
+        "cells": {str(n): names[n] for n in recorded},
+        "levels": {str(n): [_level(result), result.config.noise_seed] for n, result in recorded.items()},
+    }
     files = [folder / f"{stem}-{theme}.png" for theme in ("light", "dark")]
     try:
-        lines, image = _maps(recorded, store)
+        lines, image = _maps({n: (names[n], result) for n, result in recorded.items()}, store)
         shown = None if hide_images else image
         made = Picture.draw(lambda theme: attention_map_figure(lines, picture=shown, theme=theme), alt, caption)
     except DitlabError as error:
-        if not all(file.is_file() for file in files):
+        if not _kept(about, drawn_from, hide_images) or not all(file.is_file() for file in files):
             say(f"no attention maps of {label} attention: {error}")
             return None
         say(f"attention maps of {label} attention are those drawn before: {error}")
         return Picture(files[0].read_bytes(), files[1].read_bytes(), alt, caption)
+    about.unlink(missing_ok=True)  # so that a kill before the end leaves none that speaks of other pictures
     for file, content in zip(files, (made.light, made.dark), strict=True):
         write_bytes(file, content)
+    write_json(about, {"kind": _KIND, "version": 1, "hidden": hide_images, **drawn_from})
     return made
 
 
-def _maps(recorded: Mapping[int, str], store: Store) -> tuple[list[tuple[str, AttentionMaps]], np.ndarray | None]:
+def _about(stem: str, folder: Path) -> Path:
+    """The file that says what a kept picture was drawn from."""
+    return folder / f"{stem}.json"
+
+
+def _kept(about: Path, drawn_from: Mapping[str, Any], hide: bool) -> bool:
+    """Whether a picture is kept that was drawn from just these cells and levels, and that may be shown."""
+    try:
+        found = read_json(about, _KIND, 1)
+    except DitlabError:
+        return False
+    return all(found.get(name) == value for name, value in drawn_from.items()) and (
+        found.get("hidden") is True or not hide
+    )
+
+
+def _level(result: LocalityResult) -> float:
+    """The noise level that is shown: the middle one of those measured."""
+    return result.levels[len(result.levels) // 2]
+
+
+def _maps(
+    recorded: Mapping[int, tuple[str, LocalityResult]], store: Store
+) -> tuple[list[tuple[str, AttentionMaps]], np.ndarray | None]:
     """(name, maps) of each N, and the image that they are of, uint8 [C, H, W]."""
     lines, image = [], None
-    for n, name in sorted(recorded.items()):
+    for n, (name, result) in recorded.items():
         run = Run.open(store.run(name))
         denoiser = run.denoiser()
         images, labels = run.pictures("test", 1)
-        result = LocalityResult.load(store.cell(name) / "attention.json")
         numbers = [layer.number for layer in attention_layers(denoiser)]
         maps = attention_maps(
             denoiser,
             images,
-            result.levels[len(result.levels) // 2],
+            _level(result),
             layers=layers_shown(numbers),
             noise_seed=result.config.noise_seed,
             label=labels,

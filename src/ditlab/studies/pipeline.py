@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ditlab.data.imageset import ImageSet
@@ -68,6 +69,10 @@ def _stages(cell: Cell, plan: Plan, store: Store, images: ImageSet, slot: Slot) 
 
         stages.append(Stage("train", tuple(words), record, training_progress(run, cell.config.training.steps)))
     for analysis in plan.analyses:
+        if finished and not store.measured(cell.hash, plan, analysis):
+            # Measured, and killed before it was recorded; what is absent or was measured otherwise is refused.
+            with suppress(DitlabError):
+                store.record_analysis(cell, plan, analysis, None)
         if not store.measured(cell.hash, plan, analysis):
             words = [*_analysis_words(analysis, plan, cell, run), "--data", str(images.path), *place]
             stages.append(Stage(analysis, tuple(words), _recorder(store, cell, plan, analysis)))
@@ -103,7 +108,7 @@ def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
     def progress() -> Progress | None:
         try:
             lines = read_log(run / "log.jsonl")
-        except DitlabError:  # a damaged log is the trainer's to refuse; here there is just no news
+        except (DitlabError, OSError):  # a damaged log is the trainer's to refuse; here there is just no news
             return None
         line = next((line for line in reversed(lines) if "loss" in line), None)
         if line is None:

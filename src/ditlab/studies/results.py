@@ -1,7 +1,9 @@
 """What a study has found so far: the recorded results of its cells, compared, from plan.json and cells/ alone.
 
-A panel is one image set and one network: within it kinds of attention are compared at each N, paired by seed, in three
-ways (`ditlab.analysis.matched` says why three). A grid that is partly empty gives the comparisons that its cells allow.
+A panel is one image set and one network: within it kinds of attention are compared at each N, paired by seed. The full
+measurement (psnr-gap.json) gives one comparison. The points along training (trajectory.json) give three, all by one
+coarser instrument, so that they can be held against each other (`ditlab.analysis.matched` says why three). A grid that
+is partly empty gives the comparisons that its cells allow.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from ditlab.errors import DitlabError
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Standing, Store
 
-CONTRASTS = ("gap at equal steps", "gap at matched train PSNR", "best test PSNR")
-"""The three ways in which two kinds of runs are compared."""
+FULL = "full measurement of the gap"
+"""The comparison of the finished runs by psnr-gap.json."""
+ALONG = ("gap at equal steps", "gap at matched train PSNR", "best test PSNR")
+"""The three comparisons along training, measured alike."""
+CONTRASTS = (FULL, *ALONG)
+"""All ways in which two kinds of runs are compared."""
 
 _Result = TypeVar("_Result", PSNRResult, LocalityResult)
 
@@ -66,6 +72,8 @@ class Contrast:
     first: str
     second: str
     difference: PairedDifference | None
+    measured: bool
+    """Whether both kinds are on record with one seed, so that None means that they cannot be compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,15 +132,16 @@ class Panel:
 
     @cached_property
     def contrasts(self) -> list[Contrast]:
-        """Every two kinds of attention at every N, in each of the three ways."""
-        equal = {} if self.comparison is None else {(n, d.first, d.second): d for n, d in self.comparison.differences}
+        """Every two kinds of attention at every N, in each way of `CONTRASTS`."""
+        full = {} if self.comparison is None else {(n, d.first, d.second): d for n, d in self.comparison.differences}
         along = {(m.n, m.first, m.second): m for m in self.matched}
         found = []
         for n in self.counts:
             for first, second in combinations(self.labels, 2):
-                m = along.get((n, first, second))
-                ways = (equal.get((n, first, second)), m and m.gap_matched, m and m.best_test)
-                found += [Contrast(what, n, first, second, d) for what, d in zip(CONTRASTS, ways, strict=True)]
+                d, m = full.get((n, first, second)), along.get((n, first, second))
+                found.append(Contrast(FULL, n, first, second, d, d is not None))
+                ways = (None,) * len(ALONG) if m is None else (m.gap_at_step, m.gap_matched, m.best_test)
+                found += [Contrast(w, n, first, second, d, m is not None) for w, d in zip(ALONG, ways, strict=True)]
         return found
 
     def trend(self, label: str, few: int, many: int) -> PairedDifference | None:
@@ -157,13 +166,21 @@ def panels(plan: Plan, store: Store) -> list[Panel]:
     Raises:
         DitlabError: a recorded result cannot be read as what it says it is.
     """
-    read = [_read(place, plan, store) for place in plan.cells]
+    read = [_checked(place, plan, store) for place in plan.cells]
     found = []
     for data in plan.axes["data"]:
         for network in plan.axes["network"]:
             mine = tuple(c for c in read if (c.place["data"], c.place["network"]) == (data, network))
             found.append(Panel(plan, data, network, mine))
     return found
+
+
+def _checked(place: Mapping[str, Any], plan: Plan, store: Store) -> CellResults:
+    try:
+        return _read(place, plan, store)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        folder = store.cell(place["hash"])
+        raise DitlabError(f"{folder}: a recorded result is damaged ({type(error).__name__}: {error})") from error
 
 
 def _read(place: Mapping[str, Any], plan: Plan, store: Store) -> CellResults:
@@ -246,16 +263,17 @@ def _pairable(results: Sequence[_Result]) -> list[_Result]:
     return kept
 
 
-def verdict(differences: Mapping[int, PairedDifference | None]) -> str:
+def verdict(contrasts: Sequence[Contrast]) -> str:
     """Where a difference was seen, by N: "at N = 10, 30 lower; at N = 100 no difference seen".
 
     Args:
-        differences: N -> the difference; None where it could not be had.
+        contrasts: of two kinds, in one way, one an N.
     """
     kinds: dict[str, list[str]] = {}
-    for n, d in differences.items():
+    for contrast in contrasts:
+        d = contrast.difference
         if d is None:
-            kind = "cannot be compared"
+            kind = "cannot be compared" if contrast.measured else "not yet measured"
         elif d.low is None:
             kind = "one seed, so nothing can be said"
         elif not d.seen:
@@ -263,7 +281,7 @@ def verdict(differences: Mapping[int, PairedDifference | None]) -> str:
         else:
             kind = "higher" if d.mean > 0 else "lower"
             kind += f" (by less than {d.margin:g} dB)" if d.similar else ""
-        kinds.setdefault(kind, []).append(f"{n:,}")
-    order = ("lower", "higher", "similar", "no difference", "one seed", "cannot")
+        kinds.setdefault(kind, []).append(f"{contrast.n:,}")
+    order = ("lower", "higher", "similar", "no difference", "one seed", "cannot", "not yet")
     places = sorted(kinds, key=lambda kind: next(i for i, start in enumerate(order) if kind.startswith(start)))
     return "; ".join(f"at N = {', '.join(kinds[kind])} {kind}" for kind in places)

@@ -1,8 +1,9 @@
 """The local runner: several jobs at a time, each a chain of `ditlab` processes, in as many slots as fit.
 
 A job that fails ends alone, with what its process said last. Ctrl-C lets every process save and ends them. If the
-runner itself is killed, its processes notice (DITLAB_PARENT), save and end by themselves; what was finished stays
-recorded, so that the same call goes on from there. A job that another runner works on is waited for, not repeated.
+runner itself is killed, its processes notice (DITLAB_PARENT) and end by themselves: training saves first, and an
+analysis that was not finished is measured anew. What was finished stays recorded, so that the same call goes on from
+there. A job that another runner works on is waited for, not repeated.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _POLL = 0.2
 _SHOW = 0.5
 _TELL = 30.0
 """Seconds between looks at the processes, updates of the table, and lines where there is no terminal."""
+
+_ASK = 1.0
+"""Seconds after which a job that another runner holds is asked for again."""
 
 _MOST_ROWS = 30
 """A longer table shows only what runs and what failed, and counts the rest."""
@@ -157,7 +161,7 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot], console: Console, *, ti
 class _Runner:
     def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], console: Console, title: str) -> None:
         self.board = _Board([job.name for job in jobs], {job.name: "waiting" for job in jobs})
-        self._waiting, self._elsewhere = list(jobs), list[Job]()
+        self._waiting, self._elsewhere, self._ask = list(jobs), list[Job](), 0.0
         self._free, self._running = list(slots), list[_Running]()
         self._console, self._title = console, title
         self._told = time.monotonic()
@@ -191,8 +195,8 @@ class _Runner:
             one.held.close()
 
     def _fill(self) -> None:
-        """Gives free slots to jobs; those that another runner holds are asked again after all others."""
-        if not self._waiting and not self._running:
+        """Gives free slots to jobs; those that another runner holds are asked again after all others, now and then."""
+        if self._free and not self._waiting and time.monotonic() >= self._ask:
             self._waiting, self._elsewhere = self._elsewhere, []
         while self._free and self._waiting:
             job = self._waiting.pop(0)
@@ -206,11 +210,12 @@ class _Runner:
                 held.close()
                 self._say(job.name, "another runner works on it")
                 self._elsewhere.append(job)
+                self._ask = time.monotonic() + _ASK
                 continue
             one = _Running(job, self._free.pop(0), held, time.monotonic(), [])
             try:
                 one.stages = list(job.stages(one.slot))
-            except DitlabError as error:
+            except (DitlabError, OSError) as error:
                 self._free.insert(0, one.slot)
                 self._finish(job, held, one.begun, str(error), "")
                 continue
@@ -264,6 +269,8 @@ class _Runner:
         self.board.outcomes[job.name] = outcome
         try:
             job.ended(outcome)
+        except (DitlabError, OSError) as error:  # the job has ended all the same, and the others go on
+            self._console.print(f"note: {job.name}: {error}", markup=False)
         finally:
             held.close()
         self._say(job.name, f"failed: {reason}" if reason else f"done in {clock(seconds)}")
@@ -359,7 +366,11 @@ def _failure(job: Job, status: int) -> str:
         name = signal.Signals(-status).name
         hint = ", perhaps for want of memory" if -status == signal.SIGKILL else ""
         return f"its process was ended by {name}{hint}"
-    lines = [line for line in job.output.read_text(errors="replace").splitlines() if line.strip()]
+    try:
+        text = job.output.read_text(errors="replace")
+    except OSError:
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip()]
     said = lines[-1].removeprefix("ditlab: ") if lines and not lines[-1].startswith("$ ") else "it said nothing"
     return f"{said} (status {status}; all it said: {job.output})"
 
@@ -367,8 +378,8 @@ def _failure(job: Job, status: int) -> str:
 def make_slots(jobs: int, *, device: str, parallel: int | None, memory: int) -> list[Slot]:
     """As many slots as fit this machine.
 
-    On CUDA one a GPU, or `parallel` shared out among them; on the CPU as many as there are cores and as fit into the
-    free memory, the cores shared out among them.
+    On CUDA one a GPU, or `parallel` shared out among them; on the CPU one a core, with one thread, as many as fit into
+    the free memory, or `parallel` with the cores shared out among them.
 
     Args:
         jobs: never more slots than these.
@@ -386,9 +397,9 @@ def make_slots(jobs: int, *, device: str, parallel: int | None, memory: int) -> 
     if ":" in device and gpus:
         gpus = [gpus[int(device.partition(":")[2])]]
     fit = len(gpus) if gpus else min(cores, max(1, free_memory() // max(memory, 1)))
-    # Threads do not depend on how many jobs are left: the rounding of sums does depend on threads, and a study that was
-    # interrupted is to give the numbers of one that was not.
-    threads = max(1, cores // (parallel or fit))
+    # Threads depend neither on how many jobs are left nor on the memory that is free now: the rounding of sums depends
+    # on threads, and a study that was interrupted is to give the numbers of one that was not.
+    threads = max(1, cores // (parallel or len(gpus) or cores))
     count = min(parallel or fit, max(jobs, 1))
     if not gpus:
         return [Slot(threads, device)] * count

@@ -10,6 +10,7 @@ Each file is written whole or not at all. What is recorded in `cells/` stays val
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,17 @@ from ditlab.studies.runner import Spent
 
 RESULTS = {"psnr-gap": "psnr-gap", "attention": "attention-locality"}
 """Analysis (the verb, and the file's name) -> the kind that its JSON states."""
+
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "cell": {"name": str, "split": dict, "spent": dict, "environment": dict, "command": str},
+    "trajectory": {"points": list},
+    "psnr-gap": {"about": dict, "config": dict, "averages": dict, "curves": dict, "peak": float},
+    "attention": {"about": dict, "config": dict},
+}
+"""File -> fields without which it counts as damaged, and what they must be."""
+
+_PROBES, _PROBE_SECONDS = 3, 0.02
+"""How often a cell's lock is tried, and the pause between: `locked` holds it for a moment."""
 
 State = Literal["empty", "partial", "running", "trained", "failed", "done"]
 
@@ -75,30 +87,40 @@ class Store:
         path = self.root / "runs" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
+            for probe in range(_PROBES):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if probe == _PROBES - 1:
+                        yield False
+                        return
+                    time.sleep(_PROBE_SECONDS)
             yield True
 
     def locked(self, name: str) -> bool:
         """Whether a runner works on a cell at this moment."""
-        if not (self.root / "runs" / f"{name}.lock").exists():
-            return False
         try:
-            with self.lock(name) as mine:
-                return not mine
-        except OSError:  # a store that may only be read: no runner of this user's works there
+            import fcntl
+
+            with (self.root / "runs" / f"{name}.lock").open() as file:
+                try:
+                    # Shared, so that those who only look are not in each other's way.
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+        except (ImportError, OSError):  # no lock was ever made, or it may not be read: nobody works there
             return False
+        return False
 
     def record(self, name: str, file: str) -> dict[str, Any] | None:
         """One of a cell's JSON files; None where it is absent or damaged, so that it is made again."""
         kind = RESULTS.get(file, f"study-{file}")
         try:
-            return read_json(self.cell(name) / f"{file}.json", kind, 1)
+            found = read_json(self.cell(name) / f"{file}.json", kind, 1)
         except DitlabError:
             return None
+        return found if _whole(found, file) else None
 
     def trained(self, name: str) -> bool:
         """Whether a cell's training is on record."""
@@ -199,26 +221,44 @@ class Store:
             },
         )
 
-    def record_analysis(self, cell: Cell, plan: Plan, analysis: str, spent: Spent) -> None:
+    def record_analysis(self, cell: Cell, plan: Plan, analysis: str, spent: Spent | None) -> None:
         """Copies an analysis from the run's folder into the cell, and its time into cell.json.
 
+        Args:
+            cell: the cell.
+            plan: the plan whose settings it must have.
+            analysis: its verb.
+            spent: by its process; None where that is not known.
+
         Raises:
-            DitlabError: the analysis is absent, of other weights, or made with other settings; or the disk is full.
+            DitlabError: the analysis is absent, damaged, of other weights or images, or made with other settings; or
+                the disk is full.
         """
         run = Run.open(self.run(cell.hash))
         path = run.path / "analysis" / f"{analysis}.json"
         record = read_json(path, RESULTS[analysis], 1)
+        if not _whole(record, analysis):
+            raise DitlabError(f"{path}: expected a whole result, found one that lacks fields")
         about = record["about"]
         expected = (run.config.training.steps, True, run.record.split.hash)
-        if (about["step"], about["ema"], about["split_hash"]) != expected:
+        if tuple(about.get(name) for name in ("step", "ema", "split_hash")) != expected:
             raise DitlabError(f"{path}: expected a result of the averaged weights of step {expected[0]}, found another")
+        if about.get("settings", {}).get("images_from", "test") != "test":
+            raise DitlabError(f"{path}: expected a result on held-out images, found one on other images")
         if not measured_alike(record, plan, analysis):
             raise DitlabError(f"{path}: expected a result with the study's settings, found other settings")
         write_json(self.cell(cell.hash) / f"{analysis}.json", record)
         known = self.record(cell.hash, "cell")
-        if known is not None:
+        if known is not None and spent is not None:
             known["spent"][analysis] = asdict(spent)
             write_json(self.cell(cell.hash) / "cell.json", known)
+
+
+def _whole(record: Mapping[str, Any], file: str) -> bool:
+    """Whether a record has the fields that everything here relies on."""
+    wanted = _FIELDS.get(file, {})
+    # A whole number is a number too.
+    return all(isinstance(record.get(name), (float, int) if kind is float else kind) for name, kind in wanted.items())
 
 
 def measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:

@@ -28,9 +28,10 @@ from ditlab.report.sections import locality_section, matched_table
 from ditlab.report.study_figures import differences_figure
 from ditlab.report.style import Theme, assign
 from ditlab.report.training_figures import gap_along_training, matched_psnr
+from ditlab.studies.findings import findings, said, seen, ways_of
 from ditlab.studies.grid import Study
 from ditlab.studies.published import Published, differing, published, settings_here
-from ditlab.studies.results import CONTRASTS, Panel, panels, verdict
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Panel, panels
 from ditlab.studies.store import Store
 
 if TYPE_CHECKING:
@@ -45,9 +46,13 @@ _NOT_CORRECTED = (
 _THREE_WAYS = (
     "A smaller gap at equal steps can be mere slower fitting. So each two kinds of runs are compared in three ways: "
     "the gap after the same number of steps, the gap where both have reached the same train PSNR, and the best test "
-    "PSNR that each reaches along training."
+    "PSNR that each reaches along training. These three are measured alike, along training, and can be held against "
+    "each other."
 )
 
+
+_ANSWERS: Mapping[str, Sequence[str]] = {"lowers": ("full", "lowers", "matched")}
+"""A claim's question -> the questions of `seen` whose answers belong to it, where they are several."""
 
 _MAPS = "maps"
 """The section of attention maps and token pickers."""
@@ -98,16 +103,20 @@ class StudyPage:
         """What was found, in order of importance."""
         lines = []
         for panel in self.panels:
-            prefix = f"{panel.name}: " if len(self.panels) > 1 else ""
+            prefix = f"{self._name(panel)}: " if len(self.panels) > 1 else ""
             lines += [prefix + line for line in findings(panel, self.study.asks)]
         return lines
+
+    def _name(self, panel: Panel) -> str:
+        """What headings call a panel; the scale only where there are several."""
+        return panel.name + (f", scale {panel.plan.scale}" if len(self.plans) > 1 else "")
 
     def sections(self) -> list[Section]:
         """Every section, panel by panel."""
         found = []
         for number, panel in enumerate(self.panels, 1):
             tail = "" if number == 1 else f"-{number}"
-            name = f" ({panel.name})" if len(self.panels) > 1 else ""
+            name = f" ({self._name(panel)})" if len(self.panels) > 1 else ""
             found += [
                 self._grid(panel, tail, name),
                 self._gap(panel, tail, name),
@@ -134,7 +143,7 @@ class StudyPage:
                 cells = {
                     c.place["n"]: c for c in panel.cells if (c.place["attention"], c.place["seed"]) == (label, seed)
                 }
-                rows.append((label, seed, *(_mark(cells[n].row()) for n in panel.counts)))
+                rows.append((label, seed, *(_mark(cells[n].row()) if n in cells else None for n in panel.counts)))
         columns = ("attention", "seed", *(f"N = {n:,}" for n in panel.counts))
         states = Counter(c.standing.state for c in panel.cells)
         words = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -209,34 +218,37 @@ class StudyPage:
         )
 
     def _ways(self, panel: Panel, tail: str, name: str) -> Section:
-        """Two kinds of attention compared in three ways."""
+        """Two kinds of attention compared in the full measurement and in three ways along training."""
         pairs = list(combinations(panel.labels, 2))
         tables, pictures, points = [], [], []
         for i, (first, second) in enumerate(pairs):
-            ways = _ways_of(panel, first, second)
-            if not any(d is not None for way in ways.values() for d in way.values()):
+            ways = ways_of(panel, first, second)
+            if not any(c.difference is not None for way in ways.values() for c in way):
                 continue
-            rows = [
-                (n, *(cell for what in CONTRASTS for cell in _interval(ways[what][n])[:2]), _seeds(ways, n))
-                for n in panel.counts
+            tables += [
+                _differences(
+                    panel.counts, {what: ways[what] for what in ALONG}, f"{second} minus {first}, along training"
+                ),
+                _differences(panel.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
             ]
-            heads = [head for what in CONTRASTS for head in (f"{what}, dB", "95 % interval")]
-            columns = ("N", *heads, "seeds")
-            tables.append(Table(columns, rows, f"{second} minus {first}"))
             points += [
-                d.sentence(f"{what[0].upper()}{what[1:]}, N = {n:,}")
-                for n in panel.counts
+                c.difference.sentence(f"{said(what)}, N = {n:,}")
+                for place, n in enumerate(panel.counts)
                 for what in CONTRASTS
-                if (d := ways[what][n]) is not None
+                if (c := ways[what][place]).difference is not None
             ]
-            pictures.append(
-                self._picture(
-                    f"differences{tail}" + (f"-{i + 1}" if len(pairs) > 1 else ""),
-                    lambda theme, ways=ways: differences_figure(list(ways.items()), theme=theme),
-                    f"Differences {second} minus {first} against N in three panels: {', '.join(CONTRASTS)}.",
-                    f"{second} minus {first}, over paired seeds. A lower gap and a higher test PSNR are better.",
+            # The full measurement is drawn in bars of its own (`_gap`); here those that were measured alike.
+            shown = [(what, {c.n: c.difference for c in ways[what]}) for what in ALONG]
+            if any(d is not None for _, way in shown for d in way.values()):
+                pictures.append(
+                    self._picture(
+                        f"differences{tail}" + (f"-{i + 1}" if len(pairs) > 1 else ""),
+                        lambda theme, shown=shown: differences_figure(shown, theme=theme),
+                        f"Differences {second} minus {first} against N in three panels: {', '.join(ALONG)}.",
+                        f"{second} minus {first} along training, over paired seeds. A lower gap and a higher test PSNR "
+                        "are better.",
+                    )
                 )
-            )
         if not tables:
             return Section(f"ways{tail}", "")
         return Section(
@@ -244,7 +256,7 @@ class StudyPage:
             f"{' against '.join(reversed(panel.labels)).capitalize()}, three ways{name}"
             if len(panel.labels) == 2
             else f"The kinds of attention compared, three ways{name}",
-            [_THREE_WAYS],
+            [_THREE_WAYS, _instruments(panel)],
             points=points,
             tables=tables,
             notes=[_NOT_CORRECTED],
@@ -333,9 +345,10 @@ class StudyPage:
         parts = []
         for number, claim in enumerate(paper.claims, 1):
             here = [
-                f"{panel.name}: {line}" if len(self.panels) > 1 else line
+                f"{self._name(panel)}: {line}" if len(self.panels) > 1 else line
                 for panel in self.panels
-                for line in seen(panel, claim["about"])
+                for about in _ANSWERS.get(claim["about"], (claim["about"],))
+                for line in seen(panel, about)
             ]
             where = f"The paper: {claim['source']}, {claim['certainty']}. Here:"
             parts.append(Section(f"claim-{number}", claim["text"], [where], here or ["Nothing is on record."]))
@@ -355,7 +368,8 @@ class StudyPage:
                     seeds = max(len(g.seeds) for g in groups if g is not None)
                     gap = None if a is None or b is None else b - a
                     size = panel.plan.images[panel.data]["size"]
-                    place = (f"{panel.data} at {size}x{size}", panel.network, n)
+                    scale = f", scale {panel.plan.scale}" if len(self.plans) > 1 else ""
+                    place = (f"{panel.data} at {size}x{size}{scale}", panel.network, n)
                     measured.append((*place, a, b, gap, f"measured here, {seeds} seed{'s' if seeds > 1 else ''}"))
         told = []
         keys = dict.fromkeys((v["images"], v["network"], v["n"]) for v in paper.values if v["quantity"] == "gap")
@@ -412,55 +426,27 @@ class StudyPage:
         return next((c.cell["environment"] for p in self.panels for c in p.cells if c.cell is not None), {})
 
 
-def findings(panel: Panel, asks: Sequence[str]) -> list[str]:
-    """What a panel's cells say to a study's questions (`seen`), and how many of them are on record."""
-    done = sum(c.standing.state == "done" for c in panel.cells)
-    seeds = len(panel.plan.axes["seed"])
-    over = "one seed: nothing can be said about spread" if seeds == 1 else f"{seeds} paired seeds"
-    lines = [f"{done} of {len(panel.cells)} cells are on record ({over})."]
-    for about in asks:
-        lines += seen(panel, about)
-    return lines
+def _instruments(panel: Panel) -> str:
+    """On how many images and noise levels the full measurement and the points along training stand."""
+    here = settings_here(panel.plan, panel.network)
+    levels = len(here.get("psnr-gap.levels") or ()) or here["psnr-gap.points"]
+    return (
+        f"The full measurement takes up to {here['psnr-gap.images']:,} images of each side at {levels} noise levels, "
+        f"once training has ended; along training up to {here['evaluation.images']:,} images of each side are measured "
+        f"at {here['evaluation.levels']} noise levels. So a difference in the full measurement is not to be held "
+        "against one along training."
+    )
 
 
-def seen(panel: Panel, about: str) -> list[str]:
-    """What a panel says about one of the questions: "falls", "lowers", "matched", "best", "locality", "consistency"."""
-    if about == "falls":
-        return _falls(panel)
-    if about in ("lowers", "matched", "best"):
-        what = CONTRASTS[("lowers", "matched", "best").index(about)]
-        lines = []
-        for first, second in combinations(panel.labels, 2):
-            way = _ways_of(panel, first, second)[what]
-            if any(d is not None for d in way.values()):
-                lines.append(f"{what[0].upper()}{what[1:]}, {second} against {first}: {verdict(way)}.")
-        return lines
-    if panel.locality is None:
-        return []
-    if about == "locality":
-        return [d.sentence("Mean attention distance", "tokens") for _, d in panel.locality.between_counts()]
-    return [
-        f"Maps of different images, {g.label} at N = {g.n:,}: mean cosine {g.mean('consistency'):.2f}, with rows "
-        f"permuted {g.mean('consistency_control'):.2f}."
-        for g in panel.locality.groups
-        if g.n in (panel.counts[0], panel.counts[-1])
-    ]
-
-
-def _falls(panel: Panel) -> list[str]:
-    lines = []
-    for label in panel.labels:
-        groups = [panel.comparison and panel.comparison.group(label, n) for n in panel.counts]
-        gaps = ", ".join(f"{g.mean():.2f} dB at N = {g.n:,}" for g in groups if g is not None)
-        whole = panel.trend(label, panel.counts[0], panel.counts[-1])
-        if gaps and whole is not None and len(panel.counts) > 1:
-            lines.append(f"Gap of {label}: {gaps}. {whole.sentence('From the smallest to the largest N')}")
-    return lines
-
-
-def _ways_of(panel: Panel, first: str, second: str) -> dict[str, dict[int, PairedDifference | None]]:
-    mine = [c for c in panel.contrasts if (c.first, c.second) == (first, second)]
-    return {what: {c.n: c.difference for c in mine if c.what == what} for what in CONTRASTS}
+def _differences(counts: Sequence[int], ways: Mapping[str, Sequence[Contrast]], caption: str) -> Table:
+    """Differences by N, a pair of columns a way of comparing."""
+    rows = []
+    for place, n in enumerate(counts):
+        found = [_interval(way[place].difference) for way in ways.values()]
+        words = [(mean, f"{ends} ({seeds})" if seeds and seeds > 1 else ends) for mean, ends, seeds in found]
+        rows.append((n, *(word for pair in words for word in pair)))
+    heads = [head for what in ways for head in (f"{what}, dB", "95 % interval (seeds)")]
+    return Table(("N", *heads), rows, caption)
 
 
 def _interval(d: PairedDifference | None) -> tuple[str | None, str | None, int | None]:
@@ -475,10 +461,6 @@ def _interval(d: PairedDifference | None) -> tuple[str | None, str | None, int |
 def _signed(value: float) -> str:
     text = f"{value:+.2f}"
     return "0.00" if float(text) == 0 else text
-
-
-def _seeds(ways: Mapping[str, Mapping[int, PairedDifference | None]], n: int) -> int:
-    return max((len(d.seeds) for way in ways.values() if (d := way[n]) is not None), default=0)
 
 
 def _mark(row: Mapping[str, Any]) -> str:

@@ -64,6 +64,9 @@ function bytesOf(base64) {
   return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 }
 
+/** What the pickers need beside JavaScript itself; browsers from before 2023 lack one or the other. */
+const able = "DecompressionStream" in window && "OffscreenCanvas" in window;
+
 async function inflate(base64) {
   const stream = new Blob([bytesOf(base64)]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
@@ -347,25 +350,44 @@ function startPicker(figure) {
   fillControls();
   figure.querySelector(".picker-idle").hidden = true;
   figure.querySelector(".picker-live").hidden = false;
+  drawImages();
   return arrange();
 }
 
 showTheme();
-// One after another, and each only when it comes into view: a page may hold many.
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (entry.isIntersecting) {
-      seen.unobserve(entry.target);
-      startPicker(entry.target);
-    }
+
+const waiting = new Set(document.querySelectorAll(".picker"));
+
+function start(figure) {
+  return waiting.delete(figure) ? startPicker(figure) : null;
+}
+
+/** Starts what nobody has scrolled to yet, one at a time, so that all maps are there when the page is printed. */
+async function startRest() {
+  for (const figure of waiting) {
+    await start(figure);
+    await new Promise((resolve) => idle(resolve));
   }
-}, { rootMargin: "600px" });
-document.querySelectorAll(".picker").forEach((figure) => seen.observe(figure));
-window.addEventListener("beforeprint", () => {
-  for (const figure of document.querySelectorAll(".picker")) {
-    if (figure.querySelector(".picker-live").hidden) {
-      seen.unobserve(figure);
-      startPicker(figure);
+}
+
+const idle = window.requestIdleCallback || ((then) => setTimeout(then, 50));
+
+if (able) {
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting) {
+        seen.unobserve(entry.target);
+        start(entry.target);
+      }
     }
+  }, { rootMargin: "600px" });
+  waiting.forEach((figure) => seen.observe(figure));
+  window.addEventListener("load", () => idle(startRest));
+  window.addEventListener("beforeprint", () => waiting.forEach(start));
+} else {
+  for (const figure of waiting) {
+    figure.querySelector(".picker-idle").textContent =
+      "Picking a token needs a newer browser (with DecompressionStream and OffscreenCanvas); "
+      + "the figures of this section do not.";
   }
-});
+}
