@@ -258,7 +258,7 @@ def test_report_is_one_file(ditlab, place, plain, tmp_path, monkeypatch):
     # What was measured with the same settings is used again.
     made = [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs]
     for run in runs:
-        report._result(Run.open(run), "", COARSE, Console(file=io.StringIO()), "cpu")
+        report._result(Run.open(run), COARSE, Console(file=io.StringIO()), "cpu")
     assert [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs] == made
 
 

@@ -299,7 +299,7 @@ def test_a_run_without_a_null_class_sees_the_images_own_class(
     ditlab, place, quick, undrawn, tmp_path, monkeypatch, hide
 ):
     conditional = ("--network.num-classes", 10, "--network.no-null-class", "--objective.label-dropout", 0)
-    path = place.copy(place.trained("classes", *conditional))
+    path = place.copy(place.trained("all-classes", *conditional))
     asked, drawn = asked_labels(monkeypatch), []
     making = reporting.Drawn.of
     monkeypatch.setattr(reporting.Drawn, "of", lambda *a, **k: drawn.append(making(*a, **k)) or drawn[-1])
