@@ -43,7 +43,7 @@ SMALL = Scale(
     size=16,
     settings={
         "data.test": 300,
-        "training.steps": 1500,
+        "training.steps": 1050,
         "training.batch_size": 8,
         "training.lr": 2e-3,
         "training.log_every": 50,
@@ -53,7 +53,7 @@ SMALL = Scale(
         "evaluation.levels": 10,
     },
     psnr=PSNRConfig(images=300, points=20),
-    cost="a cell takes about four minutes of one CPU core, three of them training",
+    cost="a cell takes about three minutes of one CPU core, two of them training",
 )
 
 PAPER = Scale(
