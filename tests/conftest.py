@@ -57,6 +57,32 @@ def shared() -> Path:
     return SHARED
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch) -> Callable[..., Done]:
+    """`in_process("train", ...)` runs a command line of ditlab in this process."""
+    from ditlab.cli import main
+
+    def run(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["ditlab", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, said.out, said.err)
+
+    return run
+
+
 @pytest.fixture
 def disk_of(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
     """`disk_of("400k")` makes a disk of that size."""

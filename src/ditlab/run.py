@@ -168,8 +168,26 @@ class Run:
             device: where it computes.
             say: told when a damaged checkpoint is passed over.
         """
-        network = self.network(self.checkpoint(step, say), ema=ema).to(device)
-        return self.config.objective.build().denoiser(network)
+        return self.denoiser_and_facts(step=step, ema=ema, device=device, say=say)[0]
+
+    def denoiser_and_facts(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        label: str = "",
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] | None = None,
+    ) -> tuple[Denoiser, RunFacts]:
+        """What an analysis needs of the run: as `denoiser`, and what its result keeps about these weights.
+
+        Args:
+            label: what kind of run this is; the others as for `denoiser`.
+        """
+        checkpoint = self.checkpoint(step, say)
+        network = self.network(checkpoint, ema=ema).to(device)
+        denoiser = self.config.objective.build().denoiser(network)
+        return denoiser, self.facts(checkpoint.step, ema=ema, label=label)
 
     def facts(self, step: int, *, ema: bool = True, label: str = "") -> RunFacts:
         """What a result keeps about this run."""

@@ -7,8 +7,8 @@ import io
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,29 +42,11 @@ TINY = [
 ]
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def ditlab(capsys, monkeypatch, tmp_path) -> Callable[..., Done]:
+def ditlab(in_process, monkeypatch, tmp_path) -> Callable[..., Any]:
     """`ditlab("train", ...)` runs a command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Done(ended.value.code, said.out, said.err)
-
-    return run
+    return in_process
 
 
 def snapshot(folder: Path) -> dict[str, str]:

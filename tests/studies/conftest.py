@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,21 +120,14 @@ def copied(unbroken, tmp_path) -> Path:
 
 
 @pytest.fixture
-def ditlab(capsys, monkeypatch) -> Callable[..., Ended]:
+def ditlab(in_process, monkeypatch) -> Callable[..., Any]:
     """`ditlab(folder, "study", ...)` runs a command line in this process, which knows the tiny study."""
-    from ditlab.cli import main
     from ditlab.studies.an2024 import STUDIES
 
     monkeypatch.setitem(STUDIES, TINY.name, TINY)
 
-    def run(folder: Path, *words: object) -> Ended:
+    def run(folder: Path, *words: object) -> Any:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["ditlab", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ended(ended.value.code, said.out, said.err)
+        return in_process(*words)
 
     return run

@@ -173,6 +173,11 @@ def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
     assert apart.comparison is not None
     assert apart.comparison.labels == ("global",)
     assert all(c.difference is None for c in apart.contrasts)
+    # What is on record and not counted is named, here and on the page.
+    assert panel.alone == []
+    assert sorted(apart.alone) == ["local N=10 seed 2", "local N=100 seed 2"]
+    (gap,) = (s for s in StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path / "b")).sections() if s.id == "gap")
+    assert gap.notes[-1].endswith("with the same seed: local N=10 seed 2, local N=100 seed 2.")
 
 
 def apart_(cell) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,28 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
         best_step=(first.steps[first.best], second.steps[second.best]),
         note=note,
     )
+
+
+def compare_kinds(runs: Sequence[Trajectory], *, margin: float | None = None) -> list[MatchedComparison]:
+    """Each two kinds of runs at each N, N ascending; kinds that share no seed there are left out.
+
+    Args:
+        runs: of any labels, N and seeds.
+        margin: in dB, as in `ditlab.analysis.paired.paired_difference`.
+
+    Raises:
+        DitlabError: as `compare_trajectories`.
+    """
+    found = []
+    for n in sorted({run.n for run in runs}, key=lambda n: -1 if n is None else n):
+        kinds: dict[str, list[Trajectory]] = {}
+        for run in runs:
+            if run.n == n:
+                kinds.setdefault(run.label, []).append(run)
+        for first, second in combinations(kinds.values(), 2):
+            if {run.seed for run in first} & {run.seed for run in second}:
+                found.append(compare_trajectories(first, second, margin=margin))
+    return found
 
 
 def compare_trajectories(

@@ -28,12 +28,11 @@ from ditlab.analysis.attention_maps import (
 from ditlab.analysis.locality_comparison import LocalityComparison, check_groups, compare_locality, same_levels
 from ditlab.analysis.psnr import RunFacts
 from ditlab.analysis.store import write_json
-from ditlab.cli.common import counting, use_threads
-from ditlab.cli.measuring import open_runs, run_labels
-from ditlab.cli.sample import draw, sampler_config
+from ditlab.cli.common import counting, noting, use_threads
+from ditlab.cli.measuring import chosen_labels, open_runs
+from ditlab.cli.sample import draw, quick_sampler
 from ditlab.data.pixels import to_float, to_uint8
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.samplers import HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.run import Run
 from ditlab.training.distributed import pick_device
@@ -84,9 +83,7 @@ class Attention:
         use_threads(self.threads)
         device = pick_device(self.device)
         runs = open_runs(self.runs, self.data)
-        if self.labels and len(self.labels) != len(runs):
-            raise DitlabError(f"attention --labels: expected {len(runs)} labels, one a run, found {len(self.labels)}")
-        labels = list(self.labels) or run_labels(runs)
+        labels = chosen_labels("attention", self.labels, runs)
         looked = [self._open(run, label, device, console) for run, label in zip(runs, labels, strict=True)]
         token = self._check(looked)
         results = []
@@ -117,10 +114,9 @@ class Attention:
 
     def _open(self, run: Run, label: str, device: torch.device, console: Console) -> _Looked:
         """A run's denoiser, and the layers that are to be measured."""
-        checkpoint = run.checkpoint(self.step, lambda sentence: console.print(f"note: {sentence}"))
-        network = run.network(checkpoint, ema=not self.raw).to(device)
-        denoiser = run.config.objective.build().denoiser(network)
-        facts = run.facts(checkpoint.step, ema=not self.raw, label=label)
+        denoiser, facts = run.denoiser_and_facts(
+            step=self.step, ema=not self.raw, label=label, device=device, say=noting(console)
+        )
         facts = replace(facts, settings={**facts.settings, "images_from": self.images_from})
         try:
             known = attention_layers(denoiser)
@@ -175,11 +171,8 @@ class Attention:
             return one.run.pictures(self.images_from, count)
         classes = one.denoiser.num_classes
         label = torch.arange(count) % classes if classes else None
-        config = sampler_config(one.run)
-        if not isinstance(config, HeunConfig):
-            config = sampler_config(one.run, "ddim", "50")
         with counting(console, f"samples of {one.facts.name}") as progress:
-            drawn = draw(one.denoiser, config, count, label=label, progress=progress)
+            drawn = draw(one.denoiser, quick_sampler(one.run), count, label=label, progress=progress)
         return to_float(torch.from_numpy(drawn)), label
 
     def _maps(self, one: _Looked, given: Given, sigma: float) -> AttentionMaps:

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +109,11 @@ class TrainingBar:
                 f"{self._title}: step {step} of {self._steps}, {rate:,.0f} images/s, loss {self._loss:.4f}, "
                 f"{left:,.0f} s left"
             )
+
+
+def noting(console: Console) -> Callable[[str], None]:
+    """What prints a sentence as a note."""
+    return lambda sentence: console.print(f"note: {sentence}", markup=False)
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from rich.console import Console
 from ditlab.analysis.locality_result import LocalityResult
 from ditlab.cli.looking import Look, pickers
 from ditlab.cli.reporting import Drawn
-from ditlab.cli.sample import draw, sampler_config
-from ditlab.diffusion.samplers import HeunConfig
+from ditlab.cli.sample import draw, quick_sampler
 from ditlab.errors import DitlabError
 from ditlab.report.picker import AttentionPicker
 from ditlab.run import Run
@@ -88,9 +87,6 @@ def _looks(plan: Plan, store: Store) -> list[Look]:
 
 def _sample(look: Look, console: Console) -> np.ndarray:
     """One sample of a run that shows no training image, uint8 [1, C, H, W]; none where all of them do."""
-    config = sampler_config(look.run)
-    if not isinstance(config, HeunConfig):
-        config = sampler_config(look.run, "ddim", "50")
     console.print(f"drawing {_CANDIDATES} samples of {look.label} at N = {look.result.about.n} for the token pickers")
-    images = draw(look.denoiser, config, _CANDIDATES, seed=0)
+    images = draw(look.denoiser, quick_sampler(look.run), _CANDIDATES, seed=0)
     return images[~Drawn.of(look.run, look.label, images).telling][:1]

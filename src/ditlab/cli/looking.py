@@ -22,7 +22,7 @@ from ditlab.analysis.attention_maps import (
 from ditlab.analysis.denoising import level_noise
 from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
 from ditlab.analysis.psnr import PSNRResult
-from ditlab.cli.common import counting
+from ditlab.cli.common import counting, noting
 from ditlab.data.pixels import to_float, to_uint8
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.nn.attention import attention_modules
@@ -109,12 +109,9 @@ def look_at(
     """
     found = []
     for run, label, name in zip(runs, labels, names or [run.name for run in runs], strict=True):
-        checkpoint = run.checkpoint(None, lambda sentence: console.print(f"note: {sentence}"))
-        network = run.network(checkpoint).to(device)
-        if not attention_modules(network):
+        denoiser, facts = run.denoiser_and_facts(label=label, device=device, say=noting(console))
+        if denoiser.module is None or not attention_modules(denoiser.module):
             continue
-        denoiser = run.config.objective.build().denoiser(network)
-        facts = run.facts(checkpoint.step, label=label)
         result = recall(run, "attention", LocalityResult, settings)
         if result is None:
             images, classes = run.pictures("test", settings.images)

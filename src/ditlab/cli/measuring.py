@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ditlab.analysis.matched import Trajectory
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
-from ditlab.cli.common import counting
+from ditlab.cli.common import counting, noting
 from ditlab.config import differences
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
@@ -20,6 +20,17 @@ from ditlab.run import Run
 
 _NOT_A_LABEL = ("data.", "training.seed", "training.keep", "training.save_every", "training.log_every", "evaluation.")
 """Settings by which runs of one kind may differ: the images, the seeds, and what does not touch the weights."""
+
+
+def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The labels that a user gave, one a run, or those found by `run_labels`.
+
+    Raises:
+        DitlabError: not as many labels as runs.
+    """
+    if given and len(given) != len(runs):
+        raise DitlabError(f"{verb} --labels: expected {len(runs)} labels, one a run, found {len(given)}")
+    return list(given) or run_labels(runs)
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
@@ -63,10 +74,8 @@ def measure_run(
     device: torch.device | str = "cpu",
 ) -> PSNRResult:
     """The PSNR gap of one run, on its own split, checked against the image set."""
-    checkpoint = run.checkpoint(step, lambda sentence: console.print(f"note: {sentence}"))
-    network = run.network(checkpoint, ema=ema).to(device)
-    denoiser = run.config.objective.build().denoiser(network)
-    return _measure(run, denoiser, config, run.facts(checkpoint.step, ema=ema, label=label), console)
+    denoiser, facts = run.denoiser_and_facts(step=step, ema=ema, label=label, device=device, say=noting(console))
+    return _measure(run, denoiser, config, facts, console)
 
 
 def measure_references(

@@ -14,8 +14,7 @@ from ditlab.analysis.comparison import PSNRComparison, compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.analysis.store import write_json
 from ditlab.cli.common import use_threads
-from ditlab.cli.measuring import measure_references, measure_run, open_runs, run_labels
-from ditlab.errors import DitlabError
+from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.training.distributed import pick_device
 
 
@@ -53,9 +52,7 @@ class PSNRGap:
         use_threads(self.threads)
         device = pick_device(self.device)
         runs = open_runs(self.runs, self.data)
-        if self.labels and len(self.labels) != len(runs):
-            raise DitlabError(f"psnr-gap --labels: expected {len(runs)} labels, one a run, found {len(self.labels)}")
-        labels = list(self.labels) or run_labels(runs)
+        labels = chosen_labels("psnr-gap", self.labels, runs)
         results = [
             measure_run(run, self.settings, console, label=label, step=self.step, ema=not self.raw, device=device)
             for run, label in zip(runs, labels, strict=True)

@@ -16,7 +16,7 @@ from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
 from ditlab.cli.looking import keep, look_at, recall
-from ditlab.cli.measuring import measure_references, measure_run, open_runs, run_labels
+from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
 from ditlab.cli.sample import draw, sampler_config
 from ditlab.errors import DitlabError
@@ -68,9 +68,7 @@ class Report:
                 f"report --samples: expected at most {SAMPLES}, found {self.samples}; `ditlab sample` draws more"
             )
         runs = open_runs(self.runs, self.data)
-        if self.labels and len(self.labels) != len(runs):
-            raise DitlabError(f"report --labels: expected {len(runs)} labels, one a run, found {len(self.labels)}")
-        labels = list(self.labels) or run_labels(runs)
+        labels = chosen_labels("report", self.labels, runs)
         out = self.out if self.out is not None else runs[0].path / "report.html"
         sentences = write_report(
             runs,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from ditlab.analysis.comparison import PSNRComparison
-from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_trajectories
+from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
 from ditlab.analysis.nearest import NearestResult, nearest
 from ditlab.analysis.psnr import PSNRResult
 from ditlab.analysis.store import write_bytes
@@ -155,16 +154,7 @@ class Material:
 
     def matched(self) -> list[MatchedComparison]:
         """Each two kinds of runs at each N, compared along training; kinds that share no seed are left out."""
-        found = []
-        for n in self.comparison.counts:
-            kinds: dict[str, list[Trajectory]] = {}
-            for t in self.trajectories:
-                if t.n == n:
-                    kinds.setdefault(t.label, []).append(t)
-            for first, second in combinations(kinds.values(), 2):
-                if {t.seed for t in first} & {t.seed for t in second}:
-                    found.append(compare_trajectories(first, second))
-        return found
+        return compare_kinds(self.trajectories)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

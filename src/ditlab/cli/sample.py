@@ -12,7 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from ditlab.cli.common import counting, use_threads
+from ditlab.cli.common import counting, noting, use_threads
 from ditlab.data.atomic import atomic_folder
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.data.pixels import to_uint8
@@ -61,12 +61,12 @@ class Sample:
         if self.count < 1 or self.batch < 1:
             raise DitlabError(f"sample: count and batch must be at least 1, found {self.count} and {self.batch}")
         run = Run.open(self.run_folder)
-        checkpoint = run.checkpoint(self.step, lambda sentence: console.print(f"note: {sentence}"))
-        network = run.network(checkpoint, ema=not self.raw).to(pick_device(self.device))
-        denoiser = run.config.objective.build().denoiser(network)
+        denoiser, facts = run.denoiser_and_facts(
+            step=self.step, ema=not self.raw, device=pick_device(self.device), say=noting(console)
+        )
         config = sampler_config(run, self.sampler, self.steps)
         label = self._labels(denoiser)
-        name = f"{checkpoint.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
+        name = f"{facts.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
         out = self.out if self.out is not None else run.path / "samples" / name
         if out.exists() and not (out / "samples.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise DitlabError(f"sample --out {out}: expected a new folder or one of samples, found something else")
@@ -76,7 +76,7 @@ class Sample:
             )
         about = {
             "run": run.name,
-            "step": checkpoint.step,
+            "step": facts.step,
             "ema": not self.raw,
             "sampler": {"kind": config.kind, **{k: v for k, v in vars(config).items() if k != "kind"}},
             "seed": self.seed,
@@ -126,6 +126,12 @@ def sampler_config(run: Run, sampler: str = "run", steps: str | None = None) -> 
             raise DitlabError(f"sample --steps: the Heun sampler takes a count, found '{steps}'")
         return replace(config, steps=int(steps))
     return replace(config, steps=steps)
+
+
+def quick_sampler(run: Run) -> SamplerConfig:
+    """A sampler for pictures beside an analysis: the run's own where it is Heun's, else DDIM in 50 steps."""
+    config = sampler_config(run)
+    return config if isinstance(config, HeunConfig) else sampler_config(run, "ddim", "50")
 
 
 def draw(

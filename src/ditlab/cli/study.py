@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditlab.analysis.store import write_bytes
-from ditlab.cli.common import command_line, open_images
+from ditlab.cli.common import command_line, noting, open_images
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.studies.an2024 import STUDIES
@@ -290,7 +290,7 @@ class Report:
             store,
             folder / "figures",
             hide_images=self.hide_training_images,
-            say=lambda sentence: console.print(f"note: {sentence}", markup=False),
+            say=noting(console),
         )
         result = StudyPage(study, plans, store, maps).save(
             folder, lambda room: study_pickers(plans, store, console, room, hide=self.hide_training_images)

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from ditlab.cli.common import TrainingBar, command_line, open_images, parent_gone, run_lock, stopping, use_threads
+from ditlab.cli.common import (
+    TrainingBar,
+    command_line,
+    noting,
+    open_images,
+    parent_gone,
+    run_lock,
+    stopping,
+    use_threads,
+)
 from ditlab.config import (
     PRESETS,
     DataConfig,
@@ -180,7 +189,7 @@ def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
     bar = TrainingBar(console, run.name, training.steps, training.batch_size)
     with run_lock(run.path), stopping(flag), bar:
         try:
-            train_run(run, here, progress=bar, say=lambda sentence: console.print(f"note: {sentence}"), stop=flag)
+            train_run(run, here, progress=bar, say=noting(console), stop=flag)
         except Interrupted as stop:
             console.print(f"stopped and saved after step {stop.step}; the same command goes on from there")
             raise KeyboardInterrupt from None

@@ -182,8 +182,6 @@ class PageData:
     """Versions and machine."""
     downloads: Mapping[str, Any] = field(default_factory=dict)
     """File name -> JSON that stands behind the whole page; what stands behind a section is in its `data`."""
-    made: str = ""
-    """When, in words; left out where empty, so that the same data make the same page."""
 
 
 def build_page(data: PageData) -> str:

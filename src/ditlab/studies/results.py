@@ -19,7 +19,7 @@ import numpy as np
 from ditlab.analysis.comparison import PSNRComparison, compare
 from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
 from ditlab.analysis.locality_result import LocalityResult
-from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_trajectories
+from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
 from ditlab.analysis.paired import PairedDifference, paired_difference
 from ditlab.analysis.psnr import PSNRResult, RunFacts
 from ditlab.errors import DitlabError
@@ -107,6 +107,12 @@ class Panel:
         found = _pairable([c.psnr for c in self.cells if c.psnr is not None])
         return compare(found, margin=self.plan.margin) if found else None
 
+    @property
+    def alone(self) -> list[str]:
+        """Names of recorded cells of which the gap stands in no comparison, for want of others with their seed."""
+        used = {r.about.name for g in self.comparison.groups for r in g.results} if self.comparison else set()
+        return [c.psnr.about.name for c in self.cells if c.psnr is not None and c.psnr.about.name not in used]
+
     @cached_property
     def locality(self) -> LocalityComparison | None:
         """The locality of attention compared; None where none is on record."""
@@ -120,15 +126,8 @@ class Panel:
     @cached_property
     def matched(self) -> list[MatchedComparison]:
         """Each two kinds of attention at each N, along training; those that share no seed are left out."""
-        found = []
-        for n in self.counts:
-            kinds: dict[str, list[Trajectory]] = {}
-            for trajectory in self.trajectories(n):
-                kinds.setdefault(trajectory.label, []).append(trajectory)
-            for first, second in combinations(kinds.values(), 2):
-                if {t.seed for t in first} & {t.seed for t in second}:
-                    found.append(compare_trajectories(first, second, margin=self.plan.margin))
-        return found
+        runs = [c.trajectory for c in self.cells if c.trajectory is not None]
+        return compare_kinds(runs, margin=self.plan.margin)
 
     @cached_property
     def contrasts(self) -> list[Contrast]:

@@ -22,7 +22,7 @@ from ditlab.nn.placement import parse_plan
 from ditlab.report.attention_figures import patterns_figure
 from ditlab.report.figures import gap_bars, psnr_curves
 from ditlab.report.locality_figures import locality_by_n, locality_curves
-from ditlab.report.page import PAGE_BYTES, PageData, Picture, Section, Table, build_page, save_page
+from ditlab.report.page import PAGE_BYTES, PageData, Picture, Section, Table, page_size, save_page
 from ditlab.report.picker import AttentionPicker
 from ditlab.report.sections import locality_section, matched_table
 from ditlab.report.study_figures import differences_figure
@@ -90,7 +90,7 @@ class StudyPage:
             environment=self._environment(),
             downloads={"table.json": rows, **{f"plan-{plan.scale}.json": plan.to_json() for plan in self.plans}},
         )
-        chosen = pickers(max(0, PAGE_BYTES - len(build_page(data).encode())))
+        chosen = pickers(max(0, PAGE_BYTES - page_size(data)))
         shown = [replace(section, pickers=chosen) if section.id == _MAPS else section for section in sections]
         page = save_page(replace(data, sections=shown), folder / "report.html")
         write_json(folder / "table.json", {"kind": "study-table", "version": 1, "cells": rows, "sentences": sentences})
@@ -208,11 +208,14 @@ class StudyPage:
             f"Bars of the average PSNR gap by number of training images, for {' and '.join(panel.labels)}.",
             "Average over noise levels of the gap, truncated at zero at each level (as Fig. 6). Dots are seeds.",
         )
+        notes = list(dict.fromkeys(note for c in panel.cells if c.psnr_record for note in c.psnr_record["notes"]))
+        if panel.alone:
+            notes.append(f"Not counted here, for want of other kinds with the same seed: {', '.join(panel.alone)}.")
         return Section(
             f"gap{tail}",
             f"The PSNR gap against N{name}",
             tables=[table, *([fall] if trends else [])],
-            notes=list(dict.fromkeys(note for c in panel.cells if c.psnr_record for note in c.psnr_record["notes"])),
+            notes=notes,
             pictures=[bars],
             data={f"psnr-gap{tail}.json": {c.place["hash"]: c.psnr_record for c in panel.cells if c.psnr_record}},
         )
