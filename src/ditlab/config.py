@@ -7,6 +7,7 @@ library its arguments, so there is one place where a default stands.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,39 +106,52 @@ _SIZES = {  # depth, width, heads
     "nano": (4, 64, 2),
     "micro": (6, 128, 4),
     "xs": (12, 252, 4),  # An et al., Fig. 6: DiT-XS
-    "s": (12, 384, 6),  # DiT-S
+    "s": (12, 384, 6),  # from here on Peebles & Xie's sizes, Table 1
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
+    "xl": (28, 1152, 16),
 }
-_STEPS = {"nano": 5_000, "micro": 20_000, "xs": 400_000, "s": 400_000}
+_PATCHES = {size: (2, 4, 8) if size in ("b", "l", "xl") else (1, 2, 4, 8) for size in _SIZES}
+_SHORT = TrainingConfig(batch_size=32, log_every=50, eval_every=250, save_every=500)
+_LONG = TrainingConfig(steps=400_000, lr=1e-4, ema=0.9999, log_every=100, eval_every=5_000, save_every=5_000)
+_TRAINING = {
+    "nano": replace(_SHORT, steps=5_000, lr=1e-3),
+    "micro": replace(_SHORT, steps=20_000, lr=5e-4),
+    "an2024": replace(_LONG, batch_size=64),
+    "dit": replace(_LONG, batch_size=256, flip=True),  # Peebles & Xie, Sec. 4
+}
+"""How each family of presets is trained."""
 
 
-def _preset(size: str, patch: int, objective: str) -> RunConfig:
+def _family(size: str, patch: int) -> str:
+    if size in ("nano", "micro"):
+        return size
+    return "an2024" if size == "xs" or (size, patch) == ("s", 1) else "dit"
+
+
+def _preset(name: str, size: str, patch: int) -> RunConfig:
     depth, width, heads = _SIZES[size]
-    network = DiTConfig(patch=patch, depth=depth, width=width, heads=heads, learn_sigma=objective == "vp")
-    steps = _STEPS[size]
-    small = size in ("nano", "micro")
-    training = TrainingConfig(
-        steps=steps,
-        batch_size=32 if small else 64,
-        lr=1e-3 if size == "nano" else 5e-4 if size == "micro" else 1e-4,
-        log_every=50 if small else 100,
-        eval_every=250 if small else 5_000,
-        save_every=500 if small else 5_000,
+    vp = RunConfig(
+        preset=name,
+        network=DiTConfig(patch=patch, depth=depth, width=width, heads=heads),
+        training=_TRAINING[_family(size, patch)],
     )
-    if objective == "edm":
-        return RunConfig(network=network, objective=EDMObjectiveConfig(), training=training, sampler=HeunConfig())
-    return RunConfig(network=network, training=training)
+    if not name.endswith("-edm"):
+        return vp
+    network = replace(vp.network, learn_sigma=False)
+    return replace(vp, network=network, objective=EDMObjectiveConfig(), sampler=HeunConfig())
 
 
 PRESETS: dict[str, RunConfig] = {
-    (name := f"dit-{size}/{patch}" + ("" if objective == "vp" else "-edm")): replace(
-        _preset(size, patch, objective), preset=name
-    )
+    (name := f"dit-{size}/{patch}{twin}"): _preset(name, size, patch)
     for size in _SIZES
-    for patch in (1, 2)
-    for objective in ("vp", "edm")
+    for patch in _PATCHES[size]
+    for twin in ("", "-edm")
 }
-"""Whole recipes by name. `dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance);
-`dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own; `-edm` trains the same network in EDM's framework."""
+"""Whole recipes by name. `dit-s/2` to `dit-xl/8` are the twelve networks of Peebles & Xie, trained as they were;
+`dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance), and `dit-xs` with other
+patches follows them; `dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own. `-edm` trains the same network in
+EDM's framework."""
 
 
 def preset(name: str) -> RunConfig:
@@ -287,7 +301,11 @@ def flat(config: RunConfig) -> dict[str, Any]:
 def differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The settings in which two configs differ, by dotted name."""
 
-    left, right = flat(a), flat(b)
+    return differing_settings(flat(a), flat(b))
+
+
+def differing_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The same of settings by dotted name; one that only the other has is None."""
     return {
         name: (left.get(name), right.get(name))
         for name in sorted(left.keys() | right.keys())

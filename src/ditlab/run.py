@@ -18,24 +18,26 @@ import platform
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ditlab
 from ditlab.analysis.psnr import RunFacts, grid_levels, psnr_point
-from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, read_record, to_json
+from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, flat, read_record, to_json
 from ditlab.data.imageset import ImageSet
-from ditlab.data.splits import Split, make_split, verify
+from ditlab.data.splits import make_split
 from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.samplers import SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.registry import build_network
 from ditlab.randomness import torch_generator
+from ditlab.trained import Trained
 from ditlab.training.checkpoint import Checkpoint, CheckpointStore, load_network
 from ditlab.training.compiling import compile_blocks
 from ditlab.training.distributed import Processes
@@ -50,7 +52,7 @@ _UNFINISHED = "config.json.tmp"
 """What a kill while config.json was first written leaves: a folder with nothing else in it is still to be a run's."""
 
 
-class Run:
+class Run(Trained):
     """One run's folder, opened for reading."""
 
     def __init__(self, path: Path, record: RunRecord, data: Path | None = None) -> None:
@@ -86,6 +88,37 @@ class Run:
         return self.record.config
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return flat(self.config)
+
+    @property
+    def split_record(self) -> SplitRecord:
+        """The split that config.json keeps."""
+        return self.record.split
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """The sampler of its settings."""
+        return self.config.sampler
+
+    @property
+    def command(self) -> str:
+        """The command that started it."""
+        return self.record.command
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Versions and machine when it was started."""
+        return self.record.environment
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint; None where there is none."""
+        steps = self.checkpoints.steps()
+        return steps[-1] if steps else None
+
+    @property
     def checkpoints(self) -> CheckpointStore:
         """The run's checkpoints."""
         training = self.config.training
@@ -114,17 +147,6 @@ class Run:
         path = self._data if self._data is not None else self.path / self.config.data.path
         return ImageSet.open(path)
 
-    @cached_property
-    def split(self) -> Split:
-        """Its train and test images, made again and checked against the hash in config.json."""
-        return verify(asdict(self.record.split), self.images)
-
-    def pictures(self, side: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor | None]:
-        """The first `count` train or test images `[B, C, H, W]` in [-1, 1], and their labels."""
-        indices = getattr(self.split, side)[:count]
-        labels = self.images.batch_labels(indices) if self.conditional else None
-        return self.images.batch(indices), labels
-
     @property
     def conditional(self) -> bool:
         """Whether the network takes class labels."""
@@ -152,24 +174,6 @@ class Run:
         load_network(network, checkpoint.ema if ema else checkpoint.model, checkpoint.path)
         return network.eval().requires_grad_(False)
 
-    def denoiser(
-        self,
-        *,
-        step: int | None = None,
-        ema: bool = True,
-        device: torch.device | str = "cpu",
-        say: Callable[[str], None] | None = None,
-    ) -> Denoiser:
-        """The trained network as a denoiser.
-
-        Args:
-            step: of which checkpoint; the newest whole one where None.
-            ema: the averaged weights (usual), or the raw ones.
-            device: where it computes.
-            say: told when a damaged checkpoint is passed over.
-        """
-        return self.denoiser_and_facts(step=step, ema=ema, device=device, say=say)[0]
-
     def denoiser_and_facts(
         self,
         *,
@@ -179,17 +183,13 @@ class Run:
         device: torch.device | str = "cpu",
         say: Callable[[str], None] | None = None,
     ) -> tuple[Denoiser, RunFacts]:
-        """What an analysis needs of the run: as `denoiser`, and what its result keeps about these weights.
-
-        Args:
-            label: what kind of run this is; the others as for `denoiser`.
-        """
+        """See `Trained.denoiser_and_facts`."""
         checkpoint = self.checkpoint(step, say)
         network = self.network(checkpoint, ema=ema).to(device)
         denoiser = self.config.objective.build().denoiser(network)
         return denoiser, self.facts(checkpoint.step, ema=ema, label=label)
 
-    def facts(self, step: int, *, ema: bool = True, label: str = "") -> RunFacts:
+    def facts(self, step: int | None, *, ema: bool = True, label: str = "") -> RunFacts:
         """What a result keeps about this run."""
         config = self.config
         return RunFacts(

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.psnr import PSNRConfig
 from ditlab.cli import looking, report, reporting
+from ditlab.cli.drawing import draw, sampler_config
 from ditlab.cli.report import write_report
-from ditlab.cli.sample import draw, sampler_config
+from ditlab.data.pixels import to_float
 from ditlab.report import attention_figures, sample_figures
 from ditlab.report import page as page_module
 from ditlab.report import picker as picker_module
@@ -160,7 +162,7 @@ def test_no_real_image_is_shown_where_it_may_not_be(ditlab, runs, quick, undrawn
 def test_copies_of_training_images_are_hidden_too(ditlab, runs, quick, undrawn, tmp_path, monkeypatch):
     """A run that memorized draws its training images: its samples are real images."""
     run = Run.open(runs[0])
-    replayed = run.images.take(run.split.train[:3])
+    replayed = run.images.batch(run.split.train[:3])
     monkeypatch.setattr(report, "draw", lambda *_, **__: replayed)
     shown = []
     drawing = sample_figures.samples_with_nearest
@@ -186,7 +188,7 @@ def test_near_copies_are_hidden_too(runs):
     rng = np.random.default_rng(0)
     noisy = np.clip(train[:2] + rng.normal(0, 8, train[:2].shape), 0, 255).astype(np.uint8)
     far = rng.integers(0, 256, (2, *train.shape[1:]), np.uint8)
-    drawn = reporting.Drawn.of(run, "a", np.concatenate([train[:2], noisy, far]))
+    drawn = reporting.Drawn.of(run, "a", to_float(torch.from_numpy(np.concatenate([train[:2], noisy, far]))))
     assert drawn.telling.tolist() == [True] * 4 + [False] * 2
     drawn.nearest.samples.second[2:4] = drawn.nearest.samples.first[2:4] * 1.5  # as with a duplicate
     assert not drawn.nearest.samples.copied[2:4].any()
@@ -276,10 +278,9 @@ def test_runs_whose_folders_have_one_name_stay_apart(ditlab, place, quick, undra
     assert "a sample drawn by seed0-run" in page
     # The picture is the first run's own sample.
     run = Run.open(folders[0], images)
-    drawn = draw(run.denoiser(), sampler_config(run), 3, seed=0)
-    shown = reporting.Drawn.of(run, "a", drawn)
+    shown = reporting.Drawn.of(run, "a", draw(run.denoiser(), sampler_config(run), range(3)))
     (one,) = pickers(page)
-    assert (picture(one) == drawn[~shown.telling][0].transpose(1, 2, 0)).all()
+    assert (picture(one) == shown.images[~shown.telling][0].transpose(1, 2, 0)).all()
 
 
 def asked_labels(monkeypatch) -> list[Any]:

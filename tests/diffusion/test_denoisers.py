@@ -142,7 +142,7 @@ def test_gradients_flow_to_the_input(denoiser):
     [DDIMConfig(steps="5"), DDPMConfig(steps="5"), HeunConfig(steps=4), HeunConfig(steps=4, levels="ve", churn=1.0)],
 )
 def test_it_can_be_sampled(denoiser, config):
-    noise = ImageNoise(0, range(2), SHAPE)
+    noise = ImageNoise(range(2), SHAPE)
     label = torch.tensor([0, denoiser.num_classes]) if denoiser.num_classes else None
     found = sample(denoiser, config, noise.initial(), label=label, noise=noise)
     assert found.shape == (2, *SHAPE)

@@ -197,20 +197,20 @@ ALL = [
 @pytest.mark.parametrize("config", ALL)
 def test_an_image_does_not_depend_on_its_batch(config):
     shape = (2, 4, 4)
-    whole = ImageNoise(3, range(5), shape)
-    part = ImageNoise(3, [4, 1], shape)
+    whole = ImageNoise(range(5), shape)
+    part = ImageNoise([4, 1], shape)
     together = sample(Shrink(0.5), config, whole.initial(), noise=whole)
     apart = sample(Shrink(0.5), config, part.initial(), noise=part)
     torch.testing.assert_close(apart, together[[4, 1]], rtol=1e-6, atol=1e-6)
-    assert torch.equal(whole(0), ImageNoise(3, range(5), shape)(0))
+    assert torch.equal(whole(0), ImageNoise(range(5), shape)(0))
     assert not torch.equal(whole(0), whole(1))
-    assert not torch.equal(whole.initial(), ImageNoise(4, range(5), shape).initial())
+    assert not torch.equal(whole.initial(), ImageNoise(range(1, 6), shape).initial())
 
 
 @pytest.mark.parametrize("config", ALL)
 def test_a_callback_sees_every_step(config):
     steps = []
-    noise = ImageNoise(0, range(2), (2, 4, 4))
+    noise = ImageNoise(range(2), (2, 4, 4))
     found = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
     count = len(steps)
     assert [step.index for step in steps] == list(range(count))
@@ -223,7 +223,7 @@ def test_a_callback_sees_every_step(config):
 
 
 def test_ancestral_sampling_is_ddim_with_eta_1():
-    noise = ImageNoise(0, range(2), (2, 4, 4))
+    noise = ImageNoise(range(2), (2, 4, 4))
     ddpm = sample(Shrink(0.5), DDPMConfig(steps="20", variance="fixed-small"), noise.initial(), noise=noise)
     ddim = sample(Shrink(0.5), DDIMConfig(steps="20", eta=1.0), noise.initial(), noise=noise)
     torch.testing.assert_close(ddpm, ddim, rtol=1e-4, atol=1e-5)
@@ -232,13 +232,13 @@ def test_ancestral_sampling_is_ddim_with_eta_1():
 @pytest.mark.parametrize("config", [DDPMConfig(steps="300"), DDIMConfig(steps="300"), HeunConfig(steps=40)])
 def test_samples_have_the_variance_of_the_data(config):
     # Shrink(k) is the optimal denoiser of normal data with variance k.
-    noise = ImageNoise(0, range(200), (2, 4, 4))
+    noise = ImageNoise(range(200), (2, 4, 4))
     found = sample(Shrink(0.25), config, noise.initial(), noise=noise)
     assert found.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_inversion_undoes_sampling():
-    start = ImageNoise(0, range(4), (2, 4, 4)).initial()
+    start = ImageNoise(range(4), (2, 4, 4)).initial()
     config = DDIMConfig(steps="500")
     denoiser = Shrink(1.0)
     back = invert(denoiser, config, sample(denoiser, config, start))

@@ -29,12 +29,11 @@ from ditlab.analysis.locality_comparison import LocalityComparison, check_groups
 from ditlab.analysis.psnr import RunFacts
 from ditlab.analysis.store import write_json
 from ditlab.cli.common import counting, noting, use_threads
+from ditlab.cli.drawing import draw, quick_sampler
 from ditlab.cli.measuring import chosen_labels, open_runs
-from ditlab.cli.sample import draw, quick_sampler
-from ditlab.data.pixels import to_float, to_uint8
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.trained import Trained
 from ditlab.training.distributed import pick_device
 
 Source = Literal["test", "train", "samples"]
@@ -112,7 +111,7 @@ class Attention:
         console.print(f"wrote {', '.join(str(f) for f in files)}")
         return {**comparison.to_json(), "files": [str(f) for f in files]}
 
-    def _open(self, run: Run, label: str, device: torch.device, console: Console) -> _Looked:
+    def _open(self, run: Trained, label: str, device: torch.device, console: Console) -> _Looked:
         """A run's denoiser, and the layers that are to be measured."""
         denoiser, facts = run.denoiser_and_facts(
             step=self.step, ema=not self.raw, label=label, device=device, say=noting(console)
@@ -172,8 +171,8 @@ class Attention:
         classes = one.denoiser.num_classes
         label = torch.arange(count) % classes if classes else None
         with counting(console, f"samples of {one.facts.name}") as progress:
-            drawn = draw(one.denoiser, quick_sampler(one.run), count, label=label, progress=progress)
-        return to_float(torch.from_numpy(drawn)), label
+            drawn = draw(one.denoiser, quick_sampler(one.run), range(count), label=label, progress=progress)
+        return drawn, label
 
     def _maps(self, one: _Looked, given: Given, sigma: float) -> AttentionMaps:
         """The maps of the layers that figures show, for the image that they show."""
@@ -213,7 +212,8 @@ class Attention:
             files.append(save(locality_by_n(results), out / "attention-locality-by-n.png"))
         shown = [images[self.image] for _, (images, _) in rows.values()]
         # Shuffles have test images of their own: a picture beside all rows must be what all of them saw.
-        picture = to_uint8(shown[0][None]).numpy()[0] if all(torch.equal(shown[0], image) for image in shown) else None
+        run = next(iter(rows.values()))[0].run
+        picture = run.pixels(shown[0][None])[0] if all(torch.equal(shown[0], image) for image in shown) else None
         for sigma in comparison.first.levels:
             maps = [(name, self._maps(one, given, sigma)) for name, (one, given) in rows.items()]
             figure = attention_map_figure(maps, token=token, heads=self.heads, picture=picture)
@@ -231,7 +231,7 @@ class Attention:
 class _Looked:
     """A run that is looked at."""
 
-    run: Run
+    run: Trained
     denoiser: Denoiser
     facts: RunFacts
     known: tuple[AttentionLayer, ...]

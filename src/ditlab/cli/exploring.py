@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from ditlab.analysis.locality_result import LocalityResult
+from ditlab.cli.drawing import draw, quick_sampler
 from ditlab.cli.looking import Look, pickers
 from ditlab.cli.reporting import Drawn
-from ditlab.cli.sample import draw, quick_sampler
 from ditlab.errors import DitlabError
 from ditlab.report.picker import AttentionPicker
 from ditlab.run import Run
@@ -52,7 +53,7 @@ def study_pickers(
 
 
 def _pickers(looks: Sequence[Look], console: Console, room: int, *, hide: bool) -> list[AttentionPicker]:
-    samples = _sample(looks[-1], console) if hide else np.empty(0)
+    samples = _sample(looks[-1], console) if hide else torch.empty(0)
     if hide and not len(samples):
         console.print("note: no token picker: every sample shows too much of a training image")
         return []
@@ -85,8 +86,8 @@ def _looks(plan: Plan, store: Store) -> list[Look]:
     return found
 
 
-def _sample(look: Look, console: Console) -> np.ndarray:
-    """One sample of a run that shows no training image, uint8 [1, C, H, W]; none where all of them do."""
+def _sample(look: Look, console: Console) -> Tensor:
+    """One sample of a run that shows no training image, float32 [1, C, H, W]; none where all of them do."""
     console.print(f"drawing {_CANDIDATES} samples of {look.label} at N = {look.result.about.n} for the token pickers")
-    images = draw(look.denoiser, quick_sampler(look.run), _CANDIDATES, seed=0)
-    return images[~Drawn.of(look.run, look.label, images).telling][:1]
+    drawn = Drawn.of(look.run, look.label, draw(look.denoiser, quick_sampler(look.run), range(_CANDIDATES)))
+    return drawn.seen[torch.from_numpy(~drawn.telling)][:1]

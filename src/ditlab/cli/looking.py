@@ -23,11 +23,10 @@ from ditlab.analysis.denoising import level_noise
 from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
 from ditlab.analysis.psnr import PSNRResult
 from ditlab.cli.common import counting, noting
-from ditlab.data.pixels import to_float, to_uint8
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.nn.attention import attention_modules
 from ditlab.report.picker import AttentionPicker, PickerRun, frame_size, pack_run
-from ditlab.run import Run
+from ditlab.trained import Trained
 
 PICKERS = 6
 """At most so many pickers on a page, the first numbers of training images first."""
@@ -39,7 +38,7 @@ ROWS = 4
 class Look:
     """The attention of one run."""
 
-    run: Run
+    run: Trained
     label: str
     denoiser: Denoiser
     result: LocalityResult
@@ -58,11 +57,11 @@ class Look:
         return (facts.n, facts.seed, result.grid, tuple(f"{sigma:.5g}" for sigma in result.levels))
 
 
-def holds(run: Run, found: Any, settings: Any) -> bool:
+def holds(run: Trained, found: Any, settings: Any) -> bool:
     """Whether a kept result is of the run's newest weights and split, and was measured with these settings, on held-out
     images where there is a choice."""
-    steps, about = run.checkpoints.steps(), found.about
-    fresh = bool(steps) and about.step == steps[-1] and about.split_hash == run.record.split.hash and about.ema
+    step, about = run.newest_step, found.about
+    fresh = step is not None and about.step == step and about.split_hash == run.split_record.hash and about.ema
     held_out = about.settings.get("images_from", "test") == "test"
     return bool(fresh) and held_out and replace(found.config, batch_size=1) == replace(settings, batch_size=1)
 
@@ -72,7 +71,7 @@ _OWN = "report-"
 """How the names of results start that a report measured because what lay there was measured otherwise."""
 
 
-def recall(run: Run, name: str, kind: type[Result], settings: Any) -> Result | None:
+def recall(run: Trained, name: str, kind: type[Result], settings: Any) -> Result | None:
     """The result that was kept in a run's folder under this name, or by a report, if it `holds`; else None."""
     for path in (run.path / "analysis" / f"{begins}{name}.json" for begins in ("", _OWN)):
         if path.is_file():
@@ -82,14 +81,14 @@ def recall(run: Run, name: str, kind: type[Result], settings: Any) -> Result | N
     return None
 
 
-def keep(run: Run, name: str, result: PSNRResult | LocalityResult) -> None:
+def keep(run: Trained, name: str, result: PSNRResult | LocalityResult) -> None:
     """Saves what a report has measured, under a name of its own where a result lies already: that is its maker's."""
     folder = run.path / "analysis"
     result.save(folder, f"{_OWN}{name}" if (folder / f"{name}.json").exists() else name)
 
 
 def look_at(
-    runs: Sequence[Run],
+    runs: Sequence[Trained],
     labels: Sequence[str],
     settings: AttentionConfig,
     console: Console,
@@ -125,7 +124,7 @@ def look_at(
 
 def pickers(
     looks: Sequence[Look],
-    samples: Mapping[str, np.ndarray],
+    samples: Mapping[str, torch.Tensor],
     budget: int,
     *,
     hide_real_images: bool,
@@ -136,7 +135,7 @@ def pickers(
 
     Args:
         looks: the runs with attention.
-        samples: run's name -> samples that may be shown, uint8 [N, C, H, W].
+        samples: run's name -> samples that may be shown, float32 [N, C, H, W].
         budget: bytes of all pickers together; those that find no room are left out, and the last one says so.
         hide_real_images: take a sample of the first run instead of a held-out image; without one there is no picker.
         drawn_by: what drew the samples, in words, if not the runs that they stand for.
@@ -180,7 +179,7 @@ class MapRows:
 
 def map_rows(
     looks: Sequence[Look],
-    samples: Mapping[str, np.ndarray],
+    samples: Mapping[str, torch.Tensor],
     *,
     hide_real_images: bool,
     classes: Mapping[str, torch.Tensor] | None = None,
@@ -210,7 +209,7 @@ def map_rows(
             look.denoiser, image.pixels, sigma, layers=layers, noise_seed=noise_seed, label=image.label(look)
         )
         maps.append((label, seen))
-        pictures.append(to_uint8(image.pixels)[0].numpy())
+        pictures.append(look.run.pixels(image.pixels)[0])
     same = all(np.array_equal(picture, pictures[0]) for picture in pictures)
     return MapRows(maps, layers, pictures[0] if same else None)
 
@@ -255,7 +254,7 @@ class _Image:
 
 def _image(
     look: Look,
-    samples: Mapping[str, np.ndarray],
+    samples: Mapping[str, torch.Tensor],
     classes: Mapping[str, torch.Tensor],
     hide: bool,
     drawn_by: str | None = None,
@@ -265,7 +264,7 @@ def _image(
         return _Image(look.run.pictures("test", 1)[0], "the first held-out image", None, held_out=True)
     if not len(samples.get(look.key, ())):
         return None
-    pixels = to_float(torch.from_numpy(samples[look.key][:1].copy()))
+    pixels = samples[look.key][:1]
     drawn_for = classes[look.key][:1] if look.key in classes else None
     return _Image(pixels, f"a sample drawn by {drawn_by or look.key}", drawn_for, held_out=False)
 
@@ -277,15 +276,15 @@ def _picker(look: Look, shown: _Image, runs: Sequence[PickerRun]) -> AttentionPi
     for sigma in result.levels:
         noise = level_noise(result.config.noise_seed, sigma, [0], [0], look.denoiser.shape)
         seen = float(look.denoiser.scale(sigma)) * (image + sigma * noise)
-        noisy.append(_picture(seen.clamp(-1, 1)))
+        noisy.append(_picture(look, seen))
     steps = result.timesteps
     names = [f"σ = {s:.2f}" + ("" if steps is None else f" (t = {steps[i]})") for i, s in enumerate(result.levels)]
     title = shown.words if facts.n is None else f"N = {facts.n}, shuffle {facts.seed}: {shown.words}"
-    return AttentionPicker(title, _picture(image), noisy, names, result.grid, runs)
+    return AttentionPicker(title, _picture(look, image), noisy, names, result.grid, runs)
 
 
-def _picture(image: torch.Tensor) -> np.ndarray:
-    return to_uint8(image)[0].numpy().transpose(1, 2, 0)
+def _picture(look: Look, image: torch.Tensor) -> np.ndarray:
+    return look.run.pixels(image)[0].transpose(1, 2, 0)
 
 
 def _pack(look: Look, image: _Image, budget: int) -> PickerRun:

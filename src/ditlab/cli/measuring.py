@@ -12,17 +12,18 @@ from rich.console import Console
 from ditlab.analysis.matched import Trajectory
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
 from ditlab.cli.common import counting, noting
-from ditlab.config import differences
+from ditlab.config import differing_settings
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.reference import open_trained
+from ditlab.trained import Trained
 
 _NOT_A_LABEL = ("data.", "training.seed", "training.keep", "training.save_every", "training.log_every", "evaluation.")
 """Settings by which runs of one kind may differ: the images, the seeds, and what does not touch the weights."""
 
 
-def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Run]) -> list[str]:
+def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Trained]) -> list[str]:
     """The labels that a user gave, one a run, or those found by `run_labels`.
 
     Raises:
@@ -33,38 +34,36 @@ def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Run]) -> list[
     return list(given) or run_labels(runs)
 
 
-def run_labels(runs: Sequence[Run]) -> list[str]:
+def run_labels(runs: Sequence[Trained]) -> list[str]:
     """A short name of what kind of run each is: the settings in which the kinds differ.
 
     Runs that differ only in their images, N and seeds are of one kind. Where the attention is all that differs, a label
     is just the attention plan; where nothing does, it is the preset.
     """
-    first = runs[0].config
+    first = runs[0].settings
     differing: dict[str, None] = {}
     for other in runs[1:]:
-        for name in differences(first, other.config):
+        for name in differing_settings(first, other.settings):
             if not name.startswith(_NOT_A_LABEL):
                 differing[name] = None
-    if "preset" in differing and len(differing) > 1:
+    by_preset = "preset" in differing
+    if by_preset and len(differing) > 1:
         del differing["preset"]  # what the presets differ in is listed by itself
     names = list(differing)
     if not names:
-        return [first.preset or "run"] * len(runs)
-    if len(names) > 3 and "preset" in {n for r in runs[1:] for n in differences(first, r.config)}:
+        return [first.get("preset") or "run"] * len(runs)
+    if len(names) > 3 and by_preset:
         names = ["preset", *(["network.attention"] if "network.attention" in names else [])]
 
-    def value(run: Run, name: str) -> str:
-        found: Any = run.config
-        for part in name.split("."):
-            found = getattr(found, part, "-")
-        text = str(found)
+    def value(run: Trained, name: str) -> str:
+        text = str(run.settings.get(name, "-"))
         return text if name in ("network.attention", "preset") else f"{name.rpartition('.')[2]} {text}"
 
     return [", ".join(value(run, name) for name in names) for run in runs]
 
 
 def measure_run(
-    run: Run,
+    run: Trained,
     config: PSNRConfig,
     console: Console,
     *,
@@ -79,10 +78,10 @@ def measure_run(
 
 
 def measure_references(
-    run: Run, config: PSNRConfig, levels: Sequence[float], console: Console, *, device: torch.device | str = "cpu"
+    run: Trained, config: PSNRConfig, levels: Sequence[float], console: Console, *, device: torch.device | str = "cpu"
 ) -> list[PSNRResult]:
     """The empirical-Bayes and the Wiener denoiser of a run's training images, measured like the run itself."""
-    images, _ = run.pictures("train", run.record.split.train)
+    images, _ = run.pictures("train", run.split_record.train)
     images = images.to(device)
     found = []
     for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
@@ -92,7 +91,7 @@ def measure_references(
 
 
 def _measure(
-    run: Run, denoiser: Denoiser, config: PSNRConfig, facts: RunFacts, console: Console, *, labels: bool = True
+    run: Trained, denoiser: Denoiser, config: PSNRConfig, facts: RunFacts, console: Console, *, labels: bool = True
 ) -> PSNRResult:
     (train, train_labels), (test, test_labels) = (run.pictures(s, config.images) for s in ("train", "test"))
     with counting(console, f"PSNR gap of {facts.name}") as progress:
@@ -108,43 +107,43 @@ def _measure(
         )
 
 
-def trajectories(runs: Sequence[Run], labels: Sequence[str]) -> list[Trajectory]:
+def trajectories(runs: Sequence[Trained], labels: Sequence[str]) -> list[Trajectory]:
     """What the logs of the runs say of PSNR along training; runs without such lines are left out."""
     found = []
     for run, label in zip(runs, labels, strict=True):
-        split = run.record.split
+        split = run.split_record
         lines = [line for line in run.log if "psnr_gap" in line]
         if lines:
             found.append(Trajectory.from_log(label, split.seed, lines, n=split.train, split_family=split.family))
     return found
 
 
-def open_runs(paths: Sequence[Any], data: Any = None) -> list[Run]:
+def open_runs(references: Sequence[Any], data: Any = None) -> list[Trained]:
     """Opens runs that are to stand side by side.
 
     Raises:
         DitlabError: none was named, or one was named twice, or they are of different image sets, or two of one seed
             were held back different test images (said here, before anything is measured).
     """
-    if not paths:
+    if not references:
         raise DitlabError("expected at least one run's folder, found none")
-    runs = [Run.open(path, data) for path in paths]
+    runs = [open_trained(reference, data) for reference in references]
     places = [run.path.resolve() for run in runs]
     for place in places:
         if places.count(place) > 1:
             raise DitlabError(f"run {place}: named twice")
-    families: dict[int, Run] = {}
+    families: dict[int, Trained] = {}
     first = runs[0]
     for run in runs:
-        if run.record.split.imageset != first.record.split.imageset:
+        if run.split_record.imageset != first.split_record.imageset:
             raise DitlabError(
                 f"runs {first.path} and {run.path} were trained on different image sets "
-                f"({first.record.split.imageset[:12]} and {run.record.split.imageset[:12]}), so they cannot be compared"
+                f"({first.split_record.imageset[:12]} and {run.split_record.imageset[:12]}), so they cannot be compared"
             )
-        other = families.setdefault(run.record.split.seed, run)
-        if other.record.split.family != run.record.split.family:
+        other = families.setdefault(run.split_record.seed, run)
+        if other.split_record.family != run.split_record.family:
             raise DitlabError(
                 f"runs {other.path} and {run.path} have different splits (test images "
-                f"{other.record.split.family[:12]} and {run.record.split.family[:12]}), so they cannot be compared"
+                f"{other.split_record.family[:12]} and {run.split_record.family[:12]}), so they cannot be compared"
             )
     return runs

@@ -61,7 +61,7 @@ class PSNRGap:
         references: list[PSNRResult] = []
         if self.references:
             for n in comparison.counts:
-                first = next(run for run in runs if run.record.split.train == n)
+                first = next(run for run in runs if run.split_record.train == n)
                 references += measure_references(first, self.settings, results[0].levels, console, device=device)
         for run, result in zip(runs, results, strict=True):
             result.save(run.path / "analysis")

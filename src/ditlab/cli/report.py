@@ -15,12 +15,12 @@ from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
+from ditlab.cli.drawing import draw, sampler_config
 from ditlab.cli.looking import keep, look_at, recall
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
-from ditlab.cli.sample import draw, sampler_config
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.trained import Trained
 from ditlab.training.distributed import pick_device
 
 KINDS = 12
@@ -86,7 +86,7 @@ class Report:
 
 
 def write_report(
-    runs: Sequence[Run],
+    runs: Sequence[Trained],
     labels: Sequence[str],
     out: Path,
     console: Console,
@@ -110,11 +110,11 @@ def write_report(
     comparison = compare(results)
     references: list[PSNRResult] = []
     for n in comparison.counts:
-        first = next(run for run in runs if run.record.split.train == n)
+        first = next(run for run in runs if run.split_record.train == n)
         references += measure_references(first, settings, results[0].levels, console, device=device)
     sampled = _samples(runs, labels, names, samples, console, device) if samples else []
     looks = look_at(runs, labels, attention or AttentionConfig(), console, names=names, device=device)
-    told = [(f"train {name}", run.record.command) for run, name in zip(runs, names, strict=True)]
+    told = [(f"train {name}", run.command) for run, name in zip(runs, names, strict=True)]
     words = [*commands, *told]
     material = Material(runs, labels, comparison, references, sampled, looks, words, hide_training_images)
     drawn = draw_all(figures(material, material.matched()))
@@ -123,22 +123,22 @@ def write_report(
 
 
 def _samples(
-    runs: Sequence[Run], labels: Sequence[str], names: Sequence[str], count: int, console: Console, device: str
+    runs: Sequence[Trained], labels: Sequence[str], names: Sequence[str], count: int, console: Console, device: str
 ) -> list[Drawn]:
     """Samples of each kind of run at each N, of its first shuffle; of conditional runs of each class in turn."""
     found: dict[tuple[str, int], Drawn] = {}
     for run, label, name in zip(runs, labels, names, strict=True):
-        kind = (label, run.record.split.train)
+        kind = (label, run.split_record.train)
         if kind not in found and len(found) < KINDS:
             denoiser = run.denoiser(device=device)
             classes = torch.arange(count) % denoiser.num_classes if denoiser.num_classes else None
             with counting(console, f"samples of {name}") as progress:
-                images = draw(denoiser, sampler_config(run), count, seed=0, label=classes, progress=progress)
-            found[kind] = Drawn.of(run, label, images, name=name, classes=classes)
+                seen = draw(denoiser, sampler_config(run), range(count), label=classes, progress=progress)
+            found[kind] = Drawn.of(run, label, seen, name=name, classes=classes)
     return list(found.values())
 
 
-def _result(run: Run, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
+def _result(run: Trained, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
     """The kept result of the newest checkpoint, if it was measured with these settings; else a new one, now kept."""
     found = recall(run, "psnr-gap", PSNRResult, settings)
     if found is None:

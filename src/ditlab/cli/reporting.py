@@ -18,8 +18,7 @@ from ditlab.analysis.psnr import PSNRResult
 from ditlab.analysis.store import write_bytes
 from ditlab.cli.looking import Look, localities, map_rows, pickers
 from ditlab.cli.measuring import trajectories
-from ditlab.config import flat
-from ditlab.run import Run
+from ditlab.trained import Trained
 
 if TYPE_CHECKING:
     from ditlab.report.page import Picture
@@ -43,44 +42,45 @@ _MAPS = (
 class Drawn:
     """Samples of a run, and the training images nearest to them."""
 
-    run: Run
+    run: Trained
     label: str
+    seen: torch.Tensor
+    """float32 [count, C, H, W], as the denoiser sees images; drawn from the same noise for every run."""
     images: np.ndarray
-    """uint8 [count, C, H, W], drawn from the same noise for every run."""
+    """What they look like, uint8 [count, C, H, W]."""
     nearest: NearestResult
     classes: torch.Tensor | None = None
     """The class that each was drawn for, int64 [count]; None of unconditional runs, or where none was named."""
 
     @classmethod
     def of(
-        cls, run: Run, label: str, images: np.ndarray, *, name: str = "", classes: torch.Tensor | None = None
+        cls, run: Trained, label: str, seen: torch.Tensor, *, name: str = "", classes: torch.Tensor | None = None
     ) -> Drawn:
         """Finds the nearest training images, and those of held-out images as a control.
 
         Args:
             run: what drew the images.
             label: its kind.
-            images: uint8 [count, C, H, W].
+            seen: the images, float32 [count, C, H, W], as its denoiser sees them.
             name: the run's name; that of its folder where not given.
             classes: that the images were drawn for, int64 [count].
         """
-        mirror = run.config.training.flip
-        train = run.images.take(run.split.train)
-        held_out = run.images.take(run.split.test[:CONTROLS])
-        steps = run.checkpoints.steps()
+        mirror, images = run.mirrored, run.pixels(seen)
+        train = run.pixels_at(run.split.train)
+        held_out = run.pixels_at(run.split.test[:CONTROLS])
         result = NearestResult(
-            replace(run.facts(steps[-1], label=label), name=name or run.name),
+            replace(run.facts(run.newest_step, label=label), name=name or run.name),
             nearest(images, train, mirror=mirror),
             nearest(held_out, train, mirror=mirror) if len(held_out) else None,
             mirror,
         )
-        return cls(run, label, images, result, classes)
+        return cls(run, label, seen, images, result, classes)
 
     @property
     def pictures(self) -> np.ndarray:
         """The nearest training image of each sample, uint8 [count, C, H, W], mirrored where that is nearer."""
         found = self.nearest.samples
-        images = self.run.images.take(self.run.split.train[found.index])
+        images = self.run.pixels_at(self.run.split.train[found.index])
         return np.where(found.mirrored[:, None, None, None], images[..., ::-1], images)
 
     @property
@@ -113,7 +113,7 @@ CONTROLS = 300
 class Material:
     """Everything that was measured, before it is laid out."""
 
-    runs: Sequence[Run]
+    runs: Sequence[Trained]
     labels: Sequence[str]
     comparison: PSNRComparison
     references: Sequence[PSNRResult]
@@ -130,9 +130,9 @@ class Material:
         return run_names(self.runs)
 
     @property
-    def sampled(self) -> dict[str, np.ndarray]:
-        """Run's name -> its samples that may be shown."""
-        return {one.nearest.about.name: one.images[self._shown(one)] for one in self.samples}
+    def sampled(self) -> dict[str, torch.Tensor]:
+        """Run's name -> its samples that may be shown, as its denoiser sees them."""
+        return {one.nearest.about.name: one.seen[torch.from_numpy(self._shown(one))] for one in self.samples}
 
     @property
     def sampled_classes(self) -> dict[str, torch.Tensor]:
@@ -157,7 +157,7 @@ class Material:
         return compare_kinds(self.trajectories)
 
 
-def run_names(runs: Sequence[Run]) -> list[str]:
+def run_names(runs: Sequence[Trained]) -> list[str]:
     """A name for each run, no two alike: its folder's, with those above it where several folders have one name."""
     paths = [run.path.resolve() for run in runs]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
@@ -230,7 +230,7 @@ def _drawn_logs(material: Material, n: int | None) -> dict[str, list[dict[str, A
     """Label -> the log of its first run with this N."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for run, label in zip(material.runs, material.labels, strict=True):
-        if run.record.split.train == n:
+        if run.split_record.train == n:
             logs.setdefault(label, run.log)
     return logs
 
@@ -364,12 +364,12 @@ def save_report(
         summary=[*foreword, *(alone if len(alone) <= 4 or not differences else ()), *differences],
         sections=sections,
         runs=[
-            RunCard(name, label, flat(run.config))
+            RunCard(name, label, dict(run.settings))
             for run, label, name in zip(material.runs, material.labels, material.names, strict=True)
         ],
         labels=comparison.labels,
         commands=material.commands,
-        environment=material.runs[0].record.environment,
+        environment=material.runs[0].environment,
     )
     data = fit_page(data, ROOM if material.looks else 0)
     # The pickers get what everything else leaves of the page.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,10 @@ import tyro
 from rich.console import Console
 
 from ditlab.cli.common import counting, noting, use_threads
+from ditlab.cli.drawing import draw, sampler_config
 from ditlab.data.atomic import atomic_folder
 from ditlab.data.contact_sheet import fitting_scale, image_grid
-from ditlab.data.pixels import to_uint8
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, SamplerConfig, sample
 from ditlab.errors import DitlabError
 from ditlab.run import Run
 from ditlab.training.distributed import pick_device
@@ -71,9 +70,9 @@ class Sample:
         if out.exists() and not (out / "samples.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise DitlabError(f"sample --out {out}: expected a new folder or one of samples, found something else")
         with counting(console, "sampling") as progress:
-            images = draw(
-                denoiser, config, self.count, seed=self.seed, batch=self.batch, label=label, progress=progress
-            )
+            seeds = range(self.seed, self.seed + self.count)
+            drawn = draw(denoiser, config, seeds, batch=self.batch, label=label, progress=progress)
+        images = run.pixels(drawn)
         about = {
             "run": run.name,
             "step": facts.step,
@@ -104,56 +103,6 @@ class Sample:
                     f"(or {denoiser.num_classes} for none), found {label}"
                 )
         return torch.tensor([chosen[i % len(chosen)] for i in range(self.count)])
-
-
-def sampler_config(run: Run, sampler: str = "run", steps: str | None = None) -> SamplerConfig:
-    """The sampler that a user asked for.
-
-    Args:
-        run: whose own sampler is the default.
-        sampler: run, ddpm, ddim or heun.
-        steps: its steps, or None for its default.
-    """
-    config = (
-        run.config.sampler
-        if sampler == "run"
-        else {"ddpm": DDPMConfig, "ddim": DDIMConfig, "heun": HeunConfig}[sampler]()
-    )
-    if steps is None:
-        return config
-    if isinstance(config, HeunConfig):
-        if not steps.isdigit():
-            raise DitlabError(f"sample --steps: the Heun sampler takes a count, found '{steps}'")
-        return replace(config, steps=int(steps))
-    return replace(config, steps=steps)
-
-
-def quick_sampler(run: Run) -> SamplerConfig:
-    """A sampler for pictures beside an analysis: the run's own where it is Heun's, else DDIM in 50 steps."""
-    config = sampler_config(run)
-    return config if isinstance(config, HeunConfig) else sampler_config(run, "ddim", "50")
-
-
-def draw(
-    denoiser: Denoiser,
-    config: SamplerConfig,
-    count: int,
-    *,
-    seed: int = 0,
-    batch: int = 64,
-    label: torch.Tensor | None = None,
-    progress: Any = lambda done, total: None,
-) -> np.ndarray:
-    """`count` images from a denoiser, uint8 [count, C, H, W]; image i depends on the seed and i alone."""
-    parts = []
-    for start in range(0, count, batch):
-        chosen = range(start, min(start + batch, count))
-        noise = ImageNoise(seed, chosen, denoiser.shape)
-        part = None if label is None else label[start : start + len(chosen)]
-        images = sample(denoiser, config, noise.initial(), label=part, noise=noise)
-        parts.append(to_uint8(images.cpu()).numpy())
-        progress(start + len(chosen), count)
-    return np.concatenate(parts)
 
 
 def write_samples(out: Path, images: np.ndarray, about: dict[str, Any], label: torch.Tensor | None) -> None:

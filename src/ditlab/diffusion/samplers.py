@@ -132,13 +132,11 @@ Callback = Callable[[SamplerStep], None]
 class ImageNoise:
     """Unit normal noise that belongs to an image and not to its place in a batch.
 
-    Image i of a sample run is the same whatever the batch size, because each draw is a function of (seed, i, step).
+    Each draw is a function of (seed, step) alone, so an image is the same whatever else is drawn beside it.
     """
 
-    seed: int
-    """The sample run's seed."""
-    image_indices: Sequence[int]
-    """Numbers of the images in this batch."""
+    seeds: Sequence[int]
+    """The seed of each image in this batch."""
     shape: tuple[int, int, int]
     """(C, H, W)."""
 
@@ -151,9 +149,9 @@ class ImageNoise:
         return self._draw(step)
 
     def _draw(self, part: int | str) -> Tensor:
-        noise = torch.empty(len(self.image_indices), *self.shape)
-        for row, image in zip(noise, self.image_indices, strict=True):
-            row.normal_(generator=torch_generator(self.seed, "sample", int(image), part))
+        noise = torch.empty(len(self.seeds), *self.shape)
+        for row, seed in zip(noise, self.seeds, strict=True):
+            row.normal_(generator=torch_generator(int(seed), "sample", part))
         return noise
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from ditlab.analysis.attention_maps import AttentionMaps, attention_layers, attention_maps
 from ditlab.analysis.locality_result import LocalityResult
 from ditlab.analysis.store import read_json, write_bytes, write_json
-from ditlab.data.pixels import to_uint8
 from ditlab.errors import DitlabError
 from ditlab.report.attention_figures import attention_map_figure, layers_shown
 from ditlab.report.page import Picture
@@ -157,5 +156,5 @@ def _maps(
             label=labels,
         )
         lines.append((f"N = {n:,}", maps))
-        image = to_uint8(images).numpy()[0]
+        image = run.pixels(images)[0]
     return lines, image

@@ -1,0 +1,148 @@
+"""What verbs and analyses ask of a trained denoiser, whoever trained it: `ditlab.run.Run` is one of them.
+
+It is a denoiser with the images it is looked at with, the split that says which of them it was trained on, and a folder
+for what is measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditlab.analysis.psnr import RunFacts
+from ditlab.config import SplitRecord
+from ditlab.data.imageset import ImageSet
+from ditlab.data.pixels import to_uint8
+from ditlab.data.splits import Split, verify
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.samplers import SamplerConfig
+
+
+class Trained(ABC):
+    """A trained denoiser, its images and its folder. What comes from images is read when it is first asked for."""
+
+    path: Path
+    """The folder for what is measured: analysis/, samples/, report.html."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What results call it."""
+
+    @property
+    @abstractmethod
+    def split_record(self) -> SplitRecord:
+        """Which images were trained on and which were held out."""
+
+    @cached_property
+    @abstractmethod
+    def images(self) -> ImageSet:
+        """The image set of the split."""
+
+    @property
+    @abstractmethod
+    def conditional(self) -> bool:
+        """Whether the network takes class labels."""
+
+    @property
+    @abstractmethod
+    def sampler(self) -> SamplerConfig:
+        """How samples are drawn by default."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """Every known setting by its dotted name ("network.attention"), as JSON values: kinds are told apart by it."""
+
+    @property
+    @abstractmethod
+    def newest_step(self) -> int | None:
+        """Training step of the newest weights; None where there are none, or the step is not known."""
+
+    @abstractmethod
+    def facts(self, step: int | None, *, ema: bool = True, label: str = "") -> RunFacts:
+        """What a result keeps about it.
+
+        Args:
+            step: training step of the weights.
+            ema: whether they are the averaged ones.
+            label: what kind it is.
+        """
+
+    @abstractmethod
+    def denoiser_and_facts(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        label: str = "",
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] | None = None,
+    ) -> tuple[Denoiser, RunFacts]:
+        """What an analysis needs: the denoiser, and what its result keeps about these weights.
+
+        Args:
+            step: of which checkpoint; the newest whole one where None.
+            ema: the averaged weights (usual), or the raw ones.
+            label: what kind it is.
+            device: where it computes.
+            say: told when a damaged checkpoint is passed over.
+        """
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of the training log; empty where there is none."""
+        return []
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether training mirrored images left to right."""
+        return bool(self.settings.get("training.flip", False))
+
+    @property
+    def command(self) -> str:
+        """The command that trained it, where that is known."""
+        return ""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Versions and machine of the training, where they are known."""
+        return {}
+
+    @cached_property
+    def split(self) -> Split:
+        """The train and test images, made again and checked against the recorded hash."""
+        return verify(asdict(self.split_record), self.images)
+
+    def pictures(self, side: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor | None]:
+        """The first `count` train or test images `[B, C, H, W]` as the denoiser sees them, and their labels."""
+        indices = getattr(self.split, side)[:count]
+        labels = self.images.batch_labels(indices) if self.conditional else None
+        return self.images.batch(indices), labels
+
+    def denoiser(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] | None = None,
+    ) -> Denoiser:
+        """The denoiser alone; arguments as for `denoiser_and_facts`."""
+        return self.denoiser_and_facts(step=step, ema=ema, device=device, say=say)[0]
+
+    def pixels(self, images: Tensor) -> np.ndarray:
+        """Pictures uint8 `[B, C, H, W]` to look at, of images `[B, C, H, W]` as the denoiser sees them."""
+        return to_uint8(images.cpu()).numpy()
+
+    def pixels_at(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set."""
+        return self.images.take(indices)
