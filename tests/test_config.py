@@ -41,6 +41,34 @@ def test_the_papers_presets():
     assert (xs.objective.schedule, xs.objective.steps, xs.objective.prediction) == ("linear", 1000, "epsilon")
 
 
+def test_the_twelve_of_peebles_and_xie():
+    shapes = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+    for size, shape in shapes.items():
+        for patch in (2, 4, 8):
+            config = preset(f"dit-{size}/{patch}")
+            network, training = config.network, config.training
+            assert isinstance(network, DiTConfig)
+            assert (network.depth, network.width, network.heads, network.patch) == (*shape, patch)
+            assert (network.block, network.learn_sigma) == ("adaln-zero", True)
+            assert (training.batch_size, training.lr, training.ema) == (256, 1e-4, 0.9999)
+            assert (training.flip, training.steps) == (True, 400_000)
+            twin = preset(f"dit-{size}/{patch}-edm")
+            assert twin.training == training
+            assert twin.network == replace(network, learn_sigma=False)
+
+
+def test_the_other_families():
+    an2024 = {"dit-s/1", "dit-xs/1", "dit-xs/2", "dit-xs/4", "dit-xs/8"}
+    for name, config in PRESETS.items():
+        if name.startswith(("dit-nano", "dit-micro")):
+            assert (config.training.batch_size, config.training.flip) == (32, False)
+        elif name.removesuffix("-edm") in an2024:
+            assert (config.training.batch_size, config.training.flip) == (64, False)
+        else:
+            assert (config.training.batch_size, config.training.flip) == (256, True)
+    assert len(PRESETS) == 2 * (3 * 4 + 4 + 3 * 3)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_json(name):
     config = preset(name)

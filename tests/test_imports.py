@@ -21,7 +21,7 @@ LAYERS = (
     {"analysis"},
     {"training"},
     {"config", "interop"},
-    {"trained"},
+    {"trained", "converted"},
     {"run"},
     {"reference"},
     {"report"},

@@ -86,10 +86,10 @@ def test_load_gives_the_averaged_weights_as_a_denoiser(trained):
     assert all(torch.equal(value, ema[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("reference", ["hub:someone/model", "diffusers:folder", "nowhere", "nowhere/checkpoints/0004"])
+@pytest.mark.parametrize("reference", ["nowhere", "nowhere/checkpoints/0004"])
 def test_load_of_what_is_not_a_run(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DitlabError, match=r"loads run folders only|expected a run's folder, found nothing"):
+    with pytest.raises(DitlabError, match="expected a run's folder, found nothing"):
         ditlab.load(reference)
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
-    from ditlab.run import load
+    from ditlab.reference import load
 
 __version__ = "0.1.0"
 __all__ = ["Denoiser", "DitlabError", "__version__", "load"]
 
-_WHERE = {"Denoiser": "ditlab.diffusion.denoisers", "DitlabError": "ditlab.errors", "load": "ditlab.run"}
+_WHERE = {"Denoiser": "ditlab.diffusion.denoisers", "DitlabError": "ditlab.errors", "load": "ditlab.reference"}
 
 
 def __getattr__(name: str) -> Any:

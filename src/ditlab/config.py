@@ -14,8 +14,10 @@ from typing import Annotated, Any
 
 import pydantic
 
+from ditlab.data.codecs import CodecRecord
+from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
-from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.networks.bias_free import BFCNNConfig
 from ditlab.networks.dit import DiTConfig
@@ -24,7 +26,7 @@ from ditlab.training.loop import TrainingConfig
 _TAGGED = pydantic.Field(discriminator="kind")
 Network = Annotated[DiTConfig | BFCNNConfig, _TAGGED]
 ObjectiveSettings = Annotated[VPObjectiveConfig | EDMObjectiveConfig, _TAGGED]
-Sampler = Annotated[DDPMConfig | DDIMConfig | HeunConfig, _TAGGED]
+Sampler = Annotated[DDPMConfig | DDIMConfig | HeunConfig | DPMSolverConfig, _TAGGED]
 
 FORMAT = 1
 """Version of config.json's layout; a newer one is refused."""
@@ -84,6 +86,8 @@ class RunConfig:
     """How long, and with which optimizer."""
     sampler: Sampler = field(default_factory=DDPMConfig)
     """How samples are drawn by default."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """How strongly samples are pulled towards their class by default."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured during training."""
 
@@ -98,8 +102,26 @@ class RunConfig:
                 )
         if isinstance(self.objective, EDMObjectiveConfig) and getattr(self.network, "learn_sigma", False):
             raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
+        if self.guidance.on:
+            check_guidance(self)
         if isinstance(self.network, BFCNNConfig):
             raise DitlabError("config: bf-cnn networks can be loaded and analysed, not trained, in this version")
+
+
+def check_guidance(config: RunConfig) -> None:
+    """Refuses guidance of a network that was not trained to know its images' classes, and to do without.
+
+    Raises:
+        DitlabError: the network is unconditional, has no "no class", or never saw an image without its label.
+    """
+    network = config.network
+    if not getattr(network, "num_classes", 0):
+        raise DitlabError("guidance: expected a class-conditional network, found an unconditional one")
+    if not getattr(network, "null_class", True) or not config.objective.label_dropout:
+        raise DitlabError(
+            "guidance: expected a network that was trained with label dropout, found one that knows no estimate "
+            "without a class (network.null_class False or objective.label_dropout 0)"
+        )
 
 
 _SIZES = {  # depth, width, heads
@@ -216,6 +238,8 @@ class RunRecord:
     """Versions and machine at the start."""
     format: int = FORMAT
     """Version of this layout."""
+    codec: CodecRecord | None = None
+    """The autoencoder of a run on latents, its place relative to the run's folder; None for a run on pixels."""
 
 
 for _part in (
@@ -232,6 +256,8 @@ for _part in (
     DDPMConfig,
     DDIMConfig,
     HeunConfig,
+    DPMSolverConfig,
+    GuidanceConfig,
 ):
     # pydantic reads this attribute of a dataclass: a key that no field has is an error.
     _part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
@@ -260,7 +286,7 @@ def from_json(kind: type, values: Any, where: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         # The tag of a union's member stands in the location; the key in the file has no such step.
-        tags = {"dit", "bf-cnn", "vp", "edm", "ddpm", "ddim", "heun"}
+        tags = {"dit", "bf-cnn", "vp", "edm", "ddpm", "ddim", "heun", "dpm++2m"}
         place = ".".join(str(part) for part in first["loc"] if part not in tags)
         if first["type"] == "unexpected_keyword_argument":
             raise DitlabError(f"{where}: unknown key '{place}'") from None

@@ -1,21 +1,337 @@
-"""From a reference that a user typed to what it names: a run's folder, or somebody else's checkpoint."""
+"""From a reference that a user typed to what it names: a run's folder, or somebody else's checkpoint.
+
+    a run's folder, or one of its checkpoints   what `ditlab train` leaves
+    a converted model's folder                  what `ditlab convert` leaves (`ditlab.converted`)
+    a .pt, .pth, .ckpt or .safetensors file     weights of the original DiT code
+    diffusers:PATH or diffusers:ORG/NAME        a model of the diffusers library, in a folder or on the hub
+    hub:ORG/NAME                                on the hub: an exported run, a converted model or a diffusers model
+
+A model that is not a run has no images and no split of its own: `Foreign` is given a set, and splits it.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from ditlab.analysis.psnr import RunFacts
+from ditlab.config import SplitRecord
+from ditlab.converted import RECORD, is_converted, open_converted
+from ditlab.data.codecs import Codec, Identity, open_codec, reopen_codec
+from ditlab.data.imageset import ImageSet
+from ditlab.data.splits import make_split
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.samplers import SamplerConfig
+from ditlab.errors import DitlabError
+from ditlab.interop.diffusers_models import open_diffusers
+from ditlab.interop.hub import download
+from ditlab.interop.model import ForeignModel
+from ditlab.interop.original_dit import SUFFIXES, open_original
 from ditlab.run import Run
 from ditlab.trained import Trained
 
+RESULTS = Path("foreign")
+"""Where results go of a model that does not lie in a folder of the user's own, under the model's name."""
 
-def open_trained(reference: str | Path, data: str | Path | None = None) -> Trained:
-    """Opens what a reference names.
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """Which images of --data stand for the training images of a model that is not a run; a run knows its own."""
+
+    n: int | None = None
+    """Number of training images, for a model that is not a run; all but the test images where not given."""
+    test: int = 300
+    """Number of test images, for a model that is not a run."""
+    split_seed: int = 0
+    """Seed of the shuffle that both come from, for a model that is not a run."""
+    own_split: bool = False
+    """Say that such a model was trained on just these training images; otherwise results note that nobody knows."""
+
+
+class Foreign(Trained):
+    """A model that ditlab did not train, with a set of images to look at it with."""
+
+    def __init__(
+        self,
+        read: Callable[[bool], ForeignModel],
+        path: Path | None = None,
+        *,
+        data: str | Path | None = None,
+        codec: str | Path | None = None,
+        config: ForeignConfig | None = None,
+    ) -> None:
+        """Nothing but the model itself is read before it is asked for.
+
+        Args:
+            read: opens the model, with its averaged weights or the raw ones.
+            path: the folder for results; foreign/NAME in the current folder where not given.
+            data: the image set's folder.
+            codec: the autoencoder of a model of latents, where none lies beside it.
+            config: which images stand for its training images.
+        """
+        self._read, self.model = read, read(True)
+        self.path = RESULTS / self.model.name if path is None else path
+        self._data, self._codec = data, codec
+        self.config = config or ForeignConfig()
+
+    def look_at(self, data: str | Path) -> None:
+        """Takes the image set in this folder, before any other was asked for."""
+        self._data = data
+
+    @property
+    def name(self) -> str:
+        """What its checkpoint is called."""
+        return self.model.name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The format, and the network's config where it is a DiT of ours; `preset` is its name."""
+        network = getattr(self.model.denoiser.network, "config", None)
+        shape = {f"network.{name}": value for name, value in asdict(network).items()} if network is not None else {}
+        return {"preset": self.name, "format": self.model.source.get("format"), **shape}
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """That of its scheduler, or DDPM's."""
+        return self.model.sampler
+
+    @property
+    def newest_step(self) -> None:
+        """None: its training is not known."""
+        return
+
+    @property
+    def conditional(self) -> bool:
+        """Whether its network takes class labels."""
+        return bool(self.model.denoiser.num_classes)
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The image set that was given.
+
+        Raises:
+            DitlabError: none was given, or its images are of another shape.
+        """
+        if self._data is None:
+            raise DitlabError(
+                f"model {self.name}: which images it was trained on is not known; give --data with a set to look at it "
+                "with"
+            )
+        images = ImageSet.open(self._data)
+        shape = self.model.denoiser.shape
+        if images.shape != shape:
+            raise DitlabError(
+                f"model {self.name}: expected images {_dims(shape)}, found {_dims(images.shape)} in {images.path}"
+            )
+        return images
+
+    @cached_property
+    def split_record(self) -> SplitRecord:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A split of the image set that was given."""
+        config = self.config
+        return SplitRecord(**make_split(self.images, config.n, config.test, config.split_seed).to_json())
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The autoencoder that was given, that lies beside the model, or that its images were encoded with.
+
+        Raises:
+            DitlabError: a model of latents without any.
+        """
+        if self._codec is not None:
+            return open_codec(self._codec)
+        if self.model.decoder is not None:
+            return open_codec(self.model.decoder)
+        channels = self.model.denoiser.shape[0]
+        if self._data is not None and (latents := self.images.latents) is not None:
+            return reopen_codec(latents.record.codec, self.images.path)
+        if channels not in (1, 3):
+            raise DitlabError(
+                f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder lies "
+                "beside it to make pictures of them; give --codec, such as stabilityai/sd-vae-ft-ema"
+            )
+        return Identity(channels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the images that it is looked at with."""
+        split, notes = self.split_record, []
+        if not self.config.own_split:
+            notes.append(
+                f"Nobody said which images this model was trained on: {split.train} training and {split.test} test "
+                f"images of {self.images.path} are a split that ditlab made (seed {split.seed}), so a gap of 0 is no "
+                "sign that it does not memorize."
+            )
+        if self.conditional and not self._labelled:
+            notes.append(
+                f"It has {self.model.denoiser.num_classes} classes and the set {self.images.num_classes or 'none'}, so "
+                "it was told no class."
+            )
+        return tuple(notes)
+
+    def pictures(self, side: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor | None]:
+        """The first training or test images, and their labels where set and model have as many classes.
+
+        Raises:
+            DitlabError: the classes differ, and the model cannot do without.
+        """
+        images, labels = super().pictures(side, count)
+        denoiser = self.model.denoiser
+        if self.conditional and not self._labelled:
+            if not denoiser.null_class:
+                raise DitlabError(
+                    f"model {self.name}: expected images of its {denoiser.num_classes} classes, for it has no null "
+                    f"class, found {self.images.num_classes or 'no'} classes in {self.images.path}"
+                )
+            labels = None
+        return images, labels
+
+    @property
+    def _labelled(self) -> bool:
+        return self.images.num_classes == self.model.denoiser.num_classes
+
+    def facts(self, step: int | None, *, ema: bool = True, label: str = "") -> RunFacts:
+        """What a result keeps about it; where no images were given, nothing of a split."""
+        facts = RunFacts(name=self.name, label=label, step=step, ema=ema, settings={"model": dict(self.model.source)})
+        if self._data is None:
+            return facts
+        split = self.split_record
+        return replace(
+            facts,
+            n=split.train,
+            seed=split.seed,
+            split_family=split.family,
+            split_hash=split.hash,
+            settings={**facts.settings, "image_set": split.imageset, "notes": list(self.notes)},
+        )
+
+    def denoiser_and_facts(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        label: str = "",
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] | None = None,
+    ) -> tuple[Denoiser, RunFacts]:
+        """See `Trained.denoiser_and_facts`.
+
+        Raises:
+            DitlabError: a step was asked for, or raw weights that are not there.
+        """
+        if step is not None:
+            raise DitlabError(f"model {self.name}: expected no step, for it has one set of weights, found {step}")
+        denoiser = (self.model if ema else self._read(False)).denoiser
+        denoiser.network.to(device)
+        denoiser.bounded = denoiser.shape[0] in (1, 3) and self.model.decoder is None
+        self.device = device
+        return denoiser, self.facts(None, ema=ema, label=label)
+
+
+def open_trained(
+    reference: str | Path,
+    data: str | Path | None = None,
+    *,
+    codec: str | Path | None = None,
+    config: ForeignConfig | None = None,
+    results: Path | None = None,
+) -> Trained:
+    """Opens what a reference names; see the module.
 
     Args:
-        reference: a run's folder.
-        data: where its image set lies now, if it was moved.
+        reference: as a user typed it.
+        data: where a run's image set lies now, if it was moved; the set to look at any other model with.
+        codec: the same for the autoencoder.
+        config: which images stand for the training images of a model that is not a run.
+        results: a folder for the results, each under its name, of models that do not lie in one of the user's own.
 
     Raises:
-        DitlabError: there is no run, or its config.json cannot be used.
+        DitlabError: there is nothing of that name, or it cannot be used.
     """
-    return Run.open(reference, data)
+    text, base = str(reference), RESULTS if results is None else results
+
+    def foreign(read: Callable[[bool], ForeignModel], path: Path | None = None) -> Foreign:
+        found = Foreign(read, path, data=data, codec=codec, config=config)
+        if path is None:
+            found.path = base / found.name
+        return found
+
+    if text.startswith("diffusers:"):
+        return foreign(_averaged(lambda: open_diffusers(text.removeprefix("diffusers:"))))
+    if text.startswith("hub:"):
+        name = text.removeprefix("hub:")
+        described = download(name, ["*.json"])
+        if _is_run(described):
+            return Run.open(download(name), data, codec, results=base / name.replace("/", "--"))
+        if is_converted(described):
+            folder = download(name)
+            return foreign(_averaged(lambda: replace(open_converted(folder), name=name.replace("/", "--"))))
+        return foreign(_averaged(lambda: open_diffusers(name)))
+    path = Path(reference)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return foreign(lambda ema: open_original(path, ema=ema))
+    if path.is_dir() and is_converted(path):
+        return foreign(_averaged(lambda: open_converted(path)), path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return Run.open(path.parent.parent, data, codec, step=int(path.name))
+    if path.is_dir() and (path / "model_index.json").is_file():
+        raise DitlabError(f"{path}: expected a run's folder, found a diffusers model; name it diffusers:{path}")
+    return Run.open(path, data, codec)
+
+
+def load(
+    reference: str | Path, *, step: int | None = None, ema: bool = True, device: torch.device | str = "cpu"
+) -> Denoiser:
+    """A denoiser from a reference to a trained network.
+
+    Args:
+        reference: a run's folder, one of its checkpoint folders, a converted model's folder, an original DiT
+            checkpoint, `diffusers:PATH_OR_ID` or `hub:ID`.
+        step: of which checkpoint, for a run; the newest whole one where None.
+        ema: the averaged weights (usual), or the raw ones.
+        device: where it computes.
+
+    Example:
+        >>> denoiser = ditlab.load("runs/global")  # doctest: +SKIP
+        >>> x0 = denoiser(y, sigma=0.3)  # doctest: +SKIP
+
+    Warns:
+        UserWarning: a damaged checkpoint was passed over for an older one.
+
+    Raises:
+        DitlabError: for anything that is not a whole model of a known kind.
+    """
+
+    def say(sentence: str) -> None:
+        warnings.warn(sentence, stacklevel=2)
+
+    return open_trained(reference).denoiser(step=step, ema=ema, device=device, say=say)
+
+
+def _averaged(read: Callable[[], ForeignModel]) -> Callable[[bool], ForeignModel]:
+    """A reader of models with one set of weights, which are taken for averaged ones."""
+
+    def either(ema: bool) -> ForeignModel:
+        found = read()
+        if not ema:
+            raise DitlabError(f"model {found.name}: expected raw weights beside averaged ones, found one set only")
+        return found
+
+    return either
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds a run's config.json, and not the config.json of another kind of model."""
+    file = folder / "config.json"
+    return file.is_file() and '"split"' in file.read_text(errors="replace") and not (folder / RECORD).is_file()
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -6,8 +6,7 @@
       checkpoints/    see ditlab.training.checkpoint
       samples/  analysis/  report.html
 
-`Run.open` reads one, `start` makes one (or takes up one that was interrupted), `train_run` trains it, and `load` turns
-a reference to any trained network into a denoiser.
+`Run.open` reads one, `start` makes one (or takes up one that was interrupted), and `train_run` trains it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -30,9 +28,11 @@ from torch import nn
 import ditlab
 from ditlab.analysis.psnr import RunFacts, grid_levels, psnr_point
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, flat, read_record, to_json
+from ditlab.data.codecs import Codec, CodecRecord, Identity, reopen_codec
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.samplers import SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.registry import build_network
@@ -43,9 +43,13 @@ from ditlab.training.compiling import compile_blocks
 from ditlab.training.distributed import Processes
 from ditlab.training.log import TrainingLog, read_log
 from ditlab.training.loop import StopFlag, train
+from ditlab.training.sharding import checkpoint_activations
 
-RESUMABLE = frozenset({"training.steps", "training.keep", "training.keep_every", "training.save_every"})
-"""Settings that may change when a run goes on, beside the sampler's: they do not change any step already made."""
+RESUMABLE = frozenset(
+    f"training.{name}" for name in ("steps", "keep", "keep_every", "save_every", "shard", "checkpoint_activations")
+)
+"""Settings that may change when a run goes on, beside the sampler's and the guidance's: they do not change any step
+already made."""
 
 
 _UNFINISHED = "config.json.tmp"
@@ -55,16 +59,37 @@ _UNFINISHED = "config.json.tmp"
 class Run(Trained):
     """One run's folder, opened for reading."""
 
-    def __init__(self, path: Path, record: RunRecord, data: Path | None = None) -> None:
-        self.path, self.record, self._data = path, record, data
+    def __init__(
+        self,
+        path: Path,
+        record: RunRecord,
+        data: Path | None = None,
+        codec: str | Path | None = None,
+        *,
+        step: int | None = None,
+        results: Path | None = None,
+    ) -> None:
+        """See `open`."""
+        self.home, self.path, self.record = path, path if results is None else results, record
+        self._data, self._codec, self._step = data, codec, step
 
     @staticmethod
-    def open(path: str | Path, data: str | Path | None = None) -> Run:
+    def open(
+        path: str | Path,
+        data: str | Path | None = None,
+        codec: str | Path | None = None,
+        *,
+        step: int | None = None,
+        results: Path | None = None,
+    ) -> Run:
         """Opens a run.
 
         Args:
             path: its folder.
             data: where its image set lies now, if it was moved.
+            codec: where its autoencoder lies now, if it was moved (`ditlab.data.codecs`).
+            step: the checkpoint that stands for it; the newest where not given.
+            results: the folder for what is measured, where its own one may not be written.
 
         Raises:
             DitlabError: there is no run, or its config.json cannot be used.
@@ -75,7 +100,8 @@ class Run(Trained):
             if folder.is_file() and folder.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
                 found = "a pickle, which could run code and is not opened"
             raise DitlabError(f"run {folder}: expected a run's folder, found {found}")
-        return Run(folder, read_record(folder / "config.json"), None if data is None else Path(data))
+        record = read_record(folder / "config.json")
+        return Run(folder, record, None if data is None else Path(data), codec, step=step, results=results)
 
     @property
     def name(self) -> str:
@@ -89,8 +115,9 @@ class Run(Trained):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting by its dotted name."""
-        return flat(self.config)
+        """Every setting by its dotted name; for a run on latents also `codec`, the autoencoder's source."""
+        codec = self.record.codec
+        return flat(self.config) | ({} if codec is None else {"codec": codec.source})
 
     @property
     def split_record(self) -> SplitRecord:
@@ -101,6 +128,11 @@ class Run(Trained):
     def sampler(self) -> SamplerConfig:
         """The sampler of its settings."""
         return self.config.sampler
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """The guidance of its settings."""
+        return self.config.guidance
 
     @property
     def command(self) -> str:
@@ -114,7 +146,9 @@ class Run(Trained):
 
     @property
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint; None where there is none."""
+        """Step of the newest checkpoint, or of the one that stands for the run; None where there is none."""
+        if self._step is not None:
+            return self._step
         steps = self.checkpoints.steps()
         return steps[-1] if steps else None
 
@@ -122,12 +156,12 @@ class Run(Trained):
     def checkpoints(self) -> CheckpointStore:
         """The run's checkpoints."""
         training = self.config.training
-        return CheckpointStore(self.path / "checkpoints", keep=training.keep, keep_every=training.keep_every)
+        return CheckpointStore(self.home / "checkpoints", keep=training.keep, keep_every=training.keep_every)
 
     @property
     def log(self) -> list[dict[str, Any]]:
         """The lines of the training log."""
-        return read_log(self.path / "log.jsonl")
+        return read_log(self.home / "log.jsonl")
 
     @property
     def finished(self) -> bool:
@@ -144,8 +178,20 @@ class Run(Trained):
     @cached_property
     def images(self) -> ImageSet:
         """The image set that it was trained on."""
-        path = self._data if self._data is not None else self.path / self.config.data.path
-        return ImageSet.open(path)
+        if self._data is None and not self.config.data.path:
+            raise DitlabError(f"run {self.name}: its images did not come with it; give --data with their set's folder")
+        return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """Its autoencoder, loaded when first asked for; the identity for a run on pixels.
+
+        Raises:
+            DitlabError: the autoencoder is not where it was, or another one is there.
+        """
+        if self.record.codec is None:
+            return Identity()
+        return reopen_codec(self.record.codec, self.home, self._codec)
 
     @property
     def conditional(self) -> bool:
@@ -153,11 +199,12 @@ class Run(Trained):
         return bool(getattr(self.config.network, "num_classes", 0))
 
     def checkpoint(self, step: int | None = None, say: Callable[[str], None] | None = None) -> Checkpoint:
-        """The checkpoint of a step, or the newest whole one.
+        """The checkpoint of a step, the one that stands for the run, or the newest whole one.
 
         Raises:
             DitlabError: there is none, or the one asked for is damaged.
         """
+        step = self._step if step is None else step
         if step is not None:
             if step not in self.checkpoints.steps():
                 kept = ", ".join(str(s) for s in self.checkpoints.steps()) or "none"
@@ -187,6 +234,8 @@ class Run(Trained):
         checkpoint = self.checkpoint(step, say)
         network = self.network(checkpoint, ema=ema).to(device)
         denoiser = self.config.objective.build().denoiser(network)
+        denoiser.bounded = self.record.codec is None
+        self.device = device
         return denoiser, self.facts(checkpoint.step, ema=ema, label=label)
 
     def facts(self, step: int | None, *, ema: bool = True, label: str = "") -> RunFacts:
@@ -250,12 +299,16 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
     split = make_split(images, config.data.n, config.data.test, config.data.seed)
     relative = os.path.relpath(images.path.resolve(), path.resolve())
     config = replace(config, data=replace(config.data, path=relative))
-    record = RunRecord(config, SplitRecord(**split.to_json()), command, environment(device))
+    record = RunRecord(
+        config, SplitRecord(**split.to_json()), command, environment(device), codec=_codec_of(config, images, path)
+    )
     if (path / "config.json").exists():
         found = Run.open(path)
         changed = {k: v for k, v in differences(found.config, config).items() if k != "data.path"}
         wrong = {
-            name: pair for name, pair in changed.items() if name not in RESUMABLE and not name.startswith("sampler.")
+            name: pair
+            for name, pair in changed.items()
+            if name not in RESUMABLE and not name.startswith(("sampler.", "guidance."))
         }
         if wrong:
             name, (before, now) = next(iter(wrong.items()))
@@ -281,6 +334,19 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
         raise DitlabError(f"run {path}: the folder exists and is not a run; give another --out")
     _write_record(path, record)
     return Run(path, record, images.path)
+
+
+def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> CodecRecord | None:
+    """What a run's record keeps of the codec of its images; None for pixels."""
+    if images.latents is None:
+        return None
+    kept = images.latents.record
+    if config.training.flip and not kept.mirrored:
+        raise DitlabError(
+            f"training.flip: {images.path} holds no latents of mirrored pictures; encode it with --mirrored, or train "
+            "with --training.no-flip"
+        )
+    return kept.codec.moved(images.path, path)
 
 
 def _write_record(path: Path, record: RunRecord) -> None:
@@ -318,7 +384,9 @@ def train_run(
     """
     config = run.config
     split = run.split
-    network = build_network(config.network, config.training.seed).to(processes.device)
+    network = build_network(config.network, config.training.seed)
+    if config.training.checkpoint_activations and not checkpoint_activations(network) and processes.first:
+        say("this network has no list of blocks, so its activations are kept")
     objective = config.objective.build()
     compiled = compile_blocks(network, config.training.compile, device=processes.device, steps=config.training.steps)
     if compiled and processes.first:
@@ -343,7 +411,7 @@ class _Unlabelled:
     """An image set whose labels an unconditional network does not get."""
 
     def __init__(self, images: ImageSet) -> None:
-        self.shape, self.batch = images.shape, images.batch
+        self.shape, self.sampled, self.batch = images.shape, images.sampled, images.batch
 
     def batch_labels(self, indices: np.ndarray) -> None:
         """None."""
@@ -388,38 +456,3 @@ def _evaluation(
         return values
 
     return evaluate
-
-
-def load(
-    reference: str | Path, *, step: int | None = None, ema: bool = True, device: torch.device | str = "cpu"
-) -> Denoiser:
-    """A denoiser from a reference to a trained network.
-
-    Args:
-        reference: a run's folder, or one of its checkpoint folders.
-        step: of which checkpoint, for a run; the newest whole one where None.
-        ema: the averaged weights (usual), or the raw ones.
-        device: where it computes.
-
-    Example:
-        >>> denoiser = ditlab.load("runs/global")  # doctest: +SKIP
-        >>> x0 = denoiser(y, sigma=0.3)  # doctest: +SKIP
-
-    Warns:
-        UserWarning: a damaged checkpoint was passed over for an older one.
-
-    Raises:
-        DitlabError: for anything that is not a run with a whole checkpoint.
-    """
-    text = str(reference)
-    for scheme in ("hub:", "diffusers:"):
-        if text.startswith(scheme):
-            raise DitlabError(f"{text}: this version loads run folders only, not '{scheme}' references")
-    path = Path(reference)
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, step = path.parent.parent, int(path.name)
-
-    def say(sentence: str) -> None:
-        warnings.warn(sentence, stacklevel=2)
-
-    return Run.open(path).denoiser(step=step, ema=ema, device=device, say=say)

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ditlab.analysis.psnr import RunFacts
 from ditlab.config import SplitRecord
+from ditlab.data.codecs import Codec, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
 from ditlab.data.splits import Split, verify
 from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.samplers import SamplerConfig
 
 
@@ -31,6 +33,8 @@ class Trained(ABC):
 
     path: Path
     """The folder for what is measured: analysis/, samples/, report.html."""
+    device: torch.device | str = "cpu"
+    """Where its denoiser was last put; latents are decoded there too."""
 
     @property
     @abstractmethod
@@ -56,6 +60,11 @@ class Trained(ABC):
     @abstractmethod
     def sampler(self) -> SamplerConfig:
         """How samples are drawn by default."""
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """How strongly samples are pulled towards their class by default; not at all where nothing is known of it."""
+        return GuidanceConfig()
 
     @property
     @abstractmethod
@@ -103,6 +112,11 @@ class Trained(ABC):
         return []
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the images that it is looked at with, one sentence each."""
+        return ()
+
+    @property
     def mirrored(self) -> bool:
         """Whether training mirrored images left to right."""
         return bool(self.settings.get("training.flip", False))
@@ -139,10 +153,23 @@ class Trained(ABC):
         """The denoiser alone; arguments as for `denoiser_and_facts`."""
         return self.denoiser_and_facts(step=step, ema=ema, device=device, say=say)[0]
 
+    @cached_property
+    def codec(self) -> Codec:
+        """What stands between pictures and the images as the denoiser sees them; the identity for pixels."""
+        return Identity()
+
     def pixels(self, images: Tensor) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` to look at, of images `[B, C, H, W]` as the denoiser sees them."""
-        return to_uint8(images.cpu()).numpy()
+        """Pictures uint8 `[B, C, H, W]` to look at, of images `[B, c, h, w]` as the denoiser sees them."""
+        return to_uint8(self.codec.to(self.device).decode(images)).numpy()
 
     def pixels_at(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set."""
-        return self.images.take(indices)
+        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set.
+
+        For latents the pictures themselves, where their set still lies where it lay; else the decoded latents.
+        """
+        pictures = self._pictures
+        return self.pixels(self.images.batch(indices)) if pictures is None else pictures.take(indices)
+
+    @cached_property
+    def _pictures(self) -> ImageSet | None:
+        return self.images.pictures()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,3 +257,21 @@ def test_input_that_cannot_be_measured():
 def test_psnr_never_exceeds_the_bound():
     assert psnr_of(np.zeros((2, 3, 1)), 2.0).tolist() == [100.0, 100.0]
     assert psnr_of(np.zeros((2, 3, 1)), 2.0, "psnr_mean").tolist() == [100.0, 100.0]
+
+
+def test_latents():
+    def denoiser(bounded: bool) -> Denoiser:
+        made = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(4, 4, 4))
+        made.bounded = bounded
+        return made
+
+    images = 3 * torch.randn(6, 4, 4, 4)
+    config = PSNRConfig(images=4, levels=(0.3, 1.0))
+    pixels, latents = (psnr_gap(denoiser(bounded), images, images[2:], config) for bounded in (True, False))
+    assert np.array_equal(latents.train_mse, pixels.train_mse)
+    assert (pixels.latents, latents.latents) == (False, True)
+    assert not pixels.notes
+    assert latents.notes[0].startswith("PSNRs are those of latents, with M = 2 by convention")
+    with pytest.raises(DitlabError, match="psnr-gap: clip: latents have no bounds"):
+        psnr_gap(denoiser(False), images, images, replace(config, clip=True))
+    assert psnr_gap(denoiser(True), images, images, replace(config, clip=True)).notes

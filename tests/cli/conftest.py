@@ -80,6 +80,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.images = folder, folder / "digits"
         self._copies = 0
+        self._made: dict[str, list[str]] = {}
         self._quietly("data", "prepare", "digits", self.images, "--size", "8")
 
     def _quietly(self, *words: object) -> None:
@@ -95,8 +96,11 @@ class Place:
     def trained(self, name: str, *more: object, preset: str = "dit-nano/1", steps: int = 6) -> Path:
         """A trained run; not to be changed by a test."""
         out = self.folder / "runs" / name
+        words = self.words(out, *more, preset=preset, steps=steps)
         if not out.exists():
-            self._quietly(*self.words(out, *more, preset=preset, steps=steps))
+            self._quietly(*words)
+            self._made[name] = words
+        assert self._made[name] == words, f"two kinds of runs are called {name}"
         return out
 
     def copy(self, run: Path) -> Path:

@@ -36,9 +36,9 @@ def put(record: dict, names: str, value) -> None:
     ("words", "says"),
     [
         ("trian", "unknown verb 'trian' (nearest: train)"),
-        ("xyzzy", "unknown verb 'xyzzy' (known: attention, data info, data prepare, "),
-        ("data", "'data' needs one of: data prepare, data info; found nothing"),
-        ("data make", "'data' needs one of: data prepare, data info; found make"),
+        ("xyzzy", "unknown verb 'xyzzy' (known: attention, "),
+        ("data", "'data' needs one of: data prepare, data encode, data info; found nothing"),
+        ("data make", "'data' needs one of: data prepare, data encode, data info; found make"),
         ("train", "train: expected a preset first (dit-nano/1, "),
         ("train --data digits", "train: expected a preset first ("),
         ("train dit-nona/1 --data digits", "unknown preset 'dit-nona/1' (nearest: dit-nano/1, "),
@@ -124,7 +124,7 @@ def test_folders_that_are_something_else(refused, place, plain, tmp_path):
     assert refused(*place.words(tmp_path / "folder")).endswith("the folder exists and is not a run; give another --out")
     assert refused(*place.words(tmp_path / "file")).endswith("expected a new folder or a run's, found a file")
     assert "its folder could not be written: Not a directory" in refused(*place.words(tmp_path / "file" / "run"))
-    sample = ["sample", plain, "--count", 1, "--steps", 2, "--out"]
+    sample = ["sample", plain, "--seeds", 0, "--steps", 2, "--out"]
     assert refused(*sample, tmp_path / "folder").endswith(
         "expected a new folder or one of samples, found something else"
     )
@@ -148,7 +148,7 @@ def test_batches_that_cannot_be_cut(refused, place, tmp_path):
 def test_labels(refused, place, plain):
     conditional = place.trained("conditional", "--conditional")
     for label in (11, -1):
-        says = refused("sample", conditional, "--count", 2, "--steps", 2, "--labels", label)
+        says = refused("sample", conditional, "--seeds", "0-1", "--steps", 2, "--labels", label)
         assert says == f"sample --labels: expected classes 0..9 (or 10 for none), found {label}"
     says = refused("sample", plain, "--labels", 1)
     assert says == "sample --labels: the run is unconditional, it takes no labels"
@@ -157,7 +157,7 @@ def test_labels(refused, place, plain):
 
 
 def test_sampling_and_measuring_settings(refused, plain):
-    assert "at least 1, found 0 and 64" in refused("sample", plain, "--count", 0)
+    assert "--batch: expected at least 1, found 0" in refused("sample", plain, "--batch", 0)
     assert "expected counts of at least 1 such as 250" in refused("sample", plain, "--steps", "many")
     assert refused("sample", plain, "--step", 5).endswith("no checkpoint of step 5, found 4, 6")
     assert "takes a count, found 'ddim5'" in refused("sample", plain, "--sampler", "heun", "--steps", "ddim5")
@@ -208,7 +208,7 @@ def test_a_truncated_checkpoint_is_passed_over(refused, ditlab, place, plain, tm
     whole = newest.read_bytes()
     newest.write_bytes(whole[:1000])
     note = f"{newest}: expected {len(whole)} bytes, found 1000 (truncated?); going back to the checkpoint of step 4"
-    done = ditlab("sample", run, "--count", 1, "--steps", 2, "--out", tmp_path / "images")
+    done = ditlab("sample", run, "--seeds", 0, "--steps", 2, "--out", tmp_path / "images")
     assert done.status == 0
     assert f"note: {note}" in done.out
     with pytest.warns(UserWarning, match="going back to the checkpoint of step 4"):
@@ -269,11 +269,14 @@ class Harmful:
 def test_a_pickle_is_never_opened(refused, ditlab, place, plain, tmp_path):
     torch.save({"w": torch.zeros(2), "x": Harmful()}, tmp_path / "model.pt")
     says = refused("sample", tmp_path / "model.pt")
+    assert "it wants to run 'exec' when it is opened, which could be any code, so it is not opened" in says
+    (tmp_path / "model.pt").rename(tmp_path / "model.pkl")
+    says = refused("sample", tmp_path / "model.pkl")
     assert says.endswith("expected a run's folder, found a pickle, which could run code and is not opened")
     with pytest.raises(DitlabError, match="found a pickle, which could run code and is not opened"):
-        package.load(tmp_path / "model.pt")
+        package.load(tmp_path / "model.pkl")
     run = place.copy(plain)
-    for content in ((tmp_path / "model.pt").read_bytes(), pickle.dumps(Harmful())):
+    for content in ((tmp_path / "model.pkl").read_bytes(), pickle.dumps(Harmful())):
         for step in (4, 6):
             folder = run / "checkpoints" / f"{step:09d}"
             (folder / "model.safetensors").write_bytes(content)
@@ -321,7 +324,7 @@ def test_a_full_disk(ditlab, place, small_disk):
     done = ditlab(*words)
     assert (done.status, len(done.err.splitlines())) == (2, 1)
     assert "No space left on device" in done.err
-    done = ditlab("sample", run, "--count", 2, "--steps", 2)
+    done = ditlab("sample", run, "--seeds", "0-1", "--steps", 2)
     assert (done.status, len(done.err.splitlines())) == (2, 1)
     assert done.err.endswith("could not be written (No space left on device); nothing was kept\n")
     assert sorted(p.name for p in run.rglob("*")) == kept

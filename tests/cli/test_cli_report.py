@@ -358,3 +358,30 @@ def test_pickers_keep_to_their_room_with_their_images(runs):
 
 def test_too_many_samples(refused, plain):
     assert "expected at most 64, found 65" in refused("report", plain, "--samples", 65)
+
+
+@pytest.mark.slow
+def test_runs_of_several_sizes_have_a_section_about_scaling(ditlab, place, quick, undrawn, tmp_path):
+    small, large = place.trained("plain"), place.trained("deep", "--network.depth", "3")
+    runs = [place.copy(run) for run in (small, large)]
+    out = tmp_path / "report.html"
+    done = ditlab("report", *runs, "--samples", 0, "--out", out)
+    assert done.status == 0, done.err
+    page = out.read_text(encoding="utf-8")
+    assert "scaling" in sections(page)
+    assert "GMACs" in page
+    assert (tmp_path / "figures" / "scaling.png").exists()
+    assert not (tmp_path / "figures" / "sampling-compute.png").exists()  # no samples were evaluated
+    (runs[0] / "evaluation").mkdir()
+    evaluation = {"step": 6, "sampler_steps": 10, "nfe": 10, "metrics": {"fid": 321.5}}
+    (runs[0] / "evaluation" / "ddim-10.json").write_text(json.dumps(evaluation))
+    assert ditlab("report", *runs, "--samples", 0, "--out", out).status == 0
+    assert "321.5" in out.read_text(encoding="utf-8")
+    assert (tmp_path / "figures" / "sampling-compute.png").exists()
+    assert ditlab("report", runs[0], "--samples", 0, "--out", out).status == 0
+    assert "scaling" not in sections(out.read_text(encoding="utf-8"))
+    assert not list((tmp_path / "figures").glob("scaling*"))
+    (runs[0] / "evaluation" / "ddim-10.json").write_text("[1")
+    done = ditlab("report", *runs, "--samples", 0, "--out", out)
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert "expected an evaluation as JSON" in done.err

@@ -11,7 +11,17 @@ import torch
 from ditlab.diffusion.denoisers import Denoiser, Prediction, VPDenoiser
 from ditlab.diffusion.levels import LevelRange
 from ditlab.diffusion.likelihood import bits_per_dimension
-from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, SamplerConfig, invert, sample
+from ditlab.diffusion.samplers import (
+    DDIMConfig,
+    DDPMConfig,
+    DPMSolverConfig,
+    HeunConfig,
+    ImageNoise,
+    SamplerConfig,
+    evaluations,
+    invert,
+    sample,
+)
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.interop.original_dit import from_original
@@ -191,6 +201,9 @@ ALL = [
     DDIMConfig(steps="12", eta=0.5),
     HeunConfig(steps=6),
     HeunConfig(steps=6, churn=2.0),
+    HeunConfig(steps=6, levels="grid", second_order=False),
+    DPMSolverConfig(steps=6),
+    DPMSolverConfig(steps=6, levels="ve"),
 ]
 
 
@@ -229,12 +242,142 @@ def test_ancestral_sampling_is_ddim_with_eta_1():
     torch.testing.assert_close(ddpm, ddim, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [DDPMConfig(steps="300"), DDIMConfig(steps="300"), HeunConfig(steps=40)])
+@pytest.mark.parametrize(
+    "config", [DDPMConfig(steps="300"), DDIMConfig(steps="300"), HeunConfig(steps=40), DPMSolverConfig(steps=40)]
+)
 def test_samples_have_the_variance_of_the_data(config):
     # Shrink(k) is the optimal denoiser of normal data with variance k.
     noise = ImageNoise(range(200), (2, 4, 4))
     found = sample(Shrink(0.25), config, noise.initial(), noise=noise)
     assert found.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+# ---- the second-order solvers, and the denoiser's own steps ----
+
+
+def exact(k, noise, config):
+    """Where the flow of normal data with variance k ends from the sampler's first state, and what the sampler gives."""
+    states = []
+    denoiser = Shrink(k, LevelRange(1e-3, 50.0))
+    sample(denoiser, config, noise, callback=states.append)
+    first, last = states[0], states[-1]
+    # y / sqrt(k + sigma^2) is constant along the flow; the last step, to level 0, is of first order by construction.
+    return first.y * math.sqrt((k + last.sigma**2) / (k + first.sigma**2)), last.y
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (lambda n: DPMSolverConfig(steps=n, levels="ve", sigma_min=1e-3, sigma_max=50.0), 2),
+        (lambda n: DPMSolverConfig(steps=n, levels="edm", sigma_min=1e-3, sigma_max=50.0), 2),
+        (lambda n: HeunConfig(steps=n, levels="edm", sigma_min=1e-3, sigma_max=50.0), 2),
+        (lambda n: HeunConfig(steps=n, levels="ve", sigma_min=1e-3, sigma_max=50.0, second_order=False), 1),
+    ],
+)
+def test_order_of_convergence(make, order):
+    noise = ImageNoise(range(2), (2, 4, 4)).initial().double()
+    errors = []
+    for steps in (40, 80, 160, 320):
+        expected, found = exact(0.25, noise, make(steps))
+        errors.append((found - expected).abs().max().item())
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes[-1] == pytest.approx(order, abs=0.15), slopes
+    assert errors[-1] < (2e-3 if order == 2 else 5e-2)
+
+
+def test_euler_on_the_own_grid_is_ddim(denoisers, recorded):
+    """To the last bit, when both keep their state in float64."""
+    start, label = recorded["in.x_T"].double(), recorded["in.y"]
+    for denoiser, labels in ((denoisers["blend"], label), (Shrink(0.5, denoisers["dit"].levels), None)):
+        start = start if labels is not None else ImageNoise(range(2), (2, 4, 4)).initial().double()
+        ddim = sample(denoiser, DDIMConfig(steps="13"), start, label=labels)
+        euler = sample(denoiser, HeunConfig(steps=13, levels="grid", second_order=False), start, label=labels)
+        assert torch.equal(ddim, euler)
+
+
+class Asked(torch.nn.Module):
+    """A small network that notes the steps that it is asked for."""
+
+    in_shape, num_classes = (2, 4, 4), 0
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def forward(self, x, t, label=None):
+        self.steps.append(t[0].item())
+        return 0.9 * x * torch.sigmoid(t / 100 - 3).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HeunConfig(steps=7, levels="grid"),
+        HeunConfig(steps=7, levels="grid", churn=3.0),
+        HeunConfig(steps=7, levels="grid", second_order=False),
+        DPMSolverConfig(steps=7),
+    ],
+)
+def test_the_own_grid_asks_for_no_step_between(config):
+    network = Asked()
+    denoiser = VPDenoiser(network, LINEAR, variance="fixed-small")
+    noise = ImageNoise(range(2), denoiser.shape)
+    sample(denoiser, config, noise.initial(), noise=noise)
+    assert all(step == round(step) for step in network.steps)
+    if not getattr(config, "churn", 0):
+        assert set(network.steps) == set(np.linspace(0, 999, 7).round())
+    else:
+        # Churn goes up to a noisier step, which is one of the process's too.
+        assert len(set(network.steps)) > 7
+    # EDM's own spacing lies between the steps.
+    network.steps.clear()
+    sample(denoiser, HeunConfig(steps=7), noise.initial())
+    assert any(step != round(step) for step in network.steps)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+def test_dpm_solver_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    network = Asked()
+    denoiser = VPDenoiser(network, LINEAR, variance="fixed-small")
+    noise = ImageNoise(range(3), denoiser.shape).initial()
+    for steps in (5, 10, 25, 100):
+        found = sample(denoiser, DPMSolverConfig(steps=steps), noise)
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=1000,
+            beta_start=1e-4,
+            beta_end=0.02,
+            beta_schedule="linear",
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            final_sigmas_type="zero",
+        )
+        kept = [int(step) for step in np.linspace(0, 999, steps).round()[::-1]]
+        scheduler.set_timesteps(timesteps=kept)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t.float().expand(len(x))), t, x).prev_sample
+        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "calls"),
+    [
+        (DDPMConfig(steps="250"), 250),
+        (DDIMConfig(steps="ddim50"), 50),
+        (HeunConfig(steps=18), 35),
+        (HeunConfig(steps=18, second_order=False), 18),
+        (HeunConfig(steps=18, levels="grid"), 35),
+        (DPMSolverConfig(steps=20), 20),
+    ],
+)
+def test_evaluations_are_counted_as_they_are_made(config, calls):
+    network = Asked()
+    denoiser = VPDenoiser(network, LINEAR, variance="fixed-small")
+    assert evaluations(config, denoiser) == (calls, calls)
+    noise = ImageNoise(range(1), denoiser.shape)
+    sample(denoiser, config, noise.initial(), noise=noise)
+    assert len(network.steps) == calls
 
 
 def test_inversion_undoes_sampling():
@@ -261,9 +404,24 @@ def test_bad_input_is_one_sentence():
     claims.variance = "learned-range"
     with pytest.raises(DitlabError, match="expected a learned variance v"):
         sample(claims, DDPMConfig(steps="5"), start, noise=lambda k: start)
-    for make in (lambda: DDIMConfig(eta=2.0), lambda: HeunConfig(steps=0), lambda: HeunConfig(churn=-1.0)):
-        with pytest.raises(DitlabError):
+    for make, says in (
+        (lambda: DDIMConfig(eta=2.0), "expected eta in"),
+        (lambda: HeunConfig(steps=0), "expected steps >= 1"),
+        (lambda: HeunConfig(churn=-1.0), "expected churn >= 0"),
+        (lambda: DPMSolverConfig(steps=0), "expected steps of at least 1, found 0"),
+        (lambda: DPMSolverConfig(sigma_max=3.0), "levels 'grid' are the denoiser's own"),
+        (lambda: DPMSolverConfig(levels="edm", sigma_min=3.0, sigma_max=1.0), "0 < lowest < highest"),
+    ):
+        with pytest.raises(DitlabError, match=says):
             make()
+    latent = Shrink(1.0)
+    latent.bounded = False
+    with pytest.raises(DitlabError, match="sampler 'ddim' with clip: latents have no bounds"):
+        sample(latent, DDIMConfig(steps="5", clip=True), start)
+    with pytest.raises(DitlabError, match="DDIM inversion with clip: latents have no bounds"):
+        invert(latent, DDIMConfig(steps="5", clip=True), start)
+    with pytest.raises(DitlabError, match="expected at most 1000 steps in section 0, found 1001"):
+        sample(VPDenoiser(Asked(), LINEAR, variance="fixed-small"), DPMSolverConfig(steps=1001), start)
 
 
 @pytest.mark.parametrize("config", ALL)

@@ -22,7 +22,7 @@ ELSEWHERE = {("denoisers.md", "python"), ("samplers.md", "python"), ("data.md", 
 """Blocks that tests/diffusion/test_diffusion_docs.py and tests/cli/test_cli_data.py run."""
 BEFORE = {"data.md": "ditlab data prepare photos sets/photos --size 16"}
 """What a page's Python needs of its commands where those run elsewhere."""
-SLOW = {"cli.md"}
+SLOW = {"cli.md", "latents.md"}
 
 
 @dataclass(frozen=True)

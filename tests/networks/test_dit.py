@@ -55,7 +55,7 @@ def original_frequencies(fixture) -> torch.Tensor:
 def same_exp(case, monkeypatch):
     """Lets the network use the frequencies of the fixture's machine, so that tolerances need no slack for them."""
     theirs = original_frequencies(case[0])
-    monkeypatch.setattr(embeddings, "frequencies", lambda count, max_period: theirs)
+    monkeypatch.setattr(embeddings, "frequencies", lambda *_: theirs)
 
 
 def test_frequencies_differ_by_the_last_bit_at_most(golden):
@@ -86,7 +86,7 @@ def test_first_block(case):
     tokens = network.embed(fixture["in.x"][:2]).flatten(2).transpose(1, 2) + network.positions
     close(tokens, fixture["out.tokens_in"], 1e-5)
     c = fixture["out.t_emb"][:2] + fixture["out.y_emb"][:2]
-    close(network.blocks[0](fixture["out.tokens_in"], c), fixture["out.block0"], 1e-5)
+    close(network.blocks[0](fixture["out.tokens_in"], c[:, None]), fixture["out.block0"], 1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math", "sdpa"])
@@ -148,7 +148,7 @@ def test_jacobian(golden):
 
 def test_fresh_blocks_are_identities_and_output_is_zero():
     network = DiT(DiTConfig(image_size=(4, 6), width=16, depth=2, heads=2, attention="3,g"))
-    tokens, c = torch.randn(2, 24, 16), torch.randn(2, 16)
+    tokens, c = torch.randn(2, 24, 16), torch.randn(2, 1, 16)
     assert torch.equal(network.blocks[0](tokens, c), tokens)
     assert torch.equal(network(torch.randn(2, 3, 4, 6), torch.zeros(2)), torch.zeros(2, 6, 4, 6))
 

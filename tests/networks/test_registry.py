@@ -1,4 +1,5 @@
-"""Every preset's network goes through the same tests, as a twin of depth 2 and width 64 on tiny images."""
+"""Every preset's network goes through the same tests, as a twin of depth 2 and width 64 on tiny images, with each kind of
+block. Parameters at full size: test_dit_counts.py."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,26 +15,35 @@ import torch
 from ditlab.config import PRESETS
 from ditlab.networks.bias_free import BFCNN, BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import NETWORKS, build_network
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 from ditlab.training.compiling import compile_blocks
 
-NAMES = sorted(PRESETS)
+KINDS = get_args(BlockKind)
 
 
 def twin(name: str, **changes) -> DiTConfig:
+    """The preset's network, small; of 3x2 tokens, or of 6x4 with patch 1."""
     network = PRESETS[name].network
     assert isinstance(network, DiTConfig)
-    small = {"depth": 2, "width": 64, "heads": 2, "image_size": (6, 4), "attention": "3,g", "num_classes": 3}
-    return replace(network, **{**small, **changes})
+    side = max(network.patch, 2)
+    small = {"depth": 2, "width": 64, "heads": 2, "image_size": (3 * side, 2 * side), "attention": "3,g"}
+    return replace(network, **{**small, "num_classes": 3, **changes})
+
+
+# Presets that differ in size and recipe alone have the same twin; each twin is tested once, with every kind of block.
+TWINS = {(twin(name), PRESETS[name].objective): name for name in sorted(PRESETS, reverse=True)}
+CASES = [pytest.param(name, kind, id=f"{name} {kind}") for name in sorted(TWINS.values()) for kind in KINDS]
 
 
 def losses(name: str, network: torch.nn.Module, count: int = 4) -> torch.Tensor:
     """The preset's own loss on random images with random labels."""
+    assert isinstance(network, DiT)
     objective = PRESETS[name].objective.build()
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(count, 3, 6, 4, generator=generator) * 2 - 1
-    draws = objective.draw(generator, count, (3, 6, 4))
+    images = torch.rand(count, *network.in_shape, generator=generator) * 2 - 1
+    draws = objective.draw(generator, count, network.in_shape)
     return objective.losses(network, images, torch.arange(count) % 3, draws)["loss"]
 
 
@@ -45,27 +56,19 @@ def stirred(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def count(config: DiTConfig) -> int:
-    """Parameters of a DiT, from its description (Peebles & Xie, section 3.2)."""
-    d, hidden = config.width, int(config.width * config.mlp_ratio)
-    patch = config.patch * config.patch * config.channels
-
-    def linear(inputs: int, outputs: int) -> int:
-        return inputs * outputs + outputs
-
-    block = linear(d, 3 * d) + linear(d, d) + linear(d, hidden) + linear(hidden, d) + linear(d, 6 * d)
-    ends = linear(patch, d) + linear(256, d) + linear(d, d)
-    final = linear(d, 2 * d) + linear(d, patch * (2 if config.learn_sigma else 1))
-    labels = (config.num_classes + config.null_class) * d if config.num_classes else 0
-    return ends + config.depth * block + final + labels
+def test_every_preset_has_a_twin_here():
+    for name, config in PRESETS.items():
+        assert TWINS[twin(name), config.objective] in TWINS.values()
+    assert {config.block for config, _ in TWINS} == {"adaln-zero"}  # the other kinds are set in the cases
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward(name):
-    config = twin(name)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_forward_and_backward(name, kind):
+    config = twin(name, block=kind)
     network = stirred(build_network(config))
-    out = network(torch.zeros(2, 3, 6, 4), torch.tensor([3.0, 500.0]), torch.tensor([0, 3]))
-    assert out.shape == (2, 6 if config.learn_sigma else 3, 6, 4)
+    rows, columns = config.image_size
+    out = network(torch.zeros(2, 3, rows, columns), torch.tensor([3.0, 500.0]), torch.tensor([0, 3]))
+    assert out.shape == (2, 6 if config.learn_sigma else 3, rows, columns)
     assert out.isfinite().all()
     loss = losses(name, network)
     assert loss.shape == (4,)
@@ -74,24 +77,15 @@ def test_forward_and_backward(name):
     assert not missing
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_save_and_load(name, tmp_path):
-    network = stirred(build_network(twin(name))).eval()
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_save_and_load(name, kind, tmp_path):
+    config = twin(name, block=kind)
+    network = stirred(build_network(config)).eval()
     write_tensors(tmp_path / "model.safetensors", network.state_dict())
-    other = build_network(twin(name), seed=1).eval()
+    other = build_network(config, seed=1).eval()
     load_network(other, read_tensors(tmp_path / "model.safetensors"), tmp_path)
-    x, t = torch.randn(2, 3, 6, 4), torch.tensor([3.0, 500.0])
+    x, t = torch.randn(2, 3, *config.image_size), torch.tensor([3.0, 500.0])
     assert torch.equal(other(x, t), network(x, t))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_parameter_count_at_full_size(name):
-    config = PRESETS[name].network
-    assert isinstance(config, DiTConfig)
-    for changed in (config, replace(config, num_classes=10), replace(config, attention="3*" + str(config.depth))):
-        with torch.device("meta"):
-            network = DiT(changed)
-        assert sum(p.numel() for p in network.parameters()) == count(changed)
 
 
 COMPILED = """
@@ -99,20 +93,24 @@ import sys
 sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
 from test_registry import build_network, compile_blocks, losses, stirred, twin
-plain, compiled = (stirred(build_network(twin("dit-nano/1"))) for _ in range(2))
-assert compile_blocks(compiled, "on", device=torch.device("cpu"), steps=1)
-assert list(compiled.state_dict()) == list(plain.state_dict())
-for network in (plain, compiled):
-    losses("dit-nano/1", network).mean().backward()
-for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
-    torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=key)
+for kind in {kinds!r}:
+    # One block of a kind is enough; two of adaLN-Zero show that a window and global attention go together.
+    changes = {{}} if kind == "adaln-zero" else {{"depth": 1, "attention": "3"}}
+    config = twin("dit-nano/1", block=kind, **changes)
+    plain, compiled = (stirred(build_network(config)) for _ in range(2))
+    assert compile_blocks(compiled, "on", device=torch.device("cpu"), steps=1)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for network in (plain, compiled):
+        losses("dit-nano/1", network).mean().backward()
+    for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=key)
 """
 
 
 @pytest.mark.slow
 def test_compiled_computes_the_same():
     # In a process of its own: the shape checks of these tests are Python that the compiler cannot look through.
-    code = COMPILED.format(here=str(Path(__file__).parent))
+    code = COMPILED.format(here=str(Path(__file__).parent), kinds=KINDS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -143,3 +143,10 @@ def test_what_cannot_be_drawn():
 def test_without_steps_the_axis_is_the_noise_level():
     figure = psnr_curves(compare([result("global", 1.0, timesteps=None)]))
     assert figure.axes[0].get_xscale() == "log"
+
+
+def test_the_axis_says_whose_psnr_it_is():
+    about = RunFacts("run", settings={"space": "latents"})
+    for found, says in ((result("a", 1.0), "PSNR (dB)"), (result("a", 1.0, about=about), "PSNR of latents (dB)")):
+        figure = psnr_curves(compare([found]))
+        assert figure.axes[0].get_ylabel() == says

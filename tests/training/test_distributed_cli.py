@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ditlab.cli.train import Train
+from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
+from ditlab.run import Run, start, train_run
 from ditlab.training.distributed import Processes, pick_device
 from ditlab.training.loop import TrainingConfig, check_batch
 
@@ -67,6 +73,40 @@ def test_two_processes_at_the_command_line(tmp_path):
     done = torchrun(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "run is finished (2 steps)\n"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_sharded_at_the_command_line(tmp_path):
+    words = ("--out", "run", "--training.batch-size", "8", "--evaluation.levels", "2")
+    done = torchrun(tmp_path, *words, "--shard", "--checkpoint-activations")
+    assert done.returncode == 0, done.stderr
+    run = Run.open(tmp_path / "run")
+    assert (run.config.training.shard, run.config.training.checkpoint_activations) == (True, True)
+    assert (run.checkpoints.steps(), run.log[-1]["step"]) == ([2], 2)
+    train_run(
+        start(run.path, replaced(run.config, steps=4, shard=False), run.images, device=torch.device("cpu")),
+        Processes(0, 1, torch.device("cpu")),
+    )
+    run = Run.open(run.path)
+    assert run.finished
+    assert (run.checkpoints.steps(), run.config.training.shard) == ([2, 4], False)
+    assert [line["step"] for line in run.log if math.isfinite(line.get("psnr_gap", math.nan))] == [0, 2, 4]
+    words = (*words, "--training.steps", "6", "--training.shard", "--training.checkpoint-activations")
+    done = torchrun(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4" in done.stdout
+    assert Run.open(run.path).finished
+
+
+def replaced(config: RunConfig, **training: Any) -> RunConfig:
+    return replace(config, training=replace(config.training, **training))
+
+
+@pytest.mark.parametrize("command", [[], ["--shard"], ["--training.shard"], ["--shard", "--training.shard"]])
+def test_both_names_of_the_flag(command):
+    settings = Train.parse(["dit-nano/1", *command]).settings((3, 8, 8), 0)
+    assert settings.training.shard is bool(command)
+    assert not settings.training.checkpoint_activations
 
 
 def test_shares_of_a_batch():

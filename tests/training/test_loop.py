@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ditlab.data.augment import flip
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT, DiTConfig
@@ -29,13 +30,15 @@ class Noise:
     """Thirty random images in two classes, the same every time."""
 
     shape = (3, 4, 4)
+    sampled = False
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.all = torch.rand(30, *self.shape, generator=generator) * 2 - 1
 
-    def batch(self, indices):
-        return self.all[torch.from_numpy(indices)]
+    def batch(self, indices, noise=None, mirrored=None):
+        images = self.all[torch.from_numpy(indices)]
+        return images if mirrored is None else flip(images, mirrored)
 
     def batch_labels(self, indices):
         return torch.from_numpy(indices) % 2
@@ -47,7 +50,17 @@ def small(seed: int = 0, **changes) -> DiT:
     return DiT(DiTConfig(**{**settings, **changes}))
 
 
-def run(folder: Path, steps: int, *, network: DiT | None = None, evaluate=None, stop=None, processes=ALONE, **settings):
+def run(
+    folder: Path,
+    steps: int,
+    *,
+    network: torch.nn.Module | None = None,
+    evaluate=None,
+    stop=None,
+    processes=ALONE,
+    say=print,
+    **settings,
+):
     network = network or small()
     config = TrainingConfig(
         steps=steps,
@@ -63,6 +76,7 @@ def run(folder: Path, steps: int, *, network: DiT | None = None, evaluate=None, 
         checkpoints=CheckpointStore(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every),
         log=TrainingLog(folder / "log.jsonl"),
         evaluate=evaluate,
+        say=say,
         stop=stop,
     )
     return network

@@ -41,6 +41,7 @@ __all__ = [
     "AttentionLayer",
     "AttentionMaps",
     "LocalityResult",
+    "alike_layers",
     "attention_layers",
     "attention_maps",
     "check_heads",
@@ -152,6 +153,19 @@ def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tupl
                 f"{first.number} and {_size(other)} in layer {other.number}; name layers that are alike"
             )
     return tuple(chosen)
+
+
+def alike_layers(known: Sequence[AttentionLayer]) -> tuple[int, ...]:
+    """The numbers of those layers that one table can hold: the most of one grid and number of heads, finer grids first.
+
+    Empty where all are alike, as in a DiT; a UNet has attention on several grids.
+    """
+    groups: dict[tuple[Grid, int], list[int]] = {}
+    for layer in known:
+        groups.setdefault((layer.grid, layer.heads), []).append(layer.number)
+    if len(groups) < 2:
+        return ()
+    return tuple(max(groups.items(), key=lambda group: (len(group[1]), group[0]))[1])
 
 
 def check_heads(heads: Sequence[int], count: int) -> None:
@@ -373,6 +387,11 @@ def _look(
                 "several blocks, or a denoiser that calls its network twice)"
             )
         seen.append(index)
+        if len(weights) != len(x0):
+            raise DitlabError(
+                f"attention: expected the maps of {len(x0)} images, found those of {len(weights)}: a guided denoiser "
+                "shows each image to its network twice; give the one without guidance"
+            )
         # A row with one NaN or infinity is NaN all over, for it went through a softmax.
         if not torch.isfinite(weights[..., 0]).all():
             raise DitlabError(f"attention: the maps of layer {index + 1} at noise level {sigma:.4g} are not finite")

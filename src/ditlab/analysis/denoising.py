@@ -89,12 +89,12 @@ def denoising_errors(
 
     Args:
         denoiser: the contract; a network inside must be in evaluation mode.
-        images: float32 [N, C, H, W] in [-1, 1].
+        images: float32 [N, C, H, W] in [-1, 1], or scaled latents.
         levels: noise levels sigma [L].
         noise_seed: see `level_noise`.
         draws: noise draws per image and level.
         labels: int64 [N], or None for no label.
-        clip: clip estimates to [-1, 1] first.
+        clip: clip estimates to [-1, 1] first; not for latents.
         batch_size: images at once.
         progress: called with the number of images denoised so far.
 
@@ -102,8 +102,10 @@ def denoising_errors(
         float64 [L, N, draws].
 
     Raises:
-        DitlabError: an estimate has another shape than its image, or is not finite.
+        DitlabError: an estimate has another shape than its image, or is not finite; latents are to be clipped.
     """
+    if clip:
+        denoiser.require_bounded("psnr-gap: clip")
     if tuple(images.shape[1:]) != tuple(denoiser.shape):
         raise DitlabError(
             f"psnr-gap: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"

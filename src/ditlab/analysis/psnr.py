@@ -5,7 +5,8 @@ denoised, and the peak signal-to-noise ratio of the estimates is compared,
 
     PSNR(sigma) = 10 log10(M^2 / ((1/K) sum_k MSE_k)),     gap(sigma) = max(PSNR_train - PSNR_test, 0),
 
-with M the intensity range (2 for images in [-1, 1]). The reported number is the mean over levels of the truncated gap:
+with M the intensity range (2 for images in [-1, 1], and by convention for latents, which have none: M moves both
+curves alike and leaves the gap as it is). The reported number is the mean over levels of the truncated gap:
 the truncation comes first, which is the only reading under which the paper's Fig. 2 adds up. Kadkhodaie et al.
 (2310.02557) average the PSNR of each image instead; both reductions are computed from the same kept errors.
 """
@@ -16,7 +17,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class PSNRConfig:
     noise_seed: int = 0
     """Seed of the noise. Equal seeds give every denoiser the same noise."""
     clip: bool = False
-    """Clip estimates to [-1, 1] first. Matters only at the highest levels."""
+    """Clip estimates to [-1, 1] first. Matters only at the highest levels. Estimates of latents are never clipped."""
     batch_size: int = 100
     """Images denoised at once. Does not change the result beyond float rounding."""
 
@@ -152,9 +153,19 @@ class PSNRResult:
         return float(min(self.train_mse.min(), self.test_mse.min())) <= _mse_floor(self.peak)
 
     @property
+    def latents(self) -> bool:
+        """Whether the errors are those of latents, not of pixels."""
+        return self.about.settings.get("space") == "latents"
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know about how this was measured, one sentence each."""
         notes = []
+        if self.latents:
+            notes.append(
+                f"PSNRs are those of latents, with M = {self.peak:g} by convention, not of pictures; the gap does not "
+                "depend on M."
+            )
         for side, mse in (("training", self.train_mse), ("test", self.test_mse)):
             _, images, draws = mse.shape
             if images < self.config.images:
@@ -350,7 +361,7 @@ def psnr_gap(
 
     Args:
         denoiser: the contract (ours, a reference, or one made by `Denoiser.wrap`).
-        train_images: float32 [N, C, H, W] in [-1, 1], images it was trained on.
+        train_images: float32 [N, C, H, W] in [-1, 1] (or scaled latents), images it was trained on.
         test_images: float32 [M, C, H, W] in [-1, 1], images it was not trained on.
         config: the settings; the paper's where None.
         about: which run this is, kept with the result.
@@ -389,8 +400,11 @@ def psnr_gap(
             )
         )
         before += len(used) * draws * len(levels)
+    about = about or RunFacts(name="denoiser")
+    if not denoiser.bounded:
+        about = replace(about, settings={**about.settings, "space": "latents"})
     return PSNRResult(
-        about=about or RunFacts(name="denoiser"),
+        about=about,
         config=config,
         levels=tuple(float(s) for s in levels),
         timesteps=own_steps(denoiser, levels),

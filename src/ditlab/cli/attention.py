@@ -29,10 +29,11 @@ from ditlab.analysis.locality_comparison import LocalityComparison, check_groups
 from ditlab.analysis.psnr import RunFacts
 from ditlab.analysis.store import write_json
 from ditlab.cli.common import counting, noting, use_threads
-from ditlab.cli.drawing import draw, quick_sampler
+from ditlab.cli.drawing import draw, guided_as, quick_sampler
 from ditlab.cli.measuring import chosen_labels, open_runs
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
+from ditlab.reference import ForeignConfig
 from ditlab.trained import Trained
 from ditlab.training.distributed import pick_device
 
@@ -50,8 +51,9 @@ class Attention:
     tokens from 0. Runs that were held back different test images are refused.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of one or several runs."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, or other models: a converted model's folder, an original DiT checkpoint, diffusers:PATH_OR_ID,
+    hub:ID."""
     labels: tuple[str, ...] = ()
     """Names of the kinds of runs, one a run, in their order; found from the settings that differ where not given."""
     settings: Annotated[AttentionConfig, tyro.conf.arg(name="")] = field(default_factory=AttentionConfig)
@@ -69,9 +71,15 @@ class Attention:
     raw: bool = False
     """Use the raw weights instead of the averaged ones."""
     out: Path | None = None
-    """Where figures and the comparison go; the first run's analysis folder where not given."""
-    data: Path | None = None
-    """Where the image set lies now, if it was moved."""
+    """Where figures and the comparison go; the first run's analysis folder where not given. Also where the results of
+    models that are not runs go, each under its name; foreign/ in the current folder where not given."""
+    data: str | None = None
+    """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
+    look at it with."""
+    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    """Which of its images stand for the training images of such a model."""
+    codec: str | None = None
+    """Where the autoencoder of runs on latents lies now, if it was moved."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -81,7 +89,7 @@ class Attention:
         """Measures, draws, writes, and prints a table."""
         use_threads(self.threads)
         device = pick_device(self.device)
-        runs = open_runs(self.runs, self.data)
+        runs = open_runs(self.runs, self.data, console, config=self.foreign, results=self.out, codec=self.codec)
         labels = chosen_labels("attention", self.labels, runs)
         looked = [self._open(run, label, device, console) for run, label in zip(runs, labels, strict=True)]
         token = self._check(looked)
@@ -171,7 +179,8 @@ class Attention:
         classes = one.denoiser.num_classes
         label = torch.arange(count) % classes if classes else None
         with counting(console, f"samples of {one.facts.name}") as progress:
-            drawn = draw(one.denoiser, quick_sampler(one.run), range(count), label=label, progress=progress)
+            sampled = guided_as(one.run, one.denoiser)
+            drawn = draw(sampled, quick_sampler(one.run), range(count), label=label, progress=progress)
         return drawn, label
 
     def _maps(self, one: _Looked, given: Given, sigma: float) -> AttentionMaps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ditlab.data.codecs import reopen_codec
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.data.imageset import Progress as Told
+from ditlab.data.latents import LatentRecord
+from ditlab.data.pixels import to_uint8
 from ditlab.errors import DitlabError
 from ditlab.randomness import numpy_generator
+from ditlab.training.distributed import pick_device
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Prepare:
         """Makes the set, prints what it holds, and returns the same as a JSON-able dict (`summary`)."""
         names = ("stride", "scales", "flat", "image_column", "label_column", "config", "splits")
         names += ("images_key", "labels_key")
-        with _bars(console) as told:
+        with stage_bars(console) as told:
             made = prepare(
                 self.source,
                 self.out,
@@ -82,7 +86,7 @@ class Prepare:
                 progress=told,
             )
         result = summary(made)
-        _print(console, result)
+        print_summary(console, result)
         console.print(f"Look at it with: ditlab data info {escape(str(self.out))}")
         return result
 
@@ -98,40 +102,58 @@ class Info:
     """The image set's folder."""
     sheet: Path | None = None
     """Where the contact sheet goes (PATH/contact_sheet.png where not given)."""
-    count: int = 100
-    """Images on the contact sheet."""
+    count: int | None = None
+    """Images on the contact sheet; 100, or 16 of latents, which have to be decoded, where not given."""
     seed: int = 0
     """Another seed shows other images."""
     verify: bool = False
     """Read every file again and compare its hash with the manifest's."""
+    codec: str | None = None
+    """Where the autoencoder of latents lies now, if it was moved."""
+    device: str | None = None
+    """Where latents are decoded: cpu, cuda or cuda:N; CUDA where there is one."""
 
     def run(self, console: Console) -> dict[str, Any]:
         """Prints and returns `summary`, with the contact sheet's path under "sheet"."""
         opened = ImageSet.open(self.path)
         if self.verify:
             opened.verify()
-        if self.count < 1:
-            raise DitlabError(f"contact sheet: expected at least 1 image, found {self.count}")
+        count = (100 if opened.latents is None else 16) if self.count is None else self.count
+        if count < 1:
+            raise DitlabError(f"contact sheet: expected at least 1 image, found {count}")
         result = summary(opened)
         result["verified"] = self.verify
         sheet = self.sheet or self.path / "contact_sheet.png"
-        shown = numpy_generator(self.seed, "contact sheet").permutation(len(opened))[: self.count]
+        shown = numpy_generator(self.seed, "contact sheet").permutation(len(opened))[:count]
         if opened.labels is not None:
             shown = shown[np.argsort(opened.labels[shown], kind="stable")]
+        images = opened.take(shown) if opened.latents is None else self._decoded(opened, shown, result)
         try:
             sheet.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(opened.take(shown), scale=fitting_scale(max(opened.shape[1:]))).save(sheet, format="PNG")
+            image_grid(images, scale=fitting_scale(max(images.shape[2:]))).save(sheet, format="PNG")
         except OSError as error:
             raise DitlabError(f"contact sheet: could not write {sheet} ({error.strerror or error})") from None
         result["sheet"] = str(sheet)
-        _print(console, result)
+        print_summary(console, result)
         return result
+
+    def _decoded(self, opened: ImageSet, shown: np.ndarray, result: dict[str, Any]) -> np.ndarray:
+        """What stored latents look like, uint8; notes how near that is to the pictures, where those are at hand."""
+        assert opened.latents is not None
+        codec = reopen_codec(opened.latents.record.codec, opened.path, self.codec).to(pick_device(self.device))
+        images = to_uint8(codec.decode(opened.batch(shown))).numpy()
+        pictures = opened.pictures()
+        if pictures is not None:
+            errors = (images.astype(np.float64) - pictures.take(shown)) ** 2
+            result["latents"]["round_trip_db"] = float(10 * np.log10(255**2 / max(errors.mean(), 1e-9)))
+        return images
 
 
 def summary(imageset: ImageSet) -> dict[str, Any]:
     """What there is to say about an image set, JSON-able."""
     manifest = imageset.manifest
     near = manifest.near_duplicates
+    latents = {} if manifest.latents is None else {"latents": _latents(manifest.latents)}
     return {
         "path": str(imageset.path),
         "source": manifest.source,
@@ -155,15 +177,34 @@ def summary(imageset: ImageSet) -> dict[str, Any]:
         "skipped_examples": {item.name: item.reason for item in manifest.skipped[:10]},
         "notes": list(manifest.notes),
         "hash": imageset.hash,
+        **latents,
     }
 
 
-def _print(console: Console, result: dict[str, Any]) -> None:
+def _latents(record: LatentRecord) -> dict[str, Any]:
+    """What there is to say about latents, JSON-able."""
+    return {
+        "codec": asdict(record.codec),
+        "store": record.store,
+        "mirrored": record.mirrored,
+        "precision": record.precision,
+        "picture": list(record.picture),
+        "pictures": record.pictures,
+        "channel_mean": [round(value, 4) for value in record.mean],
+        "channel_std": [round(value, 4) for value in record.std],
+        "overall_std": round(record.overall_std, 4),
+    }
+
+
+def print_summary(console: Console, result: dict[str, Any]) -> None:
+    """Prints what `summary` gave as a table."""
     channels, height, width = result["shape"]
     pools, near = result["pools"], result["near_duplicates"]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("image set", escape(f"{result['path']}  ({result['source']})"))
     table.add_row("images", f"{result['images']:,} of {channels}x{height}x{width}, {result['megabytes']:,} MB")
+    if "latents" in result:
+        _latent_rows(table, result["latents"])
     if pools["free"]:
         table.add_row("pools", "free: a split chooses train and test images")
     else:
@@ -191,8 +232,26 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _latent_rows(table: Table, latents: dict[str, Any]) -> None:
+    codec = latents["codec"]
+    size = "x".join(map(str, latents["picture"]))
+    stored = {"moments": "mean and standard deviation", "sample": "one sample each", "mean": "the mean"}
+    mirrored = ", of the mirrored pictures too" if latents["mirrored"] else ""
+    table.add_row("latents", f"of pictures {size}: {stored[latents['store']]}{mirrored}")
+    scaled = f"scale {codec['scale']:g}" + (f", shift {codec['shift']:g}" if codec["shift"] else "")
+    table.add_row("codec", escape(f"{codec['source']} ({codec['kind']}, {scaled}, {codec['sha256'][:16]})"))
+    low, high = min(latents["channel_std"]), max(latents["channel_std"])
+    table.add_row(
+        "scaled",
+        f"standard deviation {latents['overall_std']:.3f} (EDM presets: --objective.sigma-data), "
+        f"of single channels {low:.2f} to {high:.2f}",
+    )
+    if "round_trip_db" in latents:
+        table.add_row("round trip", f"{latents['round_trip_db']:.1f} dB PSNR of the pictures on the sheet")
+
+
 @contextmanager
-def _bars(console: Console) -> Iterator[Told]:
+def stage_bars(console: Console) -> Iterator[Told]:
     """A progress bar for each stage, with its rate and the time left."""
     columns = (
         TextColumn("{task.description}"),

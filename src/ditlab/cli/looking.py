@@ -15,6 +15,7 @@ from ditlab.analysis.attention_maps import (
     AttentionConfig,
     AttentionMaps,
     LocalityResult,
+    alike_layers,
     attention_layers,
     attention_maps,
     measure_attention,
@@ -111,11 +112,12 @@ def look_at(
         denoiser, facts = run.denoiser_and_facts(label=label, device=device, say=noting(console))
         if denoiser.module is None or not attention_modules(denoiser.module):
             continue
-        result = recall(run, "attention", LocalityResult, settings)
+        chosen = settings if settings.layers else replace(settings, layers=alike_layers(attention_layers(denoiser)))
+        result = recall(run, "attention", LocalityResult, chosen)
         if result is None:
             images, classes = run.pictures("test", settings.images)
             with counting(console, f"attention of {run.name}") as progress:
-                result = measure_attention(denoiser, images, settings, labels=classes, about=facts, progress=progress)
+                result = measure_attention(denoiser, images, chosen, labels=classes, about=facts, progress=progress)
             keep(run, "attention", result)
         # Under the name and label that this report gives the run.
         found.append(Look(run, label, denoiser, replace(result, about=replace(facts, name=name)), name))
@@ -198,7 +200,7 @@ def map_rows(
     if not rows:
         return None
     # Maps are large, so those that are not shown are not made.
-    numbers = [{layer.number for layer in attention_layers(look.denoiser)} for look, _ in rows]
+    numbers = [set(look.result.layers) for look, _ in rows]
     layers = layers_shown(sorted(set.intersection(*numbers)))
     maps, pictures = [], []
     for look, image in rows:
@@ -249,7 +251,7 @@ class _Image:
         """The class that a run is told; None where it takes none, or the image has none."""
         if not look.denoiser.num_classes:
             return None
-        return look.run.images.batch_labels(look.run.split.test[:1]) if self.held_out else self.drawn_for
+        return look.run.pictures("test", 1)[1] if self.held_out else self.drawn_for
 
 
 def _image(
@@ -293,10 +295,11 @@ def _pack(look: Look, image: _Image, budget: int) -> PickerRun:
     @lru_cache(maxsize=1)  # the maps of one level at a time
     def at(level: int) -> AttentionMaps:
         sigma, noise_seed = result.levels[level], result.config.noise_seed
-        return attention_maps(look.denoiser, image.pixels, sigma, noise_seed=noise_seed, label=label)
+        layers = result.layers
+        return attention_maps(look.denoiser, image.pixels, sigma, layers=layers, noise_seed=noise_seed, label=label)
 
     def maps(level: int, layer: int) -> np.ndarray:
         return at(level).maps[layer][0].numpy()
 
-    patterns = {layer.number: layer.pattern for layer in attention_layers(look.denoiser)}
+    patterns = dict(zip(result.layers, result.patterns, strict=True))
     return pack_run(look.label, patterns, result.grid, len(result.levels), maps, budget)

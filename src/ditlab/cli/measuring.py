@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from ditlab.analysis.matched import Trajectory
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
-from ditlab.cli.common import counting, noting
+from ditlab.cli.common import counting, is_source, noting, open_images
 from ditlab.config import differing_settings
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.errors import DitlabError
-from ditlab.reference import open_trained
+from ditlab.reference import Foreign, ForeignConfig, open_trained
 from ditlab.trained import Trained
 
 _NOT_A_LABEL = ("data.", "training.seed", "training.keep", "training.save_every", "training.log_every", "evaluation.")
@@ -59,7 +59,7 @@ def run_labels(runs: Sequence[Trained]) -> list[str]:
         text = str(run.settings.get(name, "-"))
         return text if name in ("network.attention", "preset") else f"{name.rpartition('.')[2]} {text}"
 
-    return [", ".join(value(run, name) for name in names) for run in runs]
+    return [", ".join(value(run, name) for name in names if name in run.settings) for run in runs]
 
 
 def measure_run(
@@ -118,8 +118,24 @@ def trajectories(runs: Sequence[Trained], labels: Sequence[str]) -> list[Traject
     return found
 
 
-def open_runs(references: Sequence[Any], data: Any = None) -> list[Trained]:
-    """Opens runs that are to stand side by side.
+def open_runs(
+    references: Sequence[str],
+    data: str | None,
+    console: Console,
+    *,
+    config: ForeignConfig | None = None,
+    results: Path | None = None,
+    codec: str | None = None,
+) -> list[Trained]:
+    """Opens runs and other models that are to stand side by side; says what a reader must know of the latter.
+
+    Args:
+        references: as a user typed them (`ditlab.reference`).
+        data: where the runs' image set lies now, and the set (or the source of one) to look at other models with.
+        console: where notes are printed.
+        config: which images stand for the training images of models that are not runs.
+        results: the folder for the results of models that do not lie in one of the user's own.
+        codec: where the autoencoder of those on latents lies now, if it was moved, or does not lie beside a model.
 
     Raises:
         DitlabError: none was named, or one was named twice, or they are of different image sets, or two of one seed
@@ -127,10 +143,15 @@ def open_runs(references: Sequence[Any], data: Any = None) -> list[Trained]:
     """
     if not references:
         raise DitlabError("expected at least one run's folder, found none")
-    runs = [open_trained(reference, data) for reference in references]
+    runs = [_open(reference, data, console, config, results, codec) for reference in references]
     places = [run.path.resolve() for run in runs]
-    for place in places:
+    for place, run in zip(places, runs, strict=True):
         if places.count(place) > 1:
+            if isinstance(run, Foreign):
+                raise DitlabError(
+                    f"model {run.name}: named twice, or two models have this name and would share the results in "
+                    f"{run.path}"
+                )
             raise DitlabError(f"run {place}: named twice")
     families: dict[int, Trained] = {}
     first = runs[0]
@@ -146,4 +167,30 @@ def open_runs(references: Sequence[Any], data: Any = None) -> list[Trained]:
                 f"runs {other.path} and {run.path} have different splits (test images "
                 f"{other.split_record.family[:12]} and {run.split_record.family[:12]}), so they cannot be compared"
             )
+    for run in runs:
+        for note in run.notes:
+            console.print(f"note: {run.name}: {note}", markup=False)
     return runs
+
+
+def _open(
+    reference: str,
+    data: str | None,
+    console: Console,
+    config: ForeignConfig | None,
+    results: Path | None,
+    codec: str | None,
+) -> Trained:
+    """Opens one of them; a source of images is prepared at the model's size."""
+    if data is None or not is_source(data):
+        return open_trained(reference, data, config=config, results=results, codec=codec)
+    found = open_trained(reference, config=config, results=results, codec=codec)
+    if not isinstance(found, Foreign):
+        raise DitlabError(
+            f"--data: expected the folder of the image set of run {found.name}, found the source '{data}'"
+        )
+    height, width = found.model.denoiser.shape[1:]
+    if height != width:
+        raise DitlabError(f"--data: expected a prepared set of {height}x{width} images, found the source '{data}'")
+    found.look_at(open_images(data, height, console).path)
+    return found

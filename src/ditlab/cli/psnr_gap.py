@@ -15,6 +15,7 @@ from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.analysis.store import write_json
 from ditlab.cli.common import use_threads
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
+from ditlab.reference import ForeignConfig
 from ditlab.training.distributed import pick_device
 
 
@@ -26,8 +27,9 @@ class PSNRGap:
     Runs that differ only in seed are averaged; runs that were held back different test images are refused.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of one or several runs."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, or other models: a converted model's folder, an original DiT checkpoint, diffusers:PATH_OR_ID,
+    hub:ID."""
     labels: tuple[str, ...] = ()
     """Names of the kinds of runs, one a run, in their order; found from the settings that differ where not given."""
     settings: Annotated[PSNRConfig, tyro.conf.arg(name="")] = field(default_factory=PSNRConfig)
@@ -39,9 +41,13 @@ class PSNRGap:
     raw: bool = False
     """Measure the raw weights instead of the averaged ones."""
     out: Path | None = None
-    """Where figures and the comparison go; the first run's analysis folder where not given."""
-    data: Path | None = None
-    """Where the image set lies now, if it was moved."""
+    """Where figures and the comparison go; the first run's analysis folder where not given. Also where the results of
+    models that are not runs go, each under its name; foreign/ in the current folder where not given."""
+    data: str | None = None
+    """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
+    look at it with."""
+    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    """Which of its images stand for the training images of such a model."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -51,7 +57,7 @@ class PSNRGap:
         """Measures, writes, and prints a table."""
         use_threads(self.threads)
         device = pick_device(self.device)
-        runs = open_runs(self.runs, self.data)
+        runs = open_runs(self.runs, self.data, console, config=self.foreign, results=self.out)
         labels = chosen_labels("psnr-gap", self.labels, runs)
         results = [
             measure_run(run, self.settings, console, label=label, step=self.step, ema=not self.raw, device=device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -15,11 +15,12 @@ from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
-from ditlab.cli.drawing import draw, sampler_config
+from ditlab.cli.drawing import draw, guided_as, sampler_config
 from ditlab.cli.looking import keep, look_at, recall
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
 from ditlab.errors import DitlabError
+from ditlab.reference import ForeignConfig
 from ditlab.trained import Trained
 from ditlab.training.distributed import pick_device
 
@@ -38,8 +39,9 @@ class Report:
     measured now.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of one or several runs."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, or other models: a converted model's folder, an original DiT checkpoint, diffusers:PATH_OR_ID,
+    hub:ID."""
     out: Path | None = None
     """The page; report.html in the first run's folder where not given. Its figures go into figures/ beside it."""
     title: str = "Train and test PSNR"
@@ -51,8 +53,13 @@ class Report:
     hide_training_images: bool = False
     """Leave out pictures of all real images, training and held-out ones (for sets whose terms forbid passing them on).
     Attention is then shown on a sample, and samples stand alone with their distance to the nearest training image."""
-    data: Path | None = None
-    """Where the image set lies now, if it was moved."""
+    data: str | None = None
+    """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
+    look at it with."""
+    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    """Which of its images stand for the training images of such a model."""
+    codec: str | None = None
+    """Where the autoencoder of runs on latents lies now, if it was moved."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -67,7 +74,14 @@ class Report:
             raise DitlabError(
                 f"report --samples: expected at most {SAMPLES}, found {self.samples}; `ditlab sample` draws more"
             )
-        runs = open_runs(self.runs, self.data)
+        runs = open_runs(
+            self.runs,
+            self.data,
+            console,
+            config=self.foreign,
+            results=None if self.out is None else self.out.parent,
+            codec=self.codec,
+        )
         labels = chosen_labels("report", self.labels, runs)
         out = self.out if self.out is not None else runs[0].path / "report.html"
         sentences = write_report(
@@ -76,6 +90,7 @@ class Report:
             out,
             console,
             title=self.title,
+            foreword=[f"{run.name}: {note}" for run in runs for note in run.notes],
             samples=self.samples,
             hide_training_images=self.hide_training_images,
             device=str(pick_device(self.device)),
@@ -130,7 +145,7 @@ def _samples(
     for run, label, name in zip(runs, labels, names, strict=True):
         kind = (label, run.split_record.train)
         if kind not in found and len(found) < KINDS:
-            denoiser = run.denoiser(device=device)
+            denoiser = guided_as(run, run.denoiser(device=device))
             classes = torch.arange(count) % denoiser.num_classes if denoiser.num_classes else None
             with counting(console, f"samples of {name}") as progress:
                 seen = draw(denoiser, sampler_config(run), range(count), label=classes, progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
 from ditlab.analysis.nearest import NearestResult, nearest
 from ditlab.analysis.psnr import PSNRResult
 from ditlab.analysis.store import write_bytes
+from ditlab.cli import scaling
 from ditlab.cli.looking import Look, localities, map_rows, pickers
 from ditlab.cli.measuring import trajectories
 from ditlab.trained import Trained
@@ -102,7 +104,7 @@ ROOM = 1_000_000
 """Bytes of the page that are kept for token pickers, where there is attention to show."""
 FIGURES = (
     r"samples|psnr-curves|gap-bars|(gap-along-training|matched-psnr|losses)(-n\w+)?|attention-maps"
-    r"|attention-locality(-by-n)?-\d+"
+    rf"|attention-locality(-by-n)?-\d+|{scaling.NAMES}"
 )
 """The names of a report's figures, as a regular expression."""
 CONTROLS = 300
@@ -152,6 +154,11 @@ class Material:
         """PSNR along training, from the logs."""
         return trajectories(self.runs, self.labels)
 
+    @cached_property
+    def scaling(self) -> scaling.Scaling:
+        """What was measured against compute, where networks of several sizes were trained."""
+        return scaling.gather(self.runs, self.labels, self.names)
+
     def matched(self) -> list[MatchedComparison]:
         """Each two kinds of runs at each N, compared along training; kinds that share no seed are left out."""
         return compare_kinds(self.trajectories)
@@ -189,6 +196,7 @@ def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[st
     )
     for n in comparison.counts:
         found |= _training_figures(material, matched, n, slots)
+    found |= scaling.drawings(material.scaling, slots, several=len(comparison.counts) > 1)
     found |= _attention_figures(material, slots)
     return found
 
@@ -230,7 +238,7 @@ def _drawn_logs(material: Material, n: int | None) -> dict[str, list[dict[str, A
     """Label -> the log of its first run with this N."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for run, label in zip(material.runs, material.labels, strict=True):
-        if run.split_record.train == n:
+        if run.split_record.train == n and run.log:
             logs.setdefault(label, run.log)
     return logs
 
@@ -327,6 +335,7 @@ def save_report(
         matched_section,
         psnr_section,
         samples_section,
+        scaling_section,
         training_section,
     )
 
@@ -350,6 +359,10 @@ def save_report(
         gap_section(comparison, pictures("gap-bars")),
         training_section(pictures("gap-along-training", "losses"), logs),
         matched_section(matched, pictures("matched-psnr")),
+        scaling_section(
+            [point for points in material.scaling.values() for point in points],
+            pictures("scaling", "sampling-compute"),
+        ),
         attention_section([], pictures("attention-maps")),
     ]
     for number, alike in enumerate(localities(material.looks), 1):

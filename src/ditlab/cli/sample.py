@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
 from ditlab.cli.common import counting, noting, use_threads
-from ditlab.cli.drawing import draw, sampler_config
-from ditlab.data.atomic import atomic_folder
-from ditlab.data.contact_sheet import fitting_scale, image_grid
+from ditlab.cli.drawing import GuidanceFlags, SamplerName, guided_as, sampler_config, sampler_name
+from ditlab.cli.sample_job import Job, about_guidance, about_sampler, fingerprint
 from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.sampler_configs import Spacing
+from ditlab.diffusion.samplers import SamplerConfig, evaluations
 from ditlab.errors import DitlabError
-from ditlab.run import Run
-from ditlab.training.distributed import pick_device
+from ditlab.reference import open_trained
+from ditlab.training.distributed import Processes, processes
+
+MOST = 10_000_000
+"""Images of one command, at most: a typing error in --seeds should not fill the memory."""
+SWEEP_COLUMNS = 16
+"""Images of one row of a guidance sweep, at most."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """Draw images from a run: a PNG grid, a folder of PNGs and samples.npz (uint8 [N, H, W, C] as arr_0).
 
-    Image i depends on --seed and i alone, whatever the batch size. The same command again gives the same files.
+    Each image depends on its own seed and class alone, whatever the batch and the number of processes. A command that
+    was interrupted or killed goes on where it was when it is given again; one that is finished says so.
+    Several processes: torchrun --nproc-per-node 2 -m ditlab sample ... share the batches among them.
     """
 
-    run_folder: tyro.conf.Positional[Path]
-    """The run's folder."""
-    count: int = 64
-    """How many images."""
-    sampler: Literal["run", "ddpm", "ddim", "heun"] = "run"
+    reference: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder, or another model that ditlab can open."""
+    seeds: str | None = None
+    """Seeds of the images: numbers and ranges such as 0-9,20,30-39; 0-63 where not given (0-7 for a sweep)."""
+    sampler: SamplerName = "run"
     """The sampler; run: the one in the run's config."""
     steps: str | None = None
     """Steps of the sampler: a count, for DDPM and DDIM also ddim50 or 10,15,20; its default if not given."""
+    levels: Spacing | None = None
+    """How euler, heun and dpm++2m space their levels; grid, the denoiser's own steps, where not given."""
     labels: tuple[int, ...] | None = None
-    """Classes to draw, one after another, for a class-conditional run; all of them in turn where not given."""
-    seed: int = 0
-    """Seed of the noise."""
+    """Classes to draw: the image of seed S has the class in place S, counted round and round; all of them in turn
+    where not given."""
+    guidance: GuidanceFlags = field(default_factory=GuidanceFlags)
+    """Classifier-free guidance of a class-conditional run."""
+    guidance_sweep: tuple[float, ...] = ()
+    """Guidance scales to compare: a picture with a row for each and a column for each seed, instead of the grid."""
+    strip: int = 0
+    """Also draw the path from noise to image of so many of the first images."""
+    images: bool = True
+    """Also write each image as a PNG of its own, named by its seed."""
     batch: int = 64
     """Images drawn at once."""
     step: int | None = None
@@ -48,7 +67,9 @@ class Sample:
     raw: bool = False
     """Use the raw weights instead of the averaged ones."""
     out: Path | None = None
-    """The folder to write; RUN/samples/STEP-SAMPLER-SEED where not given."""
+    """The folder to write; RUN/samples/STEP-SAMPLER-SEEDS... where not given."""
+    codec: str | None = None
+    """Where the autoencoder of a run on latents lies now, if it was moved."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -57,72 +78,195 @@ class Sample:
     def run(self, console: Console) -> dict[str, Any]:
         """Draws and writes the images."""
         use_threads(self.threads)
-        if self.count < 1 or self.batch < 1:
-            raise DitlabError(f"sample: count and batch must be at least 1, found {self.count} and {self.batch}")
-        run = Run.open(self.run_folder)
-        denoiser, facts = run.denoiser_and_facts(
-            step=self.step, ema=not self.raw, device=pick_device(self.device), say=noting(console)
+        with processes(self.device) as here, ExitStack() as held:
+            job, refusal = None, None
+            if here.first:
+                try:
+                    job = self._job(here, console)
+                    if job.finished() is None:
+                        held.enter_context(job.parts.taken())
+                except DitlabError as error:
+                    refusal = error
+            # The others wait here: they go the same way, or end without a word where the first one refuses.
+            if here.any(refusal is not None):
+                if refusal is not None:
+                    raise refusal
+                return {}
+            job = job or self._job(here, Console(quiet=True))
+            return self._work(job, here, console)
+
+    def _work(self, job: Job, here: Processes, console: Console) -> dict[str, Any]:
+        found = job.finished()
+        if found is not None:
+            if here.first:
+                console.print(f"{job.out} is finished ({found['count']} images)", markup=False)
+            return {"out": str(job.out), **found} if here.first else {}
+        if not job.parts.complete:
+            here.wait()
+            missing = job.missing()
+            kept = len(job.batches) - len(missing)
+            here.wait()  # nobody begins before all have seen what is missing
+            if here.first and kept:
+                console.print(f"going on: {kept} of {len(job.batches)} batches are there already")
+            mine = missing[here.rank :: here.world]
+            title = "sampling" + (f", process 1 of {here.world}" if here.world > 1 else "")
+            with counting(console if here.first else Console(quiet=True), title) as progress:
+                job.draw(mine, progress)
+            here.wait()
+        if not here.first:
+            return {}
+        found = job.finish()
+        files = "sweep.png" if job.sweep else "grid.png, samples.npz"
+        files += ", strip.png" if job.strip else ""
+        files += ", images/" if job.pngs else ""
+        console.print(f"wrote {found['count']} images to {job.out} ({files})", markup=False)
+        console.print(
+            f"{found['nfe']} network calls an image{_more(found['nfe'], found['passes'])}, "
+            f"{found['seconds_per_image']:.3g} s an image"
         )
-        config = sampler_config(run, self.sampler, self.steps)
-        label = self._labels(denoiser)
-        name = f"{facts.step:09d}-{config.kind}{config.steps}-seed{self.seed}" + ("-raw" if self.raw else "")
-        out = self.out if self.out is not None else run.path / "samples" / name
-        if out.exists() and not (out / "samples.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-            raise DitlabError(f"sample --out {out}: expected a new folder or one of samples, found something else")
-        with counting(console, "sampling") as progress:
-            seeds = range(self.seed, self.seed + self.count)
-            drawn = draw(denoiser, config, seeds, batch=self.batch, label=label, progress=progress)
-        images = run.pixels(drawn)
+        return {"out": str(job.out), **found}
+
+    def _job(self, here: Processes, console: Console) -> Job:
+        """What is to be drawn. Raises DitlabError for everything that cannot be, before any work starts."""
+        if self.batch < 1:
+            raise DitlabError(f"sample --batch: expected at least 1, found {self.batch}")
+        seeds = parse_seeds(self.seeds if self.seeds is not None else "0-7" if self.guidance_sweep else "0-63")
+        if not 0 <= self.strip <= len(seeds):
+            raise DitlabError(f"sample --strip: expected 0 to {len(seeds)}, the number of images, found {self.strip}")
+        self._check_sweep(len(seeds))
+        run = open_trained(self.reference, codec=self.codec)
+        denoiser, facts = run.denoiser_and_facts(
+            step=self.step, ema=not self.raw, device=here.device, say=noting(console)
+        )
+        config = sampler_config(run, self.sampler, self.steps, self.levels)
+        labels = self._labels(denoiser)
+        own = self.guidance.over(run.guidance)
+        guidances = [replace(own, scale=scale) for scale in self.guidance_sweep] or [own]
+        denoisers = [guided_as(run, denoiser, guidance) for guidance in guidances]
+        evaluations(config, denoiser)  # refuses steps that the sampler cannot take
         about = {
             "run": run.name,
             "step": facts.step,
             "ema": not self.raw,
-            "sampler": {"kind": config.kind, **{k: v for k, v in vars(config).items() if k != "kind"}},
-            "seed": self.seed,
-            "count": self.count,
-            "labels": None if label is None else label.tolist(),
+            "weights": fingerprint(run, denoiser),
+            "sampler": about_sampler(config),
+            "guidance": about_guidance(guidances, denoiser.shape[0]),
+            "guidance_sweep": list(self.guidance_sweep) or None,
+            "seeds": seeds_text(seeds),
+            "labels": labels,
+            "strip": self.strip,
+            "images": self.images,
         }
-        try:
-            write_samples(out, images, about, label)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise DitlabError(f"sample {out}: could not be written ({reason}); nothing was kept") from None
-        console.print(f"wrote {self.count} images to {out} (grid.png, samples.npz, images/)")
-        return {"out": str(out), **about}
+        name = self._name(facts.step, config, guidances[0], seeds_text(seeds), denoiser)
+        return Job(
+            run=run,
+            denoisers=denoisers,
+            guidances=guidances,
+            config=config,
+            seeds=seeds,
+            labels=None if labels is None else torch.tensor([labels[seed % len(labels)] for seed in seeds]),
+            batch=self.batch,
+            strip=self.strip,
+            pngs=self.images,
+            out=self.out if self.out is not None else run.path / "samples" / name,
+            about=about,
+        )
 
-    def _labels(self, denoiser: Denoiser) -> torch.Tensor | None:
-        if self.labels is None and not denoiser.num_classes:
-            return None
+    def _check_sweep(self, count: int) -> None:
+        scales = self.guidance_sweep
+        if not scales:
+            return
+        if len(scales) < 2 or len(set(scales)) < len(scales):
+            raise DitlabError(f"sample --guidance-sweep: expected different scales, at least 2, found {_list(scales)}")
+        if self.guidance.scale is not None:
+            raise DitlabError("sample: --guidance-sweep gives the scales; expected no --guidance.scale besides")
+        if self.strip:
+            raise DitlabError("sample: expected --strip or --guidance-sweep, found both")
+        if count > SWEEP_COLUMNS:
+            raise DitlabError(f"sample --guidance-sweep: expected at most {SWEEP_COLUMNS} seeds, found {count}")
+
+    def _labels(self, denoiser: Denoiser) -> list[int] | None:
+        """The classes to go through, or None."""
         if not denoiser.num_classes:
-            raise DitlabError("sample --labels: the run is unconditional, it takes no labels")
-        chosen = self.labels if self.labels is not None else tuple(range(denoiser.num_classes))
-        for label in chosen:
-            if not 0 <= label <= denoiser.num_classes:
-                raise DitlabError(
-                    f"sample --labels: expected classes 0..{denoiser.num_classes - 1} "
-                    f"(or {denoiser.num_classes} for none), found {label}"
-                )
-        return torch.tensor([chosen[i % len(chosen)] for i in range(self.count)])
+            if self.labels is not None:
+                raise DitlabError("sample --labels: the run is unconditional, it takes no labels")
+            return None
+        if not self.labels:
+            return list(range(denoiser.num_classes))
+        for label in self.labels:
+            last = denoiser.num_classes - 1
+            if not 0 <= label <= last + denoiser.null_class:
+                none = f" (or {last + 1} for none)" if denoiser.null_class else ""
+                raise DitlabError(f"sample --labels: expected classes 0..{last}{none}, found {label}")
+        return list(self.labels)
+
+    def _name(
+        self, step: int | None, config: SamplerConfig, guidance: GuidanceConfig, seeds: str, denoiser: Denoiser
+    ) -> str:
+        """The folder's name where --out is not given: what tells samples apart."""
+        words = ["weights" if step is None else f"{step:09d}", f"{sampler_name(config)}{config.steps}", f"seeds{seeds}"]
+        if self.levels is not None:
+            words[1] += f"-{self.levels}"
+        if self.labels:
+            words.append(f"labels{_list(self.labels)}")
+        if self.guidance_sweep:
+            words.append(f"sweep{_list(self.guidance_sweep)}")
+        elif guidance.on:
+            words.append(f"w{guidance.scale:g}")
+        if self.guidance_sweep or guidance.on:
+            if guidance.schedule != "constant":
+                words.append(f"{guidance.schedule}{guidance.power:g}")
+            if guidance.interval is not None:
+                words.append("from{:g}to{:g}".format(*guidance.interval))
+            if guidance.channels is not None:
+                words.append(f"channels{guidance.guided_channels(denoiser.shape[0])}")
+        if self.raw:
+            words.append("raw")
+        return "-".join(word if len(word) <= 60 else word[:57] + "..." for word in words)
 
 
-def write_samples(out: Path, images: np.ndarray, about: dict[str, Any], label: torch.Tensor | None) -> None:
-    """Writes a grid, single PNGs, the array of the ADM evaluator and the settings; the folder appears whole.
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that a --seeds value names, in its order: numbers and ranges with both ends, with commas between.
 
-    Samples that lie there already are replaced.
+    Raises:
+        DitlabError: it names none, too many, or one twice.
+
+    Example:
+        >>> parse_seeds("0-2,10")
+        [0, 1, 2, 10]
     """
-    from PIL import Image
-
-    with atomic_folder(out, replace=True) as folder:
-        scale = fitting_scale(images.shape[-1])
-        image_grid(images[:100], scale=scale).save(folder / "grid.png")
-        (folder / "images").mkdir()
-        for number, image in enumerate(images):
-            pixels = image.transpose(1, 2, 0)
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
-                folder / "images" / f"{number:06d}.png"
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise DitlabError(
+                f"sample --seeds: expected numbers and ranges such as 0-63 or 0-9,20,30-39, found '{text}'"
             )
-        arrays = {"arr_0": images.transpose(0, 2, 3, 1)}
-        if label is not None:
-            arrays["arr_1"] = label.numpy()
-        np.savez(folder / "samples.npz", **arrays)  # pyright: ignore[reportArgumentType]
-        (folder / "samples.json").write_text(json.dumps(about, indent=1) + "\n")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    count = sum(map(len, ranges))
+    if count > MOST:
+        raise DitlabError(f"sample --seeds: expected at most {MOST:,} images, found {count:,}")
+    seeds = [seed for part in ranges for seed in part]
+    if len(set(seeds)) < count:
+        twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
+        raise DitlabError(f"sample --seeds: expected each seed once, found {twice} twice")
+    return seeds
+
+
+def seeds_text(seeds: list[int]) -> str:
+    """The shortest text that `parse_seeds` reads these seeds from, runs of them as ranges."""
+    starts = [i for i, seed in enumerate(seeds) if i == 0 or seed != seeds[i - 1] + 1]
+    ends = [*(i - 1 for i in starts[1:]), len(seeds) - 1]
+    words = [str(seeds[a]) if a == b else f"{seeds[a]}-{seeds[b]}" for a, b in zip(starts, ends, strict=True)]
+    return ",".join(words)
+
+
+def _list(values: tuple[float | int, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _more(nfe: int, passes: int | list[int]) -> str:
+    """What guidance adds to the calls, in words."""
+    if isinstance(passes, list):
+        return f" (each image through it {min(passes)} to {max(passes)} times)" if max(passes) > nfe else ""
+    return f" (with guidance each image goes through it {passes} times)" if passes > nfe else ""

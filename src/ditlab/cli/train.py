@@ -31,6 +31,7 @@ from ditlab.config import (
     fit_to_images,
     preset,
 )
+from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDPMConfig
 from ditlab.errors import DitlabError
@@ -64,6 +65,10 @@ class Train:
     """The run's folder; runs/PRESET-DATA-nN-ATTENTION-sSEED where not given."""
     conditional: bool = False
     """Give the network the image set's class labels."""
+    shard: bool = False
+    """The same as --training.shard: each process keeps one part of the network and of its optimizer (torchrun)."""
+    checkpoint_activations: bool = False
+    """The same as --training.checkpoint-activations: activations are computed a second time instead of kept."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -76,6 +81,8 @@ class Train:
     """How long, and with which optimizer."""
     sampler: Sampler = field(default_factory=DDPMConfig)
     """How samples are drawn by default."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """How strongly samples of a conditional run are pulled towards their class by default."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured during training."""
 
@@ -101,6 +108,7 @@ class Train:
             objective=recipe.objective,
             training=recipe.training,
             sampler=recipe.sampler,
+            guidance=recipe.guidance,
             evaluation=recipe.evaluation,
         )
         return tyro.cli(
@@ -125,6 +133,11 @@ class Train:
             network = replace(network, learn_sigma=learned, num_classes=classes, image_size=shape[1:])
         if self.seed and not training.seed:
             training = replace(training, seed=self.seed)
+        training = replace(
+            training,
+            shard=training.shard or self.shard,
+            checkpoint_activations=training.checkpoint_activations or self.checkpoint_activations,
+        )
         config = RunConfig(
             preset=self.preset,
             data=DataConfig(n=self.n, test=self.test, seed=self.seed),
@@ -132,6 +145,7 @@ class Train:
             objective=self.objective,
             training=training,
             sampler=self.sampler,
+            guidance=self.guidance,
             evaluation=self.evaluation,
         )
         return fit_to_images(config, shape, num_classes)
@@ -195,8 +209,9 @@ def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
             raise KeyboardInterrupt from None
     last = next((line for line in reversed(run.log) if "train_psnr" in line), None)
     if last is not None:
+        of = "PSNR" if run.record.codec is None else "PSNR of latents"
         console.print(
-            f"done: train PSNR {last['train_psnr']:.2f} dB, test PSNR {last['test_psnr']:.2f} dB, "
+            f"done: train {of} {last['train_psnr']:.2f} dB, test {of} {last['test_psnr']:.2f} dB, "
             f"gap {last['psnr_gap']:.2f} dB (quick measure; `ditlab psnr-gap {run.path}` for the full one)"
         )
     return _result(run)

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,22 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
+def appear(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes a file that is there whole or not at all.
+
+    Args:
+        path: the file; one that is there is replaced.
+        write: writes it at the place that it is given, and flushes it where that matters.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def flush(folder: Path) -> None:
     """Forces every file below `folder`, and the folders themselves, to disk."""
     for path in folder.rglob("*"):
@@ -86,7 +102,7 @@ def _make_temporary(target: Path) -> tuple[Path, int | None]:
     # Another writer's cleaning may take the new folder for a dead one before it is locked: then another is made.
     for _ in range(10):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        lock = _lock(temporary)
+        lock = lock_folder(temporary)
         if temporary.exists():
             return temporary, lock
         if lock is not None:
@@ -113,7 +129,11 @@ def _appear(temporary: Path, target: Path, replace: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
+    """A lock on a folder, as a file handle to close; the system releases it when the process ends.
+
+    None where another process has it, where there is no such folder, or where the system has no such locks (Windows).
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no such locks: leftovers then stay until somebody removes them.
@@ -132,6 +152,6 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_dead(target: Path) -> None:
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        if leftover.is_dir() and (handle := _lock(leftover)) is not None:
+        if leftover.is_dir() and (handle := lock_folder(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(handle)

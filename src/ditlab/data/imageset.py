@@ -2,7 +2,7 @@
 
 On disk a set is a folder of plain NumPy files that any program can read:
 
-    images.npy     uint8 [N, C, H, W]
+    images.npy     uint8 [N, C, H, W]      or the latents of such images: see `ditlab.data.latents`
     labels.npy     int64 [N]             where the source has classes
     pool.npy       uint8 [N]             where the source fixes train (0) and test (1)
     manifest.json                        see `ditlab.data.manifest`
@@ -19,12 +19,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 import ditlab
 from ditlab.data.atomic import atomic_folder
+from ditlab.data.augment import flip
 from ditlab.data.duplicates import NearDuplicates, find_near_duplicates
+from ditlab.data.latents import Latents
 from ditlab.data.manifest import Manifest, content_hash, hash_file, read_manifest
 from ditlab.data.pixels import Color, channels, to_float
 from ditlab.data.source import TEST, TRAIN, Skipped, Source
@@ -44,9 +46,11 @@ class ImageSet:
     Attributes:
         path: its folder.
         manifest: what is known about it.
-        array: uint8 [N, C, H, W], backed by the memory-mapped file: only what is touched is read.
+        array: uint8 [N, C, H, W], backed by the memory-mapped file: only what is touched is read. For a set of latents
+            the stored means, float16 [N, c, h, w].
         labels: int64 [N], or None.
         pool: uint8 [N]: 0 may only be trained on, 1 may only be tested on; None where every image may be either.
+        latents: every stored array of a set of latents; None for a set of pixels.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class ImageSet:
     array: np.ndarray
     labels: np.ndarray | None
     pool: np.ndarray | None
+    latents: Latents | None = None
 
     @staticmethod
     def open(path: str | Path) -> ImageSet:
@@ -65,12 +70,20 @@ class ImageSet:
         folder = Path(path)
         manifest = read_manifest(folder)
         count = manifest.shape[0]
-        array = _read(folder, manifest, IMAGES, "uint8", manifest.shape)
-        if array is None:
-            raise DitlabError(f"{folder}: expected its manifest to list {IMAGES}, found {', '.join(manifest.files)}")
+
+        def large(name: str, dtype: str) -> np.ndarray:
+            array = _read(folder, manifest, name, dtype, manifest.shape)
+            if array is None:
+                raise DitlabError(f"{folder}: expected its manifest to list {name}, found {', '.join(manifest.files)}")
+            return array
+
+        latents = None
+        if manifest.latents is not None:
+            latents = Latents.open(manifest.latents, lambda name: large(name, "float16"))
+        array = large(IMAGES, "uint8") if latents is None else latents.mean
         labels = _read(folder, manifest, LABELS, "int64", (count,))
         pool = _read(folder, manifest, POOL, "uint8", (count,))
-        return ImageSet(folder, manifest, array, labels, pool)
+        return ImageSet(folder, manifest, array, labels, pool, latents)
 
     def __len__(self) -> int:
         return len(self.array)
@@ -81,8 +94,13 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+        """(C, H, W) of one image as a denoiser sees it."""
         return self.manifest.shape[1:]
+
+    @property
+    def sampled(self) -> bool:
+        """Whether moments of latents are stored, so that each use of an image is a new draw (`batch` with noise)."""
+        return self.latents is not None and self.latents.std is not None
 
     @property
     def hash(self) -> str:
@@ -100,16 +118,45 @@ class ImageSet:
         return len(self.manifest.class_names)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`, uint8 [B, C, H, W]."""
+        """What is stored of the images at `indices`: uint8 [B, C, H, W], or float16 means of unscaled latents."""
         return np.take(self.array, indices, axis=0)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "b c h w"]:
-        """The images at `indices`, float32 in [-1, 1]."""
-        return to_float(torch.from_numpy(self.take(indices)))
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        noise: Float[Tensor, "b c h w"] | None = None,
+        mirrored: Bool[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The images at `indices` as a denoiser sees them, float32: pixels in [-1, 1], or scaled latents.
+
+        Args:
+            indices: which.
+            noise: unit-normal, where `sampled`: the latents are mean + std * noise; their mean where None.
+            mirrored: which of them are mirrored left to right; none where None.
+
+        Raises:
+            DitlabError: noise or mirrored latents are asked of a set that has none.
+        """
+        if self.latents is not None:
+            return self.latents.batch(indices, noise, mirrored)
+        if noise is not None:
+            raise DitlabError(f"{self.path}: expected latents to sample, found pixels")
+        images = to_float(torch.from_numpy(self.take(indices)))
+        return images if mirrored is None else flip(images, mirrored)
 
     def batch_labels(self, indices: Sequence[int] | np.ndarray) -> Int64[Tensor, " b"] | None:
         """The labels at `indices`, or None for a set without labels."""
         return None if self.labels is None else torch.from_numpy(np.take(self.labels, indices))
+
+    def pictures(self) -> ImageSet | None:
+        """The set of pixels that these latents were made of, where it still lies where it lay; itself, if of pixels."""
+        if self.latents is None:
+            return self
+        try:
+            found = ImageSet.open(self.path / self.latents.record.path)
+        except DitlabError:
+            return None
+        return found if found.hash == self.latents.record.pictures else None
 
     def verify(self) -> None:
         """Reads every file again and compares its SHA-256 with the manifest.
@@ -176,7 +223,7 @@ def prepare(
             f"source '{spec}': expected at least 2 images (one to train, one to test), found {source.count}"
         )
     try:
-        _require_space(out, source.count * channels(color) * size * size)
+        require_space(out, source.count * channels(color) * size * size)
         with atomic_folder(out, replace=overwrite) as folder:
             kept = _write_images(source, folder / IMAGES, progress)
             _finish(folder, spec, source, kept, settings, near_duplicates, near_limit, progress)
@@ -223,7 +270,8 @@ def _existing(out: Path, spec: str, source: Source, settings: dict[str, Any], ov
     return found
 
 
-def _require_space(out: Path, needed: int) -> None:
+def require_space(out: Path, needed: int) -> None:
+    """Raises a DitlabError where the disk of `out` has fewer than `needed` bytes free."""
     place = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -337,7 +385,7 @@ def _read(folder: Path, manifest: Manifest, name: str, dtype: str, shape: tuple[
     if (found := path.stat().st_size) != record.bytes:
         raise DitlabError(f"{path}: expected {record.bytes} bytes, found {found}: the file is cut or was replaced")
     try:
-        array = np.load(path, mmap_mode="r" if name == IMAGES else None, allow_pickle=False)
+        array = np.load(path, mmap_mode=None if name in (LABELS, POOL) else "r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DitlabError(f"{path}: expected a NumPy file of {dtype}, found a damaged one ({error})") from None
     if array.dtype != dtype or array.shape != shape:

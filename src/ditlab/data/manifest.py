@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ditlab.data.duplicates import NearDuplicates
+from ditlab.data.latents import LatentRecord
 from ditlab.data.source import Skipped
 from ditlab.errors import DitlabError
 
-FORMAT, VERSION = "ditlab-image-set", 1
+FORMAT, VERSION, LATENT_VERSION = "ditlab-image-set", 1, 2
 MANIFEST = "manifest.json"
 
 
@@ -31,10 +32,10 @@ class Manifest:
 
     Attributes:
         source: what it was made from, e.g. `photos` or `folder:PATH`.
-        size: height and width, in pixels.
+        size: height and width of the pictures, in pixels.
         color: "rgb" or "grey".
         options: the other settings it was made with.
-        shape: (N, C, H, W) of `images.npy`.
+        shape: (N, C, H, W) of `images.npy`, or (N, c, h, w) of `latents.npy`.
         class_names: names of the classes; empty without labels.
         label_counts: images of each class.
         pools: images that may only be trained on ("train"), only be tested on ("test"), or either ("free").
@@ -45,7 +46,10 @@ class Manifest:
         notes: what a reader of results should know, as sentences.
         origin: the source's own record, e.g. the hashes of the photographs.
         files: the set's files by name.
-        hash: identifies the content: pixels, labels, class names and pools; not paths or settings.
+        hash: identifies the content: pixels (or latents, their codec and scale), labels, class names and pools; not
+            paths or settings.
+        latents: the codec and how it was used; None for a set of pixels, whose manifest has no such field.
+        version: 1 for a set of pixels, 2 for one of latents.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -69,10 +73,12 @@ class Manifest:
     made_by: str = ""
     format: str = field(default=FORMAT)
     version: int = field(default=VERSION)
+    latents: LatentRecord | None = None
 
     def write(self, folder: Path) -> None:
         """Writes `manifest.json` into a folder."""
-        (folder / MANIFEST).write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")
+        absent = {"latents"} if self.latents is None else set()
+        (folder / MANIFEST).write_bytes(_ADAPTER.dump_json(self, indent=1, exclude=absent) + b"\n")
 
 
 _ADAPTER = TypeAdapter(Manifest)
@@ -97,23 +103,33 @@ def read_manifest(folder: Path) -> Manifest:
         raise DitlabError(f"{path}: expected JSON, found a damaged file ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DitlabError(f"{path}: expected the manifest of an image set (format '{FORMAT}'), found something else")
-    if content.get("version") != VERSION:
-        raise DitlabError(f"{path}: expected version {VERSION} of the format, found {content.get('version')!r}")
+    expected = VERSION if content.get("latents") is None else LATENT_VERSION
+    if content.get("version") != expected:
+        raise DitlabError(f"{path}: expected version {expected} of the format, found {content.get('version')!r}")
     try:
         manifest = _ADAPTER.validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DitlabError(f"{path}: field '{where}': {first['msg'].lower()}") from None
-    expected = content_hash(manifest.files, manifest.class_names)
+    expected = content_hash(manifest.files, manifest.class_names, manifest.latents)
     if manifest.hash != expected:
         raise DitlabError(f"{path}: expected the hash {expected[:12]} of its files, found {manifest.hash[:12]}")
     return manifest
 
 
-def content_hash(files: dict[str, FileRecord], class_names: tuple[str, ...]) -> str:
-    """The hash that identifies an image set, from its files' hashes and its classes: 64 hexadecimal digits."""
-    lines = [f"{FORMAT} {VERSION}", *(f"{name} {files[name].sha256}" for name in sorted(files)), *class_names]
+def content_hash(
+    files: dict[str, FileRecord], class_names: tuple[str, ...], latents: LatentRecord | None = None
+) -> str:
+    """The hash that identifies an image set, from its files' hashes and its classes: 64 hexadecimal digits.
+
+    That of a set of latents also covers their codec's weights and scale: equal numbers may mean other latents.
+    """
+    lines = [f"{FORMAT} {VERSION}"]
+    if latents is not None:
+        codec = latents.codec
+        lines = [f"{FORMAT} {LATENT_VERSION}", f"{codec.kind} {codec.sha256} {codec.scale!r} {codec.shift!r}"]
+    lines += [*(f"{name} {files[name].sha256}" for name in sorted(files)), *class_names]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

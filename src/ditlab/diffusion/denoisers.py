@@ -57,8 +57,12 @@ class Denoiser(ABC):
     """The noise levels that it knows."""
     num_classes: int = 0
     """Number of labels; 0 where it takes none. The label `num_classes` means "no label"."""
+    null_class: bool = True
+    """Whether one that takes labels also knows "no label"; guidance needs it."""
     peak: float = 2.0
     """Intensity range M of the images, for PSNR: 2 for [-1, 1]."""
+    bounded: bool = True
+    """Whether images lie in [-1, 1], so that an estimate may be clipped to it; False for latents."""
     blind: bool = False
     """Whether it ignores sigma."""
     origin: float = 0.0
@@ -143,9 +147,19 @@ class Denoiser(ABC):
         if tuple(label.shape) != (count,):
             raise DitlabError(f"denoiser: expected {count} labels, found shape {_dims(label.shape)}")
         low, high = int(label.min()), int(label.max())
-        if low < 0 or high > self.num_classes:
-            wrong = low if low < 0 else high
-            raise DitlabError(f"denoiser: expected labels from 0 to {self.num_classes} (none), found {wrong}")
+        last = self.num_classes if self.null_class else self.num_classes - 1
+        if low < 0 or high > last:
+            known = f"{last} (none)" if self.null_class else f"{last}"
+            raise DitlabError(f"denoiser: expected labels from 0 to {known}, found {low if low < 0 else high}")
+
+    def passes(self, sigma: float) -> int:
+        """How often each image goes through the network in one estimate at this level; guidance makes it two."""
+        return 1
+
+    def require_bounded(self, what: str) -> None:
+        """Raise a DitlabError where estimates cannot be clipped, for the sake of the setting `what`."""
+        if not self.bounded:
+            raise DitlabError(f"{what}: latents have no bounds to clip estimates to; expected no clipping")
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
         """x_t / y, where x_t is what the network sees of y at this level (its units and origin apart)."""
@@ -196,6 +210,7 @@ class NetworkDenoiser(Denoiser):
         given: Any = network.in_shape if shape is None else shape
         self.shape = (int(given[0]), int(given[1]), int(given[2]))
         self.num_classes = int(getattr(network, "num_classes", 0))
+        self.null_class = bool(getattr(getattr(network, "config", None), "null_class", True))
 
     @property
     def module(self) -> nn.Module:

@@ -55,6 +55,10 @@ class DiscreteLevels:
         """The levels that a respacing keeps (see `schedules.respace`), ascending."""
         return self.sigmas[respace(len(self), spec)]
 
+    def nearest(self, sigma: float) -> float:
+        """The grid point that is nearest to a level, by their ratio."""
+        return float(self.sigmas[np.abs(np.log(self.sigmas / sigma)).argmin()])
+
     def step(self, sigma: float | Tensor, between: BetweenSteps = "interpolate") -> float | Tensor:
         """The step number of a level, linear in log sigma between grid points; exact integers on them.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.schedules import Respacing, VPSchedule
+from ditlab.errors import DitlabError
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,10 @@ def bits_per_dimension(
         clip: clip estimates to [-1, 1].
 
     Raises:
-        DitlabError: a shape or label that the denoiser does not know.
+        DitlabError: a shape or label that the denoiser does not know, or one of latents, which have no bits.
     """
+    if not denoiser.bounded:
+        raise DitlabError("bits per dimension: expected a denoiser of 8-bit images, found one of latents")
     process = GaussianProcess(VPSchedule.from_sigmas(denoiser.levels.grid(steps)), "x0", denoiser.variance)
     sigmas = process.schedule.sigmas
     images = images.to(denoiser.device)

@@ -1,1 +1,1 @@
-"""Other people's weights, brought into ditlab's networks."""
+"""Other people's models: read as denoisers, converted into ditlab's networks, and written in their formats."""

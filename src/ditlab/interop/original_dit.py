@@ -1,17 +1,38 @@
-"""Weights of the original DiT implementation, renamed into `ditlab.networks.DiT`.
+"""Checkpoints of the original DiT implementation (facebookresearch/DiT), read and written.
 
-The original's names were read from its published checkpoints' keys; every tensor has the same layout there and here.
+Its files are pickles: a bare state dict, as its authors published, or what its training script leaves, {"model",
+"ema", "opt", "args"} with `args` an `argparse.Namespace`. Both are read with torch's restricted unpickler, which makes
+tensors, plain containers and, by an allow-list, that one class; nothing else in a file is ever run. The same weights in
+a `.safetensors` file are read too.
+
+The names were read from the published checkpoints' keys; every tensor has the same layout there and here. The shapes
+tell everything about the network but its number of heads.
 """
 
 from __future__ import annotations
 
+import argparse
+import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
+from math import isqrt
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ditlab.data.manifest import hash_file
+from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
+from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.nn.embeddings import position_table
+from ditlab.training.checkpoint import read_tensors, write_tensors
 
 _NAMES = {
     "x_embedder.proj": "embed",
@@ -28,16 +49,34 @@ _BLOCK_NAMES = {
     "mlp.fc2": "mlp.out",
     "adaLN_modulation.1": "modulation",
 }
+_THEIRS = {ours: theirs for theirs, ours in _NAMES.items()}
+_BLOCK_THEIRS = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
+
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Width -> heads of the paper's four sizes (Peebles & Xie 2023, Table 1)."""
+_SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
+"""The size in `args.model` ("DiT-XL/2") -> heads."""
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+"""How the names of files end that may hold such weights."""
+
+_TABLE_DRIFT = 1e-3
+"""How far a file's position table may lie from ours. Equal in training; rounding in 400,000 steps of an average with
+decay 0.9999 moves the averaged copy by up to 2e-4 (measured), so this is what another table cannot pass as."""
 
 
 def renamed(key: str) -> str | None:
     """ditlab's name of one of the original's parameters; None for what ditlab recomputes or does not know."""
+    return _rename(key, _NAMES, _BLOCK_NAMES)
+
+
+def _rename(key: str, names: Mapping[str, str], block_names: Mapping[str, str]) -> str | None:
     stem, _, leaf = key.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{leaf}"
+    if stem in names:
+        return f"{names[stem]}.{leaf}"
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block and block[2] in _BLOCK_NAMES:
-        return f"blocks.{block[1]}.{_BLOCK_NAMES[block[2]]}.{leaf}"
+    if block and block[2] in block_names:
+        return f"blocks.{block[1]}.{block_names[block[2]]}.{leaf}"
     return None
 
 
@@ -70,3 +109,228 @@ def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
         raise DitlabError(f"original DiT weights: {len(missing)} parameters are missing, the first '{missing[0]}'")
     network.load_state_dict(found)
     return network
+
+
+def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
+    """The state dict that the original code's `DiT.load_state_dict` takes, its position table included.
+
+    Args:
+        network: one that the original code can express: adaln-zero, global attention, classes, a square image.
+        objective: how it was trained; the original's code samples with the linear schedule, 1,000 steps and a
+            predicted noise, and its files cannot say otherwise.
+
+    Raises:
+        DitlabError: the original's format cannot express it.
+    """
+    config, to = network.config, "the original DiT format"
+    check_portable(config, to)
+    if config.time_frequencies != "original" or config.mlp_norm_eps != 1e-6:
+        raise DitlabError(
+            f"{to} has time frequencies 'original' and an epsilon of 1e-6 in every norm, this DiT has "
+            f"'{config.time_frequencies}' and {config.mlp_norm_eps:g} before the MLP: its outputs would change"
+        )
+    plain = isinstance(objective, VPObjectiveConfig) and (
+        objective.schedule,
+        objective.steps,
+        objective.prediction,
+    ) == ("linear", 1000, "epsilon")
+    if not plain:
+        raise DitlabError(f"{to} knows the linear schedule with 1000 steps and a predicted noise only, found another")
+    found: dict[str, Tensor] = {"pos_embed": position_table(config.grid, config.width)[None]}
+    for name, value in state_on_cpu(network).items():
+        key = _rename(name, _THEIRS, _BLOCK_THEIRS)
+        assert key is not None, name  # an adaln-zero DiT has no other parameters
+        found[key] = value
+    return found
+
+
+def write_original(state: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a state dict as a `.pt` file of tensors alone (or `.safetensors`), whole or not at all.
+
+    Raises:
+        DitlabError: the file exists already, or cannot be written.
+    """
+    if path.exists():
+        raise DitlabError(f"{path}: expected a new file, found something there")
+    beside = path.with_name(f".{path.name}.partial")
+    made = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            write_tensors(beside, state)
+        else:
+            torch.save(dict(state), beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer of zip files raises the latter where the disk is full
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()
+        raise DitlabError(f"{path}: could not be written ({error}); nothing was kept") from None
+
+
+def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file of the original code, and what its `args` say of the training.
+
+    Args:
+        path: a `.pt`, `.pth` or `.ckpt` file, or `.safetensors` with the same names.
+        ema: the averaged weights where the file has both; else those of the last step.
+
+    Raises:
+        DitlabError: no such file, a damaged one, one with code in it, or one without weights.
+    """
+    if not path.is_file():
+        raise DitlabError(f"{path}: expected a checkpoint, found nothing")
+    found: Any = read_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    args: dict[str, Any] = {}
+    if isinstance(found, dict) and ("ema" in found or "model" in found):
+        args = vars(found["args"]) if isinstance(found.get("args"), argparse.Namespace) else {}
+        wanted = "ema" if ema and "ema" in found else "model"
+        if wanted not in found:
+            raise DitlabError(f"{path}: expected the raw weights 'model', found only {', '.join(map(str, found))}")
+        found = found[wanted]
+    elif not ema:
+        raise DitlabError(f"{path}: expected raw weights beside averaged ones, found one set of weights only")
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise DitlabError(f"{path}: expected a state dict of tensors, found {type(found).__name__}")
+    if "x_embedder.proj.weight" not in found:
+        raise DitlabError(
+            f"{path}: expected weights of the original DiT ('x_embedder.proj.weight'), found another network's "
+            f"('{next(iter(found))}')"
+        )
+    return found, args
+
+
+def _unpickle(path: Path) -> Any:
+    """What a pickle of tensors holds; code in it is never run."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise DitlabError(f"{path}: expected a checkpoint, found a file of another kind")
+    try:
+        # The restricted unpickler warns of a newer protocol, which it then reads or refuses all the same.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it wants to run '{named[1]}' when it is opened" if named else "it holds more than tensors"
+        raise DitlabError(
+            f"{path}: {what}, which could be any code, so it is not opened; if you trust who made it, load it on a "
+            "machine that has nothing to lose, save its tensors there with safetensors.torch.save_file, and give "
+            "ditlab that .safetensors file"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or "it ends too early").splitlines()[0]
+        raise DitlabError(f"{path}: expected a whole checkpoint, found a damaged one ({first:.70})") from None
+
+
+def infer_config(
+    state: Mapping[str, Tensor], args: Mapping[str, Any], where: str, *, heads: int | None = None
+) -> DiTConfig:
+    """The shape of the network that these weights are of.
+
+    Args:
+        state: the original's state dict.
+        args: `model` ("DiT-XL/2") and `num_classes` of its training script, where they are known.
+        where: named in errors.
+        heads: number of heads; by default that of `args.model`, or of the paper's size with this width.
+
+    Raises:
+        DitlabError: a tensor is missing or of an impossible shape, the number of heads cannot be told, or the file's
+            position table is not the fixed sin-cos one.
+    """
+    embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
+    width, channels, patch, _ = embed.shape
+    side = isqrt(table.shape[1])
+    if side * side != table.shape[1]:
+        raise DitlabError(f"{where}: expected a square grid of tokens in 'pos_embed', found {table.shape[1]} tokens")
+    outputs = len(_tensor(state, "final_layer.linear.weight", 2, where)) / patch**2
+    if outputs not in (channels, 2 * channels):
+        raise DitlabError(
+            f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
+            f"{outputs:g}"
+        )
+    blocks = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    classes, null = _classes(state, args, where)
+    hidden = len(_tensor(state, "blocks.0.mlp.fc1.weight", 2, where))
+    heads = heads or _heads(width, args, where)
+    try:
+        config = DiTConfig(
+            image_size=(side * patch, side * patch),
+            channels=channels,
+            patch=patch,
+            width=width,
+            depth=max(blocks, default=-1) + 1,
+            heads=heads,
+            mlp_ratio=hidden / width,
+            num_classes=classes,
+            null_class=null,
+            learn_sigma=outputs == 2 * channels,
+        )
+    except DitlabError as error:
+        raise DitlabError(f"{where}: {error}") from None
+    ours = position_table(config.grid, config.width)
+    if table.shape[2] != width or (table[0].float() - ours).abs().max() > _TABLE_DRIFT:
+        raise DitlabError(
+            f"{where}: expected the fixed sin-cos table in 'pos_embed', found another, which ditlab's DiT cannot hold"
+        )
+    return config
+
+
+def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
+    if key not in state or state[key].ndim != dimensions:
+        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found none")
+    return state[key]
+
+
+def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> tuple[int, bool]:
+    """Number of classes, and whether the label table has a row for none."""
+    if "y_embedder.embedding_table.weight" not in state:
+        return 0, True
+    rows = len(state["y_embedder.embedding_table.weight"])
+    said = args.get("num_classes")
+    if said is None:
+        said = rows - 1  # the original trains with label dropout, which needs the further row
+    if said not in (rows, rows - 1) or said < 1:
+        raise DitlabError(f"{where}: expected a label table of {said} or {said + 1} rows (num_classes), found {rows}")
+    return said, said == rows - 1
+
+
+def _heads(width: int, args: Mapping[str, Any], where: str) -> int:
+    named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
+    heads = _SIZES.get(named[1]) if named else None
+    heads = heads or _HEADS.get(width)
+    if heads is None:
+        raise DitlabError(
+            f"{where}: its number of attention heads cannot be told from the weights (width {width}); name it: "
+            "ditlab convert FILE OUT --heads H"
+        )
+    return heads
+
+
+def open_original(path: str | Path, *, ema: bool = True, heads: int | None = None) -> ForeignModel:
+    """A checkpoint of the original code as a denoiser: linear schedule, 1,000 steps, learned variance (spec: DiT).
+
+    Args:
+        path: the file.
+        ema: the averaged weights where the file has both.
+        heads: number of attention heads where the file does not tell.
+
+    Raises:
+        DitlabError: it cannot be read safely or whole, or is of another network.
+    """
+    path = Path(path)
+    state, args = read_original(path, ema=ema)
+    config = infer_config(state, args, str(path), heads=heads)
+    network = frozen(from_original({key: value.float() for key, value in state.items()}, config))
+    # Without a learned variance the original's sampling takes beta_t.
+    objective = VPObjectiveConfig(variance="learned-range" if config.learn_sigma else "fixed-large")
+    source = {
+        "format": "original DiT",
+        "file": path.name,
+        "sha256": hash_file(path).sha256,
+        "ema": ema,
+        **({"model": str(args["model"])} if "model" in args else {}),
+    }
+    return ForeignModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source)

@@ -1,28 +1,31 @@
-"""DiT, the diffusion transformer, with adaLN-Zero blocks, in pixel or latent space and with any attention pattern.
+"""DiT, the diffusion transformer, with its four kinds of blocks, in pixel or latent space, with any attention pattern.
 
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), section 3.2 and figure 3; widths, order of
-chunks and initial values are those of its released code, against whose outputs the tests check this file. The
-pixel-space sizes and the local attention windows are those of An et al., "On Inductive Biases That Enable
-Generalization of Diffusion Transformers" (figures 5 and 6).
+chunks and initial values are those of its released code, against whose outputs the tests check adaLN-Zero. The other
+three kinds were never released: they follow the paper's words, and their parameters and operations add up to the
+paper's numbers. The pixel-space sizes and the local attention windows are those of An et al., "On Inductive Biases That
+Enable Generalization of Diffusion Transformers" (figures 5 and 6).
 
-The image is cut into patches, one token each; a block is attention and an MLP on normalized tokens, whose shift, scale
-and gate are regressed from the sum of the time and label embeddings. The gates start at zero, so a fresh block is the
-identity and a fresh network's output is zero.
+The image is cut into patches, one token each. Time and label are embedded as one token each, too: the condition. A
+block is attention and an MLP on normalized tokens, each added to what it was given; the four kinds differ in how the
+condition enters (`ditlab.networks.dit_blocks`). The last Linear starts at zero, so a fresh network's output is zero.
+
+An unconditional network has no label: its condition is the time token alone, and nothing stands in the label's place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
-from ditlab.nn.attention import Pattern, SelfAttention, check_fits, parse_plan
-from ditlab.nn.embeddings import LabelEmbedding, TimeEmbedding, position_table
-from ditlab.nn.layers import MLP, modulate
+from ditlab.errors import DitlabError, unknown_name
+from ditlab.networks.dit_blocks import BLOCKS, Block, BlockKind, FinalLayer, is_modulated
+from ditlab.nn.attention import Pattern, check_fits, parse_plan
+from ditlab.nn.embeddings import LabelEmbedding, Spacing, TimeEmbedding, position_table
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,28 @@ class DiTConfig:
     """Whether the label table has one more row that means "no class" (needed for label dropout and guidance)."""
     learn_sigma: bool = True
     """Whether the network has a second set of output channels, v, for the variance of the reverse step."""
+    block: BlockKind = "adaln-zero"
+    """How time and label enter a block: they regress its norms' shift and scale and its gates (adaln-zero), its norms'
+    shift and scale (adaln), are attended to (cross-attention), or are tokens among the image's (in-context)."""
+    affine: bool = True
+    """Whether the norms of cross-attention and in-context blocks have a gain and a bias of their own: the ViT's
+    standard; the paper does not say (inferred). The norms of the other two never have, for the condition sets them."""
+    time_frequencies: Spacing = "original"
+    """Frequencies of the time embedding: 10000^(-k/128), k < 128 (original), or 10000^(-k/127), as in diffusers."""
+    mlp_norm_eps: float = 1e-6
+    """Added to the variance in the norm before the MLP; diffusers' DiT has 1e-5 there, and 1e-6 in its other norms."""
 
     def __post_init__(self) -> None:
         """Refuses sizes that cannot be built, with a sentence."""
         where = "DiT config"
+        for name, known in (("block", get_args(BlockKind)), ("time_frequencies", get_args(Spacing))):
+            if getattr(self, name) not in known:
+                raise unknown_name(f"{where} {name}", getattr(self, name), known)
         for name in ("channels", "patch", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise DitlabError(f"{where}: {name} must be at least 1, found {getattr(self, name)}")
+        if self.mlp_norm_eps <= 0:
+            raise DitlabError(f"{where}: mlp_norm_eps must be above 0, found {self.mlp_norm_eps}")
         if self.num_classes < 0:
             raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.num_classes}")
         for side in self.image_size if self.sized else ():
@@ -94,42 +112,10 @@ class DiTConfig:
         """The attention pattern of each layer, first to last."""
         return parse_plan(self.attention, self.depth, self.border)
 
-
-class Block(nn.Module):
-    """One adaLN-Zero block (DiT figure 3, second from the left)."""
-
-    def __init__(self, config: DiTConfig, pattern: Pattern) -> None:
-        super().__init__()
-        width = config.width
-        self.attention_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = SelfAttention(width, config.heads, config.grid, pattern)
-        self.mlp_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(width, int(width * config.mlp_ratio))
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, x: Float[Tensor, "b t d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b t d"]:
-        """Tokens `[B, T, D]` and condition `[B, D]` to tokens."""
-        regressed = self.modulation(nn.functional.silu(c)).chunk(6, dim=1)
-        attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = regressed
-        x = x + attention_gate[:, None] * self.attention(
-            modulate(self.attention_norm(x), attention_shift, attention_scale)
-        )
-        return x + mlp_gate[:, None] * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and one Linear from a token to its patch of output pixels."""
-
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, outputs)
-
-    def forward(self, x: Float[Tensor, "b t d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b t o"]:
-        """Tokens `[B, T, D]` and condition `[B, D]` to patches `[B, T, outputs]`."""
-        shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, dim=1)
-        return self.out(modulate(self.norm(x), shift, scale))
+    @property
+    def condition_tokens(self) -> int:
+        """Number of tokens of the condition: time and label, or time alone where there are no classes."""
+        return 2 if self.num_classes else 1
 
 
 class DiT(nn.Module):
@@ -151,10 +137,20 @@ class DiT(nn.Module):
         self.outputs = config.channels * (2 if config.learn_sigma else 1)
         self.embed = nn.Conv2d(config.channels, width, patch, stride=patch)
         self.register_buffer("positions", position_table(config.grid, width)[None], persistent=False)
-        self.time = TimeEmbedding(width)
+        self.time = TimeEmbedding(width, spacing=config.time_frequencies)
         self.label = LabelEmbedding(config.num_classes, width, null=config.null_class) if config.num_classes else None
-        self.blocks = nn.ModuleList(Block(config, pattern) for pattern in config.patterns)
-        self.final = FinalLayer(width, patch * patch * self.outputs)
+        # In-context conditioning: the condition's tokens stand behind the image's, see all and are seen by all.
+        self.appended = config.condition_tokens if config.block == "in-context" else 0
+        kind, hidden = BLOCKS[config.block], int(width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            kind(width, config.heads, hidden, config.grid, pattern, extra=self.appended, affine=config.affine)
+            for pattern in config.patterns
+        )
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.mlp_norm.eps = config.mlp_norm_eps
+        outputs = patch * patch * self.outputs
+        self.final = FinalLayer(width, outputs, modulated=is_modulated(config.block), affine=config.affine)
         self.reset()
 
     @property
@@ -168,7 +164,7 @@ class DiT(nn.Module):
         return self.config.num_classes
 
     def reset(self) -> None:
-        """DiT's initial values: Xavier-uniform Linears, all modulation and the last Linear zero."""
+        """DiT's initial values: Xavier-uniform Linears, adaLN-Zero's modulation and the last Linear zero."""
 
         def xavier(module: nn.Module) -> None:
             if isinstance(module, nn.Linear):
@@ -185,9 +181,8 @@ class DiT(nn.Module):
             self.label.reset()
         for block in self.blocks:
             assert isinstance(block, Block)
-            nn.init.zeros_(block.modulation.weight)
-        nn.init.zeros_(self.final.modulation.weight)
-        nn.init.zeros_(self.final.out.weight)
+            block.reset()
+        self.final.reset()
 
     def forward(
         self,
@@ -218,14 +213,25 @@ class DiT(nn.Module):
         # Contiguous, for torch 2.13's compiler gets the gradients of a block wrong (by per cents, on the CPU) where its
         # input is a transposed view.
         tokens = (self.embed(x).flatten(2).transpose(1, 2) + self.positions).contiguous()
-        c = self.time(t)
-        if self.label is not None:
-            c = c + self.label(self._null_label(x) if label is None else label)
+        c = self.condition(t, self._null_label(x) if label is None else label)
+        if self.appended:
+            tokens = torch.cat([tokens, c.to(tokens.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens, c)
+        if self.appended:
+            tokens = tokens[:, : -self.appended]
         return self._unpatchify(self.final(tokens, c))
 
-    def _null_label(self, x: Tensor) -> Int[Tensor, " b"]:
+    def condition(self, t: Shaped[Tensor, " b"], label: Int[Tensor, " b"] | None) -> Float[Tensor, "b k d"]:
+        """The condition's tokens `[B, K, D]`: the time's, then the label's where the network has classes."""
+        time = self.time(t)
+        if self.label is None:
+            return time[:, None]
+        return torch.stack([time, self.label(label)], dim=1)
+
+    def _null_label(self, x: Tensor) -> Int[Tensor, " b"] | None:
+        if self.label is None:
+            return None
         if not self.config.null_class:
             raise DitlabError("DiT: this network has no null class, so every image needs a label; found none")
         return torch.full((x.shape[0],), self.config.num_classes, device=x.device)

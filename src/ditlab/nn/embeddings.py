@@ -7,23 +7,33 @@ sinusoid of the time step is DDPM's and DiT's (Vaswani et al. 2017).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+Spacing = Literal["original", "diffusers"]
+"""How the frequencies of a time embedding are spaced; see `frequencies`."""
 
-def frequencies(count: int, max_period: float = 10_000.0) -> Float[Tensor, " k"]:
+
+def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "original") -> Float[Tensor, " k"]:
     """The angular frequencies f_k = max_period^(-k / count), k < count, in float32.
+
+    With the spacing of diffusers' DiT, f_k = max_period^(-k / (count - 1)): weights trained with one of the two give
+    slightly other outputs with the other.
 
     The exponent is rounded to float32 as in the originals, its exponential is taken in float64: torch's float32 `exp`
     differs in the last bit from one processor to the next, which at t = 999 moves an angle by up to 6e-5.
     """
-    exponents = -math.log(max_period) * torch.arange(count, dtype=torch.float32) / count
+    exponents = -math.log(max_period) * torch.arange(count, dtype=torch.float32)
+    exponents = exponents / (count if spacing == "original" else count - 1)
     return exponents.double().exp().float()
 
 
-def sinusoid(t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0) -> Float[Tensor, "b w"]:
+def sinusoid(
+    t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0, spacing: Spacing = "original"
+) -> Float[Tensor, "b w"]:
     """Sinusoids of a time step at geometrically spaced frequencies: cosines first, then sines.
 
     With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k); f_k as in `frequencies`.
@@ -33,8 +43,9 @@ def sinusoid(t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.
         t: time steps `[B]`, whole or fractional, usually 0..999.
         width: even number of channels.
         max_period: the longest period divided by 2 pi.
+        spacing: of the frequencies.
     """
-    angles = t.float()[:, None] * frequencies(width // 2, max_period).to(t.device)
+    angles = t.float()[:, None] * frequencies(width // 2, max_period, spacing).to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -67,15 +78,16 @@ def position_table(grid: tuple[int, int], width: int) -> Float[Tensor, "t d"]:
 class TimeEmbedding(nn.Module):
     """Time step -> vector: sinusoids of 256 channels, then Linear, SiLU, Linear (DiT)."""
 
-    def __init__(self, width: int, *, sinusoid_width: int = 256) -> None:
+    def __init__(self, width: int, *, sinusoid_width: int = 256, spacing: Spacing = "original") -> None:
         super().__init__()
         self.sinusoid_width = sinusoid_width
+        self.spacing: Spacing = spacing
         self.hidden = nn.Linear(sinusoid_width, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """`[B]` time steps to `[B, D]`."""
-        waves = sinusoid(t, self.sinusoid_width).to(self.hidden.weight.dtype)
+        waves = sinusoid(t, self.sinusoid_width, spacing=self.spacing).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(waves)))
 
     def reset(self) -> None:

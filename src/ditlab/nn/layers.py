@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ditlab.errors import DitlabError
+
 
 class MLP(nn.Module):
     """Linear, tanh-GELU, Linear, token by token (DiT's feed-forward layer)."""
@@ -17,6 +19,37 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """`[B, T, D]` to the same shape."""
         return self.out(nn.functional.gelu(self.hidden(x), approximate="tanh"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to a few others, such as those of time and label.
+
+    Queries and the last projection work on the tokens, keys and values on the others (Vaswani et al., 1706.03762). With
+    as few keys as here plain operations are fast, and they allow every transform of `torch.func`.
+
+    Args:
+        width: channels of a token, a multiple of `heads`.
+        heads: number of heads.
+
+    Raises:
+        DitlabError: where `heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise DitlabError(f"cross-attention: expected a width that {heads} heads divide, found {width}")
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "b n d"], others: Float[Tensor, "b k d"]) -> Float[Tensor, "b n d"]:
+        """Tokens `[B, N, D]`, and those they attend to `[B, K, D]`, to tokens."""
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.key_value(others).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
+        return self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 def modulate(

@@ -133,7 +133,7 @@ def _finish_axes(
     below.set_xlabel("noise level σ" if name == "sigma" else "diffusion step t")
     below.yaxis.set_major_locator(MaxNLocator(4))
     if first:
-        top.set_ylabel("PSNR (dB)")
+        top.set_ylabel("PSNR of latents (dB)" if result.latents else "PSNR (dB)")
         below.set_ylabel("gap (dB)")
     if name == "step":
         upper = top.secondary_xaxis("top")

@@ -1,4 +1,5 @@
-"""The standard sections of a page, made of results: samples, PSNR, gap, along training, matched, attention, locality.
+"""The standard sections of a page, made of results: samples, PSNR, gap, along training, matched, scaling,
+attention, locality.
 
 Each function lays out what it is given and computes nothing; pictures come from the modules of figures. A part that has
 nothing to show makes an empty section, which the page leaves out.
@@ -15,8 +16,10 @@ from ditlab.analysis.comparison import PSNRComparison
 from ditlab.analysis.locality_comparison import LocalityComparison
 from ditlab.analysis.matched import MatchedComparison
 from ditlab.analysis.nearest import NearestResult
+from ditlab.analysis.scaling import ScalingPoint, along_training, measured
 from ditlab.report.page import Picture, Section, Table
 from ditlab.report.picker import AttentionPicker
+from ditlab.report.scaling_figures import WORDS
 
 
 def samples_section(pictures: Sequence[Picture], nearest: Sequence[NearestResult] = ()) -> Section:
@@ -135,6 +138,38 @@ def matched_table(comparison: MatchedComparison) -> Table:
             best = (seed.best_test[side], seed.best_step[side])
             rows.append((label, seed.seed, seed.gap_at_step[side], seed.step, *there, *best))
     return Table(columns, rows)
+
+
+def scaling_section(points: Sequence[ScalingPoint], pictures: Sequence[Picture] = ()) -> Section:
+    """What networks of several sizes cost and reached: a row a run with its last values, and the figures."""
+    metrics = measured(points)
+    last = {metric: {run: mine[-1] for run, mine in along_training(points, metric).items()} for metric in metrics}
+    rows = []
+    for run in dict.fromkeys(point.run for point in points):
+        end = max((point for point in points if point.run == run), key=lambda point: point.step)
+        values = [last[metric][run].metrics[metric] if run in last[metric] else None for metric in metrics]
+        rows.append((run, end.label, end.parameters / 1e6, end.gmacs, end.step, f"{end.training_gmacs:.2e}", *values))
+    columns = (
+        "run",
+        "kind",
+        "parameters, M",
+        "GMACs",
+        "steps",
+        "training, GMACs",
+        *(WORDS[metric] for metric in metrics),
+    )
+    note = (
+        "GMACs: 10^9 multiply-accumulates of a forward pass for one image. Training compute: GMACs x batch size x "
+        "steps x 3. Losses of objectives or noise schedules that differ cannot be compared."
+    )
+    return Section(
+        "scaling",
+        "Scaling: quality against compute",
+        tables=[Table(columns, rows, digits=3)] if rows else (),
+        notes=[note] if rows else (),
+        pictures=pictures,
+        data={"scaling.json": {"points": [point.to_json() for point in points]}} if rows else {},
+    )
 
 
 def attention_section(

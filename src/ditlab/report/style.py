@@ -17,6 +17,7 @@ from ditlab.analysis.store import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Dashes = tuple[int, tuple[float, ...]] | str
@@ -118,6 +119,32 @@ def canvas(width: float, height: float, theme: Theme) -> Iterator[Figure]:
 
     with rc_context(_settings(theme)):
         yield Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def plain_log(axis: Axis, limits: tuple[float, float]) -> None:
+    """Readable numbers on a logarithmic axis, which may span less than a decade.
+
+    Args:
+        axis: `axes.xaxis` or `axes.yaxis`.
+        limits: the lowest and the highest value that it shows.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = limits
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    if high / low < 4:
+        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """0.02, 50, 20,000; from a million on and below a thousandth as a power of ten."""
+    if 1e-3 <= value < 1e6:
+        return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return rf"$10^{{{int(exponent)}}}$" if mantissa == "1" else rf"${mantissa}\cdot 10^{{{int(exponent)}}}$"
 
 
 def legend_below(axes: Axes, handles: list[Any], *, title: str = "", columns: int = 1) -> None:

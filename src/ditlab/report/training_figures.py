@@ -13,7 +13,7 @@ import numpy as np
 
 from ditlab.analysis.matched import MatchedComparison, Trajectory
 from ditlab.errors import DitlabError
-from ditlab.report.style import LIGHT, Slots, Theme, assign, canvas
+from ditlab.report.style import LIGHT, Slots, Theme, assign, canvas, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,7 +188,7 @@ def loss_curves(
                 if points:
                     axes.plot(*zip(*points, strict=True), color=color, **style)
         axes.set_yscale("log")
-        _plain_log(axes)
+        plain_log(axes.yaxis, axes.get_ylim())
         _thousands(axes)
         axes.set(xlabel="training step", ylabel="denoising loss")
         axes.set_title("Loss", pad=8)
@@ -204,16 +204,3 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "train_loss": {"lw": 1.8},
     "test_loss": {"lw": 1.8, "ls": (0, (3.5, 1.6))},
 }
-
-
-def _plain_log(axes: Axes) -> None:
-    """Readable numbers on a logarithmic axis that may span less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    if high / low < 4:
-        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

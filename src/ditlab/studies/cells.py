@@ -18,10 +18,19 @@ from ditlab.config import RunConfig, flat, from_json, preset, to_json
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
 
-_FREE = ("preset", "data.path", "sampler.", "training.keep", "training.save_every")
+_FREE = ("preset", "data.path", "sampler.", "guidance.", "training.keep", "training.save_every")
 """How the names of those settings start that neither change a weight nor a line of the log."""
 
-LATER: Mapping[str, Any] = MappingProxyType({})
+LATER: Mapping[str, Any] = MappingProxyType(
+    {
+        "network.block": "adaln-zero",
+        "network.affine": True,
+        "network.time_frequencies": "original",
+        "training.shard": False,
+        "training.checkpoint_activations": False,
+        "network.mlp_norm_eps": 1e-6,
+    }
+)
 """Settings that were added after the first cells had been committed, each with the value that means what was done
 before. They count only where they differ from it, so that the hashes of older cells stay as they are."""
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ditlab.data.atomic import atomic_folder
 from ditlab.errors import DitlabError
+from ditlab.training.sharding import placed_like
 
 FORMAT = 1
 """Version of the checkpoint's layout; a newer one is refused."""
@@ -97,8 +98,10 @@ def _digest(path: Path) -> str:
 
 
 def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, value in state.items():
+        (tensors if isinstance(value, Tensor) else scalars)[name] = value
     return tensors, scalars
 
 
@@ -158,10 +161,11 @@ class CheckpointStore:
         try:
             _stage("before")
             with atomic_folder(final) as folder:
-                tensors, scalars = _split_optimizer(optimizer)
                 write_tensors(folder / "model.safetensors", model)
                 _stage("middle")
                 write_tensors(folder / "ema.safetensors", ema)
+                # Each mapping is read once and in this order: those of a sharded run gather what is read.
+                tensors, scalars = _split_optimizer(optimizer)
                 write_tensors(folder / "optimizer.safetensors", tensors)
                 files = {
                     p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)}
@@ -273,22 +277,24 @@ def load_network(network: nn.Module, tensors: Mapping[str, Tensor], where: Path)
     surplus = sorted(tensors.keys() - expected.keys())
     if surplus:
         raise DitlabError(f"{where}: '{surplus[0]}' belongs to another network; this one has no such weights")
-    network.load_state_dict(dict(tensors))
+    network.load_state_dict({name: placed_like(tensors[name], value) for name, value in expected.items()})
 
 
 def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's whole state by parameter name, flat, on the CPU: "NAME/exp_avg" and so on, and "param_groups"."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    """The optimizer's state by parameter name, flat: "NAME/exp_avg" and so on, and "param_groups".
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    nested: dict[str, Any] = dict(get_optimizer_state_dict(network, optimizer, options=options))
+    The tensors are the optimizer's own, on its device, sharded where the network is.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    nested: dict[str, Any] = dict(get_optimizer_state_dict(network, optimizer))
     state: dict[str, dict[str, Any]] = nested["state"]
     flat = {f"{name}/{slot}": value for name, slots in state.items() for slot, value in slots.items()}
     return {**flat, "param_groups": nested["param_groups"]}
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The reverse of `optimizer_state`."""
+    """The reverse of `optimizer_state`, from whole tensors, the same in every process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     nested: dict[str, dict[str, Any]] = {}

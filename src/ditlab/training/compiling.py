@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ditlab.training.sharding import blocks_of
+
 LONG_RUN = 5_000
 """Steps from which `auto` compiles on the CPU: compiling takes 15-90 seconds and saves about a tenth of a step."""
 WIDE = 192
@@ -28,7 +30,6 @@ def compile_blocks(network: nn.Module, mode: Literal["auto", "on", "off"], *, de
     Returns:
         Whether anything was compiled.
     """
-    blocks = getattr(network, "blocks", None)
     if mode == "auto":
         width = getattr(getattr(network, "config", None), "width", 0)
         wanted = device.type == "cuda" or (steps >= LONG_RUN and width >= WIDE)
@@ -36,7 +37,7 @@ def compile_blocks(network: nn.Module, mode: Literal["auto", "on", "off"], *, de
         wanted = mode == "on"
     if not wanted:
         return False
-    parts = list(blocks) if blocks is not None else [network]
+    parts = blocks_of(network) or [network]
     # Variants of one block: training, evaluation, both with and without gradients, and a last batch of another size.
     limit = 8 * max(len(parts), 2)
     dynamo = torch._dynamo.config

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 
@@ -52,6 +53,36 @@ class Processes:
         """Returns when every process has come here."""
         if self.world > 1:
             dist.barrier()
+
+
+class _Replica(nn.parallel.DistributedDataParallel):
+    """DDP that shows the network's own attributes (its number of classes, say), so objectives need not know of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def replicate(network: nn.Module, processes: Processes) -> nn.Module:
+    """Moves a network to the device and returns what to run there in a forward pass.
+
+    That is the network itself, or with several processes what makes gradients the mean over them. Each has the whole
+    network.
+    """
+    network.to(processes.device)
+    if processes.world == 1:
+        return network
+    return _Replica(network, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+
+
+def holding(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
+    """The context of one micro-batch's passes: replicas hold their gradients back while there are `more` to come.
+
+    A sharded network adds up its parts of the gradients at each micro-batch: held back, they would be whole ones.
+    """
+    return runner.no_sync() if more and isinstance(runner, _Replica) else nullcontext()
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """The exponential moving average of a network's weights, as a dictionary of tensors.
 
 A dictionary and one fused update rather than a copy of the module: the same code then serves sharded parameters, which
-cannot be deep-copied.
+cannot be deep-copied; of those each process averages its own part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ditlab.training.sharding import local, placed_like
 
 
 def ema_decay(step: int, limit: float) -> float:
@@ -45,8 +47,8 @@ class EMA:
         state = network.state_dict()
         averaged = [name for name, value in self.weights.items() if value.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [self.weights[name] for name in averaged],
-            [state[name].detach().float() for name in averaged],
+            [local(self.weights[name]) for name in averaged],
+            [local(state[name].detach()).float() for name in averaged],
             1.0 - ema_decay(step, self.decay),
         )
         for name, value in self.weights.items():
@@ -68,6 +70,6 @@ class EMA:
                 value.copy_(own[name])
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Takes over saved averages (same names and shapes)."""
+        """Takes over saved averages: whole tensors of the same names and shapes."""
         for name, value in self.weights.items():
-            value.copy_(weights[name])
+            value.copy_(placed_like(weights[name], value))

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditlab.data.augment import flip
 from ditlab.errors import DitlabError
 from ditlab.randomness import key, numpy_generator, torch_generator
 from ditlab.training.checkpoint import CheckpointStore, load_network, load_optimizer, optimizer_state
-from ditlab.training.distributed import Processes
+from ditlab.training.distributed import Processes, holding, replicate
 from ditlab.training.ema import EMA
 from ditlab.training.log import TrainingLog
+from ditlab.training.sharding import Gathered, shard_network
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class TrainingConfig:
     """Precision of the forward and backward pass; weights, averages and the optimizer stay in float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network's blocks; auto: on CUDA, and on the CPU for wide networks in long runs."""
+    shard: bool = False
+    """Keep one part of the weights, gradients, averages and optimizer state in each process (FSDP2), to save memory."""
+    checkpoint_activations: bool = False
+    """Compute each block a second time in the backward pass instead of keeping its activations, to save memory."""
     seed: int = 0
     """Seed of the initial weights, the order of images, noise, flips and dropout."""
     log_every: int = 100
@@ -117,8 +120,13 @@ class Images(Protocol):
         """(C, H, W)."""
         ...
 
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """Images `[B, C, H, W]` in [-1, 1]."""
+    @property
+    def sampled(self) -> bool:
+        """Whether each use of an image is a new draw (of the latents' posterior), so that `batch` takes noise."""
+        ...
+
+    def batch(self, indices: np.ndarray, noise: Tensor | None = None, mirrored: Tensor | None = None) -> Tensor:
+        """Images `[B, C, H, W]` as the network sees them; those whose `mirrored` is True mirrored left to right."""
         ...
 
     def batch_labels(self, indices: np.ndarray) -> Tensor | None:
@@ -187,10 +195,19 @@ class Batches:
     def _make(self, step: int) -> Batch:
         config, share, device = self._config, self._processes.share(self._config.batch_size), self._processes.device
         indices = image_order(config.seed, step, config.batch_size, self._train)[share]
-        images, label = self._images.batch(indices), self._images.batch_labels(indices)
+        coins, noise = None, None
         if config.flip:
             coins = torch.rand(config.batch_size, generator=torch_generator(config.seed, "flip", step)) < 0.5
-            images = flip(images, coins[share])
+        if self._images.sampled:
+            noise = torch.randn(
+                config.batch_size, *self._images.shape, generator=torch_generator(config.seed, "posterior", step)
+            )
+        images = self._images.batch(
+            indices,
+            noise=None if noise is None else noise[share],
+            mirrored=None if coins is None else coins[share],
+        )
+        label = self._images.batch_labels(indices)
         draws = self._objective.draw(
             torch_generator(config.seed, "objective", step), config.batch_size, self._images.shape
         )
@@ -216,16 +233,6 @@ class Batches:
         """Ends the worker."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
-
-
-class _Replica(nn.parallel.DistributedDataParallel):
-    """DDP that shows the network's own attributes (its number of classes, say), so objectives need not know of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -266,10 +273,10 @@ def train(
 ) -> None:
     """Trains until `config.steps`, from the newest whole checkpoint if there is one.
 
-    On return the network holds the averaged weights.
+    On return the network holds the averaged weights, each process its part of them where it is sharded.
 
     Args:
-        network: on its device, with its initial weights; trained in place.
+        network: with its initial weights, on the CPU or its device; moved there and trained in place.
         objective: what is minimized.
         images: the image set.
         train: indices of the train images in it.
@@ -277,7 +284,8 @@ def train(
         processes: this process and the others.
         checkpoints: where checkpoints lie; written by the first process alone.
         log: where log lines go; written by the first process alone.
-        evaluate: measures the network, which holds the averaged weights while it runs; called by the first process.
+        evaluate: measures the network, which holds the averaged weights while it runs; called by the first process, or
+            by all, with the same work, where the network is sharded: only all together can run it.
         progress: called after each step with the steps done and the last known loss.
         say: called with a sentence that the user should see (a damaged checkpoint, say).
         stop: when set, the loop saves and raises.
@@ -288,6 +296,12 @@ def train(
     """
     check_batch(config, processes)
     stop = stop or StopFlag()
+    sharded = config.shard and processes.world > 1
+    if config.shard and not sharded:
+        say("there is one process, so nothing is sharded; start several with torchrun")
+    if sharded:
+        shard_network(network, processes, config.precision)
+    runner = network if sharded else replicate(network, processes)
     optimizer = make_optimizer(network, config)
     ema = EMA(network, config.ema)
     loss_sum = torch.zeros((), dtype=torch.float64, device=processes.device)
@@ -309,12 +323,15 @@ def train(
 
     def save() -> None:
         mean = processes.mean(loss_sum)
+        parts = {
+            "model": Gathered(network.state_dict(), processes),
+            "ema": Gathered(ema.weights, processes),
+            "optimizer": Gathered(optimizer_state(network, optimizer), processes),
+        }
         if processes.first:
             checkpoints.save(
                 step,
-                model=network.state_dict(),
-                ema=ema.weights,
-                optimizer=optimizer_state(network, optimizer),
+                **parts,
                 state={
                     "images": step * config.batch_size,
                     "loss_sum": mean.item(),
@@ -322,6 +339,8 @@ def train(
                     "objective": objective.state_dict(),
                 },
             )
+        for part in parts.values():
+            part.drain()
         processes.wait()
 
     def measured(at: int) -> dict[str, float]:
@@ -330,17 +349,15 @@ def train(
         if at % config.eval_every and at != config.steps:
             return {}
         values: dict[str, float] = {}
-        if processes.first:
+        if processes.first or sharded:
             network.eval()
-            with ema.applied(network):
+            # The blocks of a sharded network take what autocast gives them.
+            with ema.applied(network), autocast(processes.device, config.precision if sharded else "float32"):
                 values = evaluate(at)
             network.train()
         processes.wait()
         return values
 
-    runner = network
-    if processes.world > 1:
-        runner = _Replica(network, device_ids=[processes.device] if processes.device.type == "cuda" else None)
     batches = Batches(images, train, objective, config, processes)
     has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
     network.train()
@@ -359,9 +376,7 @@ def train(
                 part = slice(micro * size, (micro + 1) * size)
                 if has_dropout:
                     torch.manual_seed(key(config.seed, "dropout", step, micro, processes.rank))
-                last = micro == config.accumulate - 1
-                hold = nullcontext() if last or processes.world == 1 else runner.no_sync()  # pyright: ignore
-                with hold:
+                with holding(runner, micro < config.accumulate - 1):
                     with autocast(processes.device, config.precision):
                         losses = objective.losses(
                             runner,
@@ -390,7 +405,9 @@ def train(
                 line = {"step": step, "images": step * config.batch_size, "loss": mean, "lr": config.lr}
                 line |= measured(step)
                 if processes.first:
-                    log.write(line, {"images_per_second": round(rate, 2), "memory_bytes": _memory(processes.device)})
+                    log.write(
+                        line, {"images_per_second": round(rate, 2), "memory_bytes": peak_memory(processes.device)}
+                    )
                 loss_sum.zero_()
                 loss_count = 0
                 since, images_since = time.perf_counter(), 0
@@ -412,7 +429,7 @@ def train(
     network.eval()
 
 
-def _memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of the device's allocator on CUDA, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

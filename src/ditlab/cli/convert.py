@@ -1,0 +1,182 @@
+"""`ditlab convert`: models between ditlab, diffusers and the original DiT code, and runs to and from the hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from ditlab.cli.common import noting
+from ditlab.cli.exporting import export_run
+from ditlab.converted import write_converted
+from ditlab.data.atomic import atomic_folder
+from ditlab.errors import DitlabError
+from ditlab.interop.diffusers_dit import convert_diffusers, write_diffusers
+from ditlab.interop.hub import upload
+from ditlab.interop.model import ForeignModel, objective_of
+from ditlab.interop.original_dit import SUFFIXES, open_original, to_original, write_original
+from ditlab.networks.dit import DiT
+from ditlab.reference import Foreign, open_trained
+from ditlab.run import Run
+
+Format = Literal["ditlab", "diffusers", "original"]
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a DiT between ditlab, diffusers and the original code's checkpoints, or send a run to the hub.
+
+    `ditlab convert DiT-XL-2.pt models/dit` makes a folder that every other verb takes. The outputs stay the same; what
+    the other format cannot express is refused.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A run's folder or one of its checkpoints, a converted model's folder, an original DiT checkpoint (.pt, .pth,
+    .ckpt, .safetensors), diffusers:PATH_OR_ID or hub:ID."""
+    out: tyro.conf.Positional[str]
+    """The folder or file to make, or hub:ORG/NAME to send a run there with a model card."""
+    to: Format | None = None
+    """What to make: a model for ditlab, a diffusers folder, or a checkpoint of the original code. Where not given: the
+    latter for a name that ends in .pt, .pth or .safetensors, else a model for ditlab."""
+    step: int | None = None
+    """The checkpoint of a run; the newest where not given."""
+    raw: bool = False
+    """Take the raw weights instead of the averaged ones."""
+    heads: int | None = None
+    """Number of attention heads of an original checkpoint, where neither its width nor its settings tell."""
+    licence: str = ""
+    """For the hub: the licence of the weights, by the hub's short name (apache-2.0, cc-by-4.0, ...)."""
+    samples: bool = False
+    """For the hub: show the newest samples on the card. Those of a run that memorizes are its training images."""
+    dry_run: Path | None = None
+    """For the hub: write what would be sent into this new folder, and send nothing."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Converts and says what was made."""
+        if self.out.startswith("hub:"):
+            return self._send(console)
+        if self.licence or self.samples or self.dry_run is not None:
+            raise DitlabError(
+                "convert: --licence, --samples and --dry-run are for the hub; expected OUT as hub:ORG/NAME"
+            )
+        out, to = Path(self.out), self._format()
+        if out.exists() and (out.is_file() or any(out.iterdir())):
+            raise DitlabError(f"{out}: expected a new file or folder, found something there")
+        if to == "ditlab":
+            return self._to_ditlab(out, console)
+        network, objective = self._ours(console)
+        difference: dict[str, float] = {}
+        if to == "diffusers":
+            difference["difference"] = write_diffusers(network, objective, out)
+        else:
+            write_original(to_original(network, objective), out)
+        return _told(console, out, to, network, **difference)
+
+    def _format(self) -> Format:
+        """What is to be made."""
+        named = Path(self.out).suffix in SUFFIXES
+        to: Format = self.to or ("original" if named else "ditlab")
+        if (to == "original") != named:
+            raise DitlabError(
+                f"convert: expected OUT to end in {', '.join(SUFFIXES)} for the original format and for it alone, "
+                f"found '{self.out}' for {to}"
+            )
+        return to
+
+    def _to_ditlab(self, out: Path, console: Console) -> dict[str, Any]:
+        found = self._foreign()
+        if isinstance(found, Run):
+            if not self.source.startswith("hub:"):
+                raise DitlabError(f"convert: {self.source} is a run of ditlab already; name another format with --to")
+            try:
+                with atomic_folder(out) as folder:
+                    shutil.copytree(found.home, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            except OSError as error:
+                raise DitlabError(f"{out}: could not be written ({error.strerror or error})") from None
+            console.print(f"wrote {out}: a run of ditlab")
+            return {"out": str(out), "format": "ditlab"}
+        model, difference = found
+        network = model.denoiser.network
+        if not isinstance(network, DiT):
+            raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
+        write_converted(model, out)
+        return _told(console, out, "ditlab", network, **({} if difference is None else {"difference": difference}))
+
+    def _foreign(self) -> Run | tuple[ForeignModel, float | None]:
+        """The source: a run, or another model as ditlab's network with the difference that was measured."""
+        if self.heads is not None and not self._original:
+            raise DitlabError("convert --heads: only original DiT checkpoints leave their heads open")
+        if self._original:
+            return open_original(self.source, ema=not self.raw, heads=self.heads), None
+        if self.source.startswith("diffusers:"):
+            self._check_averaged()
+            return convert_diffusers(self.source.removeprefix("diffusers:"))
+        found = open_trained(self.source)
+        if isinstance(found, Run):
+            return found
+        assert isinstance(found, Foreign)
+        self._check_averaged()
+        if not isinstance(found.model.denoiser.network, DiT):  # a diffusers model on the hub
+            return convert_diffusers(self.source.removeprefix("hub:"))
+        return found.model, None
+
+    @property
+    def _original(self) -> bool:
+        return Path(self.source).suffix in SUFFIXES and not Path(self.source).is_dir()
+
+    def _check_averaged(self) -> None:
+        if self.raw:
+            raise DitlabError(f"convert --raw: {self.source} has one set of weights only")
+
+    def _ours(self, console: Console) -> tuple[DiT, object]:
+        """The source as a network of ditlab's, and how it was trained."""
+        found = self._foreign()
+        if isinstance(found, Run):
+            network = found.network(found.checkpoint(self.step, noting(console)), ema=not self.raw)
+            objective: object = found.config.objective
+        else:
+            network, objective = found[0].denoiser.network, objective_of(found[0].denoiser, self.source)
+        if not isinstance(network, DiT):
+            raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
+        return network, objective
+
+    def _send(self, console: Console) -> dict[str, Any]:
+        """Exports a run, and sends it to the hub unless this is a dry run."""
+        if self.to is not None or self.heads is not None or self.raw:
+            raise DitlabError("convert: a run goes to the hub as it is; expected no --to, --heads or --raw, found some")
+        run = open_trained(self.source)
+        if not isinstance(run, Run):
+            raise DitlabError(f"convert: expected a run of ditlab to send to the hub, found {self.source}")
+        repo = self.out.removeprefix("hub:")
+        if repo.count("/") != 1 or not all(repo.split("/")):
+            raise DitlabError(f"convert: expected hub:ORG/NAME, found '{self.out}'")
+        words: dict[str, Any] = {"step": self.step, "licence": self.licence, "samples": self.samples}
+        if not self.licence:
+            console.print("note: no --licence was given, so the card names none", markup=False)
+        if self.dry_run is not None:
+            folder = export_run(run, self.dry_run, repo, **words)
+            console.print(f"wrote {folder}, which `ditlab convert {self.source} {self.out}` would send")
+            return {"out": str(folder), "format": "hub", "sent": False}
+        with tempfile.TemporaryDirectory() as temporary:
+            address = upload(export_run(run, Path(temporary) / "export", repo, **words), repo)
+        console.print(f"sent to {address}")
+        return {"out": address, "format": "hub", "sent": True}
+
+
+def _told(console: Console, out: Path, to: Format, network: DiT, **measured: float) -> dict[str, Any]:
+    """Says what was made, and gives it for --json."""
+    config = network.config
+    count = sum(value.numel() for value in network.parameters())
+    shape = f"{config.depth} blocks of width {config.width}, {config.heads} heads, patch {config.patch}"
+    classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
+    console.print(f"wrote {out}: a DiT of {count:,} parameters ({shape}, {classes})", markup=False)
+    if "difference" in measured:
+        console.print(
+            f"outputs of both networks differ by {measured['difference']:.1g} of their standard deviation at most"
+        )
+    return {"out": str(out), "format": to, "parameters": count, **measured}

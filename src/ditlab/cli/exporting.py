@@ -1,0 +1,204 @@
+"""Exporting a run to the hub: its folder, and a model card with its own numbers and figures.
+
+The export holds no image of the training set: no pictures of real images, no image set, no page. Samples go along only
+where they are asked for, since those of a model that memorizes are training images.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ditlab
+from ditlab.analysis.attention_maps import LocalityResult
+from ditlab.analysis.comparison import compare
+from ditlab.analysis.psnr import PSNRResult
+from ditlab.cli.measuring import trajectories
+from ditlab.config import to_json
+from ditlab.data.atomic import atomic_folder
+from ditlab.errors import DitlabError
+from ditlab.run import Run
+
+FIGURES = "figures"
+_RESULTS: Mapping[str, Any] = {"psnr-gap": PSNRResult, "attention": LocalityResult}
+"""What analyses leave in a run's folder, as numbers alone."""
+
+
+def export_run(
+    run: Run, out: Path, repo: str, *, step: int | None = None, licence: str = "", samples: bool = False
+) -> Path:
+    """Writes what the hub gets: config.json, one checkpoint, log, results, figures of them, README.md.
+
+    Args:
+        run: the run.
+        out: a folder that does not exist yet; it appears whole or not at all.
+        repo: ORG/NAME, for the sentences on how to load it.
+        step: of which checkpoint; the newest whole one where not given.
+        licence: the weights' licence, by the hub's short name such as apache-2.0.
+        samples: take along the grid of the newest samples.
+
+    Raises:
+        DitlabError: there is no such checkpoint, or no samples that were asked for, or the folder cannot be written.
+    """
+    checkpoint = run.checkpoint(step)
+    grid = _newest_grid(run) if samples else None
+    results = {
+        name: kind.load(run.path / "analysis" / f"{name}.json")
+        for name, kind in _RESULTS.items()
+        if (run.path / "analysis" / f"{name}.json").is_file()
+    }
+    # Results of other weights than the exported ones would tell of another model.
+    results = {name: found for name, found in results.items() if found.about.step == checkpoint.step}
+    parameters = sum(value.numel() for value in checkpoint.ema.values())
+    try:
+        with atomic_folder(out) as folder:
+            _write_config(run, folder)
+            shutil.copytree(checkpoint.path, folder / "checkpoints" / checkpoint.path.name)
+            if run.log:
+                shutil.copy(run.home / "log.jsonl", folder / "log.jsonl")
+            for name, found in results.items():
+                found.save(folder / "analysis", name)
+            figures = _save_figures(run, results, folder / FIGURES)
+            if grid is not None:
+                (folder / FIGURES).mkdir(exist_ok=True)
+                shutil.copy(grid, folder / FIGURES / "samples.png")
+                figures["samples.png"] = "Samples that it drew."
+            card = model_card(run, checkpoint.step, parameters, results, figures, repo, licence)
+            (folder / "README.md").write_text(card)
+    except FileExistsError:
+        raise DitlabError(f"{out}: expected a new folder, found something there") from None
+    except OSError as error:
+        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
+    return out
+
+
+def model_card(
+    run: Run,
+    step: int,
+    parameters: int,
+    results: Mapping[str, Any],
+    figures: Mapping[str, str],
+    repo: str,
+    licence: str = "",
+) -> str:
+    """README.md of an exported run: what it is, its numbers and figures, how it was trained, how to load it.
+
+    Args:
+        run: the run.
+        step: training steps of the weights.
+        parameters: number of weights.
+        results: "psnr-gap" and "attention", as far as they were measured on these weights.
+        figures: file in figures/ -> what it shows.
+        repo: ORG/NAME.
+        licence: see `export_run`.
+    """
+    config, split = run.config, run.record.split
+    kind = "class-conditional" if run.conditional else "unconditional"
+    head = ["library_name: ditlab", *([f"license: {licence}"] if licence else [])]
+    head += ["tags:", "- diffusion", "- dit", f"- {kind}-image-generation"]
+    lines = ["---", *head, "---", "", f"# {repo.rpartition('/')[2]}", ""]
+    side = "x".join(map(str, config.network.image_size))
+    version = run.environment.get("ditlab", ditlab.__version__)
+    words = (
+        f"A diffusion denoiser ({kind}) of {config.network.channels}x{side} "
+        f"{'latents' if run.record.codec else 'pixels'}, trained with ditlab {version} on {split.train:,} images "
+        f"(preset {config.preset or 'none'}, {parameters:,} parameters)."
+    )
+    lines += [
+        words,
+        "",
+        "## Use it",
+        "",
+        "```python",
+        "import ditlab",
+        "",
+        f'denoiser = ditlab.load("hub:{repo}")  # x0 = denoiser(y, sigma)',
+        "```",
+        "",
+        "```sh",
+        f"ditlab sample hub:{repo}",
+        f"ditlab psnr-gap hub:{repo} --data SET",
+        "```",
+        "",
+        f"SET is the image set with the hash {split.imageset[:12]}, which does not come with it.",
+        "",
+        "## Numbers",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _numbers(run, step, results).items()),
+        "",
+    ]
+    for file, words in figures.items():
+        lines += [f"![{words}]({FIGURES}/{file})", "", words, ""]
+    lines += ["## Training", ""]
+    if run.command:
+        lines += ["```sh", run.command, "```", ""]
+    lines += ["All settings are in config.json; the environment was:", ""]
+    lines += [f"- {name}: {value}" for name, value in run.environment.items()]
+    said = f"The weights are under the licence {licence}." if licence else "Whoever exported it named none."
+    lines += ["", "## Licence", "", said, ""]
+    return "\n".join(lines)
+
+
+def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of these weights, in words."""
+    found = {"training images": f"{run.record.split.train:,}", "steps": f"{step:,}"}
+    found["images in a step"] = f"{run.config.training.batch_size}"
+    for line in run.log:
+        for key, name in (("train_loss", "loss on training images"), ("test_loss", "loss on held-out images")):
+            if line["step"] <= step and line.get(key) is not None:
+                found[name] = f"{line[key]:.4f}"
+    gap: PSNRResult | None = results.get("psnr-gap")
+    if gap is not None:
+        found["PSNR on training images"] = f"{gap.average('train'):.2f} dB"
+        found["PSNR on held-out images"] = f"{gap.average('test'):.2f} dB"
+        found["PSNR gap"] = f"{gap.average_gap:.2f} dB, the mean over {len(gap.levels)} noise levels"
+    attention: LocalityResult | None = results.get("attention")
+    if attention is not None:
+        distance = float(attention.values("distance").mean())
+        found["mean attention distance"] = f"{distance:.2f} tokens on {attention.grid[0]}x{attention.grid[1]}"
+    return found
+
+
+def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Draws the results and the log; file -> what it shows."""
+    from ditlab.report.figures import psnr_curves
+    from ditlab.report.locality_figures import locality_curves
+    from ditlab.report.style import save
+    from ditlab.report.training_figures import gap_along_training, loss_curves
+
+    drawn: dict[str, tuple[Any, str]] = {}
+    if "psnr-gap" in results:
+        about = replace(results["psnr-gap"].about, label=run.name)
+        comparison = compare([replace(results["psnr-gap"], about=about)])
+        drawn["psnr-curves.png"] = psnr_curves(comparison), "PSNR on training and held-out images by noise level."
+    if along := trajectories([run], [run.name]):
+        drawn["gap-along-training.png"] = gap_along_training(along), "The PSNR gap along its training."
+    if any("loss" in line or "train_loss" in line for line in run.log):
+        drawn["losses.png"] = loss_curves({run.name: run.log}), "Losses along its training."
+    if "attention" in results:
+        drawn["attention-locality.png"] = locality_curves([results["attention"]]), "How far its attention reaches."
+    if drawn:
+        folder.mkdir()
+    for file, (figure, _) in drawn.items():
+        save(figure, folder / file)
+    return {file: words for file, (_, words) in drawn.items()}
+
+
+def _write_config(run: Run, folder: Path) -> None:
+    """config.json without the place of the image set, which is another one wherever the run goes."""
+    config = replace(run.config, data=replace(run.config.data, path=""))
+    record = to_json(replace(run.record, config=config))
+    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _newest_grid(run: Run) -> Path:
+    grids = sorted((run.path / "samples").glob("*/grid.png"), key=lambda path: path.stat().st_mtime)
+    if not grids:
+        raise DitlabError(f"run {run.path}: expected samples to show, found none; draw some with ditlab sample")
+    return grids[-1]

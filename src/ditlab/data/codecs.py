@@ -1,0 +1,398 @@
+"""Codecs: what stands between pictures and the images that a denoiser sees.
+
+The identity, for denoisers of pixels, or an autoencoder, for denoisers of its latents (Rombach et al. 2022). A codec
+encodes pictures `[B, 3, H, W]` in [-1, 1] to the mean and, where the autoencoder is a variational one, the standard
+deviation of latents z `[B, c, h, w]`. What a denoiser sees are scaled latents, (z - shift) * scale: 0.18215 z for the
+autoencoders of Stable Diffusion and DiT. `decode` takes scaled latents. Nothing is clipped.
+
+A REF that names an autoencoder is one of
+
+    a hub id                a repository of the Hugging Face hub with a diffusers AutoencoderKL or AutoencoderTiny,
+                            such as stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse or madebyollin/taesd
+    a diffusers folder      the same as a folder with config.json and weights
+    a pair of files         NAME_encoder and NAME_decoder (.safetensors, .pth or .pt) in the folder REF, or with REF
+                            as the beginning of their paths: a tiny autoencoder (ditlab.data.tiny_autoencoder)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from ditlab.data.tiny_autoencoder import TinyAutoencoder
+from ditlab.errors import DitlabError
+
+Kind = Literal["auto", "kl", "tiny"]
+
+PIXELS = 2**20
+"""Pixels of the pictures that are decoded at once, at most, but for a larger picture: 16 pictures of 256x256."""
+
+_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class CodecRecord:
+    """Which codec it is: enough to find it again and to know that it is the same."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: Literal["identity", "kl", "tiny"]
+    """No codec at all, an AutoencoderKL, or a tiny autoencoder."""
+    source: str
+    """The REF that the user gave; empty for the identity."""
+    place: str
+    """Where it lies, relative to the folder that keeps this record; empty for a hub id and the identity."""
+    sha256: str
+    """Hash of the weights: of names, shapes and float32 values, whatever file they came in."""
+    image_channels: int
+    """Channels of the pictures."""
+    latent_channels: int
+    """Channels of the latents."""
+    factor: int
+    """Height of a picture over height of its latents."""
+    scale: float
+    """Scaled latents are (z - shift) * scale."""
+    shift: float
+    """See `scale`."""
+
+    @property
+    def variational(self) -> bool:
+        """Whether it gives a standard deviation besides the mean."""
+        return self.kind == "kl"
+
+    def moved(self, before: Path, now: Path) -> CodecRecord:
+        """The record as it stands in the folder `now`, of one that was kept in the folder `before`."""
+        if not self.place:
+            return self
+        return replace(self, place=os.path.relpath((before / self.place).resolve(), now.resolve()))
+
+    def latent_shape(self, picture: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of pictures (C, H, W).
+
+        Raises:
+            DitlabError: the pictures have other channels, or the factor does not divide their sides.
+        """
+        channels, height, width = picture
+        if channels != self.image_channels:
+            raise DitlabError(
+                f"codec '{self.source}': expected pictures of {self.image_channels} channels, found {channels}"
+            )
+        if height % self.factor or width % self.factor:
+            raise DitlabError(
+                f"codec '{self.source}': expected pictures whose sides are multiples of {self.factor}, "
+                f"found {height}x{width}"
+            )
+        return self.latent_channels, height // self.factor, width // self.factor
+
+
+class Codec(ABC):
+    """Pictures to latents and back, on one device, in batches."""
+
+    record: CodecRecord
+    device: torch.device = torch.device("cpu")
+    """Where it computes."""
+
+    @abstractmethod
+    def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k g v"], Tensor | None]:
+        """Mean and standard deviation of unscaled latents (None where they are certain) of pictures in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "n k g v"], batch: int = 64) -> Float[Tensor, "n c h w"]:
+        """Pictures, float32 on the CPU, about [-1, 1] and not clipped, of scaled latents.
+
+        Args:
+            latents: as a denoiser sees them.
+            batch: at most so many are decoded at once, and no more than `PIXELS` pixels, which bounds the memory.
+        """
+
+    def to(self, device: torch.device | str) -> Codec:
+        """Itself, on a device from now on."""
+        return self
+
+
+class Identity(Codec):
+    """The codec of denoisers of pixels: it does nothing."""
+
+    def __init__(self, channels: int = 3) -> None:
+        self.record = CodecRecord("identity", "", "", "", channels, channels, 1, 1.0, 0.0)
+
+    def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], None]:
+        """The pictures."""
+        return pictures, None
+
+    def decode(self, latents: Float[Tensor, "n c h w"], batch: int = 64) -> Float[Tensor, "n c h w"]:
+        """The pictures."""
+        return latents.float().cpu()
+
+
+class _Autoencoder(Codec):
+    """What the two kinds of autoencoders share: weights, a device, batches."""
+
+    def __init__(self, module: nn.Module, record: CodecRecord) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.record = record
+
+    def to(self, device: torch.device | str) -> Codec:
+        """See `Codec.to`."""
+        self.module.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @torch.no_grad()
+    def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k g v"], Tensor | None]:
+        """See `Codec.moments`."""
+        self.record.latent_shape((pictures.shape[1], pictures.shape[2], pictures.shape[3]))
+        return self._encode(pictures.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n k g v"], batch: int = 64) -> Float[Tensor, "n c h w"]:
+        """See `Codec.decode`."""
+        if latents.shape[1] != self.record.latent_channels:
+            raise DitlabError(
+                f"codec '{self.record.source}': expected latents of {self.record.latent_channels} channels, "
+                f"found {latents.shape[1]}"
+            )
+        height, width = (side * self.record.factor for side in latents.shape[2:])
+        batch = min(batch, max(1, PIXELS // (height * width)))
+        z = latents.float() / self.record.scale + self.record.shift
+        return torch.cat([self._decode(part.to(self.device)).float().cpu() for part in z.split(batch)])
+
+    @abstractmethod
+    def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+    @abstractmethod
+    def _decode(self, z: Tensor) -> Tensor: ...
+
+
+class _KL(_Autoencoder):
+    """diffusers' AutoencoderKL."""
+
+    def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+        posterior: Any = self.module.encode(pictures).latent_dist  # pyright: ignore[reportCallIssue]
+        return posterior.mean, posterior.std
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
+
+
+class _DiffusersTiny(_Autoencoder):
+    """diffusers' AutoencoderTiny."""
+
+    def _encode(self, pictures: Tensor) -> tuple[Tensor, None]:
+        return self.module.encode(pictures).latents, None  # pyright: ignore[reportCallIssue]
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
+
+
+class _PlainTiny(_Autoencoder):
+    """A tiny autoencoder of two state dicts; it works on [0, 1]."""
+
+    module: TinyAutoencoder
+
+    def _encode(self, pictures: Tensor) -> tuple[Tensor, None]:
+        return self.module.encode((pictures + 1) / 2), None
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.module.decode(z) * 2 - 1
+
+
+def open_codec(source: str | Path, kind: Kind = "auto") -> Codec:
+    """Loads the autoencoder that a REF names, on the CPU in float32.
+
+    Args:
+        source: see the module.
+        kind: refuse any other kind than this; "auto" takes what is there.
+
+    Raises:
+        DitlabError: there is nothing of that name, it cannot be loaded, or it is another kind.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        codec = _diffusers(text, str(path), os.path.relpath(path.resolve()))
+    elif (pair := _pair(path)) is not None:
+        codec = _plain(text, *pair)
+    elif path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        if path.is_dir():
+            found = "a folder with neither"
+        else:
+            found = "a file" if path.exists() else "nothing there"
+        raise DitlabError(
+            f"codec '{text}': expected a folder with config.json (diffusers), a pair of files NAME_encoder and "
+            f"NAME_decoder ({', '.join(_SUFFIXES)}), or a hub id OWNER/NAME, found {found}"
+        )
+    else:
+        codec = _diffusers(text, text, "")
+    if kind not in ("auto", codec.record.kind):
+        raise DitlabError(f"codec '{text}': expected the kind '{kind}', found '{codec.record.kind}'")
+    return codec
+
+
+def reopen_codec(record: CodecRecord, folder: Path, given: str | Path | None = None) -> Codec:
+    """Loads the codec of a record again and checks that it is the same.
+
+    Args:
+        record: what an image set or a run keeps.
+        folder: the folder that keeps it.
+        given: where the codec lies now, if it was moved.
+
+    Raises:
+        DitlabError: it is not where it was, or has other weights or another scale.
+    """
+    if record.kind == "identity":
+        return Identity(record.image_channels)
+    if given is not None:
+        source = str(given)
+    elif record.place:
+        # Where it lay beside this folder, or else where the user's words lead from here: its hash tells whether it is.
+        places = (folder / record.place, Path(record.source).expanduser())
+        source = next((str(place) for place in places if place.exists() or _pair(place) is not None), None)
+        if source is None:
+            raise DitlabError(
+                f"codec '{record.source}': expected the autoencoder of {folder} at {places[0]}, found nothing there; "
+                "give --codec with the place where it lies now"
+            )
+    else:
+        source = record.source
+    codec = open_codec(source)
+    found = codec.record
+    for name in (field.name for field in fields(CodecRecord) if field.name not in ("source", "place")):
+        expected, there = getattr(record, name), getattr(found, name)
+        if expected != there:
+            cut = slice(12) if name == "sha256" else slice(None)
+            raise DitlabError(
+                f"codec '{source}': expected the autoencoder that {folder} was made with, with {name} "
+                f"{str(expected)[cut]}, found {str(there)[cut]}"
+            )
+    codec.record = record
+    return codec
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values of weights, in the order of their names: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _diffusers(text: str, where: str, place: str) -> Codec:
+    """An AutoencoderKL or AutoencoderTiny from a folder or the hub."""
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    except ImportError:
+        raise DitlabError(f"codec '{text}': needs the package diffusers (pip install \"ditlab[diffusers]\")") from None
+    known: dict[str, tuple[Literal["kl", "tiny"], Any]] = {
+        "AutoencoderKL": ("kl", AutoencoderKL),
+        "AutoencoderTiny": ("tiny", AutoencoderTiny),
+    }
+    try:
+        config: Any = AutoencoderKL.load_config(where)
+        name = config.get("_class_name")
+        module, missing = None, []
+        if name in known:
+            module, info = known[name][1].from_pretrained(
+                where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            )
+            missing = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    except (
+        Exception
+    ) as error:  # Download layers, file systems and readers of weights raise types without a common base.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if place:
+            raise DitlabError(f"codec '{text}': its files could not be read: {reason[:300]}") from None
+        raise DitlabError(
+            f"codec '{text}': the autoencoder is not complete in this machine's hub cache and could not be fetched "
+            f"(fetch it where there is a network with `hf download {text}`, or give a local folder): {reason[:200]}"
+        ) from None
+    if module is None:
+        raise DitlabError(f"codec '{text}': expected {' or '.join(known)} in its config.json, found {name}")
+    if missing:  # diffusers itself would go on with random values in their place
+        raise DitlabError(f"codec '{text}': its weights and its config.json do not belong together, e.g. {missing[0]}")
+    config = module.config
+    if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
+        raise DitlabError(
+            f"codec '{text}': expected one scale for all latent channels, found latents_mean and latents_std"
+        )
+    stages = len(config.block_out_channels) if known[name][0] == "kl" else len(config.encoder_block_out_channels)
+    record = CodecRecord(
+        kind=known[name][0],
+        source=text,
+        place=place,
+        sha256=weights_hash(module.state_dict()),
+        image_channels=config.in_channels,
+        latent_channels=config.latent_channels,
+        factor=2 ** (stages - 1),
+        scale=float(config.scaling_factor),
+        shift=float(config.shift_factor or 0.0),
+    )
+    return (_KL if record.kind == "kl" else _DiffusersTiny)(module, record)
+
+
+def _plain(text: str, encoder: Path, decoder: Path) -> Codec:
+    """A tiny autoencoder from two files."""
+    parts = _read(encoder), _read(decoder)
+    module = TinyAutoencoder(*parts, where=f"codec '{text}'")
+    record = CodecRecord(
+        kind="tiny",
+        source=text,
+        place=os.path.relpath(Path(text).expanduser().resolve()),
+        sha256=weights_hash(module.state_dict()),
+        image_channels=module.image_channels,
+        latent_channels=module.latent_channels,
+        factor=module.factor,
+        scale=1.0,
+        shift=0.0,
+    )
+    return _PlainTiny(module, record)
+
+
+def _pair(path: Path) -> tuple[Path, Path] | None:
+    """The files NAME_encoder and NAME_decoder in a folder, or with a path as their beginning; None without any."""
+    folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name)
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for suffix in reversed(_SUFFIXES):
+        for encoder in sorted(folder.glob(f"*encoder{suffix}")):
+            name = encoder.name.removesuffix(f"encoder{suffix}")
+            decoder = folder / f"{name}decoder{suffix}"
+            if decoder.is_file() and (not prefix or name.rstrip("_") == prefix):
+                pairs[name] = (encoder, decoder)
+    if len(pairs) > 1:
+        named = ", ".join(str(folder / name.rstrip("_")) for name in sorted(pairs))
+        raise DitlabError(f"codec '{path}': expected one pair of an encoder and a decoder, found several: {named}")
+    return next(iter(pairs.values()), None)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file; nothing in it is run."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DitlabError(
+            f"{path}: expected a state dict of tensors alone, found a pickle that could run code or a damaged one, "
+            "which is not opened; save it again as .safetensors where you trust it"
+        ) from None
+    except Exception as error:  # safetensors and torch's zip reader raise types of their own for damaged files.
+        raise DitlabError(f"{path}: could not be read as weights: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(weights, dict):
+        raise DitlabError(f"{path}: expected a state dict, found {type(weights).__name__}")
+    return weights

@@ -1,0 +1,318 @@
+"""Encoding an image set: its latents under a codec, as a set of their own that training reads like any other.
+
+The work is cut into parts of 64 pictures. Each part becomes one file in a hidden folder beside the new set, by a
+rename, so that after a kill the same command goes on with the parts that are missing; several processes share the
+parts. When all are there, one process joins them into the set, which appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ditlab
+from ditlab.data.atomic import appear, atomic_folder, lock_folder
+from ditlab.data.codecs import Codec
+from ditlab.data.imageset import LABELS, POOL, ImageSet, require_space
+from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord, Store
+from ditlab.data.manifest import LATENT_VERSION, content_hash, hash_file
+from ditlab.errors import DitlabError
+from ditlab.randomness import torch_generator
+
+PART = 64
+"""Pictures in one part file: what a kill may lose."""
+
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How pictures are encoded."""
+
+    store: Store = "moments"
+    """Mean and standard deviation, of which training draws a sample each time (as DiT's did); one sample, drawn now; or
+    the mean alone. A codec without deviations gives the mean, whatever is asked for."""
+    mirrored: bool = False
+    """Also encode the pictures mirrored left to right: needed to train with flips, at twice the size."""
+    seed: int = 0
+    """Seed of the samples, with --store sample."""
+    batch: int = 16
+    """Pictures encoded at once."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """What the autoencoder computes in."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= PART:
+            raise DitlabError(f"data encode: expected a batch of 1 to {PART} pictures, found {self.batch}")
+
+
+class Encoding:
+    """One encoding of an image set, to be worked on by one process or several, in one sitting or several.
+
+    Args:
+        pictures: an image set of pixels.
+        out: the folder of the new set.
+        codec: an autoencoder, on its device.
+        config: how.
+        overwrite: replace another set at `out`, and drop what is left of another unfinished encoding there.
+
+    Raises:
+        DitlabError: the pictures are latents already or do not fit the codec, or `out` is something else already.
+    """
+
+    def __init__(
+        self,
+        pictures: ImageSet,
+        out: str | Path,
+        codec: Codec,
+        config: EncodeConfig | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.pictures, self.out, self.codec, self.config = pictures, Path(out), codec, config or EncodeConfig()
+        self.overwrite = overwrite
+        if pictures.latents is not None:
+            raise DitlabError(f"data encode {pictures.path}: expected an image set of pixels, found one of latents")
+        if codec.record.kind == "identity":
+            raise DitlabError("data encode: expected an autoencoder, found the identity")
+        self.shape = codec.record.latent_shape(pictures.shape)
+        if self.out.resolve() == pictures.path.resolve():
+            raise DitlabError(f"data encode: expected another folder for the latents than {self.out} of the pictures")
+        store: Store = self.config.store if codec.record.variational else "mean"
+        self.names = [LATENTS, *([LATENTS_STD] if store == "moments" else [])]
+        if self.config.mirrored:
+            self.names += [MIRRORED, *([MIRRORED_STD] if store == "moments" else [])]
+        # The statistics and the codec's place are filled in at the end.
+        self._record = LatentRecord(
+            codec=replace(codec.record, place=""),
+            store=store,
+            mirrored=self.config.mirrored,
+            seed=self.config.seed if store == "sample" else 0,
+            precision=self.config.precision,
+            pictures=pictures.hash,
+            path="",
+            picture=pictures.shape,
+            mean=(),
+            std=(),
+            overall_std=0.0,
+        )
+        self.work = self.out.parent / f".{self.out.name}.encoding"
+        self.parts = range(-(-len(pictures) // PART))
+
+    def existing(self) -> ImageSet | None:
+        """The finished set of just this encoding, or None where there is nothing at `out`.
+
+        Raises:
+            DitlabError: something else lies there, and `overwrite` is off.
+        """
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return None
+        try:
+            found = ImageSet.open(self.out)
+        except DitlabError as error:
+            raise DitlabError(f"{self.out} exists and is not an image set that can be reused ({error})") from None
+        if found.latents is not None and self._asked(found.latents.record) == self._asked(self._record):
+            return found
+        if self.overwrite:
+            return None
+        raise DitlabError(
+            f"{self.out} already holds another image set ({found.manifest.source}, {'x'.join(map(str, found.shape))}, "
+            f"{'pixels' if found.latents is None else 'latents'}); choose another folder or overwrite it"
+        )
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within the block the hidden folder of the parts is there, perhaps with those of an interrupted encoding, and
+        no other job works in it; held by the first process alone.
+
+        Raises:
+            DitlabError: another job works in it, it was left by an encoding with other settings, or the disk is full.
+        """
+        settings = json.dumps({"part": PART, **self._asked(self._record)}, indent=1)
+        kept = self.work / _SETTINGS
+        if kept.is_file() and kept.read_text() != settings and not self.overwrite:
+            raise DitlabError(
+                f"{self.work} holds an unfinished encoding with other settings; use the same settings to go on, "
+                "or overwrite it"
+            )
+        left = sum(not self._file(part).exists() for part in self.parts)
+        each = 2 * len(self.names) * int(np.prod(self.shape))
+        # The parts that are still to be made, and the set that they are joined into.
+        require_space(self.out, each * (left * PART + len(self.pictures)))
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(self.work)
+        try:
+            if lock is None and os.name != "nt":
+                raise DitlabError(f"data encode {self.out}: another process is encoding it")
+            if not kept.is_file() or kept.read_text() != settings:
+                for leftover in self.work.iterdir():
+                    leftover.unlink()
+                appear(kept, lambda beside: beside.write_text(settings))
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def encode(
+        self, rank: int = 0, world: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Encodes this process's share of the parts, as far as they are not there yet.
+
+        Args:
+            rank: which of the processes this is.
+            world: how many share the work.
+            progress: called with (pictures done, pictures in all) of this process's share.
+        """
+        mine = self.parts[rank::world]
+        total = sum(len(self._indices(part)) for part in mine)
+        done = 0
+        for part in mine:
+            indices = self._indices(part)
+            if not self._file(part).exists():
+                made: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+                for start in range(0, len(indices), self.config.batch):
+                    for name, array in self._moments(indices[start : start + self.config.batch]).items():
+                        made[name].append(array)
+                    progress(done + min(start + self.config.batch, len(indices)), total)
+                arrays = {name.removesuffix(".npy"): np.concatenate(made[name]) for name in self.names}
+                appear(self._file(part), lambda beside, arrays=arrays: _save(beside, arrays))
+            done += len(indices)
+            progress(done, total)
+
+    def finish(self) -> ImageSet:
+        """Joins the parts into the set and removes them; called by one process when all have encoded.
+
+        Raises:
+            DitlabError: a part is missing or damaged, or the disk is full.
+        """
+        with atomic_folder(self.out, replace=self.overwrite) as folder:
+            measured = self._join(folder)
+            for name in (LABELS, POOL):
+                if name in self.pictures.manifest.files:
+                    shutil.copyfile(self.pictures.path / name, folder / name)
+            names = (*self.names, LABELS, POOL)
+            files = {name: hash_file(folder / name) for name in names if (folder / name).exists()}
+            record = replace(
+                self._record,
+                codec=self.codec.record.moved(Path.cwd(), self.out),
+                path=os.path.relpath(self.pictures.path.resolve(), self.out.resolve()),
+                **measured,
+            )
+            before = self.pictures.manifest
+            manifest = replace(
+                before,
+                shape=(len(self.pictures), *self.shape),
+                files=files,
+                hash=content_hash(files, before.class_names, record),
+                made_by=f"ditlab {ditlab.__version__}",
+                version=LATENT_VERSION,
+                latents=record,
+            )
+            manifest.write(folder)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return ImageSet.open(self.out)
+
+    def _asked(self, record: LatentRecord) -> dict[str, Any]:
+        """What two encodings must share to be the same: not places, not what was measured."""
+        codec = replace(record.codec, source="", place="")
+        return asdict(replace(record, codec=codec, path="", mean=(), std=(), overall_std=0.0))
+
+    def _indices(self, part: int) -> np.ndarray:
+        return np.arange(part * PART, min((part + 1) * PART, len(self.pictures)))
+
+    def _file(self, part: int) -> Path:
+        return self.work / f"part-{part:06d}.npz"
+
+    def _moments(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of one batch by file name, float16."""
+        pictures = self.pictures.batch(indices)
+        found = self._stored(pictures, indices, (LATENTS, LATENTS_STD))
+        if self.config.mirrored:
+            found |= self._stored(pictures.flip(-1), indices, (MIRRORED, MIRRORED_STD))
+        return {name: found[name] for name in self.names}
+
+    def _stored(self, pictures: Tensor, indices: np.ndarray, names: tuple[str, str]) -> dict[str, np.ndarray]:
+        with torch.autocast(self.codec.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            mean, std = self.codec.moments(pictures)
+        mean, std = mean.float().cpu(), None if std is None else std.float().cpu()
+        if tuple(mean.shape[1:]) != self.shape:
+            raise DitlabError(
+                f"codec '{self.codec.record.source}': expected latents {list(self.shape)}, found {list(mean.shape[1:])}"
+            )
+        if self._record.store == "sample" and std is not None:
+            draws = [torch_generator(self.config.seed, "encode", names[0], int(index)) for index in indices]
+            mean = mean + std * torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
+        found = {names[0]: _half(mean)}
+        if std is not None:
+            found[names[1]] = _half(std)
+        return found
+
+    def _join(self, folder: Path) -> dict[str, Any]:
+        """Writes the arrays from the parts, one after another, and measures the scaled latents on the way."""
+        count, (channels, height, width) = len(self.pictures), self.shape
+        total, squares = np.zeros(channels), np.zeros(channels)
+        variance = np.zeros(channels)
+        codec = self.codec.record
+        arrays = {
+            name: np.lib.format.open_memmap(folder / name, "w+", np.float16, (count, *self.shape))
+            for name in self.names
+        }
+        for part in self.parts:
+            indices = self._indices(part)
+            for name, values in self._read_part(part, len(indices)):
+                arrays[name][indices] = values
+                wide = values.astype(np.float64)
+                if name == LATENTS:
+                    scaled = (wide - codec.shift) * codec.scale
+                    total += scaled.sum((0, 2, 3))
+                    squares += (scaled**2).sum((0, 2, 3))
+                elif name == LATENTS_STD:
+                    variance += ((wide * codec.scale) ** 2).sum((0, 2, 3))
+        for array in arrays.values():
+            array.flush()
+        arrays.clear()
+        each = count * height * width
+        mean = total / each
+        second = (squares + variance) / each
+        return {
+            "mean": tuple(mean.tolist()),
+            "std": tuple(np.sqrt(np.maximum(second - mean**2, 0)).tolist()),
+            "overall_std": float(np.sqrt(max(second.mean() - mean.mean() ** 2, 0))),
+        }
+
+    def _read_part(self, part: int, count: int) -> Iterator[tuple[str, np.ndarray]]:
+        path = self._file(part)
+        try:
+            with np.load(path, allow_pickle=False) as loaded:
+                for name in self.names:
+                    values = loaded[name.removesuffix(".npy")]
+                    if values.shape != (count, *self.shape) or values.dtype != np.float16:
+                        raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+                    yield name, values
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DitlabError(f"{path}: expected a part of an encoding, found a damaged file ({error})") from None
+
+
+def _half(values: Tensor) -> np.ndarray:
+    largest = values.abs().max().item()
+    if not largest <= torch.finfo(torch.float16).max:
+        raise DitlabError(f"data encode: expected latents that float16 can hold (up to 65504), found {largest:.3g}")
+    return values.to(torch.float16).numpy()
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,124 @@
+"""Latents of an image set: what its manifest says of them, and the arrays they rest in.
+
+A set of latents holds the unscaled moments that its codec gave, in float16, beside labels and pools of the pictures:
+
+    latents.npy            float16 [N, c, h, w]   means (or one sample of each)
+    latents_std.npy        float16 [N, c, h, w]   standard deviations, where moments are stored
+    mirrored.npy           float16 [N, c, h, w]   the same of the pictures mirrored left to right, where asked for:
+    mirrored_std.npy       float16 [N, c, h, w]   latents of a mirrored picture are not the mirrored latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import ConfigDict
+from torch import Tensor
+
+from ditlab.data.codecs import CodecRecord
+from ditlab.errors import DitlabError
+
+LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD = "latents.npy", "latents_std.npy", "mirrored.npy", "mirrored_std.npy"
+
+Store = Literal["moments", "sample", "mean"]
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """What the manifest of a set of latents says besides that of its pictures."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    codec: CodecRecord
+    """The autoencoder; its `place` is relative to the set's folder."""
+    store: Store
+    """Mean and standard deviation, one sample, or the mean alone (all there is where the codec is not variational)."""
+    mirrored: bool
+    """Whether latents of the mirrored pictures are there too."""
+    seed: int
+    """Seed of the samples, where those are stored."""
+    precision: Literal["float32", "bf16"]
+    """What the autoencoder computed in."""
+    pictures: str
+    """Hash of the image set that was encoded."""
+    path: str
+    """Where that set lay, relative to this one's folder."""
+    picture: tuple[int, int, int]
+    """(C, H, W) of the pictures."""
+    mean: tuple[float, ...]
+    """Mean of each channel of the scaled latents."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel of the scaled latents, the posterior's own variance included."""
+    overall_std: float
+    """Root mean square of the scaled latents about the mean of them all: EDM's sigma_data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The opened arrays, float16 [N, c, h, w] and memory-mapped."""
+
+    record: LatentRecord
+    mean: np.ndarray
+    std: np.ndarray | None
+    mirrored: np.ndarray | None
+    mirrored_std: np.ndarray | None
+
+    @staticmethod
+    def open(record: LatentRecord, read: Callable[[str], np.ndarray]) -> Latents:
+        """Opens the arrays that a record promises.
+
+        Args:
+            record: from the manifest.
+            read: gives the array of a file's name, checked.
+        """
+        moments = record.store == "moments"
+        return Latents(
+            record,
+            read(LATENTS),
+            read(LATENTS_STD) if moments else None,
+            read(MIRRORED) if record.mirrored else None,
+            read(MIRRORED_STD) if record.mirrored and moments else None,
+        )
+
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        noise: Float[Tensor, "b c h w"] | None,
+        mirrored: Bool[Tensor, " b"] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Scaled latents, float32.
+
+        Args:
+            indices: which.
+            noise: unit-normal; the latents are then mean + std * noise. The mean where None.
+            mirrored: which of them are those of the mirrored picture; none where None.
+
+        Raises:
+            DitlabError: noise without stored deviations, or mirrored ones that are not there.
+        """
+        if noise is not None and self.std is None:
+            raise DitlabError(f"latents: expected stored moments to sample from, found '{self.record.store}'")
+        if mirrored is not None and self.mirrored is None:
+            raise DitlabError(
+                "latents: expected latents of the mirrored pictures too, found none; encode the set with --mirrored, "
+                "or train without flips (--training.no-flip)"
+            )
+        z = _taken(self.mean, self.mirrored, indices, mirrored)
+        if noise is not None and self.std is not None:
+            z = z + _taken(self.std, self.mirrored_std, indices, mirrored) * noise
+        return (z - self.record.codec.shift) * self.record.codec.scale
+
+
+def _taken(
+    array: np.ndarray, other: np.ndarray | None, indices: Sequence[int] | np.ndarray, coins: Tensor | None
+) -> Tensor:
+    """Float32 rows of one array or, where a coin is True, of the other."""
+    taken = torch.from_numpy(np.take(array, indices, axis=0)).float()
+    if coins is None or other is None:
+        return taken
+    return torch.where(coins[:, None, None, None], torch.from_numpy(np.take(other, indices, axis=0)).float(), taken)

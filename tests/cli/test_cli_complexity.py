@@ -1,0 +1,76 @@
+"""`ditlab complexity`: the table, its files, the width of equal cost, and input that cannot be used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+LATENTS = ("--channels", 4, "--classes", 1000)
+
+
+def test_the_papers_numbers(ditlab, tmp_path):
+    done = ditlab("complexity", "dit-s/8", "dit-s/4", *LATENTS, "--out", "costs", "--json")
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    assert [network["name"] for network in result["networks"]] == ["dit-s/8", "dit-s/4"]
+    for network, gmacs in zip(result["networks"], (0.36, 1.41), strict=True):
+        assert abs(network["gmacs"] - gmacs) < 0.01
+        assert round(network["parameters"] / 1e6) == 33
+        assert (network["batch_size"], network["steps"]) == (256, 400_000)
+        assert network["training_gmacs"] == pytest.approx(network["gmacs"] * 256 * 400_000 * 3)
+        assert 0 < network["activation_bytes_bf16"] < network["activation_bytes"]
+        assert network["gmacs_without_attention"] < network["gmacs"]
+        assert network["network"]["image_size"] == [32, 32]
+    folder = tmp_path / "costs"
+    assert sorted(path.name for path in folder.iterdir()) == ["complexity.json", "complexity.png"]
+    saved = json.loads((folder / "complexity.json").read_text())
+    assert saved["networks"] == result["networks"]
+    assert (folder / "complexity.png").read_bytes()[:4] == b"\x89PNG"
+    for words in ("dit-s/8", "0.36", "(256 x 400,000)"):
+        assert words in done.err  # the table
+
+
+def test_flags_change_the_network(ditlab):
+    changed = ("--depth", 2, "--width", 64, "--heads", 2, "--attention", "3,g", "--block", "in-context")
+    done = ditlab("complexity", "dit-nano/2", *changed, "--size", 8, 12, "--no-memory", "--batch", 3, "--json")
+    (found,) = json.loads(done.out)["networks"]
+    assert found["name"] == "dit-nano/2, depth 2, attention 3,g, block in-context"  # width and heads are its own
+    assert found["network"]["image_size"] == [8, 12]
+    assert (found["batch_size"], found["steps"], found["activation_bytes"]) == (3, 5000, None)
+    assert "MiB" not in done.err
+
+
+def test_the_width_that_costs_the_same(ditlab):
+    changes = ("--attention", "3*4", "--size", 16, "--no-memory")
+    done = ditlab("complexity", "dit-nano/1", *changes, "--match", "dit-nano/1", "--json")
+    assert done.status == 0, done.err
+    wanted, found = json.loads(done.out)["networks"]
+    assert wanted["name"] == "dit-nano/1"
+    assert found["network"]["attention"] == "3*4"
+    assert found["network"]["width"] > wanted["network"]["width"]
+    assert found["network"]["width"] % 4 == 0
+    assert abs(found["gmacs"] / wanted["gmacs"] - 1) < 0.06  # a step of 4 in the width is 10% here
+    assert f"width {found['network']['width']} costs" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "complexity: expected at least one preset (e.g. dit-s/2), found none"),
+        ("dit-sx/2", "unknown preset 'dit-sx/2' (nearest: "),
+        ("dit-s/8 --size 33", "dit-s/8: DiT config: image_size must be multiples of the patch 8, found (33, 33)"),
+        ("dit-s/8 --size 8 8 8", "complexity --size: expected one side or height and width, found [8, 8, 8]"),
+        ("dit-s/8 --size 0", "complexity --size: expected one side or height and width, found [0]"),
+        ("dit-s/8 --batch 0", "complexity --batch: expected at least 1, found 0"),
+        ("dit-s/8 --steps -5", "complexity --steps: expected at least 1, found -5"),
+        ("dit-s/8 --classes -1", "num_classes must be 0 (unconditional) or more, found -1"),
+        ("dit-s/8 --attention 99,g*11", "attention window 99: expected a size of at most 4"),
+        ("dit-s/8 --heads 7", "width must be a multiple of the 7 heads, found 384"),
+        ("dit-s/8 --match dit-nona/1", "unknown preset 'dit-nona/1'"),
+        ("dit-s/8 --match dit-s/4 --width 8", "--match finds the width, so --width cannot be given with it"),
+        ("dit-xl/2 --size 8 --match dit-nano/8", "dit-xl/2: match: expected a network that can cost"),
+    ],
+)
+def test_input_that_cannot_be_used(refused, words, says):
+    assert says in refused("complexity", *words.split(), *(() if "--out" in words else ("--out", "costs")))

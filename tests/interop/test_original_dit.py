@@ -1,0 +1,230 @@
+"""Checkpoints of the original DiT code: read safely, told apart, written back (golden 01)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.errors import DitlabError
+from ditlab.interop.original_dit import infer_config, open_original, read_original, to_original, write_original
+from ditlab.networks.dit import DiT, DiTConfig
+
+GOLDENS = ["01_dit_a", "01_dit_b"]
+
+
+@pytest.fixture(params=GOLDENS)
+def fixture(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture
+def weights(golden):
+    return golden("01_dit_a").weights()
+
+
+def training_file(path, weights, **args):
+    """What the original's training script leaves: raw weights, averaged ones, optimizer, arguments."""
+    raw = {key: value if key == "pos_embed" else value + 1 for key, value in weights.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}
+    everything = {"model": raw, "ema": weights, "opt": optimizer, "args": argparse.Namespace(**args)}
+    torch.save(everything, path)
+    return path
+
+
+def outputs(model, fixture):
+    return model.denoiser.network(fixture["in.x"], fixture["in.t"], fixture["in.y"])
+
+
+@pytest.mark.parametrize("kind", ["bare", "legacy", "training", "safetensors"])
+def test_a_file_gives_the_originals_outputs(fixture, tmp_path, kind):
+    config, weights = fixture.about["config"], fixture.weights()
+    path = tmp_path / ("dit.safetensors" if kind == "safetensors" else "dit.pt")
+    if kind == "training":
+        training_file(path, weights, model="DiT-T/2", num_classes=config["num_classes"], image_size=64, ckpt=None)
+    elif kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "bare")
+    model = open_original(path, heads=config["num_heads"])
+    # float32 `exp` of the fixture's machine differs in its last bit: 2e-5 at t = 999.
+    torch.testing.assert_close(outputs(model, fixture), fixture["out.y"], rtol=0, atol=4e-5)
+    found = model.denoiser.network.config
+    assert (found.image_size, found.channels, found.patch) == ((8, 8), config["in_channels"], config["patch_size"])
+    assert (found.width, found.depth) == (config["hidden_size"], config["depth"])
+    assert (found.num_classes, found.learn_sigma) == (config["num_classes"], config["learn_sigma"])
+    assert model.denoiser.variance == ("learned-range" if config["learn_sigma"] else "fixed-large")
+    assert len(model.denoiser.schedule) == 1000
+    assert model.name == "dit"
+
+
+def test_averaged_weights_are_preferred(weights, tmp_path):
+    path = training_file(tmp_path / "a.pt", weights, model="DiT-T/2")
+    assert torch.equal(read_original(path)[0]["final_layer.linear.bias"], weights["final_layer.linear.bias"])
+    raw, args = read_original(path, ema=False)
+    assert torch.equal(raw["final_layer.linear.bias"], weights["final_layer.linear.bias"] + 1)
+    assert args == {"model": "DiT-T/2"}
+    torch.save(weights, tmp_path / "bare.pt")
+    with pytest.raises(DitlabError, match="expected raw weights beside averaged ones, found one set"):
+        read_original(tmp_path / "bare.pt", ema=False)
+
+
+class Malicious:
+    """Would make a file when it is unpickled."""
+
+    def __init__(self, mark: pathlib.Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("where", ["args", "top", "ema", "plain pickle"])
+def test_code_in_a_checkpoint_is_not_run(weights, tmp_path, where):
+    mark, path = tmp_path / "was-run", tmp_path / "dit.pt"
+    bad = Malicious(mark)
+    if where == "plain pickle":
+        path.write_bytes(pickle.dumps({"ema": bad}, protocol=4))
+    else:
+        content = {
+            "args": {"ema": weights, "args": bad},
+            "top": bad,
+            "ema": {"ema": {**weights, "x": bad}},
+        }[where]
+        torch.save(content, path)
+    with pytest.raises(DitlabError) as error:
+        open_original(path, heads=4)
+    assert "it is not opened" in str(error.value)
+    assert "safetensors.torch.save_file" in str(error.value)
+    if where != "plain pickle":
+        assert "it wants to run 'posix.system'" in str(error.value)
+    assert not mark.exists()
+    # The file does what it is said to do when it is trusted.
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False) if where != "plain pickle" else pickle.load(file)
+    assert mark.exists()
+
+
+def test_another_class_is_named(weights, tmp_path):
+    torch.save({"ema": weights, "args": argparse.Namespace(out=tmp_path)}, tmp_path / "dit.pt")
+    with pytest.raises(DitlabError, match=r"it wants to run 'pathlib\.PosixPath'"):
+        open_original(tmp_path / "dit.pt", heads=4)
+
+
+def test_damaged_files(weights, tmp_path):
+    path = tmp_path / "dit.pt"
+    for settings in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(weights, path, **settings)
+        whole = path.read_bytes()
+        for size in (0, 10, len(whole) // 2, len(whole) - 10):
+            path.write_bytes(whole[:size])
+            with pytest.raises(DitlabError, match=r"found a damaged one|found a file of another kind"):
+                read_original(path)
+    path.write_text("not a checkpoint")
+    with pytest.raises(DitlabError, match="found a file of another kind"):
+        read_original(path)
+    save_file(weights, tmp_path / "dit.safetensors")
+    (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:999])
+    with pytest.raises(DitlabError, match="expected a whole safetensors file"):
+        read_original(tmp_path / "dit.safetensors")
+    with pytest.raises(DitlabError, match="expected a checkpoint, found nothing"):
+        read_original(tmp_path / "none.pt")
+
+
+def test_weights_of_other_networks(weights, tmp_path):
+    save_file({"conv_in.weight": torch.zeros(3)}, tmp_path / "unet.safetensors")
+    with pytest.raises(DitlabError, match=r"of the original DiT .* found another network's \('conv_in.weight'\)"):
+        open_original(tmp_path / "unet.safetensors")
+    for content, says in (
+        ([1, 2], "expected a state dict of tensors, found list"),
+        ({"ema": 3}, "expected a state dict of tensors, found int"),
+        ({}, "expected a state dict of tensors, found dict"),
+    ):
+        torch.save(content, tmp_path / "dit.pt")
+        with pytest.raises(DitlabError, match=says):
+            open_original(tmp_path / "dit.pt")
+    for change, says in (
+        ({"y_embedder.embedding_table.weight": None}, ""),
+        ({"blocks.1.mlp.fc1.bias": None}, "1 parameters are missing, the first 'blocks.1.mlp.hidden.bias'"),
+        ({"further": torch.zeros(1)}, "'further' has no counterpart"),
+        ({"pos_embed": None}, "expected 'pos_embed' with 3 dimensions"),
+        ({"pos_embed": weights["pos_embed"].flip(1)}, "expected the fixed sin-cos table"),
+        ({"pos_embed": weights["pos_embed"][:, :15]}, "expected a square grid of tokens in 'pos_embed', found 15"),
+        ({"final_layer.linear.weight": torch.zeros(12, 48)}, "expected 4 or 8 output channels .*, found 3"),
+        ({"t_embedder.mlp.0.weight": torch.zeros(48, 100)}, r"has shape \(48, 100\), expected \(48, 256\)"),
+    ):
+        state = {key: value for key, value in {**weights, **change}.items() if value is not None}
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "dit.safetensors")
+        if not says:  # without a label table it is an unconditional DiT
+            assert open_original(tmp_path / "dit.safetensors", heads=4).denoiser.num_classes == 0
+            continue
+        with pytest.raises(DitlabError, match=says):
+            open_original(tmp_path / "dit.safetensors", heads=4)
+
+
+def test_classes(weights):
+    assert infer_config(weights, {}, "here", heads=4).num_classes == 7
+    assert infer_config(weights, {"num_classes": 7}, "here", heads=4).null_class
+    without = infer_config(weights, {"num_classes": 8}, "here", heads=4)  # no label dropout, so no row for none
+    assert (without.num_classes, without.null_class) == (8, False)
+    with pytest.raises(DitlabError, match=r"here: expected a label table of 1000 or 1001 rows .*, found 8"):
+        infer_config(weights, {"num_classes": 1000}, "here", heads=4)
+
+
+def test_heads():
+    state = to_original(
+        DiT(DiTConfig(image_size=(4, 4), width=384, depth=1, heads=6, num_classes=2)), VPObjectiveConfig()
+    )
+    assert infer_config(state, {}, "here").heads == 6
+    assert infer_config(state, {"model": "DiT-B/4"}, "here").heads == 12
+    assert infer_config(state, {"model": "Mine/4"}, "here", heads=3).heads == 3
+    with pytest.raises(DitlabError, match="here: DiT config: width must be a multiple of the 5 heads"):
+        infer_config(state, {}, "here", heads=5)
+    small = to_original(
+        DiT(DiTConfig(image_size=(4, 4), width=16, depth=1, heads=2, num_classes=2)), VPObjectiveConfig()
+    )
+    with pytest.raises(DitlabError, match=r"here: its number of attention heads cannot be told .* --heads H"):
+        infer_config(small, {}, "here")
+
+
+def test_there_and_back(fixture, tmp_path):
+    config = fixture.about["config"]
+    torch.save(fixture.weights(), tmp_path / "one.pt")
+    model = open_original(tmp_path / "one.pt", heads=config["num_heads"])
+    objective = VPObjectiveConfig(variance=model.denoiser.variance)
+    for name in ("two.pt", "two.safetensors"):
+        write_original(to_original(model.denoiser.network, objective), tmp_path / name)
+        back, _ = read_original(tmp_path / name)
+        assert back.keys() == fixture.weights().keys()
+        for key, value in fixture.weights().items():
+            if key == "pos_embed":  # computed anew
+                torch.testing.assert_close(back[key], value, rtol=0, atol=1e-6)
+            else:
+                assert torch.equal(back[key], value), key
+    with pytest.raises(DitlabError, match="expected a new file, found something there"):
+        write_original({}, tmp_path / "two.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "two.pt", "two.safetensors"]
+
+
+def test_what_the_original_cannot_express():
+    good = DiTConfig(image_size=(8, 8), width=16, depth=2, heads=2, num_classes=3, patch=2)
+    for change, says in (
+        ({"block": "adaln"}, "knows adaln-zero blocks only, this DiT has adaln blocks"),
+        ({"attention": "3,g"}, r"knows global attention only, this DiT \(3,g\) has local windows in layers 1"),
+        ({"image_size": (8, 4)}, "knows square images only, this DiT is for 8x4 pixels"),
+        ({"num_classes": 0}, "knows class-conditional networks only"),
+        ({"time_frequencies": "diffusers"}, "this DiT has 'diffusers'"),
+        ({"mlp_norm_eps": 1e-5}, "1e-05 before the MLP"),
+    ):
+        with pytest.raises(DitlabError, match=says):
+            to_original(DiT(replace(good, **change)), VPObjectiveConfig())
+    for objective in (VPObjectiveConfig(schedule="cosine"), VPObjectiveConfig(steps=500), EDMObjectiveConfig()):
+        with pytest.raises(DitlabError, match="knows the linear schedule with 1000 steps and a predicted noise only"):
+            to_original(DiT(good), objective)

@@ -1,0 +1,266 @@
+"""References to trained networks of every kind, and models that are not runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ditlab
+from ditlab.analysis.psnr import PSNRConfig, psnr_gap
+from ditlab.config import preset
+from ditlab.converted import open_converted, write_converted
+from ditlab.data.imageset import ImageSet, prepare
+from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.errors import DitlabError
+from ditlab.interop.diffusers_dit import convert_diffusers
+from ditlab.interop.original_dit import open_original, to_original
+from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.reference import Foreign, ForeignConfig, load, open_trained
+from ditlab.run import Run
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    """Sets of 30 images: without labels, and of 10 and of 3 classes."""
+    folder, made = tmp_path_factory.mktemp("sets"), {}
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    for classes in (0, 3, 10):
+        labels = {"labels": np.arange(30) % classes} if classes else {}
+        np.savez(folder / f"{classes}.npz", images=pixels, **labels)
+        made[str(classes)] = prepare(f"array:{folder / f'{classes}.npz'}", folder / f"set{classes}", size=8).path
+    return made
+
+
+@pytest.fixture
+def original(tmp_path) -> Path:
+    """An original checkpoint of pixels, with random weights."""
+    network = DiT(DiTConfig(image_size=(8, 8), patch=2, width=384, depth=1, heads=6, num_classes=10))
+    for value in network.parameters():
+        torch.nn.init.normal_(value, std=0.02)
+    save_file(to_original(network, VPObjectiveConfig()), tmp_path / "dit.safetensors")
+    return tmp_path / "dit.safetensors"
+
+
+def same(a, b) -> bool:
+    y, label = torch.randn(2, *a.shape), torch.tensor([0, 1]) if a.num_classes else None
+    return torch.equal(a(y, 0.5, label), b(y, 0.5, label))
+
+
+def test_every_reference_is_a_denoiser(diffusers_folder, original, tmp_path):
+    unet, dit = diffusers_folder("unet", "unet"), diffusers_folder("dit", "dit")
+    model, _ = convert_diffusers(str(dit))
+    write_converted(model, tmp_path / "converted")
+    for reference in (f"diffusers:{unet}", f"diffusers:{dit}", original, str(original), tmp_path / "converted"):
+        denoiser = ditlab.load(reference)
+        assert isinstance(denoiser, ditlab.Denoiser)
+        assert denoiser.shape == (3, 8, 8)
+        assert denoiser(torch.randn(1, 3, 8, 8), 0.5).isfinite().all()
+    assert same(ditlab.load(original), open_original(original).denoiser)
+    assert same(ditlab.load(tmp_path / "converted"), model.denoiser)
+    (unet / "model_index.json").write_text("{}")
+    with pytest.raises(DitlabError, match=f"found a diffusers model; name it diffusers:{unet}"):
+        ditlab.load(unet)
+    with pytest.raises(DitlabError, match=r"none\.pt: expected a checkpoint, found nothing"):
+        ditlab.load(tmp_path / "none.pt")
+
+
+def test_steps_and_raw_weights_that_are_not_there(diffusers_folder):
+    reference = f"diffusers:{diffusers_folder('unet')}"
+    with pytest.raises(DitlabError, match="expected no step, for it has one set of weights, found 3"):
+        load(reference, step=3)
+    with pytest.raises(DitlabError, match="expected raw weights beside averaged ones, found one set only"):
+        load(reference, ema=False)
+
+
+def test_raw_weights_of_a_training_checkpoint(original, tmp_path):
+    state = {key: value.clone() for key, value in open_state(original).items()}
+    raw = {key: value if key == "pos_embed" else value * 1.1 for key, value in state.items()}
+    torch.save({"model": raw, "ema": state}, tmp_path / "both.pt")
+    averaged, last = load(tmp_path / "both.pt"), load(tmp_path / "both.pt", ema=False)
+    assert same(averaged, load(original))
+    assert not same(averaged, last)
+
+
+def open_state(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_results_go_to_a_folder_of_the_users_own(diffusers_folder, original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unet = diffusers_folder("unet", "unet")
+    assert open_trained(f"diffusers:{unet}").path == Path("foreign/unet")
+    assert open_trained(original).path == Path("foreign/dit")
+    assert open_trained(original, results=Path("out")).path == Path("out/dit")
+    write_converted(open_original(original), tmp_path / "converted")
+    assert open_trained("converted", results=Path("out")).path == Path("converted")
+
+
+def test_images_are_asked_for_only_where_they_are_needed(original, sets):
+    model = open_trained(original)
+    assert isinstance(model, Foreign)
+    assert model.denoiser_and_facts()[1].n is None
+    assert model.settings["network.width"] == 384
+    with pytest.raises(DitlabError, match="model dit: which images it was trained on is not known; give --data"):
+        _ = model.images
+
+
+def test_a_split_that_is_not_its_own(original, sets):
+    model = open_trained(original, sets["10"], config=ForeignConfig(n=10, test=5, split_seed=3))
+    record = model.split_record
+    assert (record.train, record.test, record.seed) == (10, 5, 3)
+    assert not set(model.split.train) & set(model.split.test)
+    (note,) = model.notes
+    assert "Nobody said which images this model was trained on: 10 training and 5 test images" in note
+    denoiser, facts = model.denoiser_and_facts(label="kind")
+    assert (facts.n, facts.seed, facts.step, facts.split_hash) == (10, 3, None, record.hash)
+    assert facts.settings["notes"] == [note]
+    assert facts.settings["model"]["format"] == "original DiT"
+    assert open_trained(original, sets["10"], config=ForeignConfig(test=5, own_split=True)).notes == ()
+    assert open_trained(original, sets["10"], config=ForeignConfig(test=5)).split_record.train == 25
+    (train, labels), (test, _) = model.pictures("train", 4), model.pictures("test", 4)
+    result = psnr_gap(denoiser, train, test, PSNRConfig(images=4, points=3), about=facts, train_labels=labels)
+    assert type(result).from_json(result.to_json(), {"train_mse": result.train_mse, "test_mse": result.test_mse})
+
+
+def test_labels_where_the_classes_are_as_many(original, sets):
+    assert open_trained(original, sets["10"], config=ForeignConfig(test=5)).pictures("test", 3)[1] is not None
+    for name, words in (("3", "has 10 classes and the set 3"), ("0", "has 10 classes and the set none")):
+        model = open_trained(original, sets[name], config=ForeignConfig(test=5))
+        assert model.pictures("test", 3)[1] is None
+        assert words in model.notes[1]
+
+
+def test_classes_that_a_model_cannot_do_without(diffusers_folder, sets):
+    reference = f"diffusers:{diffusers_folder('unet', num_class_embeds=10)}"
+    config = ForeignConfig(test=5)
+    assert open_trained(reference, sets["10"], config=config).pictures("test", 3)[1] is not None
+    for name, found in (("3", "3 classes"), ("0", "no classes")):
+        with pytest.raises(DitlabError, match=f"expected images of its 10 classes, .* found {found} in"):
+            open_trained(reference, sets[name], config=config).pictures("test", 3)
+
+
+def test_images_of_another_size(diffusers_folder, sets):
+    for changes, words in (({"sample_size": 16}, "3x16x16"), ({"in_channels": 4, "out_channels": 8}, "4x8x8")):
+        reference = f"diffusers:{diffusers_folder('dit', **changes)}"
+        with pytest.raises(DitlabError, match=f"model model: expected images {words}, found 3x8x8 in"):
+            _ = open_trained(reference, sets["0"]).split_record
+
+
+def test_latents_without_an_autoencoder(diffusers_folder):
+    model = open_trained(f"diffusers:{diffusers_folder('dit', in_channels=4, out_channels=8)}")
+    assert not model.denoiser().bounded
+    with pytest.raises(DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give --codec"):
+        model.pixels(torch.zeros(1, 4, 8, 8))
+
+
+def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
+    diffusers = pytest.importorskip("diffusers")
+    folder = diffusers_folder("dit", in_channels=4, out_channels=8)
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    autoencoder.save_pretrained(folder / "vae")
+    model = open_trained(f"diffusers:{folder}")
+    assert not model.denoiser().bounded
+    assert model.pixels(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16)
+    # It goes with a converted model.
+    write_converted(convert_diffusers(str(folder))[0], folder.parent / "converted")
+    shutil.rmtree(folder)
+    assert open_trained(folder.parent / "converted").pixels(torch.randn(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+
+
+def test_a_converted_models_folder(original, tmp_path):
+    out = tmp_path / "converted"
+    write_converted(open_original(original), out)
+    assert sorted(path.name for path in out.iterdir()) == ["model.json", "model.safetensors"]
+    model = open_converted(out)
+    assert (model.name, model.source["file"]) == ("converted", "dit.safetensors")
+    with pytest.raises(DitlabError, match="expected a new folder, found something there"):
+        write_converted(open_original(original), out)
+    weights, record = out / "model.safetensors", out / "model.json"
+    whole, text = weights.read_bytes(), record.read_text()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(DitlabError, match="expected a whole safetensors file"):
+        open_converted(out)
+    weights.write_bytes(whole[:-4] + bytes(4))
+    with pytest.raises(DitlabError, match=r"its SHA-256 is not the one in model\.json"):
+        open_converted(out)
+    weights.write_bytes(whole)
+    for content, says in (
+        ("{", "expected a converted model's record as JSON"),
+        ("[]", "with a 'format', found none"),
+        (text.replace('"format": 1', '"format": 2'), "its format is 2, this ditlab reads up to 1"),
+        (text.replace('"depth": 1', '"depth": 2'), "are these another network's weights"),
+        (text.replace('"depth"', '"depths"'), r"unknown key 'network\.depths'"),
+    ):
+        record.write_text(content)
+        with pytest.raises(DitlabError, match=says):
+            open_converted(out)
+
+
+def fetched(monkeypatch, folder: Path) -> list:
+    """The hub, which has this folder under every name."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def fetch(repo, *, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    return asked
+
+
+def test_models_on_the_hub(diffusers_folder, original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_converted(open_original(original), tmp_path / "converted")
+    asked = fetched(monkeypatch, tmp_path / "converted")
+    model = open_trained("hub:me/mine")
+    assert (model.name, model.path) == ("me--mine", Path("foreign/me--mine"))
+    assert asked == [("me/mine", ["*.json"]), ("me/mine", None)]
+    assert same(model.denoiser(), load(tmp_path / "converted"))
+    unet = diffusers_folder("unet", "unet")
+    asked = fetched(monkeypatch, unet)
+    assert same(load("hub:me/unet"), load(f"diffusers:{unet}"))
+    assert ("me/unet", ["*.json", "*.safetensors"]) in asked
+
+
+def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from ditlab.run import start, train_run
+    from ditlab.training.distributed import Processes
+
+    monkeypatch.chdir(tmp_path)
+    images, recipe = ImageSet.open(sets["0"]), preset("dit-nano/2")
+    config = replace(
+        recipe,
+        data=replace(recipe.data, n=10, test=5),
+        network=replace(recipe.network, image_size=(8, 8), width=16, depth=1),
+        training=replace(recipe.training, steps=2, batch_size=2, save_every=1, eval_every=0),
+    )
+    cpu = torch.device("cpu")
+    run = start(tmp_path / "run", config, images, device=cpu)
+    train_run(run, Processes(0, 1, cpu))
+    home = shutil.move(tmp_path / "run", tmp_path / "cache" / "elsewhere")
+    fetched(monkeypatch, Path(home))
+    found = open_trained("hub:me/mine", sets["0"])
+    assert isinstance(found, Run)
+    assert (found.name, found.path, found.newest_step) == ("me--mine", Path("foreign/me--mine"), 2)
+    assert found.log
+    assert same(found.denoiser(), load(home))
+    assert len(found.pictures("test", 5)[0]) == 5
+    # One of its checkpoints stands for the run.
+    first = open_trained(Path(home) / "checkpoints" / "000000001", sets["0"])
+    assert (first.newest_step, first.denoiser_and_facts()[1].step) == (1, 1)
+    assert not same(first.denoiser(), found.denoiser())
