@@ -346,7 +346,7 @@ def test_a_full_disk(ditlab, place, small_disk):
 def test_a_process_of_its_own_ends_the_same_way(tmp_path):
     for words, says in (
         (["trian"], "unknown verb 'trian' (nearest: train)"),
-        (["sample", "model.pt"], "run model.pt: expected a run's folder, found nothing"),
+        (["sample", "model.pt"], "model.pt: expected a checkpoint, found nothing"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "ditlab", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60

@@ -48,3 +48,14 @@ def test_sentences_are_the_means_of_the_results(kind):
     sentence = json.loads((SEEDS / "summary.json").read_text())["sentences"][0 if kind == "global" else 1]
     assert sentence.startswith(kind)
     assert f"gap {np.mean(gaps):.2f} dB, std {np.std(gaps, ddof=1):.2f}" in sentence
+
+
+@pytest.mark.parametrize("name", ["cifar10-classes", "faces-latents"])
+def test_what_results_say_of_single_runs(name):
+    folder = ROOT / "results" / name
+    means = json.loads((folder / "psnr-gap.json").read_text())["averages"]["mse_mean"]
+    said = f"train {means['train']:.2f} dB, test {means['test']:.2f} dB, gap {means['gap']:.2f} dB"
+    assert said in " ".join((ROOT / "results" / "README.md").read_text().split())
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert last["step"] == config["training"]["steps"]
