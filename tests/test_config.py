@@ -186,3 +186,10 @@ def test_a_config_without_a_size_yet_can_be_filled_in_and_not_built():
         DiTConfig(image_size=(0, 0), depth=2, attention="4,g")
     with pytest.raises(DitlabError, match="expected a config with an image_size"):
         DiT(config)
+
+
+def test_dropped_labels_need_a_null_class():
+    network = replace(preset("dit-nano/2").network, num_classes=10, null_class=False)
+    with pytest.raises(DitlabError, match=r"expected objective.label_dropout 0 .* found 0.1"):
+        RunConfig(network=network)
+    assert RunConfig(network=network, objective=VPObjectiveConfig(label_dropout=0.0)).network == network

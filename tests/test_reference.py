@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ import ditlab
 from ditlab.analysis.psnr import PSNRConfig, psnr_gap
 from ditlab.config import preset
 from ditlab.converted import open_converted, write_converted
+from ditlab.data.codecs import open_codec
+from ditlab.data.encode import Encoding
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.diffusers_dit import convert_diffusers
-from ditlab.interop.original_dit import open_original, to_original
+from ditlab.interop.original_dit import open_original, to_original, write_original
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.reference import Foreign, ForeignConfig, load, open_trained
 from ditlab.run import Run
@@ -42,7 +45,7 @@ def original(tmp_path) -> Path:
     network = DiT(DiTConfig(image_size=(8, 8), patch=2, width=384, depth=1, heads=6, num_classes=10))
     for value in network.parameters():
         torch.nn.init.normal_(value, std=0.02)
-    save_file(to_original(network, VPObjectiveConfig()), tmp_path / "dit.safetensors")
+    write_original(network, VPObjectiveConfig(), tmp_path / "dit.safetensors")
     return tmp_path / "dit.safetensors"
 
 
@@ -94,10 +97,18 @@ def open_state(path):
 
 def test_results_go_to_a_folder_of_the_users_own(diffusers_folder, original, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unet = diffusers_folder("unet", "unet")
-    assert open_trained(f"diffusers:{unet}").path == Path("foreign/unet")
-    assert open_trained(original).path == Path("foreign/dit")
-    assert open_trained(original, results=Path("out")).path == Path("out/dit")
+    unet = open_trained(f"diffusers:{diffusers_folder('unet', 'unet')}")
+    assert isinstance(unet, Foreign)
+    assert unet.path == Path(f"foreign/unet-{unet.model.digest[:8]}")
+    digest = sha256(original.read_bytes()).hexdigest()[:8]
+    assert open_trained(original).path == Path(f"foreign/dit-{digest}")
+    assert open_trained(original, results=Path("out")).path == Path(f"out/dit-{digest}")
+    other = tmp_path / "other" / original.name  # of the same name, so the same folder it must not be
+    write_original(open_original(original).denoiser.network.requires_grad_(True), VPObjectiveConfig(), other)
+    assert open_trained(other).path == Path(f"foreign/dit-{digest}")
+    weights = {key: value + (key != "pos_embed") * 0.1 for key, value in open_state(original).items()}
+    save_file(weights, other)
+    assert open_trained(other).path.name not in ("dit", f"dit-{digest}")
     write_converted(open_original(original), tmp_path / "converted")
     assert open_trained("converted", results=Path("out")).path == Path("converted")
 
@@ -179,6 +190,64 @@ def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
     assert open_trained(folder.parent / "converted").pixels(torch.randn(1, 4, 8, 8)).shape == (1, 3, 16, 16)
 
 
+@pytest.fixture(scope="module")
+def latents(sets, tmp_path_factory, write_kl):
+    """Sets of latents of autoencoders of factor 2, with 4 channels: one, one of another scale, one of other weights."""
+    folder = tmp_path_factory.mktemp("latents")
+    pictures = ImageSet.open(sets["0"])
+    for name, changes in (("one", {}), ("scale", {"scaling_factor": 0.5}), ("weights", {})):
+        place = write_kl(folder / f"{name}-kl", **changes)
+        if name == "weights":
+            state = open_state(place / "diffusion_pytorch_model.safetensors")
+            save_file(
+                {key: 1.1 * value for key, value in state.items()},
+                place / "diffusion_pytorch_model.safetensors",
+                metadata={"format": "pt"},
+            )
+        work = Encoding(pictures, folder / name, open_codec(place))
+        with work.taken():
+            work.encode()
+            work.finish()
+    return folder
+
+
+def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
+    folder = diffusers_folder("dit", sample_size=4, in_channels=4, out_channels=8)
+    shutil.copytree(latents / "one-kl", folder / "vae")
+    reference, config = f"diffusers:{folder}", ForeignConfig(test=5, own_split=True)
+    model = open_trained(reference, latents / "one", config=config)
+    assert model.images.shape == (4, 4, 4)
+    assert not any("autoencoder" in note for note in model.notes)
+    for name, words in (("scale", r"with scale 0\.18215, found .* with scale 0\.5"), ("weights", "with sha256 ")):
+        with pytest.raises(DitlabError, match=f"expected latents of its own autoencoder .*{words}"):
+            _ = open_trained(reference, latents / name, config=config).images
+    # The same where the user names it; and without any, the set's own is taken, with a note.
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(DitlabError, match="expected latents of its own autoencoder"):
+        _ = open_trained(reference, latents / "scale", codec=latents / "one-kl", config=config).images
+    model = open_trained(reference, latents / "scale", config=config)
+    assert "No autoencoder lies beside this model" in model.notes[-1]
+    assert "(scale 0.5, shift 0)" in model.notes[-1]
+    assert model.codec.record.scale == 0.5
+    assert not model.denoiser().bounded
+
+
+def test_pixels_for_a_model_of_latents(diffusers_folder, latents, sets):
+    reference = f"diffusers:{diffusers_folder('dit')}"  # of 3x8x8, as are the pictures
+    with pytest.raises(DitlabError, match=r"expected latents of the autoencoder .*, found pixels in .*data encode"):
+        _ = open_trained(reference, sets["0"], codec=latents / "one-kl").images
+
+
+def test_notes_of_the_model_go_along(tmp_path, sets):
+    network = DiT(DiTConfig(image_size=(8, 8), patch=2, width=384, depth=1, heads=6, num_classes=10))
+    save_file(to_original(network, VPObjectiveConfig()), tmp_path / "bare.safetensors")
+    config = ForeignConfig(test=5, own_split=True)
+    (note,) = open_trained(tmp_path / "bare.safetensors", sets["10"], config=config).notes
+    assert "does not say how many attention heads" in note
+    write_converted(open_original(tmp_path / "bare.safetensors"), tmp_path / "converted")
+    assert open_trained(tmp_path / "converted", sets["10"], config=config).notes == (note,)
+
+
 def test_a_converted_models_folder(original, tmp_path):
     out = tmp_path / "converted"
     write_converted(open_original(original), out)
@@ -226,7 +295,8 @@ def test_models_on_the_hub(diffusers_folder, original, tmp_path, monkeypatch):
     write_converted(open_original(original), tmp_path / "converted")
     asked = fetched(monkeypatch, tmp_path / "converted")
     model = open_trained("hub:me/mine")
-    assert (model.name, model.path) == ("me--mine", Path("foreign/me--mine"))
+    assert isinstance(model, Foreign)
+    assert (model.name, model.path) == ("me--mine", Path(f"foreign/me--mine-{model.model.digest[:8]}"))
     assert asked == [("me/mine", ["*.json"]), ("me/mine", None)]
     assert same(model.denoiser(), load(tmp_path / "converted"))
     unet = diffusers_folder("unet", "unet")

@@ -102,6 +102,12 @@ class RunConfig:
                 )
         if isinstance(self.objective, EDMObjectiveConfig) and getattr(self.network, "learn_sigma", False):
             raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
+        dropout = self.objective.label_dropout
+        if dropout and getattr(self.network, "num_classes", 0) and not getattr(self.network, "null_class", True):
+            raise DitlabError(
+                "config: a network without a null class cannot be told of dropped labels; expected "
+                f"objective.label_dropout 0 or network.null_class True, found {dropout}"
+            )
         if self.guidance.on:
             check_guidance(self)
         if isinstance(self.network, BFCNNConfig):
@@ -204,6 +210,23 @@ def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: i
             f"config: network.num_classes is {network.num_classes}, the image set has {num_classes} classes"
         )
     return replace(config, network=replace(network, image_size=shape[1:], channels=shape[0]))
+
+
+def fit_to_latents(config: RunConfig, std: float) -> RunConfig:
+    """The config with EDM's sigma_data set to the standard deviation of latents, rounded to three digits.
+
+    Left alone are other objectives, and a sigma_data that is not the default, which is meant for pixels.
+
+    Args:
+        config: a preset, perhaps changed.
+        std: of the scaled latents (`LatentRecord.overall_std`).
+    """
+    objective, rounded = config.objective, float(f"{std:.3g}")
+    default = EDMObjectiveConfig.sigma_data
+    if not isinstance(objective, EDMObjectiveConfig) or objective.precond != "edm" or objective.sigma_data != default:
+        return config
+    # Latents that are all alike have no deviation to tell.
+    return replace(config, objective=replace(objective, sigma_data=rounded)) if rounded > 0 else config
 
 
 @dataclass(frozen=True)

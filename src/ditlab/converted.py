@@ -116,5 +116,6 @@ def open_converted(folder: Path) -> ForeignModel:
         denoiser=denoiser,
         sampler=record.sampler,
         source=record.source,
+        digest=hash_file(file).sha256,
         decoder=decoder if decoder.is_dir() else None,
     )

@@ -38,7 +38,8 @@ from ditlab.run import Run
 from ditlab.trained import Trained
 
 RESULTS = Path("foreign")
-"""Where results go of a model that does not lie in a folder of the user's own, under the model's name."""
+"""Where results go of a model that does not lie in a folder of the user's own, under the model's name and the beginning
+of its digest, for many a model is called dit.pt."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class Foreign(Trained):
 
         Args:
             read: opens the model, with its averaged weights or the raw ones.
-            path: the folder for results; foreign/NAME in the current folder where not given.
+            path: the folder for results; foreign/NAME-DIGEST in the current folder where not given.
             data: the image set's folder.
             codec: the autoencoder of a model of latents, where none lies beside it.
             config: which images stand for its training images.
         """
         self._read, self.model = read, read(True)
-        self.path = RESULTS / self.model.name if path is None else path
+        self.path = RESULTS / self.folder_name if path is None else path
         self._data, self._codec = data, codec
         self.config = config or ForeignConfig()
 
@@ -89,6 +90,11 @@ class Foreign(Trained):
     def name(self) -> str:
         """What its checkpoint is called."""
         return self.model.name
+
+    @property
+    def folder_name(self) -> str:
+        """What a folder for results about it is called: its name, and 8 hexadecimal digits that tell it apart."""
+        return f"{self.name}-{self.model.digest[:8]}"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -117,7 +123,7 @@ class Foreign(Trained):
         """The image set that was given.
 
         Raises:
-            DitlabError: none was given, or its images are of another shape.
+            DitlabError: none was given, or its images are of another shape or are latents of another autoencoder.
         """
         if self._data is None:
             raise DitlabError(
@@ -130,7 +136,35 @@ class Foreign(Trained):
             raise DitlabError(
                 f"model {self.name}: expected images {_dims(shape)}, found {_dims(images.shape)} in {images.path}"
             )
+        self._check_codec(images)
         return images
+
+    def _check_codec(self, images: ImageSet) -> None:
+        """Raises DitlabError where the model and the set are known to be of other latents, or of pixels."""
+        if self._own_codec is None:
+            return
+        own = self._own_codec.record
+        if images.latents is None:
+            raise DitlabError(
+                f"model {self.name}: expected latents of the autoencoder '{own.source}', found pixels in "
+                f"{images.path}; make latents of them with ditlab data encode"
+            )
+        theirs = images.latents.record.codec
+        for name in ("sha256", "scale", "shift"):
+            expected, found = getattr(own, name), getattr(theirs, name)
+            if expected != found:
+                cut = slice(12) if name == "sha256" else slice(None)
+                raise DitlabError(
+                    f"model {self.name}: expected latents of its own autoencoder '{own.source}', with {name} "
+                    f"{str(expected)[cut]}, found latents of '{theirs.source}' with {name} {str(found)[cut]} in "
+                    f"{images.path}"
+                )
+
+    @cached_property
+    def _own_codec(self) -> Codec | None:
+        """The autoencoder that was given, or that lies beside the model."""
+        place = self.model.decoder if self._codec is None else self._codec
+        return None if place is None else open_codec(place)
 
     @cached_property
     def split_record(self) -> SplitRecord:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,10 +179,8 @@ class Foreign(Trained):
         Raises:
             DitlabError: a model of latents without any.
         """
-        if self._codec is not None:
-            return open_codec(self._codec)
-        if self.model.decoder is not None:
-            return open_codec(self.model.decoder)
+        if self._own_codec is not None:
+            return self._own_codec
         channels = self.model.denoiser.shape[0]
         if self._data is not None and (latents := self.images.latents) is not None:
             return reopen_codec(latents.record.codec, self.images.path)
@@ -161,8 +193,8 @@ class Foreign(Trained):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the images that it is looked at with."""
-        split, notes = self.split_record, []
+        """What a reader must know of how it was read, and of the images that it is looked at with."""
+        split, notes = self.split_record, list(self.model.notes)
         if not self.config.own_split:
             notes.append(
                 f"Nobody said which images this model was trained on: {split.train} training and {split.test} test "
@@ -173,6 +205,13 @@ class Foreign(Trained):
             notes.append(
                 f"It has {self.model.denoiser.num_classes} classes and the set {self.images.num_classes or 'none'}, so "
                 "it was told no class."
+            )
+        if self._own_codec is None and (latents := self.images.latents) is not None:
+            codec = latents.record.codec
+            notes.append(
+                f"No autoencoder lies beside this model, so it is taken for one of the latents of '{codec.source}' "
+                f"(scale {codec.scale:g}, shift {codec.shift:g}) that {self.images.path} holds; with those of another "
+                "its numbers would mean nothing."
             )
         return tuple(notes)
 
@@ -230,7 +269,9 @@ class Foreign(Trained):
             raise DitlabError(f"model {self.name}: expected no step, for it has one set of weights, found {step}")
         denoiser = (self.model if ema else self._read(False)).denoiser
         denoiser.network.to(device)
-        denoiser.bounded = denoiser.shape[0] in (1, 3) and self.model.decoder is None
+        latent = self.model.decoder is not None or self._codec is not None
+        latent = latent or (self._data is not None and self.images.latents is not None)
+        denoiser.bounded = denoiser.shape[0] in (1, 3) and not latent
         self.device = device
         return denoiser, self.facts(None, ema=ema, label=label)
 
@@ -260,7 +301,7 @@ def open_trained(
     def foreign(read: Callable[[bool], ForeignModel], path: Path | None = None) -> Foreign:
         found = Foreign(read, path, data=data, codec=codec, config=config)
         if path is None:
-            found.path = base / found.name
+            found.path = base / found.folder_name
         return found
 
     if text.startswith("diffusers:"):

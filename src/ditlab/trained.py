@@ -162,8 +162,23 @@ class Trained(ABC):
         """Pictures uint8 `[B, C, H, W]` to look at, of images `[B, c, h, w]` as the denoiser sees them."""
         return to_uint8(self.codec.to(self.device).decode(images)).numpy()
 
+    def decoded_at(self, indices: Sequence[int] | np.ndarray, *, mirrored: bool = False) -> np.ndarray:
+        """Pictures uint8 `[B, C, H, W]` of what the denoiser sees of the images at these places of the image set.
+
+        Samples are compared with these: for latents, what the autoencoder makes of them, as it does of samples.
+
+        Args:
+            indices: places in the image set.
+            mirrored: what it sees of them mirrored left to right.
+
+        Raises:
+            DitlabError: latents of mirrored pictures that are not there.
+        """
+        coins = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
+        return self.pixels(self.images.batch(indices, mirrored=coins))
+
     def pixels_at(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set.
+        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set, to look at.
 
         For latents the pictures themselves, where their set still lies where it lay; else the decoded latents.
         """

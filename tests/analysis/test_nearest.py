@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ditlab.analysis.nearest import Nearest, NearestResult, nearest
+from ditlab.analysis.nearest import Nearest, NearestResult, nearest, nearest_in
 from ditlab.analysis.psnr import RunFacts
 from ditlab.errors import DitlabError
 
@@ -42,6 +42,21 @@ def test_as_brute_force(sets, chunk, mirror):
         np.testing.assert_array_equal(found.index[found.mirrored], expected_turned[found.mirrored])
     else:
         assert not found.mirrored.any()
+
+
+def test_parts_with_twins_of_their_own(sets):
+    """Places count through the parts, and a twin need not be the mirrored image."""
+    images, references = sets
+    twins = np.random.default_rng(1).integers(0, 256, references.shape, np.uint8)
+    bounds = [(0, 1), (1, 9), (9, 23)]
+    found = nearest_in(images, ((references[a:b], twins[a:b]) for a, b in bounds))
+    plain, turned = brute_force(images, references), brute_force(images, twins)
+    both = np.minimum(plain, turned)
+    np.testing.assert_array_equal(found.index, both.argmin(1))
+    np.testing.assert_allclose(found.second, np.sort(both, axis=1)[:, 1], rtol=1e-12)
+    np.testing.assert_array_equal(found.mirrored, turned.min(1) < plain.min(1))
+    assert 0 < found.mirrored.sum() < 7
+    assert found.take(3, 2).index.tolist() == found.index[2:5].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -93,5 +108,7 @@ def test_bad_input(sets):
     images, references = sets
     with pytest.raises(DitlabError, match="at least one image on each side, found 7 and 0"):
         nearest(images, references[:0])
+    with pytest.raises(DitlabError, match="expected at least one image, found none"):
+        nearest(images[:0], references)
     with pytest.raises(DitlabError, match="one shape"):
         nearest(images, references[..., :4])

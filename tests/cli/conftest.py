@@ -121,6 +121,12 @@ def plain(place) -> Path:
 
 
 @pytest.fixture
+def conditional(place) -> Path:
+    """Six steps, with classes; not to be changed."""
+    return place.trained("conditional", "--conditional")
+
+
+@pytest.fixture
 def small_disk(disk_of) -> Path:
     """A disk of 400 KiB."""
     return disk_of("400k")

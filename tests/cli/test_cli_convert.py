@@ -46,6 +46,11 @@ def original(tmp_path) -> Path:
     return tmp_path / "dit.pt"
 
 
+def results_of(folder: Path, reference: str, out: str = "foreign") -> Path:
+    """Where analyses of a model that is not a run are kept."""
+    return folder / open_trained(reference, results=Path(out)).path / "analysis"
+
+
 def same(a: object, b: object) -> bool:
     one, other = library.load(str(a)), library.load(str(b))
     y, label = torch.randn(2, *one.shape), torch.tensor([1, 9])
@@ -58,9 +63,9 @@ def test_an_original_checkpoint_to_ditlab_and_back(ditlab, original, tmp_path):
     told = json.loads(done.out)
     assert (told["format"], told["parameters"]) == ("ditlab", 15416)
     assert ditlab("convert", "converted", "again.pt").status == 0
-    assert ditlab("convert", "again.pt", "twice", "--heads", 2).status == 0
+    assert ditlab("convert", "again.pt", "twice").status == 0  # which says how many heads it has
     assert same("converted", "twice")
-    state = torch.load("again.pt", weights_only=True)
+    state = torch.load("again.pt", weights_only=True)["ema"]
     first = torch.load(original, weights_only=True)
     assert all(torch.allclose(state[key], value, atol=1e-6) for key, value in first.items())
 
@@ -99,14 +104,73 @@ def test_a_run_to_diffusers(ditlab, place, tmp_path):
 def test_a_run_to_the_original(ditlab, place, tmp_path):
     run = place.trained("for-original", "--conditional", preset="dit-nano/2")
     assert ditlab("convert", run, "out.pt").status == 0
-    assert ditlab("convert", "out.pt", "converted", "--heads", 2).status == 0
+    assert ditlab("convert", "out.pt", "converted").status == 0
     assert same(run, "converted")
+
+
+def test_guessed_heads_are_said(ditlab, tmp_path):
+    torch.save(weights(width=384, heads=3, depth=1), tmp_path / "wide.pt")
+    for out, flags in (("guessed", []), ("told", ["--heads", 3]), ("again.pt", ["--heads", 3])):
+        done = ditlab("convert", "wide.pt", out, *flags)
+        assert ("note: wide.pt does not say how many attention heads it has: 6 were taken" in done.out) == (not flags)
+    done = ditlab("convert", "again.pt", "again")
+    assert "note" not in done.out
+    assert same("again", "told")
+    assert not same("again", "guessed")
+
+
+def test_the_autoencoder_of_a_run_goes_along_to_diffusers(ditlab, place, write_kl, tmp_path):
+    import diffusers
+
+    kl = write_kl(tmp_path / "kl")
+    assert ditlab("data", "encode", place.images, "latents", "--codec", kl, "--device", "cpu").status == 0
+    flags = ["--conditional", "--network.time-frequencies", "diffusers"]
+    words = place.words(tmp_path / "run", "--data", tmp_path / "latents", *flags, preset="dit-nano/2")
+    assert ditlab(*words).status == 0
+    done = ditlab("convert", "run", "out", "--to", "diffusers")
+    assert done.status == 0, done.err
+    assert "note" not in done.out
+    assert same("run", "diffusers:out")
+    z = torch.randn(2, 4, 4, 4)
+    run, found = open_trained("run"), open_trained("diffusers:out")
+    assert np.array_equal(found.pixels(z), run.pixels(z))
+    assert type(diffusers.DiTPipeline.from_pretrained("out").vae).__name__ == "AutoencoderKL"
+    # A converted model's own goes along as well.
+    assert ditlab("convert", "diffusers:out", "converted").status == 0
+    assert ditlab("convert", "converted", "second", "--to", "diffusers").status == 0
+    assert np.array_equal(open_trained("diffusers:second").pixels(z), run.pixels(z))
+    # It may have been moved since.
+    kl.rename(tmp_path / "moved")
+    done = ditlab("convert", "run", "third", "--to", "diffusers")
+    assert (done.status, "give --codec" in done.err, (tmp_path / "third").exists()) == (2, True, False)
+    assert ditlab("convert", "run", "third", "--to", "diffusers", "--codec", "moved").status == 0
+    assert (tmp_path / "third" / "vae" / "config.json").is_file()
+
+
+def test_an_autoencoder_that_cannot_go_along_is_named(ditlab, place, write_pair, tmp_path):
+    pair = write_pair(tmp_path / "pair")
+    assert ditlab("data", "encode", place.images, "latents", "--codec", pair, "--device", "cpu").status == 0
+    for out, flags, says in (
+        ("out.pt", [], "the original format has no place"),
+        ("out", ["--network.time-frequencies", "diffusers"], "a DiTPipeline takes an AutoencoderKL only"),
+    ):
+        run = tmp_path / f"run-for-{out}"
+        words = place.words(run, "--data", tmp_path / "latents", "--conditional", *flags, preset="dit-nano/2")
+        assert ditlab(*words).status == 0
+        done = ditlab("convert", run, out, *([] if out == "out.pt" else ["--to", "diffusers"]))
+        assert done.status == 0, done.err
+        record = open_trained(run).codec.record
+        assert f"note: its autoencoder does not go along ({says}): these are latents of '{pair}', SHA-256 " in done.out
+        assert f"{record.sha256[:12]}, scale 1, shift 0" in done.out
+    assert not (tmp_path / "out" / "vae").exists()
 
 
 def test_what_cannot_be_converted(refused, place, plain, original, diffusers_folder, tmp_path):
     unet, dit = diffusers_folder("unet", "unet"), diffusers_folder("dit", "dit")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
+    flags = ["--conditional", "--network.no-null-class", "--objective.label-dropout", 0]
+    nobody = place.trained("without-null", *flags, preset="dit-nano/2")
     local = place.trained("for-refusal", "--conditional", "--network.attention", "3,g", preset="dit-nano/2")
     cases = [
         ([original, "out"], "its number of attention heads cannot be told"),
@@ -114,6 +178,12 @@ def test_what_cannot_be_converted(refused, place, plain, original, diffusers_fol
         ([plain, "out"], "is a run of ditlab already"),
         ([plain, "out.pt"], "knows class-conditional networks only, this DiT has no classes"),
         ([plain, "out", "--to", "diffusers"], "knows class-conditional networks only, this DiT has no classes"),
+        ([nobody, "out.pt"], "has a row for the null class in the label table .*, this DiT's has none"),
+        ([original, "out", "--heads", 2, "--step", 4], "--step: only a run has checkpoints to choose from"),
+        ([f"diffusers:{dit}", "out", "--step", 4], "--step: only a run has checkpoints to choose from"),
+        ([original, "out", "--heads", 2, "--codec", "kl"], "--codec: expected a run on latents and --to diffusers"),
+        ([original, "out.pt", "--heads", 2, "--codec", "kl"], "--codec: expected a run on latents and --to diffusers"),
+        ([plain, "hub:me/mine", "--codec", "kl"], "goes to the hub as it is"),
         ([local, "out.pt"], r"has local windows in layers 1"),
         ([local, "out", "--to", "diffusers"], "has local windows in layers 1"),
         ([plain, "out", "--to", "original"], "expected OUT to end in .pt"),
@@ -211,6 +281,21 @@ def test_an_export_of_other_weights_has_no_numbers_of_these(ditlab, place, plain
     assert not (tmp_path / "export" / "analysis").exists()
 
 
+@pytest.mark.parametrize("kind", ["raw", "split"])
+def test_numbers_of_raw_weights_and_of_other_splits_are_not_on_the_card(ditlab, place, plain, tmp_path, kind):
+    run = place.copy(plain)
+    words = ["--images", 4, "--points", 3, "--no-references", "--device", "cpu"]
+    assert ditlab("psnr-gap", run, *words, *(["--raw"] if kind == "raw" else [])).status == 0
+    if kind == "split":
+        file = run / "analysis" / "psnr-gap.json"
+        values = json.loads(file.read_text())
+        values["about"]["split_hash"] = "0" * 64
+        file.write_text(json.dumps(values))
+    assert ditlab("convert", run, "hub:me/mine", "--dry-run", "export").status == 0
+    assert "PSNR gap |" not in (tmp_path / "export" / "README.md").read_text()
+    assert not (tmp_path / "export" / "analysis").exists()
+
+
 def test_sending_and_fetching(ditlab, place, plain, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     import shutil
@@ -229,6 +314,10 @@ def test_sending_and_fetching(ditlab, place, plain, tmp_path, monkeypatch):
     done = ditlab("convert", plain, "hub:me/mine")
     assert done.status == 0, done.err
     assert "sent to https://huggingface.co/me/mine" in done.out
+    for flags in (["--step", 4], ["--raw"]):
+        done = ditlab("convert", "hub:me/mine", "fetched", *flags)
+        assert (done.status, (tmp_path / "fetched").exists()) == (2, False)
+        assert "is a run, fetched as it is; expected no --step or --raw, found one" in done.err
     assert ditlab("convert", "hub:me/mine", "fetched").status == 0
     y = torch.randn(1, 3, 8, 8)
     expected = library.load(plain)(y, 0.5)
@@ -257,17 +346,17 @@ def test_measuring_and_sampling_diffusers_models(ditlab, place, diffusers_folder
     assert done.status == 0, done.err
     note = "note: theirs: Nobody said which images this model was trained on: 20 training and 10 test images of"
     assert note in done.out
-    result = json.loads((tmp_path / "foreign" / "theirs" / "analysis" / "psnr-gap.json").read_text())
+    result = json.loads((results_of(tmp_path, reference) / "psnr-gap.json").read_text())
     assert result["about"]["settings"]["notes"][0].startswith("Nobody said")
     assert result["about"]["n"] == 20
     assert np.isfinite(result["averages"]["mse_mean"]["gap"])
     # The user may say so, and choose where results go.
     done = ditlab("psnr-gap", *words, "--images", 5, "--points", 3, "--no-references", "--own-split", "--out", "mine")
     assert "Nobody said" not in done.out
-    assert (tmp_path / "mine" / "theirs" / "analysis" / "psnr-gap.json").is_file()
+    assert (results_of(tmp_path, reference, "mine") / "psnr-gap.json").is_file()
     done = ditlab("attention", *words, "--images", 2, "--layers", 1, 2)
     assert done.status == 0, done.err
-    assert list((tmp_path / "foreign" / "theirs" / "analysis").glob("attention-maps*.png"))
+    assert list(results_of(tmp_path, reference).glob("attention-maps*.png"))
     done = ditlab("sample", reference, "--seeds", "0-2", "--steps", 3, "--device", "cpu", "--out", "samples")
     assert done.status == 0, done.err
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (3, 8, 8, 3)
@@ -333,5 +422,5 @@ def test_a_report_about_a_unet(place, diffusers_folder, tmp_path, monkeypatch):
     assert "Nobody said which images this model was trained on" in page
     assert "Where a token attends" in page
     assert "Along training" not in page
-    kept = json.loads((tmp_path / "foreign" / "theirs" / "analysis" / "attention.json").read_text())
+    kept = json.loads((run.path / "analysis" / "attention.json").read_text())
     assert kept["layers"] == [1, 2, 3]

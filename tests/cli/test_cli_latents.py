@@ -12,13 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from ditlab.analysis.nearest import nearest
+from ditlab.analysis.psnr import PSNRConfig
+from ditlab.cli import reporting
+from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
 from ditlab.data.codecs import open_codec
 from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
+from ditlab.report.sections import samples_section
 from ditlab.run import Run
 
 
@@ -142,6 +148,7 @@ def test_every_analysis(ditlab, place, latent, weights, tmp_path):
     assert done.status == 0, done.err
     page = (run / "report.html").read_text()
     assert "PSNRs are those of latents" in page
+    assert "both sides are decoded" in page
     assert str(weights) in page
     assert (run / "figures" / "samples.png").is_file()
 
@@ -172,6 +179,73 @@ def test_edm_on_latents(place, latents):
         place.trained("latent-edm", "--data", latents, "--objective.sigma-data", 0.7, preset="dit-nano/1-edm")
     )
     assert not run.denoiser().bounded
+
+
+def test_sigma_data_follows_the_latents(ditlab, place, latents, tmp_path):
+    """Without a word of the user's, and said in a line; what the user gave counts; pixels keep EDM's 0.5."""
+    measured = float(f"{ImageSet.open(latents).latents.record.overall_std:.3g}")  # pyright: ignore[reportOptionalMemberAccess]
+    assert measured not in (0.5, 0.7)
+
+    def words(out: str, *more: object, steps: int = 1) -> list[str]:
+        return place.words(tmp_path / out, *more, preset="dit-nano/1-edm", steps=steps)
+
+    def kept(out: str) -> float:
+        return json.loads((tmp_path / out / "config.json").read_text())["config"]["objective"]["sigma_data"]
+
+    said = f"objective.sigma_data = {measured:g}, the standard deviation of these latents\n"
+    done = ditlab(*words("run", "--data", latents))
+    assert (done.status, said in done.out, kept("run")) == (0, True, measured)
+    assert Run.open("run").denoiser().identity["sigma_data"] == measured
+    done = ditlab(*words("run", "--data", latents, steps=2))  # goes on
+    assert (done.status, "going on from step 1" in done.out, kept("run")) == (0, True, measured)
+    for given, flag in ((0.7, ["--objective.sigma-data", 0.7]), (0.5, ["--objective.sigma_data=0.5"])):
+        done = ditlab(*words(f"given-{given}", "--data", latents, *flag))
+        assert (done.status, "objective.sigma_data" in done.out, kept(f"given-{given}")) == (0, False, given)
+    for out, flags in (("pixels", []), ("ve", ["--data", latents, "--objective.precond", "ve"])):
+        done = ditlab(*words(out, *flags))
+        assert (done.status, "objective.sigma_data" in done.out, kept(out)) == (0, False, 0.5), done.err
+
+
+def test_references_are_marked_as_latents_too(plain, latent):
+    for path, latents in ((plain, False), (latent, True)):
+        found = measure_references(Run.open(path), PSNRConfig(images=3), [0.5, 1.0], Console(quiet=True))
+        assert [result.about.name for result in found] == ["empirical Bayes", "Wiener"]
+        assert [result.latents for result in found] == [latents, latents]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_replay_of_latents_lies_at_no_distance(place, latent, latents, weights, moved, monkeypatch):
+    """Decoded pictures are compared with decoded ones, also of mirrored latents; the originals are only shown."""
+    monkeypatch.setattr(reporting, "PART", 7)
+    if moved:
+        alone = shutil.copytree(latents, place.folder / "elsewhere" / "far" / "latents", dirs_exist_ok=True)
+        run = Run.open(latent, alone, weights)
+    else:
+        run = Run.open(latent)
+    indices = run.split.train[[0, 3, 9, 19, 4, 11]]
+    coins = torch.tensor([False] * 4 + [True] * 2)
+    replayed = run.images.batch(indices, mirrored=coins)
+    generator = np.random.default_rng(0)
+    other = torch.from_numpy(generator.normal(size=(2, 4, 4, 4))).float()
+    drawn = reporting.Drawn.of(run, "a", torch.cat([replayed, other]))
+    found = drawn.nearest.samples
+    assert found.index[:6].tolist() == [0, 3, 9, 19, 4, 11]
+    assert found.mirrored[:6].tolist() == coins.tolist()
+    # Pictures that are decoded beside others may round differently.
+    assert found.first[:6].max() < 0.3
+    assert found.first[6:].min() > 1
+    assert drawn.telling[:6].all()
+    assert drawn.nearest.samples.copied[:6].all()
+    # The control is of decoded pictures too.
+    train, test = run.decoded_at(run.split.train), run.decoded_at(run.split.test)
+    twins = run.decoded_at(run.split.train, mirrored=True)
+    expected = np.minimum(nearest(test, train).first, nearest(test, twins).first)
+    assert drawn.nearest.held_out is not None
+    np.testing.assert_allclose(drawn.nearest.held_out.first, expected, atol=0.3)
+    shown = run.pixels_at(indices)
+    np.testing.assert_array_equal(drawn.pictures[:4], shown[:4])
+    np.testing.assert_array_equal(drawn.pictures[4:6], shown[4:, ..., ::-1])
+    assert "both sides are decoded" in samples_section([], [drawn.nearest]).notes[0]
 
 
 def test_latents_are_never_clipped(refused, ditlab, latent, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ditlab.diffusion.denoisers import BlindDenoiser, Denoiser, EDMDenoiser, VPDenoiser
+from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
@@ -270,3 +272,49 @@ def test_a_network_with_other_channels_is_refused():
         EDMDenoiser(dit())(noisy(0.3), 0.3)
     with pytest.raises(DitlabError, match="low < high"):
         BlindDenoiser(bias_free(), CNN_LEVELS, low=1.0, high=0.0)
+
+
+def test_identity_tells_processes_apart():
+    """Equal weights, and another process, are another denoiser; the same one is the same again."""
+    network, edm, plain = dit(num_classes=4), dit(learn_sigma=False), make_schedule("linear", 1000)
+    blind = bias_free()
+
+    def wrapped(**changes) -> Denoiser:
+        return Denoiser.wrap(lambda y, sigma, label: y, SHAPE, **changes)
+
+    def latent() -> Denoiser:
+        found = EDMDenoiser(edm)
+        found.bounded = False
+        return found
+
+    made = [
+        lambda: VPDenoiser(network, plain),
+        lambda: VPDenoiser(network, make_schedule("cosine", 1000)),
+        lambda: VPDenoiser(network, make_schedule("linear", 500)),
+        lambda: VPDenoiser(network, make_schedule("linear", 500), rescale_time=True),
+        lambda: VPDenoiser(network, plain, "x0"),
+        lambda: VPDenoiser(network, plain, between="round"),
+        lambda: VPDenoiser(network, plain, variance="fixed-small"),
+        lambda: VPDenoiser(network, plain, variance="fixed-large"),
+        lambda: type("Other", (VPDenoiser,), {})(network, plain),
+        lambda: VPDenoiser(dit(num_classes=4, attention="3*2"), plain),
+        lambda: EDMDenoiser(edm),
+        lambda: EDMDenoiser(edm, sigma_data=0.7),
+        lambda: EDMDenoiser(edm, "vp"),
+        lambda: EDMDenoiser(edm, "ve"),
+        latent,
+        lambda: BlindDenoiser(blind, CNN_LEVELS),
+        lambda: BlindDenoiser(blind, LevelRange(0.0, 1.0)),
+        lambda: BlindDenoiser(blind, CNN_LEVELS, low=-1.0),
+        lambda: BlindDenoiser(blind, CNN_LEVELS, output="clean"),
+        wrapped,
+        lambda: wrapped(output="epsilon"),
+        lambda: wrapped(levels=DiscreteLevels(plain.sigmas)),
+        lambda: wrapped(levels=DiscreteLevels(plain.sigmas, np.arange(1, 1001))),
+        lambda: guided(VPDenoiser(network, plain), GuidanceConfig(2.0)),
+        lambda: guided(VPDenoiser(network, plain), GuidanceConfig(3.0)),
+        lambda: guided(VPDenoiser(network, plain, "x0"), GuidanceConfig(3.0)),
+    ]
+    found = [json.dumps(make().identity, allow_nan=False) for make in made]
+    assert len(set(found)) == len(made)
+    assert found == [json.dumps(make().identity) for make in made]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.diffusers_dit import (
     convert_diffusers,
@@ -137,6 +138,45 @@ def test_a_written_folder_is_the_same_denoiser(tmp_path, objective):
     assert (found.variance, found.prediction) == (expected.variance, expected.prediction)
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     assert len(scheduler) == objective.steps
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [
+        (diffusers.DDIMScheduler(), DDIMConfig(steps="50", clip=True)),
+        (diffusers.DDPMScheduler(clip_sample=False), DDPMConfig(steps="250")),
+        (diffusers.DDPMScheduler(num_train_timesteps=100), DDPMConfig(steps="100", clip=True)),
+    ],
+)
+def test_a_converted_model_draws_as_the_scheduler_says(diffusers_folder, scheduler, sampler):
+    folder = str(diffusers_folder("dit", scheduler=scheduler))
+    assert convert_diffusers(folder)[0].sampler == open_diffusers(folder).sampler == sampler
+
+
+def test_a_written_scheduler_clips_where_the_sampler_does(tmp_path):
+    ours = shuffled(DiT(GOOD))
+    for number, sampler in enumerate((DDPMConfig(clip=True), DDIMConfig(clip=False), HeunConfig(), None)):
+        write_diffusers(ours, VPObjectiveConfig(), tmp_path / str(number), sampler)
+        found = open_diffusers(str(tmp_path / str(number))).sampler
+        assert found.clip == (number == 0)
+
+
+@pytest.mark.parametrize(("variance", "sampler"), [("learned-range", DDIMConfig()), ("fixed-large", DDPMConfig())])
+def test_an_autoencoder_makes_it_a_pipeline_of_the_library(tmp_path, write_kl, variance, sampler):
+    autoencoder = diffusers.AutoencoderKL.from_pretrained(write_kl(tmp_path / "kl"))
+    ours, objective = shuffled(DiT(replace(GOOD, learn_sigma=variance == "learned-range"))), VPObjectiveConfig()
+    objective = replace(objective, variance=variance)
+    write_diffusers(ours, objective, tmp_path / "out", DDPMConfig(clip=True), autoencoder)
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline([0, 5], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (2, 16, 16, 3)
+    assert not pipeline.scheduler.config.clip_sample  # these are latents
+    weights = autoencoder.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in pipeline.vae.state_dict().items())
+    found, _ = convert_diffusers(str(tmp_path / "out"))
+    assert (found.decoder, found.sampler) == (tmp_path / "out" / "vae", sampler)
+    assert objective_of(found.denoiser, "here") == objective
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,28 @@ def test_default_samplers(diffusers_folder):
     assert (pndm.sampler.kind, pndm.denoiser.variance) == ("ddim", "fixed-small")
 
 
+def test_what_no_sampler_of_ours_does_is_noted(diffusers_folder):
+    folder = diffusers_folder("unet", "a", scheduler=diffusers.DDPMScheduler(thresholding=True, clip_sample=False))
+    (note,) = open_diffusers(str(folder)).notes
+    assert "The scheduler of a clips its estimates by dynamic thresholding" in note
+    wide = open_diffusers(str(diffusers_folder("unet", "b", scheduler=diffusers.DDIMScheduler(clip_sample_range=2.5))))
+    assert "clips its estimates to +-2.5, which ditlab's samplers do not do" in wide.notes[0]
+    assert not wide.sampler.clip
+    unused = diffusers.DDIMScheduler(clip_sample=False, clip_sample_range=2.5)
+    for name, scheduler in (("c", None), ("d", unused)):
+        assert open_diffusers(str(diffusers_folder("unet", name, scheduler=scheduler))).notes == ()
+
+
+def test_digests_tell_models_apart(diffusers_folder):
+    model = diffusers_folder("unet", "a")
+    digest = open_diffusers(str(model)).digest
+    assert open_diffusers(str(model)).digest == digest
+    assert open_diffusers(str(model.rename(model.with_name("moved")))).digest == digest
+    diffusers.DDIMScheduler().save_pretrained(model.with_name("moved") / "scheduler")
+    others = {open_diffusers(str(path)).digest for path in (model.with_name("moved"), diffusers_folder("unet", "b"))}
+    assert len(others | {digest}) == 3
+
+
 def test_an_autoencoder_beside_it_is_found(diffusers_folder):
     folder = diffusers_folder("dit", in_channels=4, out_channels=8)
     assert open_diffusers(str(folder)).decoder is None
@@ -213,6 +235,13 @@ def scheduled(**changes):
         ("unet", scheduled(variance_type="learned"), "expected a variance_type .*, found learned"),
         ("unet", scheduled(variance_type="learned_range"), "found learned_range with 3 output channels for 3"),
         ("unet", scheduled(rescale_betas_zero_snr=True), "level is infinite"),
+        (
+            "unet",
+            {"scheduler": diffusers.EulerDiscreteScheduler(timestep_type="continuous")},
+            "found timestep_type 'continuous'",
+        ),
+        ("unet", {"scheduler": diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True)}, "found use_flow_sigmas"),
+        ("unet", {"time_embedding_type": "fourier"}, r"told the step .*, found 'fourier'"),
         ("unet", {"scheduler": diffusers.EDMEulerScheduler()}, "discrete VP process .*, found EDMEulerScheduler"),
         ("unet", {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "found FlowMatchEulerDiscrete"),
     ],

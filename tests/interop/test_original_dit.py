@@ -194,13 +194,75 @@ def test_heads():
         infer_config(small, {}, "here")
 
 
+def test_heads_that_nobody_told_are_noted(tmp_path):
+    network = DiT(DiTConfig(image_size=(4, 4), width=384, depth=1, heads=3, num_classes=2))
+    torch.save(to_original(network, VPObjectiveConfig()), tmp_path / "bare.pt")
+    (note,) = open_original(tmp_path / "bare.pt").notes
+    assert "bare.pt does not say how many attention heads it has: 6 were taken" in note
+    assert open_original(tmp_path / "bare.pt", heads=3).notes == ()
+    for name in ("told.pt", "told.safetensors"):  # a guess by the width would be 6
+        write_original(network, VPObjectiveConfig(), tmp_path / name)
+        model = open_original(tmp_path / name)
+        assert model.denoiser.network.config == network.config
+        assert model.notes == ()
+        with pytest.raises(DitlabError, match="expected --heads 3, as the file says, found 6"):
+            open_original(tmp_path / name, heads=6)
+
+
+def test_the_originals_own_reader_takes_what_is_written(tmp_path):
+    network = DiT(DiTConfig(image_size=(4, 4), width=16, depth=1, heads=2, num_classes=2))
+    write_original(network, VPObjectiveConfig(), tmp_path / "dit.pt")
+    found = torch.load(tmp_path / "dit.pt", weights_only=True)  # without an allow-list
+    assert found["args"] == {"num_classes": 2, "num_heads": 2}
+    state = found.get("ema", found)  # its sampling takes "ema" where it is there, else the file itself
+    expected = to_original(network, VPObjectiveConfig())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def test_settings_and_shapes_that_make_no_sense(weights, tmp_path):
+    path = tmp_path / "dit.pt"
+    embed, table = "x_embedder.proj.weight", "pos_embed"
+    for change, args, says in (
+        ({}, {"num_classes": "10"}, "expected num_classes among its settings as a whole number, found '10'"),
+        ({}, {"num_heads": "4"}, "expected num_heads among its settings as a whole number, found '4'"),
+        ({3: torch.zeros(1)}, {}, "expected a state dict with names as keys, found the key 3"),
+        ({embed: torch.zeros(48, 4, 0, 0)}, {}, r"square patches of at least one pixel .* \(48, 4, 0, 0\)"),
+        ({embed: torch.zeros(0, 4, 2, 2)}, {}, r"square patches of at least one pixel .* \(0, 4, 2, 2\)"),
+        ({embed: torch.zeros(48, 4, 2, 1)}, {}, r"square patches of at least one pixel .* \(48, 4, 2, 1\)"),
+        ({table: torch.zeros(1, 0, 48)}, {}, "expected a square grid of tokens in 'pos_embed', found 0 tokens"),
+        ({table: weights[table].repeat(2, 1, 1)}, {}, "expected the fixed sin-cos table"),
+        ({table: weights[table].int()}, {}, "expected the fixed sin-cos table"),
+        ({"y_embedder.embedding_table.weight": torch.tensor(1.0)}, {}, "expected 'y_embedder.*' with 2 dimensions"),
+        (
+            {"blocks.999999999999.attn.proj.bias": torch.zeros(48)},
+            {},
+            "expected blocks numbered from 0 on, found 4 with gaps",
+        ),
+    ):
+        torch.save({"ema": {**weights, **change}, "args": argparse.Namespace(**args)}, path)
+        with pytest.raises(DitlabError, match=says):
+            open_original(path, heads=None if "num_heads" in args else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tables_of_every_dtype(weights, tmp_path, dtype):
+    path = tmp_path / "dit.pt"
+    torch.save({key: value.to(dtype) for key, value in weights.items()}, path)
+    assert open_original(path, heads=4).denoiser.num_classes == 7
+    for other in (weights["pos_embed"] * torch.nan, weights["pos_embed"] + 0.02):
+        torch.save({key: value.to(dtype) for key, value in {**weights, "pos_embed": other}.items()}, path)
+        with pytest.raises(DitlabError, match="expected the fixed sin-cos table"):
+            open_original(path, heads=4)
+
+
 def test_there_and_back(fixture, tmp_path):
     config = fixture.about["config"]
     torch.save(fixture.weights(), tmp_path / "one.pt")
     model = open_original(tmp_path / "one.pt", heads=config["num_heads"])
     objective = VPObjectiveConfig(variance=model.denoiser.variance)
     for name in ("two.pt", "two.safetensors"):
-        write_original(to_original(model.denoiser.network, objective), tmp_path / name)
+        write_original(model.denoiser.network, objective, tmp_path / name)
         back, _ = read_original(tmp_path / name)
         assert back.keys() == fixture.weights().keys()
         for key, value in fixture.weights().items():
@@ -209,7 +271,7 @@ def test_there_and_back(fixture, tmp_path):
             else:
                 assert torch.equal(back[key], value), key
     with pytest.raises(DitlabError, match="expected a new file, found something there"):
-        write_original({}, tmp_path / "two.pt")
+        write_original(model.denoiser.network, objective, tmp_path / "two.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "two.pt", "two.safetensors"]
 
 
@@ -220,6 +282,7 @@ def test_what_the_original_cannot_express():
         ({"attention": "3,g"}, r"knows global attention only, this DiT \(3,g\) has local windows in layers 1"),
         ({"image_size": (8, 4)}, "knows square images only, this DiT is for 8x4 pixels"),
         ({"num_classes": 0}, "knows class-conditional networks only"),
+        ({"null_class": False}, "has a row for the null class .*, this DiT's has none"),
         ({"time_frequencies": "diffusers"}, "this DiT has 'diffusers'"),
         ({"mlp_norm_eps": 1e-5}, "1e-05 before the MLP"),
     ):

@@ -94,6 +94,19 @@ def test_themes_differ_and_the_same_figure_has_the_same_bytes(tmp_path):
     assert save(FIGURES["bars"](LIGHT), tmp_path / "new" / "bars.png").read_bytes() == light
 
 
+@pytest.mark.parametrize("latents", [False, True])
+def test_figures_along_training_say_whose_psnr(latents):
+    """On every axis and title that names one."""
+    psnr = "PSNR of latents" if latents else "PSNR"
+    gap = gap_along_training(trajectories(), latents=latents)
+    assert gap.axes[0].get_ylabel() == ("average gap of PSNR of latents (dB)" if latents else "average PSNR gap (dB)")
+    assert gap.axes[1].get_ylabel() == f"test {psnr} (dB)"
+    assert gap.axes[1].get_title(loc="left") == f"Test {psnr} (star: best)"
+    (axes,) = matched_psnr(trajectories(), latents=latents).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (f"train {psnr} (dB), rising along training", f"test {psnr} (dB)")
+    assert axes.get_title(loc="left") == f"Test against train {psnr} (star: best test PSNR)"
+
+
 def test_a_run_keeps_its_colour():
     slots = assign(["other", "global", "local"])
     expected = LIGHT.run(slots["local"])

@@ -9,7 +9,7 @@ image that nobody copied has a nearest training image too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,9 +51,10 @@ class Nearest:
         """How many images count as copies; None with a single reference image, where that says nothing."""
         return int(self.copied.sum()) if np.isfinite(self.second).all() else None
 
-    def take(self, count: int) -> Nearest:
-        """That of the first images."""
-        return Nearest(self.index[:count], self.first[:count], self.second[:count], self.mirrored[:count])
+    def take(self, count: int, start: int = 0) -> Nearest:
+        """That of so many images, from the place `start`."""
+        which = slice(start, start + count)
+        return Nearest(self.index[which], self.first[which], self.second[which], self.mirrored[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,11 @@ class NearestResult:
 
     kind = "nearest"
     version = 1
+
+    @property
+    def latents(self) -> bool:
+        """Whether the images are latents, compared as the pictures that their autoencoder makes of them."""
+        return self.about.settings.get("space") == "latents"
 
     def sentence(self) -> str:
         """What was found, in one sentence."""
@@ -113,22 +119,40 @@ def nearest(
     Raises:
         DitlabError: no image on a side, or images of different shapes.
     """
-    if not len(images) or not len(references):
-        raise DitlabError(
-            f"nearest images: expected at least one image on each side, found {len(images)} and {len(references)}"
-        )
-    if images.shape[1:] != references.shape[1:]:
-        raise DitlabError(
-            f"nearest images: expected images of one shape, found {list(images.shape[1:])} and "
-            f"{list(references.shape[1:])}"
-        )
+    starts = range(0, len(references), chunk)
+    parts = (np.asarray(references[start : start + chunk]) for start in starts)
+    return nearest_in(images, ((part, part[..., ::-1] if mirror else None) for part in parts))
+
+
+def nearest_in(images: UInt8[np.ndarray, "n c h w"], parts: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Nearest:
+    """The same of reference images that come part by part, so that they need not all be in memory.
+
+    Args:
+        images: uint8 [n, C, H, W].
+        parts: pairs of reference images uint8 [r, C, H, W] and of their mirrored twins, where those count too, or
+            None. Their places are counted through all parts.
+
+    Raises:
+        DitlabError: no image on a side, or images of different shapes.
+    """
     count = len(images)
+    if not count:
+        raise DitlabError("nearest images: expected at least one image, found none")
     index = np.full(count, -1)
     mirrored = np.zeros(count, dtype=bool)
     # Squared distances of 8-bit pixels are integers below 2^53, so float64 arithmetic on them is exact.
+    flat = images.reshape(count, -1).astype(np.float64)
     best, second = np.full(count, np.inf), np.full(count, np.inf)
     rows = np.arange(count)
-    for start, plain, reversed_ in _squares(images, references, mirror, chunk):
+    start = 0
+    for part, twins in parts:
+        if images.shape[1:] != part.shape[1:]:
+            raise DitlabError(
+                f"nearest images: expected images of one shape, found {list(images.shape[1:])} and "
+                f"{list(part.shape[1:])}"
+            )
+        plain = _squares(flat, part)
+        reversed_ = None if twins is None else _squares(flat, twins)
         squares = plain if reversed_ is None else np.minimum(plain, reversed_)
         order = np.argpartition(squares, min(1, squares.shape[1] - 1), axis=1)[:, :2]
         # argpartition may name any of several equally near ones; argmin names the first.
@@ -141,22 +165,17 @@ def nearest(
         if reversed_ is not None:
             mirrored = np.where(nearer, reversed_[rows, here] < plain[rows, here], mirrored)
         best = np.where(nearer, first, best)
-    pixels = float(np.prod(images.shape[1:]))
+        start += len(part)
+    if not start:
+        raise DitlabError(f"nearest images: expected at least one image on each side, found {count} and 0")
+    pixels = float(flat.shape[1])
     return Nearest(index, np.sqrt(best / pixels), np.sqrt(second / pixels), mirrored)
 
 
-def _squares(
-    images: np.ndarray, references: np.ndarray, mirror: bool, chunk: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """For each chunk of references (its start, squared distances [n, chunk], the same with the references mirrored)."""
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    turned = images[..., ::-1].reshape(len(images), -1).astype(np.float64)
-    own = (flat**2).sum(1)[:, None]
-    for start in range(0, len(references), chunk):
-        part = np.asarray(references[start : start + chunk]).reshape(-1, flat.shape[1]).astype(np.float64)
-        sums = own + (part**2).sum(1)[None, :]
-        # |a - flip(b)| = |flip(a) - b|: turning the few images is cheaper than turning the references.
-        yield start, sums - 2 * flat @ part.T, (sums - 2 * turned @ part.T) if mirror else None
+def _squares(flat: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Squared distances, float64 [n, r], of images [n, D] to references uint8 [r, C, H, W]."""
+    part = references.reshape(len(references), -1).astype(np.float64)
+    return (flat**2).sum(1)[:, None] + (part**2).sum(1)[None, :] - 2 * flat @ part.T
 
 
 def _record(found: Nearest) -> Mapping[str, Any]:

@@ -15,11 +15,12 @@ from ditlab.cli.common import noting
 from ditlab.cli.exporting import export_run
 from ditlab.converted import write_converted
 from ditlab.data.atomic import atomic_folder
+from ditlab.data.codecs import open_codec
 from ditlab.errors import DitlabError
 from ditlab.interop.diffusers_dit import convert_diffusers, write_diffusers
 from ditlab.interop.hub import upload
 from ditlab.interop.model import ForeignModel, objective_of
-from ditlab.interop.original_dit import SUFFIXES, open_original, to_original, write_original
+from ditlab.interop.original_dit import SUFFIXES, open_original, write_original
 from ditlab.networks.dit import DiT
 from ditlab.reference import Foreign, open_trained
 from ditlab.run import Run
@@ -49,6 +50,8 @@ class Convert:
     """Take the raw weights instead of the averaged ones."""
     heads: int | None = None
     """Number of attention heads of an original checkpoint, where neither its width nor its settings tell."""
+    codec: str | None = None
+    """To diffusers: where the autoencoder of a run on latents lies now, if it was moved."""
     licence: str = ""
     """For the hub: the licence of the weights, by the hub's short name (apache-2.0, cc-by-4.0, ...)."""
     samples: bool = False
@@ -69,12 +72,13 @@ class Convert:
             raise DitlabError(f"{out}: expected a new file or folder, found something there")
         if to == "ditlab":
             return self._to_ditlab(out, console)
-        network, objective = self._ours(console)
+        found, network, objective = self._ours(console)
+        autoencoder = self._autoencoder(found, to, console)
         difference: dict[str, float] = {}
         if to == "diffusers":
-            difference["difference"] = write_diffusers(network, objective, out)
+            difference["difference"] = write_diffusers(network, objective, out, found.sampler, autoencoder)
         else:
-            write_original(to_original(network, objective), out)
+            write_original(network, objective, out)
         return _told(console, out, to, network, **difference)
 
     def _format(self) -> Format:
@@ -90,9 +94,15 @@ class Convert:
 
     def _to_ditlab(self, out: Path, console: Console) -> dict[str, Any]:
         found = self._foreign()
+        if self.codec is not None:
+            raise DitlabError("convert --codec: expected a run on latents and --to diffusers, found another conversion")
         if isinstance(found, Run):
             if not self.source.startswith("hub:"):
                 raise DitlabError(f"convert: {self.source} is a run of ditlab already; name another format with --to")
+            if self.step is not None or self.raw:
+                raise DitlabError(
+                    f"convert: {self.source} is a run, fetched as it is; expected no --step or --raw, found one"
+                )
             try:
                 with atomic_folder(out) as folder:
                     shutil.copytree(found.home, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
@@ -105,6 +115,7 @@ class Convert:
         if not isinstance(network, DiT):
             raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
         write_converted(model, out)
+        _print_notes(console, model)
         return _told(console, out, "ditlab", network, **({} if difference is None else {"difference": difference}))
 
     def _foreign(self) -> Run | tuple[ForeignModel, float | None]:
@@ -112,11 +123,12 @@ class Convert:
         if self.heads is not None and not self._original:
             raise DitlabError("convert --heads: only original DiT checkpoints leave their heads open")
         if self._original:
+            self._check_no_step()
             return open_original(self.source, ema=not self.raw, heads=self.heads), None
         if self.source.startswith("diffusers:"):
             self._check_averaged()
             return convert_diffusers(self.source.removeprefix("diffusers:"))
-        found = open_trained(self.source)
+        found = open_trained(self.source, codec=self.codec)
         if isinstance(found, Run):
             return found
         assert isinstance(found, Foreign)
@@ -130,25 +142,58 @@ class Convert:
         return Path(self.source).suffix in SUFFIXES and not Path(self.source).is_dir()
 
     def _check_averaged(self) -> None:
+        self._check_no_step()
         if self.raw:
             raise DitlabError(f"convert --raw: {self.source} has one set of weights only")
 
-    def _ours(self, console: Console) -> tuple[DiT, object]:
-        """The source as a network of ditlab's, and how it was trained."""
-        found = self._foreign()
-        if isinstance(found, Run):
-            network = found.network(found.checkpoint(self.step, noting(console)), ema=not self.raw)
-            objective: object = found.config.objective
+    def _check_no_step(self) -> None:
+        if self.step is not None:
+            raise DitlabError(f"convert --step: only a run has checkpoints to choose from, found {self.source}")
+
+    def _ours(self, console: Console) -> tuple[Run | ForeignModel, DiT, object]:
+        """The source, its network, which is one of ditlab's, and how that was trained."""
+        opened = self._foreign()
+        if isinstance(opened, Run):
+            found: Run | ForeignModel = opened
+            network = opened.network(opened.checkpoint(self.step, noting(console)), ema=not self.raw)
+            objective: object = opened.config.objective
         else:
-            network, objective = found[0].denoiser.network, objective_of(found[0].denoiser, self.source)
+            found = opened[0]
+            network, objective = found.denoiser.network, objective_of(found.denoiser, self.source)
+            _print_notes(console, found)
         if not isinstance(network, DiT):
             raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
-        return network, objective
+        return found, network, objective
+
+    def _autoencoder(self, found: Run | ForeignModel, to: Format, console: Console) -> Any:
+        """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot.
+
+        Raises:
+            DitlabError: it is not where it should be, or a place was given for one that is not there.
+        """
+        codec = open_codec(found.decoder) if isinstance(found, ForeignModel) and found.decoder is not None else None
+        record = found.record.codec if isinstance(found, Run) else codec and codec.record
+        if self.codec is not None and (not isinstance(found, Run) or record is None or to != "diffusers"):
+            raise DitlabError("convert --codec: expected a run on latents and --to diffusers, found another conversion")
+        if record is None:
+            return None
+        if to == "diffusers" and record.kind == "kl":
+            kept: Any = found.codec if isinstance(found, Run) else codec
+            return kept.module
+        why = "a DiTPipeline takes an AutoencoderKL only" if to == "diffusers" else "the original format has no place"
+        note = (
+            f"note: its autoencoder does not go along ({why}): these are latents of '{record.source}', SHA-256 "
+            f"{record.sha256[:12]}, scale {record.scale:g}, shift {record.shift:g}"
+        )
+        console.print(note, markup=False, soft_wrap=True)
+        return None
 
     def _send(self, console: Console) -> dict[str, Any]:
         """Exports a run, and sends it to the hub unless this is a dry run."""
-        if self.to is not None or self.heads is not None or self.raw:
-            raise DitlabError("convert: a run goes to the hub as it is; expected no --to, --heads or --raw, found some")
+        if self.to is not None or self.heads is not None or self.raw or self.codec is not None:
+            raise DitlabError(
+                "convert: a run goes to the hub as it is; expected no --to, --heads, --raw or --codec, found some"
+            )
         run = open_trained(self.source)
         if not isinstance(run, Run):
             raise DitlabError(f"convert: expected a run of ditlab to send to the hub, found {self.source}")
@@ -166,6 +211,11 @@ class Convert:
             address = upload(export_run(run, Path(temporary) / "export", repo, **words), repo)
         console.print(f"sent to {address}")
         return {"out": address, "format": "hub", "sent": True}
+
+
+def _print_notes(console: Console, model: ForeignModel) -> None:
+    for note in model.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def _told(console: Console, out: Path, to: Format, network: DiT, **measured: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import ditlab
 from ditlab.analysis.attention_maps import LocalityResult
 from ditlab.analysis.comparison import compare
-from ditlab.analysis.psnr import PSNRResult
+from ditlab.analysis.psnr import PSNRResult, RunFacts
 from ditlab.cli.measuring import trajectories
 from ditlab.config import to_json
 from ditlab.data.atomic import atomic_folder
@@ -51,8 +51,8 @@ def export_run(
         for name, kind in _RESULTS.items()
         if (run.path / "analysis" / f"{name}.json").is_file()
     }
-    # Results of other weights than the exported ones would tell of another model.
-    results = {name: found for name, found in results.items() if found.about.step == checkpoint.step}
+    # Results of other weights than the exported ones, or on another split, would tell of another model.
+    results = {name: found for name, found in results.items() if _tells_of(run, checkpoint.step, found.about)}
     parameters = sum(value.numel() for value in checkpoint.ema.values())
     try:
         with atomic_folder(out) as folder:
@@ -74,6 +74,11 @@ def export_run(
     except OSError as error:
         raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
     return out
+
+
+def _tells_of(run: Run, step: int, about: RunFacts) -> bool:
+    """Whether a result is of the averaged weights after this step, which a reader loads, and of the run's split."""
+    return about.step == step and bool(about.ema) and about.split_hash == run.record.split.hash
 
 
 def model_card(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from ditlab.analysis.comparison import PSNRComparison
 from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
-from ditlab.analysis.nearest import NearestResult, nearest
+from ditlab.analysis.nearest import NearestResult, nearest_in
 from ditlab.analysis.psnr import PSNRResult
 from ditlab.analysis.store import write_bytes
 from ditlab.cli import scaling
@@ -60,6 +60,9 @@ class Drawn:
     ) -> Drawn:
         """Finds the nearest training images, and those of held-out images as a control.
 
+        Distances are between pictures as the denoiser knows them: of latents, decoded ones on both sides, so that a
+        replay of a training image lies at 0.
+
         Args:
             run: what drew the images.
             label: its kind.
@@ -68,14 +71,13 @@ class Drawn:
             classes: that the images were drawn for, int64 [count].
         """
         mirror, images = run.mirrored, run.pixels(seen)
-        train = run.pixels_at(run.split.train)
-        held_out = run.pixels_at(run.split.test[:CONTROLS])
-        result = NearestResult(
-            replace(run.facts(run.newest_step, label=label), name=name or run.name),
-            nearest(images, train, mirror=mirror),
-            nearest(held_out, train, mirror=mirror) if len(held_out) else None,
-            mirror,
-        )
+        held_out = run.decoded_at(run.split.test[:CONTROLS])
+        found = nearest_in(np.concatenate([images, held_out]), _training_images(run, mirror))  # decoded once for both
+        about, count = replace(run.facts(run.newest_step, label=label), name=name or run.name), len(images)
+        if run.images.latents is not None:
+            about = replace(about, settings={**about.settings, "space": "latents"})
+        control = found.take(len(held_out), count) if len(held_out) else None
+        result = NearestResult(about, found.take(count), control, mirror)
         return cls(run, label, seen, images, result, classes)
 
     @property
@@ -96,6 +98,16 @@ class Drawn:
         return found.copied | (found.first < near)
 
 
+def _training_images(run: Trained, mirror: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Parts of the training images as the denoiser knows them, with their mirrored twins where those count."""
+    train = run.split.train
+    for start in range(0, len(train), PART):
+        part = train[start : start + PART]
+        yield run.decoded_at(part), run.decoded_at(part, mirrored=True) if mirror else None
+
+
+PART = 64
+"""Training images that are decoded at once."""
 SHOWN = 16
 """Samples of each kind that the page shows, at most; distances are given for all."""
 SHEET = 96
@@ -211,16 +223,19 @@ def _training_figures(
     ending, which = (f"-n{n}", f"N = {n}. ") if several else ("", "")
     names = " and ".join(material.comparison.labels)
     found: dict[str, tuple[Any, str, str]] = {}
+    latents = any(result.latents for group in material.comparison.groups for result in group.results)
     along = [t for t in material.trajectories if t.n == n]
     pairs = [comparison for comparison in matched if comparison.n == n]
     if along:
         found[f"gap-along-training{ending}"] = (
-            lambda theme: gap_along_training(along, slots=slots, theme=theme),
+            lambda theme: gap_along_training(along, latents=latents, slots=slots, theme=theme),
             f"{which}The PSNR gap and the test PSNR of {names} against training steps.",
             f"{which}Averaged weights, a coarse grid of noise levels, the same images and noise each time.",
         )
         found[f"matched-psnr{ending}"] = (
-            lambda theme: matched_psnr(along, pairs[0] if len(pairs) == 1 else None, slots=slots, theme=theme),
+            lambda theme: matched_psnr(
+                along, pairs[0] if len(pairs) == 1 else None, latents=latents, slots=slots, theme=theme
+            ),
             f"{which}Test PSNR against train PSNR along the training of {names}.",
             f"{which}At equal train PSNR a curve that lies higher generalizes better at the same fit.",
         )

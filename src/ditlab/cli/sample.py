@@ -61,7 +61,7 @@ class Sample:
     images: bool = True
     """Also write each image as a PNG of its own, named by its seed."""
     batch: int = 64
-    """Images drawn at once."""
+    """Images drawn at once; a command of another size goes on where one was interrupted."""
     step: int | None = None
     """The checkpoint; the newest where not given."""
     raw: bool = False
@@ -96,6 +96,9 @@ class Sample:
             return self._work(job, here, console)
 
     def _work(self, job: Job, here: Processes, console: Console) -> dict[str, Any]:
+        if here.first:
+            for folder, count in job.parts.others().items():
+                console.print(f"note: {count} unfinished images with other settings lie in {folder}", markup=False)
         found = job.finished()
         if found is not None:
             if here.first:
@@ -104,10 +107,10 @@ class Sample:
         if not job.parts.complete:
             here.wait()
             missing = job.missing()
-            kept = len(job.batches) - len(missing)
+            kept = len(job.parts.done())
             here.wait()  # nobody begins before all have seen what is missing
             if here.first and kept:
-                console.print(f"going on: {kept} of {len(job.batches)} batches are there already")
+                console.print(f"going on: {kept} of {kept + len(missing)} batches are there already")
             mine = missing[here.rank :: here.world]
             title = "sampling" + (f", process 1 of {here.world}" if here.world > 1 else "")
             with counting(console if here.first else Console(quiet=True), title) as progress:

@@ -20,7 +20,7 @@ from torch import Tensor
 import ditlab
 from ditlab.analysis.store import write_json
 from ditlab.cli.drawing import draw_batch
-from ditlab.cli.sample_parts import Parts, write_pngs, writing
+from ditlab.cli.sample_parts import Part, Parts, write_pngs, writing
 from ditlab.config import differing_settings
 from ditlab.data.atomic import flush
 from ditlab.data.contact_sheet import fitting_scale, image_grid
@@ -67,15 +67,14 @@ class Job:
         """Where finished batches lie."""
         settings = {name: value for name, value in self.run.settings.items() if name.startswith(("network.", "objec"))}
         versions = [ditlab.__version__, torch.__version__]
-        here = [dict(self.about), settings, self.batch, self.denoisers[0].device.type, versions]
+        here = [dict(self.about), settings, self.denoisers[0].device.type, versions]
         text = json.dumps(here, sort_keys=True, default=str)
         return Parts(self.out, hashlib.sha256(text.encode()).hexdigest())
 
-    @cached_property
-    def batches(self) -> list[tuple[int, int]]:
-        """(which guidance, place of the first seed) of each batch."""
-        starts = range(0, len(self.seeds), self.batch)
-        return [(which, start) for which in range(len(self.guidances)) for start in starts]
+    @property
+    def count(self) -> int:
+        """How many images are to be drawn: each seed with each guidance, place by place."""
+        return len(self.seeds) * len(self.guidances)
 
     def finished(self) -> dict[str, Any] | None:
         """What samples.json says where these very samples are there already.
@@ -103,25 +102,31 @@ class Job:
             )
         return found
 
-    def missing(self) -> list[int]:
-        """The batches that are still to be drawn."""
-        done = set(self.parts.done())
-        return [number for number in range(len(self.batches)) if number not in done]
+    def missing(self) -> list[Part]:
+        """The batches that are still to be drawn: what the finished ones leave out, whatever their sizes."""
+        found, place = [], 0
+        for start, count in [*self.parts.done(), (self.count, 0)]:
+            while place < start:
+                of_this_guidance = len(self.seeds) - place % len(self.seeds)
+                found.append((place, min(self.batch, start - place, of_this_guidance)))
+                place += found[-1][1]
+            place = start + count
+        return found
 
-    def draw(self, numbers: Sequence[int], progress: Callable[[int, int], None]) -> None:
+    def draw(self, batches: Sequence[Part], progress: Callable[[int, int], None]) -> None:
         """Draws batches and keeps each when it is finished.
 
         Args:
-            numbers: which.
+            batches: which.
             progress: told how many images are done, of how many.
 
         Raises:
-            DitlabError: they cannot be written; finished ones stay.
+            DitlabError: what was drawn is not finite, or cannot be written; finished batches stay.
         """
-        total, done = sum(len(self._seeds(number)) for number in numbers), 0
-        for number in numbers:
-            which, start = self.batches[number]
-            seeds = self._seeds(number)
+        total, done = sum(count for _, count in batches), 0
+        for place, count in batches:
+            which, start = divmod(place, len(self.seeds))
+            seeds = self.seeds[start : start + count]
             label = None if self.labels is None else self.labels[start : start + len(seeds)]
             path = _Path(self.run, max(0, min(len(seeds), self.strip - start)))
 
@@ -131,12 +136,14 @@ class Job:
 
             began = time.perf_counter()
             drawn = draw_batch(self.denoisers[which], self.config, seeds, label=label, callback=after)
+            _check_finite(drawn, seeds)
             images = np.ascontiguousarray(self.run.pixels(drawn).transpose(0, 2, 3, 1))
             seconds = np.asarray(time.perf_counter() - began)
             with writing(self.parts):
                 if self.pngs:
                     write_pngs(self.parts.folder / "images" / self._subfolder(which), images, seeds)
-                self.parts.keep(number, images=images, seconds=seconds, **path.arrays())
+                size = np.asarray(self.batch)
+                self.parts.keep(place, images=images, seconds=seconds, batch=size, **path.arrays())
             done += len(seeds)
             progress(done, total)
 
@@ -144,8 +151,8 @@ class Job:
         """Writes what comes from all batches, and gives the folder its name; returns what samples.json says."""
         parts, folder = self.parts, self.parts.folder
         costs = [evaluations(self.config, denoiser) for denoiser in self.denoisers]
-        count = len(self.seeds) * len(self.guidances)
-        seconds = sum(float(parts.array(number, "seconds")) for number in parts.done())
+        count, done = self.count, parts.done()
+        seconds = sum(float(parts.array(part, "seconds")) for part in done)
         found = {
             **self.about,
             "count": count,
@@ -153,7 +160,7 @@ class Job:
             "passes": [cost.passes for cost in costs] if self.sweep else costs[0].passes,
             "seconds": round(seconds, 3),
             "seconds_per_image": round(seconds / count, 6),
-            "batch": self.batch,
+            "batch": sorted({int(parts.array(part, "batch")) for part in done}),
             "device": str(self.denoisers[0].device),
         }
         with writing(parts):
@@ -170,10 +177,6 @@ class Job:
             write_json(folder / "samples.json", found)
             parts.publish()
         return found
-
-    def _seeds(self, number: int) -> Sequence[int]:
-        start = self.batches[number][1]
-        return self.seeds[start : start + self.batch]
 
     def _subfolder(self, which: int) -> str:
         return f"scale-{self.guidances[which].scale:g}" if self.sweep else ""
@@ -197,7 +200,7 @@ class Job:
         from ditlab.report.labelled_grid import labelled_grid
         from ditlab.report.style import save
 
-        images = self.parts.first(len(self.seeds) * len(self.guidances)).transpose(0, 3, 1, 2)
+        images = self.parts.first(self.count).transpose(0, 3, 1, 2)
         table = images.reshape(len(self.guidances), len(self.seeds), *images.shape[1:])
         rows = [f"w = {guidance.scale:g}" for guidance in self.guidances]
         save(labelled_grid(table, rows, [self._words(i) for i in range(len(self.seeds))]), path)
@@ -208,10 +211,10 @@ class Job:
 
         states, estimates, images = [], [], []
         sigmas = np.empty(0)
-        for number in range(math.ceil(self.strip / self.batch)):
-            sigmas = self.parts.array(number, "sigmas")
+        for part in (part for part in self.parts.done() if part[0] < self.strip):
+            sigmas = self.parts.array(part, "sigmas")
             for name, where in (("states", states), ("estimates", estimates), ("images", images)):
-                where.append(self.parts.array(number, name))
+                where.append(self.parts.array(part, name))
         last = np.concatenate(images)[: self.strip, None]
         above = np.concatenate([np.concatenate(states), last], 1)
         below = np.concatenate([np.concatenate(estimates), last], 1)
@@ -244,9 +247,25 @@ class _Path:
         return {"sigmas": np.array(self._sigmas), **{name: np.stack(kept, 1) for name, kept in self._kept.items()}}
 
 
+def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:
+    """Refuses images [b, C, H, W] that hold NaN or an infinity: as 8-bit pixels they would be black or white."""
+    fine = drawn.isfinite().flatten(1).all(1).tolist()
+    if not all(fine):
+        raise DitlabError(
+            f"sample: expected finite images, found NaN or infinite values in {fine.count(False)} of the {len(fine)} "
+            f"images of a batch, the first of them of seed {seeds[fine.index(False)]}; nothing of this batch was kept"
+        )
+
+
 def fingerprint(run: Trained, denoiser: Denoiser) -> str:
-    """16 hexadecimal digits of the weights that make the images: the network's, and the codec's."""
-    digest = hashlib.sha256(run.codec.record.sha256.encode())
+    """16 hexadecimal digits of what makes the images: the network's weights and process, the codec's weights and scale.
+
+    Args:
+        run: for its codec.
+        denoiser: not guided; guidance is told apart by itself.
+    """
+    codec = {k: v for k, v in asdict(run.codec.record).items() if k not in ("source", "place")}
+    digest = hashlib.sha256(json.dumps([denoiser.identity, codec], sort_keys=True, default=str).encode())
     if denoiser.module is not None:
         for name, value in sorted(denoiser.module.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -2,17 +2,20 @@
 
 A job is cut into batches. Each finished batch is one file, whole or not there, in a hidden folder beside the output
 whose name ends in a hash of everything that decides the images: so the same command goes on where it was killed, and
-other settings never mix. The hidden folder becomes the output by one rename, when nothing is missing from it.
+other settings never mix. Batches say which images they hold, so that a command of another batch size goes on too. The
+hidden folder becomes the output by one rename, when nothing is missing from it.
 
     .NAME.unfinished-HASH/
-      parts/000003.npz    images uint8 [b, H, W, C], seconds, and what `--strip` shows of them
-      images/             the PNGs of finished batches
+      parts/00000012-4.npz    four images from the twelfth on: images uint8 [b, H, W, C], seconds, the batch size asked
+                              for, and what `--strip` shows of them
+      images/                 the PNGs of finished batches
 
 No more than a batch of images is in memory at any time: `samples.npz` is written part by part.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zipfile
@@ -25,6 +28,9 @@ import numpy as np
 
 from ditlab.data.atomic import flush, lock_folder, sync_folder
 from ditlab.errors import DitlabError
+
+Part = tuple[int, int]
+"""A batch: the place of its first image among those of the job, and how many it holds."""
 
 
 class Parts:
@@ -66,21 +72,35 @@ class Parts:
         """Whether nothing but `publish` is left to be done."""
         return (self.folder / "samples.json").is_file()
 
-    def file(self, number: int) -> Path:
+    def file(self, part: Part) -> Path:
         """Where a batch lies when it is finished."""
-        return self.folder / "parts" / f"{number:06d}.npz"
+        return self.folder / "parts" / f"{part[0]:08d}-{part[1]}.npz"
 
-    def done(self) -> list[int]:
-        """The finished batches; all of them, from the first, are needed for `publish`."""
-        return sorted(int(path.stem) for path in (self.folder / "parts").glob("[0-9]*.npz"))
+    def done(self) -> list[Part]:
+        """The finished batches in the order of their places; no two have an image in common."""
+        return _batches(self.folder)
 
-    def keep(self, number: int, **arrays: np.ndarray) -> None:
-        """Writes a finished batch, whole or not at all, also when the power fails."""
-        path = self.file(number)
+    def others(self) -> dict[Path, int]:
+        """Hidden folders of the same output and other settings -> how many images they hold, at least one."""
+        found = {folder: _images(folder) for folder in self._beside() if folder != self.folder}
+        return {folder: count for folder, count in sorted(found.items()) if count}
+
+    def _beside(self) -> Iterator[Path]:
+        return self.out.parent.glob(f".{escape(self.out.name)}.unfinished-*")
+
+    def keep(self, place: int, *, images: np.ndarray, **arrays: np.ndarray) -> None:
+        """Writes a finished batch, whole or not at all, also when the power fails.
+
+        Args:
+            place: of its first image among those of the job.
+            images: uint8 [b, H, W, C].
+            arrays: what else belongs to it.
+        """
+        path = self.file((place, len(images)))
         beside = path.with_suffix(".tmp")
         try:
             with beside.open("wb") as file:
-                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+                np.savez(file, images=images, **arrays)  # pyright: ignore[reportArgumentType]
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
@@ -90,16 +110,16 @@ class Parts:
             raise
         sync_folder(path.parent)
 
-    def array(self, number: int, name: str) -> np.ndarray:
+    def array(self, part: Part, name: str) -> np.ndarray:
         """One array of a finished batch."""
-        with np.load(self.file(number)) as arrays:
+        with np.load(self.file(part)) as arrays:
             return arrays[name]
 
     def first(self, count: int) -> np.ndarray:
         """The first images, uint8 [n, H, W, C], at most `count`."""
         found: list[np.ndarray] = []
-        for number in self.done():
-            found.append(self.array(number, "images"))
+        for part in self.done():
+            found.append(self.array(part, "images"))
             count -= len(found[-1])
             if count <= 0:
                 found[-1] = found[-1][: len(found[-1]) + count]
@@ -114,29 +134,50 @@ class Parts:
             count: number of images N.
             labels: class of each image, int64 [N].
         """
-        shape = (count, *self.array(0, "images").shape[1:])
+        shape = (count, *self.array(self.done()[0], "images").shape[1:])
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
-                for number in self.done():
-                    file.write(self.array(number, "images").tobytes())
+                for part in self.done():
+                    file.write(self.array(part, "images").tobytes())
             if labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, labels, allow_pickle=False)
 
     def publish(self) -> None:
-        """The hidden folder becomes the output, without the parts; what other settings left unfinished goes too."""
+        """The hidden folder becomes the output, without the parts.
+
+        What other settings left unfinished stays, for it is work; folders that hold no image go.
+        """
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         flush(self.folder)
         if self.out.is_dir():
             self.out.rmdir()  # an empty one, or this would not have begun
         self.folder.rename(self.out)
         sync_folder(self.out.parent)
-        for leftover in self.out.parent.glob(f".{escape(self.out.name)}.unfinished-*"):
+        for leftover in self._beside():
             if (lock := lock_folder(leftover)) is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
+                if not _images(leftover):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
+
+
+def _batches(folder: Path) -> list[Part]:
+    """The finished batches in a hidden folder, by their names."""
+    names = [path.stem.split("-") for path in (folder / "parts").glob("[0-9]*-[0-9]*.npz")]
+    return sorted((int(place), int(count)) for place, count in names)
+
+
+def _images(folder: Path) -> int:
+    """How many finished images a hidden folder holds; those of one that lacks only its name too."""
+    count = sum(count for _, count in _batches(folder))
+    if count:
+        return count
+    try:
+        return int(json.loads((folder / "samples.json").read_text())["count"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 @contextmanager

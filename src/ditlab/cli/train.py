@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,9 @@ from ditlab.config import (
     ObjectiveSettings,
     RunConfig,
     Sampler,
+    differences,
     fit_to_images,
+    fit_to_latents,
     preset,
 )
 from ditlab.diffusion.guidance import GuidanceConfig
@@ -85,6 +88,8 @@ class Train:
     """How strongly samples of a conditional run are pulled towards their class by default."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured during training."""
+    measured_sigma: Annotated[bool, tyro.conf.Suppress] = True
+    """Whether sigma_data of an EDM objective follows a set of latents; not where the user gave it."""
 
     @staticmethod
     def parse(words: list[str]) -> Train:
@@ -111,6 +116,8 @@ class Train:
             guidance=recipe.guidance,
             evaluation=recipe.evaluation,
         )
+        given = any(re.match(r"--objective\.sigma[-_]data(=|$)", word) for word in words)
+        default = replace(default, measured_sigma=not given)
         return tyro.cli(
             Train,
             prog="ditlab train",
@@ -163,7 +170,9 @@ class Train:
         use_threads(self.threads)
         pick_device(self.device)  # a device that is not there is refused before a source is prepared
         images = open_images(self.data, self.size, console)
-        config = self.settings(images.shape, images.num_classes)
+        fitted = config = self.settings(images.shape, images.num_classes)
+        if self.measured_sigma and images.latents is not None:
+            config = fit_to_latents(fitted, images.latents.record.overall_std)
         out = self._out(config)
         with processes(self.device) as here:
             run, refusal = None, None
@@ -178,6 +187,9 @@ class Train:
                 if refusal is not None:
                     raise refusal
                 return {}
+            if here.first:
+                for name, (_, now) in differences(fitted, config).items():
+                    console.print(f"{name} = {now:g}, the standard deviation of these latents")
             return _train(run or Run.open(out, images.path), here, console)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -76,6 +77,24 @@ class Denoiser(ABC):
     def module(self) -> nn.Module | None:
         """The `nn.Module` that computes it, for analyses that look inside; None where there is none to be found."""
         return None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its estimates beside the weights of `module`, as JSON values: its process and its attributes.
+
+        Two denoisers of equal weights whose identities differ are not to be taken for one; a subclass adds what it has.
+        """
+        return {
+            "class": type(self).__name__,
+            "shape": list(self.shape),
+            "levels": self.levels.identity,
+            "num_classes": self.num_classes,
+            "null_class": self.null_class,
+            "bounded": self.bounded,
+            "blind": self.blind,
+            "origin": self.origin,
+            "variance": self.variance,
+        }
 
     @abstractmethod
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
@@ -213,6 +232,15 @@ class NetworkDenoiser(Denoiser):
         self.null_class = bool(getattr(getattr(network, "config", None), "null_class", True))
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`; the network's own settings too, as one with other heads may have equal weights."""
+        config = getattr(self.network, "config", None)
+        found = super().identity
+        if is_dataclass(config) and not isinstance(config, type):
+            found["network"] = asdict(config)
+        return found
+
+    @property
     def module(self) -> nn.Module:
         """The network."""
         return self.network
@@ -278,6 +306,12 @@ class VPDenoiser(NetworkDenoiser):
         self.levels = DiscreteLevels(schedule.sigmas, schedule.timesteps)
         self.time_factor = 1000 / len(schedule) if rescale_time else 1.0
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`."""
+        own = {"prediction": self.prediction, "between": self.between, "time_factor": self.time_factor}
+        return super().identity | own
+
     def scale(self, sigma: float | Tensor) -> float | Tensor:
         """sqrt(abar_t)."""
         return (1 + sigma * sigma) ** -0.5
@@ -322,6 +356,11 @@ class EDMDenoiser(NetworkDenoiser):
             "vp": LevelRange(float(vp_sigma(1e-5)), float(vp_sigma(1.0))),
             "ve": LevelRange(0.02, 100.0),
         }[precond]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`."""
+        return super().identity | {"precond": self.precond, "sigma_data": self.sigma_data}
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
         """c_in."""
@@ -387,6 +426,11 @@ class BlindDenoiser(NetworkDenoiser):
         self.unit = (high - low) / 2
         self.origin = -1 - low / self.unit
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`."""
+        return super().identity | {"output": self.output, "unit": self.unit}
+
     def time(self, sigma: float | Tensor) -> None:
         """None: the network is told nothing."""
         return
@@ -417,6 +461,11 @@ class _WrappedDenoiser(Denoiser):
         self.output: PredictionTarget = output
         self.shape, self.num_classes, self.blind, self.origin, self.device = shape, num_classes, blind, origin, device
         self.levels = LevelRange(0.0, math.inf) if levels is None else levels
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`."""
+        return super().identity | {"output": self.output}
 
     @property
     def module(self) -> nn.Module | None:

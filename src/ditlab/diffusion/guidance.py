@@ -15,9 +15,9 @@ al. 2024 (2404.07724), Eq. 6 (guidance inside an interval of noise levels).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,11 @@ class GuidedDenoiser(Denoiser):
         self.shape, self.levels, self.num_classes = inner.shape, inner.levels, inner.num_classes
         self.peak, self.bounded, self.blind = inner.peak, inner.bounded, inner.blind
         self.origin, self.variance = inner.origin, inner.variance
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """That of the wrapped denoiser, and the guidance."""
+        return super().identity | {"inner": self.inner.identity, "guidance": asdict(self.config)}
 
     @property
     def module(self) -> nn.Module | None:

@@ -6,9 +6,10 @@ number is taken linear in log sigma, in which both published schedules are smoot
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,12 @@ class DiscreteLevels:
     def max(self) -> float:
         """The highest level."""
         return float(self.sigmas[-1])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these levels from others, as JSON values: how many, and a hash of the sigmas and their steps."""
+        digest = hashlib.sha256(self.sigmas.tobytes() + self.steps.tobytes())
+        return {"count": len(self), "sha256": digest.hexdigest()}
 
     def grid(self, spec: Respacing) -> np.ndarray:
         """The levels that a respacing keeps (see `schedules.respace`), ascending."""
@@ -103,6 +110,11 @@ class LevelRange:
     def __post_init__(self) -> None:
         if not 0 <= self.min < self.max:
             raise DitlabError(f"level range: expected 0 <= min < max, found {self.min} and {self.max}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this range from others, as JSON values; an infinite end as text."""
+        return {"min": self.min, "max": self.max if math.isfinite(self.max) else "infinite"}
 
     def grid(self, spec: Respacing) -> np.ndarray:
         """So many levels, ascending, spaced as Karras et al. 2022 Eq. 5 between 0.002 and 80 or the range's ends.

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ditlab.data.atomic import atomic_folder
 from ditlab.diffusion.objectives import VPObjectiveConfig
-from ditlab.diffusion.sampler_configs import DDPMConfig
+from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.diffusers_models import find_folder, library, load_module, load_scheduler, make_denoiser
+from ditlab.interop.diffusers_models import described, find_folder, library, load_module, load_scheduler, make_denoiser
 from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.randomness import torch_generator
@@ -65,15 +65,9 @@ def convert_diffusers(reference: str) -> tuple[ForeignModel, float]:
     folder, name = find_folder(reference)
     module, config, _ = load_module(folder, name)
     network = frozen(from_diffusers(module, config, f"diffusers:{name}"))
-    denoiser = make_denoiser(network, load_scheduler(folder, name), config, name)
-    vae = folder / "vae"
-    model = ForeignModel(
-        name=name.replace("/", "--"),
-        denoiser=denoiser,
-        sampler=DDPMConfig(),
-        source={"format": f"diffusers {type(module).__name__}", "reference": reference},
-        decoder=vae if vae.is_dir() else None,
-    )
+    scheduler = load_scheduler(folder, name)
+    denoiser = make_denoiser(network, scheduler, config, name)
+    model = described(denoiser, module, scheduler, folder, reference, name)
     return model, largest_difference(network, module.eval())
 
 
@@ -164,13 +158,18 @@ def to_diffusers(network: DiT) -> Any:
     return frozen(theirs)
 
 
-def write_diffusers(network: DiT, objective: object, out: Path) -> float:
+def write_diffusers(
+    network: DiT, objective: object, out: Path, sampler: SamplerConfig | None = None, autoencoder: Any = None
+) -> float:
     """Writes `to_diffusers` and its scheduler as the folders transformer/ and scheduler/ of a diffusers pipeline.
 
     Args:
         network: ours.
         objective: how it was trained.
         out: a folder that does not exist yet; it appears whole or not at all.
+        sampler: how samples are drawn by default: whether its estimates are clipped goes into the scheduler.
+        autoencoder: the library's own `AutoencoderKL` for a network of its latents: it goes into vae/, and all is a
+            `DiTPipeline`.
 
     Returns:
         The largest difference of the two networks' outputs (`largest_difference`).
@@ -178,7 +177,8 @@ def write_diffusers(network: DiT, objective: object, out: Path) -> float:
     Raises:
         DitlabError: diffusers cannot express the network or how it was trained, or the folder cannot be written.
     """
-    scheduler = scheduler_config(objective)
+    clip = autoencoder is None and bool(getattr(sampler, "clip", False))
+    scheduler = scheduler_config(objective, clip=clip, pipeline=autoencoder is not None)
     theirs = to_diffusers(network)
     found = largest_difference(network, theirs)
     try:
@@ -186,6 +186,11 @@ def write_diffusers(network: DiT, objective: object, out: Path) -> float:
             theirs.save_pretrained(folder / "transformer")
             (folder / "scheduler").mkdir()
             (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
+            if autoencoder is not None:
+                autoencoder.save_pretrained(folder / "vae")
+                (folder / "model_index.json").write_text(
+                    json.dumps(_pipeline(scheduler["_class_name"]), indent=1) + "\n"
+                )
     except FileExistsError:
         raise DitlabError(f"{out}: expected a new folder, found something there") from None
     except OSError as error:
@@ -212,8 +217,14 @@ def largest_difference(ours: DiT, theirs: Any) -> float:
     return found
 
 
-def scheduler_config(objective: object) -> dict[str, Any]:
+def scheduler_config(objective: object, *, clip: bool = False, pipeline: bool = False) -> dict[str, Any]:
     """The config of diffusers' `DDPMScheduler` for the process that a DiT was trained on.
+
+    Args:
+        objective: how it was trained.
+        clip: whether samplers clip each estimate of the clean image to [-1, 1].
+        pipeline: whether a `DiTPipeline` uses it. That drops a learned variance, without which a `DDPMScheduler` that
+            was told of it fails, so it gets a `DDIMScheduler` then.
 
     Raises:
         DitlabError: a process that it cannot express.
@@ -224,16 +235,28 @@ def scheduler_config(objective: object) -> dict[str, Any]:
         raise DitlabError(
             f"diffusers' schedulers tell the network the step itself, this DiT was told t * 1000 / {objective.steps}"
         )
+    ddim = pipeline and objective.variance == "learned-range"
     return {
-        "_class_name": "DDPMScheduler",
+        "_class_name": "DDIMScheduler" if ddim else "DDPMScheduler",
         "_diffusers_version": library().__version__,
         "num_train_timesteps": objective.steps,
         "beta_schedule": _SCHEDULES[objective.schedule],
         "beta_start": 1e-4 * 1000 / objective.steps,
         "beta_end": 0.02 * 1000 / objective.steps,
         "prediction_type": _PREDICTIONS[objective.prediction],
-        "variance_type": _VARIANCES[objective.variance],
-        "clip_sample": False,
+        **({} if ddim else {"variance_type": _VARIANCES[objective.variance]}),
+        "clip_sample": clip,
+    }
+
+
+def _pipeline(scheduler: str) -> dict[str, Any]:
+    """model_index.json of a pipeline of latents with a scheduler of this class."""
+    return {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": library().__version__,
+        "scheduler": ["diffusers", scheduler],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
     }
 
 

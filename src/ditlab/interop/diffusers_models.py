@@ -7,6 +7,7 @@ process. A folder may be a pipeline's (model_index.json; unet/ or transformer/, 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditlab.data.codecs import weights_hash
 from ditlab.diffusion.denoisers import Prediction, PredictionTarget, Variance, VPDenoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
@@ -108,19 +110,63 @@ def open_diffusers(reference: str) -> ForeignModel:
     scheduler = load_scheduler(folder, name)
     denoiser = make_denoiser(network, scheduler, config, name)
     _show_attention(module, config)
+    return described(denoiser, module, scheduler, folder, reference, name)
+
+
+def described(
+    denoiser: VPDenoiser, module: nn.Module, scheduler: Any, folder: Path, reference: str, name: str
+) -> ForeignModel:
+    """A denoiser with all else that a folder of diffusers says.
+
+    Args:
+        denoiser: made of the module, or of what it was converted into.
+        module: the library's.
+        scheduler: the library's.
+        folder: where both lie, and a vae/ where there is one.
+        reference: as the user gave it.
+        name: what the model is called.
+    """
+    vae = folder / "vae"
+    notes = _unheeded(scheduler, name)
     source = {
         "format": f"diffusers {type(module).__name__}",
         "reference": reference,
         "scheduler": type(scheduler).__name__,
+        **({"notes": notes} if notes else {}),
     }
-    vae = folder / "vae"
     return ForeignModel(
         name=name.replace("/", "--"),
         denoiser=denoiser,
         sampler=_sampler(scheduler, latent=vae.is_dir()),
         source=source,
+        digest=_digest(module, scheduler),
         decoder=vae if vae.is_dir() else None,
     )
+
+
+def _digest(module: Any, scheduler: Any) -> str:
+    """SHA-256 of weights and of both configs but for what names places and versions."""
+    digest = hashlib.sha256(weights_hash(module.state_dict()).encode())
+    for part in (module, scheduler):
+        config = {key: value for key, value in part.config.items() if not key.startswith("_")}
+        digest.update(json.dumps([type(part).__name__, config], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _unheeded(scheduler: Any, name: str) -> list[str]:
+    """What a scheduler does to its estimates that no sampler of ditlab does, one sentence each."""
+    said, found = scheduler.config, []
+    if said.get("thresholding"):
+        found.append(
+            f"The scheduler of {name} clips its estimates by dynamic thresholding, which ditlab's samplers do not do, "
+            "so their samples differ from diffusers' own."
+        )
+    if said.get("clip_sample") and said.get("clip_sample_range", 1.0) != 1.0:
+        found.append(
+            f"The scheduler of {name} clips its estimates to +-{said['clip_sample_range']:g}, which ditlab's samplers "
+            "do not do (theirs is +-1), so their samples differ from diffusers' own."
+        )
+    return found
 
 
 def library() -> Any:
@@ -190,7 +236,7 @@ def load_scheduler(folder: Path, name: str) -> Any:
     """The scheduler that lies beside a model.
 
     Raises:
-        DitlabError: there is none, or not of a discrete VP process with finite levels.
+        DitlabError: there is none, or not of a discrete VP process with finite levels, told to the network as steps.
     """
     diffusers = library()
     inside = folder / "scheduler"
@@ -208,6 +254,13 @@ def load_scheduler(folder: Path, name: str) -> Any:
             f"diffusers:{name}: its scheduler leaves no signal at the last step (rescale_betas_zero_snr), whose noise "
             "level is infinite; such models are not supported"
         )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise DitlabError(
+            f"diffusers:{name}: expected a scheduler that tells the network the step, found timestep_type "
+            f"'{config['timestep_type']}', where it tells it log(sigma) / 4"
+        )
+    if config.get("use_flow_sigmas"):
+        raise DitlabError(f"diffusers:{name}: expected the levels of a VP process, found use_flow_sigmas")
     with _quiet(diffusers):
         try:
             return kind.from_config(config)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -298,6 +351,11 @@ def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], 
         )
     if dit:
         return shape, int(config["num_embeds_ada_norm"]), True
+    if config.get("time_embedding_type") not in ("positional", "learned"):
+        raise DitlabError(
+            f"diffusers:{name}: expected a network that is told the step (time_embedding_type positional or learned), "
+            f"found '{config.get('time_embedding_type')}'"
+        )
     if config.get("class_embed_type") is not None:
         raise DitlabError(
             f"diffusers:{name}: expected classes by a table or none, found class_embed_type "

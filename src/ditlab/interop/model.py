@@ -31,8 +31,15 @@ class ForeignModel:
     """How samples are drawn by default."""
     source: Mapping[str, Any]
     """Where it comes from: "format" and whatever else is known, as JSON values."""
+    digest: str
+    """SHA-256 of all that its outputs depend on, 64 hexadecimal digits: tells models of one name apart."""
     decoder: Path | None = None
     """Folder of the diffusers autoencoder that turns its latents into pictures; None for a model of pixels."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how it was read, one sentence each; kept in `source`, so they go where it goes."""
+        return tuple(self.source.get("notes", ()))
 
 
 def frozen(network: nn.Module) -> Any:

@@ -6,12 +6,13 @@ tensors, plain containers and, by an allow-list, that one class; nothing else in
 a `.safetensors` file are read too.
 
 The names were read from the published checkpoints' keys; every tensor has the same layout there and here. The shapes
-tell everything about the network but its number of heads.
+tell everything about the network but its number of heads, which a file written here says in its `args`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import warnings
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ditlab.data.manifest import hash_file
@@ -32,7 +35,7 @@ from ditlab.errors import DitlabError
 from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.embeddings import position_table
-from ditlab.training.checkpoint import read_tensors, write_tensors
+from ditlab.training.checkpoint import read_tensors
 
 _NAMES = {
     "x_embedder.proj": "embed",
@@ -60,9 +63,14 @@ _SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 """How the names of files end that may hold such weights."""
 
+_ARGS = "args"
+"""Where a file says what its shapes do not: a key of a pickle, JSON among the metadata of a `.safetensors` file."""
+
+_TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DRIFT = 1e-3
 """How far a file's position table may lie from ours. Equal in training; rounding in 400,000 steps of an average with
-decay 0.9999 moves the averaged copy by up to 2e-4 (measured), so this is what another table cannot pass as."""
+decay 0.9999 moves the averaged copy by up to 2e-4 (measured), so this is what another table cannot pass as. On top
+comes rounding of its values, which lie in [-1, 1], to the dtype that the file keeps them in."""
 
 
 def renamed(key: str) -> str | None:
@@ -115,7 +123,8 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
     """The state dict that the original code's `DiT.load_state_dict` takes, its position table included.
 
     Args:
-        network: one that the original code can express: adaln-zero, global attention, classes, a square image.
+        network: one that the original code can express: adaln-zero, global attention, classes and a null class, a
+            square image.
         objective: how it was trained; the original's code samples with the linear schedule, 1,000 steps and a
             predicted noise, and its files cannot say otherwise.
 
@@ -128,6 +137,10 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
         raise DitlabError(
             f"{to} has time frequencies 'original' and an epsilon of 1e-6 in every norm, this DiT has "
             f"'{config.time_frequencies}' and {config.mlp_norm_eps:g} before the MLP: its outputs would change"
+        )
+    if not config.null_class:
+        raise DitlabError(
+            f"{to} has a row for the null class in the label table of whatever it samples from, this DiT's has none"
         )
     plain = isinstance(objective, VPObjectiveConfig) and (
         objective.schedule,
@@ -144,12 +157,22 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
     return found
 
 
-def write_original(state: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a state dict as a `.pt` file of tensors alone (or `.safetensors`), whole or not at all.
+def write_original(network: DiT, objective: object, path: Path) -> None:
+    """Writes `to_original` as a `.pt` file (or `.safetensors`), whole or not at all.
+
+    The pickle is {"ema": state dict, "args": {"num_classes", "num_heads"}}: the original's sampling takes "ema" where
+    it is there. Its `args` are a plain dict, so that torch's restricted unpickler reads the file without an allow-list.
+
+    Args:
+        network: ours.
+        objective: how it was trained.
+        path: a file that does not exist yet.
 
     Raises:
-        DitlabError: the file exists already, or cannot be written.
+        DitlabError: the format cannot express the network, or the file exists already or cannot be written.
     """
+    state = to_original(network, objective)
+    args = {"num_classes": network.config.num_classes, "num_heads": network.config.heads}
     if path.exists():
         raise DitlabError(f"{path}: expected a new file, found something there")
     beside = path.with_name(f".{path.name}.partial")
@@ -157,11 +180,15 @@ def write_original(state: Mapping[str, Tensor], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            write_tensors(beside, state)
+            save_file(
+                {key: value.clone() for key, value in state.items()},
+                beside,
+                metadata={"format": "pt", _ARGS: json.dumps(args)},
+            )
         else:
-            torch.save(dict(state), beside)
+            torch.save({"ema": state, _ARGS: args}, beside)
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer of zip files raises the latter where the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the disk is full
         with suppress(OSError):
             beside.unlink(missing_ok=True)
             if made:
@@ -181,10 +208,16 @@ def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], d
     """
     if not path.is_file():
         raise DitlabError(f"{path}: expected a checkpoint, found nothing")
-    found: Any = read_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     args: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        found: Any = read_tensors(path)
+        args = _metadata(path)
+    else:
+        found = _unpickle(path)
     if isinstance(found, dict) and ("ema" in found or "model" in found):
-        args = vars(found["args"]) if isinstance(found.get("args"), argparse.Namespace) else {}
+        said = found.get(_ARGS)
+        said = vars(said) if isinstance(said, argparse.Namespace) else said
+        args = said if isinstance(said, dict) else {}
         wanted = "ema" if ema and "ema" in found else "model"
         if wanted not in found:
             raise DitlabError(f"{path}: expected the raw weights 'model', found only {', '.join(map(str, found))}")
@@ -193,12 +226,26 @@ def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], d
         raise DitlabError(f"{path}: expected raw weights beside averaged ones, found one set of weights only")
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise DitlabError(f"{path}: expected a state dict of tensors, found {type(found).__name__}")
+    other = next((key for key in found if not isinstance(key, str)), None)
+    if other is not None:
+        raise DitlabError(f"{path}: expected a state dict with names as keys, found the key {other!r:.50}")
     if "x_embedder.proj.weight" not in found:
         raise DitlabError(
             f"{path}: expected weights of the original DiT ('x_embedder.proj.weight'), found another network's "
             f"('{next(iter(found))}')"
         )
     return found, args
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a whole `.safetensors` file says beside its weights, where we wrote it."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_ARGS, "{}")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _unpickle(path: Path) -> Any:
@@ -232,18 +279,24 @@ def infer_config(
 
     Args:
         state: the original's state dict.
-        args: `model` ("DiT-XL/2") and `num_classes` of its training script, where they are known.
+        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` where ditlab wrote it, as
+            far as they are known.
         where: named in errors.
-        heads: number of heads; by default that of `args.model`, or of the paper's size with this width.
+        heads: number of heads; by default what `args` say, or that of the paper's size with this width.
 
     Raises:
         DitlabError: a tensor is missing or of an impossible shape, the number of heads cannot be told, or the file's
             position table is not the fixed sin-cos one.
     """
     embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
-    width, channels, patch, _ = embed.shape
+    width, channels, patch, columns = embed.shape
+    if patch != columns or not embed.numel():
+        raise DitlabError(
+            f"{where}: expected square patches of at least one pixel in 'x_embedder.proj.weight', found the shape "
+            f"{tuple(embed.shape)}"
+        )
     side = isqrt(table.shape[1])
-    if side * side != table.shape[1]:
+    if side * side != table.shape[1] or not side:
         raise DitlabError(f"{where}: expected a square grid of tokens in 'pos_embed', found {table.shape[1]} tokens")
     outputs = len(_tensor(state, "final_layer.linear.weight", 2, where)) / patch**2
     if outputs not in (channels, 2 * channels):
@@ -251,17 +304,22 @@ def infer_config(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
             f"{outputs:g}"
         )
-    blocks = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    if blocks != {str(number) for number in range(len(blocks))}:
+        raise DitlabError(f"{where}: expected blocks numbered from 0 on, found {len(blocks)} with gaps or doubles")
     classes, null = _classes(state, args, where)
     hidden = len(_tensor(state, "blocks.0.mlp.fc1.weight", 2, where))
-    heads = heads or _heads(width, args, where)
+    told = told_heads(args, where)
+    if heads is not None and "num_heads" in args and heads != told:
+        raise DitlabError(f"{where}: expected --heads {told}, as the file says, found {heads}")
+    heads = heads or told or _usual_heads(width, where)
     try:
         config = DiTConfig(
             image_size=(side * patch, side * patch),
             channels=channels,
             patch=patch,
             width=width,
-            depth=max(blocks, default=-1) + 1,
+            depth=len(blocks),
             heads=heads,
             mlp_ratio=hidden / width,
             num_classes=classes,
@@ -271,7 +329,13 @@ def infer_config(
     except DitlabError as error:
         raise DitlabError(f"{where}: {error}") from None
     ours = position_table(config.grid, config.width)
-    if table.shape[2] != width or (table[0].float() - ours).abs().max() > _TABLE_DRIFT:
+    if (
+        table.shape[0] != 1
+        or table.shape[2] != width
+        or table.dtype not in _TABLE_DTYPES
+        # A table of NaN is not within any distance.
+        or not (table[0].float() - ours).abs().max() <= _TABLE_DRIFT + torch.finfo(table.dtype).eps
+    ):
         raise DitlabError(
             f"{where}: expected the fixed sin-cos table in 'pos_embed', found another, which ditlab's DiT cannot hold"
         )
@@ -288,8 +352,8 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
     """Number of classes, and whether the label table has a row for none."""
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
-    rows = len(state["y_embedder.embedding_table.weight"])
-    said = args.get("num_classes")
+    rows = len(_tensor(state, "y_embedder.embedding_table.weight", 2, where))
+    said = _whole(args, "num_classes", where)
     if said is None:
         said = rows - 1  # the original trains with label dropout, which needs the further row
     if said not in (rows, rows - 1) or said < 1:
@@ -297,10 +361,29 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
     return said, said == rows - 1
 
 
-def _heads(width: int, args: Mapping[str, Any], where: str) -> int:
+def _whole(args: Mapping[str, Any], name: str, where: str) -> int | None:
+    """A whole number among the settings; None where it is not there."""
+    found = args.get(name)
+    if found is not None and type(found) is not int:
+        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {found!r:.50}")
+    return found
+
+
+def told_heads(args: Mapping[str, Any], where: str) -> int | None:
+    """The number of heads that a file's settings tell, by itself or by the name of a size; None where they do not.
+
+    Raises:
+        DitlabError: it is no whole number.
+    """
+    told = _whole(args, "num_heads", where)
+    if told is not None:
+        return told
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
-    heads = _SIZES.get(named[1]) if named else None
-    heads = heads or _HEADS.get(width)
+    return _SIZES.get(named[1]) if named else None
+
+
+def _usual_heads(width: int, where: str) -> int:
+    heads = _HEADS.get(width)
     if heads is None:
         raise DitlabError(
             f"{where}: its number of attention heads cannot be told from the weights (width {width}); name it: "
@@ -326,11 +409,15 @@ def open_original(path: str | Path, *, ema: bool = True, heads: int | None = Non
     network = frozen(from_original({key: value.float() for key, value in state.items()}, config))
     # Without a learned variance the original's sampling takes beta_t.
     objective = VPObjectiveConfig(variance="learned-range" if config.learn_sigma else "fixed-large")
-    source = {
-        "format": "original DiT",
-        "file": path.name,
-        "sha256": hash_file(path).sha256,
-        "ema": ema,
-        **({"model": str(args["model"])} if "model" in args else {}),
-    }
-    return ForeignModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source)
+    digest = hash_file(path).sha256
+    source: dict[str, Any] = {"format": "original DiT", "file": path.name, "sha256": digest, "ema": ema}
+    if "model" in args:
+        source["model"] = str(args["model"])
+    if heads is None and told_heads(args, str(path)) is None:
+        note = (
+            f"{path.name} does not say how many attention heads it has: {config.heads} were taken, as in the paper's "
+            f"DiT of width {config.width}; with another number its outputs would be wrong (ditlab convert FILE OUT "
+            "--heads H)."
+        )
+        source["notes"] = [note]
+    return ForeignModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)

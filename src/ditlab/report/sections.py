@@ -43,6 +43,11 @@ def samples_section(pictures: Sequence[Picture], nearest: Sequence[NearestResult
         "a third as far as the second nearest (d1/d2 < 1/3). Held-out images show what the distance is where nothing "
         "was copied."
     )
+    if any(r.latents for r in nearest):
+        note += (
+            " Of runs on latents both sides are decoded: the distance is that of the pictures which the autoencoder "
+            "makes of the latents, not of the original pictures."
+        )
     return Section(
         "samples",
         "Samples and their nearest training images",

@@ -33,6 +33,10 @@ def _named(label: str, runs: Sequence[Trajectory]) -> str:
     return label if len(runs) == 1 else f"{label} (mean of {len(runs)} seeds)"
 
 
+def _psnr(latents: bool) -> str:
+    return "PSNR of latents" if latents else "PSNR"
+
+
 def _thousands(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -41,11 +45,17 @@ def _thousands(axes: Axes) -> None:
 
 
 def gap_along_training(
-    trajectories: Sequence[Trajectory], *, slots: Slots | None = None, theme: Theme = LIGHT
+    trajectories: Sequence[Trajectory], *, latents: bool = False, slots: Slots | None = None, theme: Theme = LIGHT
 ) -> Figure:
     """The average PSNR gap and the test PSNR against training steps; thin lines are seeds, thick ones their mean.
 
     The best test PSNR of each kind of run is marked.
+
+    Args:
+        trajectories: the runs, any number of labels and seeds.
+        latents: whether the PSNRs are those of latents, which titles and axes then say.
+        slots: colours of the labels.
+        theme: light or dark.
 
     Raises:
         DitlabError: no trajectory.
@@ -62,11 +72,12 @@ def gap_along_training(
             for t in mine:
                 star = {"marker": "*", "s": 75, "edgecolor": theme.background, "lw": 0.6, "zorder": 4}
                 right.scatter([t.steps[t.best]], [t.test[t.best]], color=color, **star)
-        left.set(xlabel="training step", ylabel="average PSNR gap (dB)")
+        psnr = _psnr(latents)
+        left.set(xlabel="training step", ylabel=f"average gap of {psnr} (dB)" if latents else "average PSNR gap (dB)")
         left.set_title("Gap", pad=8)
         left.set_ylim(bottom=0)
-        right.set(xlabel="training step", ylabel="test PSNR (dB)")
-        right.set_title("Test PSNR (star: best)", pad=8)
+        right.set(xlabel="training step", ylabel=f"test {psnr} (dB)")
+        right.set_title(f"Test {psnr} (star: best)", pad=8)
         _focus(right, [t.test for t in trajectories])
         for axes in (left, right):
             _thousands(axes)
@@ -96,6 +107,7 @@ def matched_psnr(
     trajectories: Sequence[Trajectory],
     comparison: MatchedComparison | None = None,
     *,
+    latents: bool = False,
     slots: Slots | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
@@ -104,6 +116,7 @@ def matched_psnr(
     Args:
         trajectories: the runs, any number of labels and seeds.
         comparison: where given, the highest train PSNR that both sides reached is marked for each seed.
+        latents: whether the PSNRs are those of latents, which titles and axes then say.
         slots: colours of the labels.
         theme: light or dark.
 
@@ -133,8 +146,9 @@ def matched_psnr(
         axes.axline((start, start), slope=1, color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="no gap (test = train)")
         if comparison is not None:
             _mark_matches(axes, comparison, theme)
-        axes.set(xlabel="train PSNR (dB), rising along training", ylabel="test PSNR (dB)")
-        axes.set_title("Test against train PSNR (star: best test PSNR)", pad=8)
+        psnr = _psnr(latents)
+        axes.set(xlabel=f"train {psnr} (dB), rising along training", ylabel=f"test {psnr} (dB)")
+        axes.set_title(f"Test against train {psnr} (star: best test PSNR)", pad=8)
         figure.legend(loc="outside lower left", ncols=2)
     return figure
 
