@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.denoisers import VPDenoiser
 from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, ImageNoise, SamplerConfig, sample
 from ditlab.diffusion.schedules import make_schedule
 

@@ -150,15 +150,12 @@ class Foreign(Trained):
                 f"{images.path}; make latents of them with ditlab data encode"
             )
         theirs = images.latents.record.codec
-        for name in ("sha256", "scale", "shift"):
-            expected, found = getattr(own, name), getattr(theirs, name)
-            if expected != found:
-                cut = slice(12) if name == "sha256" else slice(None)
-                raise DitlabError(
-                    f"model {self.name}: expected latents of its own autoencoder '{own.source}', with {name} "
-                    f"{str(expected)[cut]}, found latents of '{theirs.source}' with {name} {str(found)[cut]} in "
-                    f"{images.path}"
-                )
+        if (wrong := own.difference(theirs)) is not None:
+            name, expected, found = wrong
+            raise DitlabError(
+                f"model {self.name}: expected latents of its own autoencoder '{own.source}', with {name} {expected}, "
+                f"found latents of '{theirs.source}' with {name} {found} in {images.path}"
+            )
 
     @cached_property
     def _own_codec(self) -> Codec | None:

@@ -24,7 +24,8 @@ from ditlab.analysis.locality import consistency, consistency_control, grid_part
 from ditlab.analysis.locality_comparison import compare_locality
 from ditlab.analysis.locality_result import pattern_from_json, pattern_to_json
 from ditlab.analysis.psnr import RunFacts
-from ditlab.diffusion.denoisers import Denoiser, EDMDenoiser, VPDenoiser
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.references import WienerDenoiser
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError

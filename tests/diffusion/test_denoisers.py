@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ditlab.diffusion.denoisers import BlindDenoiser, Denoiser, EDMDenoiser, VPDenoiser
+from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.levels import DiscreteLevels, LevelRange
+from ditlab.diffusion.network_denoisers import BlindDenoiser, EDMDenoiser, VPDenoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule

@@ -9,9 +9,10 @@ import pydantic
 import pytest
 import torch
 
-from ditlab.diffusion.denoisers import Denoiser, EDMDenoiser, Prediction, VPDenoiser
+from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.levels import LevelRange
+from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser
 from ditlab.diffusion.samplers import (
     DDIMConfig,
@@ -24,7 +25,6 @@ from ditlab.diffusion.samplers import (
 )
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.interop.original_dit import from_original
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.randomness import torch_generator
 
@@ -33,20 +33,9 @@ SHAPE = (3, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def original(golden):
+def original(golden, golden_dit):
     """The golden's DiT, and its recorded numbers."""
-    fixture = golden("01_dit_a")
-    c = fixture.about["config"]
-    config = DiTConfig(
-        image_size=(8, 8),
-        channels=4,
-        patch=c["patch_size"],
-        width=c["hidden_size"],
-        depth=c["depth"],
-        heads=c["num_heads"],
-        num_classes=c["num_classes"],
-    )
-    return from_original(fixture.weights(), config).eval(), fixture
+    return golden_dit, golden("01_dit_a")
 
 
 class Counting(torch.nn.Module):

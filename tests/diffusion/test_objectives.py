@@ -4,7 +4,7 @@ import pydantic
 import pytest
 import torch
 
-from ditlab.diffusion.denoisers import EDMDenoiser, VPDenoiser
+from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.objectives import EDMObjectiveConfig, ObjectiveConfig, VPObjective, VPObjectiveConfig
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError

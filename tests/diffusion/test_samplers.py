@@ -8,9 +8,10 @@ import pydantic
 import pytest
 import torch
 
-from ditlab.diffusion.denoisers import Denoiser, Prediction, VPDenoiser
+from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.levels import LevelRange
 from ditlab.diffusion.likelihood import bits_per_dimension
+from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.samplers import (
     DDIMConfig,
     DDPMConfig,
@@ -24,8 +25,6 @@ from ditlab.diffusion.samplers import (
 )
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.interop.original_dit import from_original
-from ditlab.networks.dit import DiTConfig
 
 LINEAR = make_schedule("linear", 1000)
 
@@ -52,20 +51,8 @@ def recorded(golden):
 
 
 @pytest.fixture(scope="module")
-def denoisers(golden):
-    fixture = golden("01_dit_a")
-    c = fixture.about["config"]
-    config = DiTConfig(
-        image_size=(8, 8),
-        channels=4,
-        patch=c["patch_size"],
-        width=c["hidden_size"],
-        depth=c["depth"],
-        heads=c["num_heads"],
-        num_classes=c["num_classes"],
-    )
-    dit = from_original(fixture.weights(), config).eval()
-    return {"dit": VPDenoiser(dit, LINEAR), "blend": VPDenoiser(Blend(dit), LINEAR)}
+def denoisers(golden_dit):
+    return {"dit": VPDenoiser(golden_dit, LINEAR), "blend": VPDenoiser(Blend(golden_dit), LINEAR)}
 
 
 def loops():

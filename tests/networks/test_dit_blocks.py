@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.analysis.attention_maps import AttentionConfig, attention_layers, attention_maps, measure_attention
-from ditlab.diffusion.denoisers import EDMDenoiser
+from ditlab.diffusion.network_denoisers import EDMDenoiser
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BLOCKS, AdaLNBlock, AdaLNZeroBlock, Block, BlockKind, CrossAttentionBlock

@@ -64,11 +64,7 @@ class Encode:
                     held.enter_context(work.taken())
             except DitlabError as error:
                 refusal = error
-            # Where one process refuses, all end, and one says why.
-            first_refuses = here.any(here.first and refusal is not None)
-            if here.any(refusal is not None) or work is None:
-                if refusal is not None and (here.first or not first_refuses):
-                    raise refusal
+            if not here.agree(refusal) or work is None:
                 return {}
             if found is None:
                 self._encode(work, here, console)

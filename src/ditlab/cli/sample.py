@@ -88,9 +88,7 @@ class Sample:
                 except DitlabError as error:
                     refusal = error
             # The others wait here: they go the same way, or end without a word where the first one refuses.
-            if here.any(refusal is not None):
-                if refusal is not None:
-                    raise refusal
+            if not here.agree(refusal):
                 return {}
             job = job or self._job(here, Console(quiet=True))
             return self._work(job, here, console)

@@ -183,9 +183,7 @@ class Train:
                 except DitlabError as error:
                     refusal = error
             # The others wait here: they read what the first one wrote, or end without a word where it refuses.
-            if here.any(refusal is not None):
-                if refusal is not None:
-                    raise refusal
+            if not here.agree(refusal):
                 return {}
             if here.first:
                 for name, (_, now) in differences(fitted, config).items():

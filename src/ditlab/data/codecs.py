@@ -71,6 +71,15 @@ class CodecRecord:
         """Whether it gives a standard deviation besides the mean."""
         return self.kind == "kl"
 
+    def difference(self, other: CodecRecord) -> tuple[str, str, str] | None:
+        """The first thing, wherever they lie, in which another codec differs: its name, ours, the other's; or None."""
+        for name in (field.name for field in fields(self) if field.name not in ("source", "place")):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                cut = slice(12) if name == "sha256" else slice(None)
+                return name, str(ours)[cut], str(theirs)[cut]
+        return None
+
     def moved(self, before: Path, now: Path) -> CodecRecord:
         """The record as it stands in the folder `now`, of one that was kept in the folder `before`."""
         if not self.place:
@@ -267,15 +276,12 @@ def reopen_codec(record: CodecRecord, folder: Path, given: str | Path | None = N
     else:
         source = record.source
     codec = open_codec(source)
-    found = codec.record
-    for name in (field.name for field in fields(CodecRecord) if field.name not in ("source", "place")):
-        expected, there = getattr(record, name), getattr(found, name)
-        if expected != there:
-            cut = slice(12) if name == "sha256" else slice(None)
-            raise DitlabError(
-                f"codec '{source}': expected the autoencoder that {folder} was made with, with {name} "
-                f"{str(expected)[cut]}, found {str(there)[cut]}"
-            )
+    if (wrong := record.difference(codec.record)) is not None:
+        name, expected, found = wrong
+        raise DitlabError(
+            f"codec '{source}': expected the autoencoder that {folder} was made with, with {name} {expected}, "
+            f"found {found}"
+        )
     codec.record = record
     return codec
 

@@ -1,11 +1,11 @@
-"""The denoiser contract, and the denoisers that are made of a network.
+"""The denoiser contract. Denoisers that are made of a network are in `ditlab.diffusion.network_denoisers`.
 
 A denoiser estimates the clean image x0 in [-1, 1] from y = x0 + sigma * n, n unit normal: D(y, sigma, label). It is the
 one thing that samplers and analyses see. In these (variance-exploding) coordinates a VP step t is the level
 sqrt((1 - abar_t) / abar_t) seen through y = x_t / sqrt(abar_t), and An et al.'s x0 = x_t - sigma_t * eps (2410.21273,
 Eq. 3) is exact.
 
-Sources: An et al. 2024, Eq. 3; Karras et al. 2022, Table 1 (preconditioning); Mohan et al. 2020 (bias-free denoisers).
+Source: An et al. 2024, Eq. 3.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -21,13 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ditlab.diffusion.levels import BetweenSteps, DiscreteLevels, LevelRange, Levels
-from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
+from ditlab.diffusion.levels import LevelRange, Levels
 from ditlab.errors import DitlabError, unknown_name
 
 PredictionTarget = Literal["epsilon", "x0"]
 Variance = Literal["learned-range", "fixed-small", "fixed-large"]
-Preconditioning = Literal["edm", "vp", "ve"]
 
 # Given levels may miss a grid's ends by float32 rounding.
 _SLACK = 1e-6
@@ -221,226 +218,6 @@ class Denoiser(ABC):
         return _WrappedDenoiser(function, shape, levels, output, num_classes, blind, origin, torch.device(device))
 
 
-class NetworkDenoiser(Denoiser):
-    """What denoisers made of a network share: `network(x, t, label)` with `in_shape` and `num_classes`."""
-
-    def __init__(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
-        self.network = network
-        given: Any = network.in_shape if shape is None else shape
-        self.shape = (int(given[0]), int(given[1]), int(given[2]))
-        self.num_classes = int(getattr(network, "num_classes", 0))
-        self.null_class = bool(getattr(getattr(network, "config", None), "null_class", True))
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`; the network's own settings too, as one with other heads may have equal weights."""
-        config = getattr(self.network, "config", None)
-        found = super().identity
-        if is_dataclass(config) and not isinstance(config, type):
-            found["network"] = asdict(config)
-        return found
-
-    @property
-    def module(self) -> nn.Module:
-        """The network."""
-        return self.network
-
-    @property
-    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the network's parameters are."""
-        first = next(self.network.parameters(), None)
-        return torch.device("cpu") if first is None else first.device
-
-    def _run(self, x: Tensor, time: float | Tensor | None, label: Tensor | None, outputs: int) -> Tensor:
-        """The network's raw output, in the dtype of x, whatever the network computes in."""
-        first = next(self.network.parameters(), None)
-        dtype = x.dtype if first is None else first.dtype
-        # A time of up to 1000 keeps its integers in float32 at least.
-        time_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        if isinstance(time, Tensor):
-            time = time.reshape(-1).to(time_dtype)
-        elif time is not None:
-            time = torch.full((len(x),), time, dtype=time_dtype, device=x.device)
-        raw = self.network(x.to(dtype), time, label)
-        if raw.shape[1] != outputs:
-            raise DitlabError(f"denoiser: expected {outputs} channels from the network, found {raw.shape[1]}")
-        return raw.to(x.dtype)
-
-
-class VPDenoiser(NetworkDenoiser):
-    """A network trained on a discrete VP process: it sees x_t = sqrt(abar_t) y and the step t.
-
-    Args:
-        network: raw output `[B, C, H, W]`, or `[B, 2C, H, W]` (the prediction, then v) with "learned-range".
-        schedule: the process that it was trained on; its `timesteps` are what the network is told.
-        prediction: what its first C channels are.
-        variance: what is known of the reverse variance.
-        shape: (C, H, W) where the network has no `in_shape`.
-        between: for levels between two steps, a fractional t (linear in log sigma) or the nearest step's.
-        rescale_time: tell the network t * 1000 / T, as improved-diffusion's rescale_timesteps does.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        schedule: VPSchedule,
-        prediction: PredictionTarget = "epsilon",
-        variance: Variance = "learned-range",
-        *,
-        shape: tuple[int, int, int] | None = None,
-        between: BetweenSteps = "interpolate",
-        rescale_time: bool = False,
-    ) -> None:
-        super().__init__(network, shape)
-        for what, name, known in (
-            ("prediction", prediction, PredictionTarget),
-            ("variance", variance, Variance),
-            ("way between steps", between, BetweenSteps),
-        ):
-            if name not in get_args(known):
-                raise unknown_name(what, name, get_args(known))
-        self.schedule = schedule
-        self.prediction: PredictionTarget = prediction
-        self.variance: Variance = variance
-        self.between: BetweenSteps = between
-        self.levels = DiscreteLevels(schedule.sigmas, schedule.timesteps)
-        self.time_factor = 1000 / len(schedule) if rescale_time else 1.0
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
-        own = {"prediction": self.prediction, "between": self.between, "time_factor": self.time_factor}
-        return super().identity | own
-
-    def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """sqrt(abar_t)."""
-        return (1 + sigma * sigma) ** -0.5
-
-    def time(self, sigma: float | Tensor) -> float | Tensor:
-        """The step t, an exact integer on the grid."""
-        return self.levels.step(sigma, self.between) * self.time_factor  # pyright: ignore[reportAttributeAccessIssue]
-
-    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        channels = self.shape[0]
-        outputs = 2 * channels if self.variance == "learned-range" else channels
-        raw = self._run(y * self.scale(sigma), self.time(sigma), label, outputs)
-        v = raw[:, channels:] if self.variance == "learned-range" else None
-        return _complete(raw[:, :channels], y, sigma, self.prediction, v)
-
-
-class EDMDenoiser(NetworkDenoiser):
-    """D(y) = c_skip y + c_out F(c_in y, c_noise) around a network F (Karras et al. 2022, Eq. 7 and Table 1).
-
-    Args:
-        network: raw output `[B, C, H, W]`.
-        precond: "edm"; "vp" and "ve" are Song et al.'s processes in the same form.
-        sigma_data: standard deviation of the images, for "edm".
-        shape: (C, H, W) where the network has no `in_shape`.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        precond: Preconditioning = "edm",
-        sigma_data: float = 0.5,
-        *,
-        shape: tuple[int, int, int] | None = None,
-    ) -> None:
-        super().__init__(network, shape)
-        if precond not in get_args(Preconditioning):
-            raise unknown_name("preconditioning", precond, get_args(Preconditioning))
-        self.precond, self.sigma_data = precond, sigma_data
-        self.levels = {
-            "edm": LevelRange(0.0, math.inf),
-            "vp": LevelRange(float(vp_sigma(1e-5)), float(vp_sigma(1.0))),
-            "ve": LevelRange(0.02, 100.0),
-        }[precond]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
-        return super().identity | {"precond": self.precond, "sigma_data": self.sigma_data}
-
-    def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """c_in."""
-        if self.precond == "ve":
-            return 1.0
-        return (sigma * sigma + (self.sigma_data**2 if self.precond == "edm" else 1.0)) ** -0.5
-
-    def time(self, sigma: float | Tensor) -> float | Tensor:
-        """c_noise."""
-        if self.precond == "edm":
-            return _log(sigma) / 4
-        if self.precond == "ve":
-            return _log(sigma / 2)
-        # 999 times the time of the VP process; float64 because ln(1 + sigma^2) cancels at small levels.
-        wide = sigma.double() if isinstance(sigma, Tensor) else float(sigma)
-        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * _log1p(wide * wide)) ** 0.5
-        return 999 * (root - VP_BETA_MIN) / VP_BETA_D
-
-    def skip_and_out(self, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """(c_skip, c_out)."""
-        if self.precond == "edm":
-            total = sigma * sigma + self.sigma_data**2
-            return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5
-        return 1.0, (-sigma if self.precond == "vp" else sigma)
-
-    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        raw = self._run(y * self.scale(sigma), self.time(sigma), label, self.shape[0])
-        skip, out = self.skip_and_out(sigma)
-        return _complete(skip * y + out * raw, y, sigma, "x0")
-
-
-class BlindDenoiser(NetworkDenoiser):
-    """A network that sees only the image, in units of its own, like the published bias-free CNNs.
-
-    Args:
-        network: called as `network(x, None, None)`.
-        levels: the levels that it was trained for, in units of [-1, 1].
-        low: what it sees for our -1.
-        high: what it sees for our 1.
-        output: "noise" if it returns the noise (in its units), "clean" if the image.
-        shape: (C, H, W) where the network has no `in_shape`, or is to be used at another size.
-    """
-
-    blind = True
-
-    def __init__(
-        self,
-        network: nn.Module,
-        levels: Levels,
-        *,
-        low: float = 0.0,
-        high: float = 1.0,
-        output: Literal["noise", "clean"] = "noise",
-        shape: tuple[int, int, int] | None = None,
-    ) -> None:
-        super().__init__(network, shape)
-        if output not in ("noise", "clean"):
-            raise unknown_name("output of a blind network", output, ("noise", "clean"))
-        if not low < high:
-            raise DitlabError(f"blind denoiser: expected low < high, found {low} and {high}")
-        self.levels, self.output = levels, output
-        self.unit = (high - low) / 2
-        self.origin = -1 - low / self.unit
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
-        return super().identity | {"output": self.output, "unit": self.unit}
-
-    def time(self, sigma: float | Tensor) -> None:
-        """None: the network is told nothing."""
-        return
-
-    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        raw = self._run((y - self.origin) * self.unit, None, None, self.shape[0]) / self.unit
-        return _complete(y - raw if self.output == "noise" else raw + self.origin, y, sigma, "x0")
-
-
 class _WrappedDenoiser(Denoiser):
     """A user's function as a denoiser; made by `Denoiser.wrap`."""
 
@@ -479,7 +256,7 @@ class _WrappedDenoiser(Denoiser):
         result = self.function(y, each, label)
         if result.shape != y.shape:
             raise DitlabError(f"wrapped denoiser: expected a result {_dims(y.shape)}, found {_dims(result.shape)}")
-        return _complete(result.to(y.dtype), y, sigma, self.output)
+        return complete(result.to(y.dtype), y, sigma, self.output)
 
 
 def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:
@@ -489,20 +266,13 @@ def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:
     return sigma.to(y).reshape(-1, 1, 1, 1).expand(len(y), 1, 1, 1)
 
 
-def _complete(
+def complete(
     estimate: Tensor, y: Tensor, sigma: float | Tensor, target: PredictionTarget, v: Tensor | None = None
 ) -> Prediction:
+    """Both estimates from the one that `target` names, by y = x0 + sigma * eps; shapes as for `Denoiser.estimate`."""
     if target == "epsilon":
         return Prediction(y - sigma * estimate, estimate, v)
     return Prediction(estimate, (y - estimate) / sigma, v)
-
-
-def _log(value: float | Tensor) -> float | Tensor:
-    return value.log() if isinstance(value, Tensor) else math.log(value)
-
-
-def _log1p(value: float | Tensor) -> float | Tensor:
-    return value.log1p() if isinstance(value, Tensor) else math.log1p(value)
 
 
 def _dims(shape: Any) -> str:

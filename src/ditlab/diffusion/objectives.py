@@ -19,16 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ditlab.diffusion.denoisers import (
-    BetweenSteps,
-    Denoiser,
-    EDMDenoiser,
-    Preconditioning,
-    PredictionTarget,
-    Variance,
-    VPDenoiser,
-)
+from ditlab.diffusion.denoisers import Denoiser, PredictionTarget, Variance
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
+from ditlab.diffusion.levels import BetweenSteps
+from ditlab.diffusion.network_denoisers import EDMDenoiser, Preconditioning, VPDenoiser
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
 from ditlab.errors import DitlabError
 

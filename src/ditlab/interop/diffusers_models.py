@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.data.codecs import weights_hash
-from ditlab.diffusion.denoisers import Prediction, PredictionTarget, Variance, VPDenoiser
+from ditlab.diffusion.denoisers import Prediction, PredictionTarget, Variance
+from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.hub import download

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ditlab.diffusion.denoisers import NetworkDenoiser, VPDenoiser
+from ditlab.diffusion.network_denoisers import NetworkDenoiser, VPDenoiser
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.diffusion.schedules import ScheduleName, VPSchedule, make_schedule

@@ -49,6 +49,18 @@ class Processes:
         dist.all_reduce(votes)
         return bool(votes.item() > 0)
 
+    def agree(self, refusal: DitlabError | None) -> bool:
+        """Whether all processes may go on.
+
+        Where some refuse, their refusals are raised, or the first process's alone where it is one of them, so that it
+        is said once; the others get False and are to end without a word.
+        """
+        first_refuses = self.any(self.first and refusal is not None)
+        refused = self.any(refusal is not None)
+        if refusal is not None and (self.first or not first_refuses):
+            raise refusal
+        return not refused
+
     def wait(self) -> None:
         """Returns when every process has come here."""
         if self.world > 1:
