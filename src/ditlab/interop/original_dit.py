@@ -183,7 +183,7 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
             save_file(
                 {key: value.clone() for key, value in state.items()},
                 beside,
-                metadata={"format": "pt", _ARGS: json.dumps(args)},
+                metadata={_ARGS: json.dumps(args)},  # one key: safetensors writes several in an order of chance
             )
         else:
             torch.save({"ema": state, _ARGS: args}, beside)
