@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditlab.config import preset
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.registry import build_network
+from ditlab.presets import preset
 from ditlab.run import environment
 from ditlab.training.checkpoint import CheckpointStore
 from ditlab.training.distributed import processes

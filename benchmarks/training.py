@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ditlab.config import preset
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.attention import attention_kernel
+from ditlab.presets import preset
 from ditlab.run import environment
 from ditlab.training.compiling import compile_blocks
 from ditlab.training.ema import EMA

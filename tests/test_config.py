@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from ditlab.config import (
-    PRESETS,
     DataConfig,
     EvaluationConfig,
     RunConfig,
@@ -18,7 +17,6 @@ from ditlab.config import (
     fit_to_images,
     flat,
     from_json,
-    preset,
     read_record,
     to_json,
 )
@@ -27,6 +25,7 @@ from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.bias_free import BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.presets import PRESETS, preset
 from ditlab.training.loop import TrainingConfig
 
 SPLIT = SplitRecord(seed=1, train=20, test=10, imageset="a", family="b", hash="c")

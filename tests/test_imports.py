@@ -21,7 +21,7 @@ LAYERS = (
     {"analysis"},
     {"training"},
     {"config", "interop"},
-    {"trained", "converted"},
+    {"trained", "converted", "presets"},
     {"run"},
     {"reference"},
     {"report"},

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 import ditlab
 from ditlab.analysis.psnr import PSNRConfig, psnr_gap
-from ditlab.config import preset
 from ditlab.converted import open_converted, write_converted
 from ditlab.data.codecs import open_codec
 from ditlab.data.encode import Encoding
@@ -23,6 +22,7 @@ from ditlab.errors import DitlabError
 from ditlab.interop.diffusers_dit import convert_diffusers
 from ditlab.interop.original_dit import open_original, to_original, write_original
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.presets import preset
 from ditlab.reference import Foreign, ForeignConfig, load, open_trained
 from ditlab.run import Run
 

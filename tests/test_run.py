@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import ditlab
-from ditlab.config import DataConfig, RunConfig, fit_to_images, preset
+from ditlab.config import DataConfig, RunConfig, fit_to_images
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiTConfig
+from ditlab.presets import preset
 from ditlab.run import Run, environment, start, train_run
 from ditlab.training.distributed import Processes
 from ditlab.training.loop import TrainingConfig

@@ -1,4 +1,4 @@
-"""The configuration of a run: the components' own configs composed, presets by name, and JSON both ways.
+"""The configuration of a run: the components' own configs composed, and JSON both ways.
 
 The same frozen dataclasses give the command line its flags (tyro), the config.json its checks (pydantic) and the
 library its arguments, so there is one place where a default stands.
@@ -18,7 +18,7 @@ from ditlab.data.codecs import CodecRecord
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.errors import DitlabError
 from ditlab.networks.bias_free import BFCNNConfig
 from ditlab.networks.dit import DiTConfig
 from ditlab.training.loop import TrainingConfig
@@ -93,15 +93,21 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses components that do not fit each other, before any work starts."""
-        if isinstance(self.network, DiTConfig) and isinstance(self.objective, VPObjectiveConfig):
+        learns = bool(getattr(self.network, "learn_sigma", False))
+        if isinstance(self.objective, VPObjectiveConfig):
             learned = self.objective.variance == "learned-range"
-            if learned != self.network.learn_sigma:
+            if learned != learns and hasattr(self.network, "learn_sigma"):
                 raise DitlabError(
                     f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
-                    f"{learned}, found {self.network.learn_sigma}"
+                    f"{learned}, found {learns}"
                 )
-        if isinstance(self.objective, EDMObjectiveConfig) and getattr(self.network, "learn_sigma", False):
-            raise DitlabError("config: the EDM objective learns no variance; expected network.learn_sigma False")
+            if learned != learns:
+                raise DitlabError(
+                    f"config: a {self.network.kind} network learns no variance; expected objective.variance "
+                    "fixed-small or fixed-large, found learned-range"
+                )
+        elif learns:
+            raise DitlabError("config: this objective learns no variance; expected network.learn_sigma False")
         dropout = self.objective.label_dropout
         if dropout and getattr(self.network, "num_classes", 0) and not getattr(self.network, "null_class", True):
             raise DitlabError(
@@ -110,8 +116,6 @@ class RunConfig:
             )
         if self.guidance.on:
             check_guidance(self)
-        if isinstance(self.network, BFCNNConfig):
-            raise DitlabError("config: bf-cnn networks can be loaded and analysed, not trained, in this version")
 
 
 def check_guidance(config: RunConfig) -> None:
@@ -130,69 +134,6 @@ def check_guidance(config: RunConfig) -> None:
         )
 
 
-_SIZES = {  # depth, width, heads
-    "nano": (4, 64, 2),
-    "micro": (6, 128, 4),
-    "xs": (12, 252, 4),  # An et al., Fig. 6: DiT-XS
-    "s": (12, 384, 6),  # from here on Peebles & Xie's sizes, Table 1
-    "b": (12, 768, 12),
-    "l": (24, 1024, 16),
-    "xl": (28, 1152, 16),
-}
-_PATCHES = {size: (2, 4, 8) if size in ("b", "l", "xl") else (1, 2, 4, 8) for size in _SIZES}
-_SHORT = TrainingConfig(batch_size=32, log_every=50, eval_every=250, save_every=500)
-_LONG = TrainingConfig(steps=400_000, lr=1e-4, ema=0.9999, log_every=100, eval_every=5_000, save_every=5_000)
-_TRAINING = {
-    "nano": replace(_SHORT, steps=5_000, lr=1e-3),
-    "micro": replace(_SHORT, steps=20_000, lr=5e-4),
-    "an2024": replace(_LONG, batch_size=64),
-    "dit": replace(_LONG, batch_size=256, flip=True),  # Peebles & Xie, Sec. 4
-}
-"""How each family of presets is trained."""
-
-
-def _family(size: str, patch: int) -> str:
-    if size in ("nano", "micro"):
-        return size
-    return "an2024" if size == "xs" or (size, patch) == ("s", 1) else "dit"
-
-
-def _preset(name: str, size: str, patch: int) -> RunConfig:
-    depth, width, heads = _SIZES[size]
-    vp = RunConfig(
-        preset=name,
-        network=DiTConfig(patch=patch, depth=depth, width=width, heads=heads),
-        training=_TRAINING[_family(size, patch)],
-    )
-    if not name.endswith("-edm"):
-        return vp
-    network = replace(vp.network, learn_sigma=False)
-    return replace(vp, network=network, objective=EDMObjectiveConfig(), sampler=HeunConfig())
-
-
-PRESETS: dict[str, RunConfig] = {
-    (name := f"dit-{size}/{patch}{twin}"): _preset(name, size, patch)
-    for size in _SIZES
-    for patch in _PATCHES[size]
-    for twin in ("", "-edm")
-}
-"""Whole recipes by name. `dit-s/2` to `dit-xl/8` are the twelve networks of Peebles & Xie, trained as they were;
-`dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance), and `dit-xs` with other
-patches follows them; `dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own. `-edm` trains the same network in
-EDM's framework."""
-
-
-def preset(name: str) -> RunConfig:
-    """The recipe of a name.
-
-    Raises:
-        DitlabError: for an unknown name, with the nearest ones.
-    """
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
-    return PRESETS[name]
-
-
 def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
     """The config with the network's image size, channels and classes set to those of an image set.
 
@@ -203,12 +144,9 @@ def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: i
             then both must be equal.
     """
     network = config.network
-    if not isinstance(network, DiTConfig):
-        return config
-    if network.num_classes not in (0, num_classes):
-        raise DitlabError(
-            f"config: network.num_classes is {network.num_classes}, the image set has {num_classes} classes"
-        )
+    asked = getattr(network, "num_classes", 0)
+    if asked not in (0, num_classes):
+        raise DitlabError(f"config: network.num_classes is {asked}, the image set has {num_classes} classes")
     return replace(config, network=replace(network, image_size=shape[1:], channels=shape[0]))
 
 

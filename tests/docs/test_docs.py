@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ditlab import cli
-from ditlab.config import PRESETS
 from ditlab.networks.dit import DiT
+from ditlab.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -171,7 +171,7 @@ def test_non_square_patches_land_where_they_came_from():
 @pytest.mark.parametrize(("preset", "million"), [("xs", 14.02), ("s", 32.47)])
 def test_published_sizes(preset, million):
     """An et al.'s pixel-space DiT-XS/1 and DiT-S/1 (spec 1.1), unconditional, without the fixed position table."""
-    from ditlab.config import preset as recipe
+    from ditlab.presets import preset as recipe
 
     with torch.device("meta"):
         network = DiT(recipe(f"dit-{preset}/1").network)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ditlab.analysis.complexity import complexity
-from ditlab.config import PRESETS
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import build_network
+from ditlab.presets import PRESETS
 from ditlab.studies.published import published
 
 KINDS = get_args(BlockKind)

@@ -12,11 +12,11 @@ from typing import get_args
 import pytest
 import torch
 
-from ditlab.config import PRESETS
 from ditlab.networks.bias_free import BFCNN, BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import NETWORKS, build_network
+from ditlab.presets import PRESETS
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 from ditlab.training.compiling import compile_blocks
 

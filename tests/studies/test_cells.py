@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ditlab.cli.train import Train
-from ditlab.config import PRESETS, fit_to_images
+from ditlab.config import fit_to_images
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.errors import DitlabError
+from ditlab.presets import PRESETS
 from ditlab.studies import cells
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.cells import Cell, cell_config, cell_hash, train_words

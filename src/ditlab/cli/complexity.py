@@ -15,11 +15,12 @@ from rich.table import Table
 
 from ditlab.analysis.complexity import Complexity, complexity, match_width
 from ditlab.analysis.store import write_bytes, write_json
-from ditlab.config import RunConfig, preset
+from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import build_network
+from ditlab.presets import preset
 from ditlab.studies.published import published
 
 _CHANGES = ("depth", "width", "heads", "attention", "block")

@@ -22,7 +22,6 @@ from ditlab.cli.common import (
     use_threads,
 )
 from ditlab.config import (
-    PRESETS,
     DataConfig,
     EvaluationConfig,
     Network,
@@ -32,13 +31,13 @@ from ditlab.config import (
     differences,
     fit_to_images,
     fit_to_latents,
-    preset,
 )
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiTConfig
+from ditlab.presets import PRESETS, preset
 from ditlab.run import Run, start, train_run
 from ditlab.training.distributed import pick_device, processes
 from ditlab.training.loop import Interrupted, StopFlag, TrainingConfig, check_batch
@@ -104,7 +103,7 @@ class Train:
                 f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}"
             )
         network = recipe.network
-        if isinstance(network, DiTConfig):
+        if hasattr(network, "sized"):
             # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
             network = replace(network, image_size=(0, 0))
         default = Train(
@@ -130,14 +129,17 @@ class Train:
     def settings(self, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
         """The run's configuration for an image set of this shape (C, H, W)."""
         network, training = self.network, self.training
-        if isinstance(network, DiTConfig):
-            learned = isinstance(self.objective, VPObjectiveConfig) and self.objective.variance == "learned-range"
-            classes = network.num_classes
-            if self.conditional:
-                if not num_classes:
-                    raise DitlabError("train --conditional: the image set has no classes")
-                classes = num_classes
-            network = replace(network, learn_sigma=learned, num_classes=classes, image_size=shape[1:])
+        derived: dict[str, Any] = {"image_size": shape[1:]}
+        if hasattr(network, "learn_sigma"):
+            objective = self.objective
+            derived["learn_sigma"] = isinstance(objective, VPObjectiveConfig) and objective.variance == "learned-range"
+        if self.conditional:
+            if not num_classes:
+                raise DitlabError("train --conditional: the image set has no classes")
+            if not hasattr(network, "num_classes"):
+                raise DitlabError(f"train --conditional: a {network.kind} network takes no classes")
+            derived["num_classes"] = num_classes
+        network = replace(network, **derived)
         if self.seed and not training.seed:
             training = replace(training, seed=self.seed)
         training = replace(

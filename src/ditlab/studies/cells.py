@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ditlab.config import RunConfig, flat, from_json, preset, to_json
+from ditlab.config import RunConfig, flat, from_json, to_json
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
 

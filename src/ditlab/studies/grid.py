@@ -16,10 +16,10 @@ from typing import Any
 from ditlab.analysis.locality_result import AttentionConfig
 from ditlab.analysis.psnr import PSNRConfig
 from ditlab.analysis.store import read_json, write_json
-from ditlab.config import PRESETS
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.presets import PRESETS
 from ditlab.studies.cells import Cell, cell_config, cell_hash
 
 SCALES = ("smoke", "small", "paper")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from ditlab.config import flat, preset
+from ditlab.config import flat
 from ditlab.nn.placement import parse_plan
+from ditlab.presets import preset
 from ditlab.studies.grid import Plan
 
 
