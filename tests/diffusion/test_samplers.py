@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -144,6 +145,12 @@ CHURN = HeunConfig(churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003
         ("ablation_sampler.edm_euler.18", HeunConfig(second_order=False), None),
         ("ablation_sampler.iddpm_heun.18", HeunConfig(levels="iddpm"), None),
         ("ablation_sampler.iddpm_euler.18", HeunConfig(levels="iddpm", second_order=False), None),
+        ("ablation_sampler.vp_heun.18", HeunConfig(levels="vp", flow="vp"), None),
+        ("ablation_sampler.vp_euler.18", HeunConfig(levels="vp", flow="vp", second_order=False), None),
+        ("ablation_sampler.churn_vp.18", replace(CHURN, levels="vp", flow="vp"), None),
+        ("ablation_sampler.ve_heun.18", HeunConfig(levels="ve", flow="ve"), None),
+        ("ablation_sampler.ve_euler.18", HeunConfig(levels="ve", flow="ve", second_order=False), None),
+        ("ablation_sampler.edm_heun_alpha0.8.18", HeunConfig(alpha=0.8), None),
     ],
 )
 def test_heun_equals_the_published_sampler(edm, name, k, config, levels):
@@ -188,6 +195,7 @@ ALL = [
     DDIMConfig(steps="12", eta=0.5),
     HeunConfig(steps=6),
     HeunConfig(steps=6, churn=2.0),
+    HeunConfig(steps=6, flow="vp", alpha=0.7),
     HeunConfig(steps=6, levels="grid", second_order=False),
     DPMSolverConfig(steps=6),
     DPMSolverConfig(steps=6, levels="ve"),
@@ -395,6 +403,8 @@ def test_bad_input_is_one_sentence():
         (lambda: DDIMConfig(eta=2.0), "expected eta in"),
         (lambda: HeunConfig(steps=0), "expected steps >= 1"),
         (lambda: HeunConfig(churn=-1.0), "expected churn >= 0"),
+        (lambda: HeunConfig(alpha=0.0), r"expected alpha in \(0, 1\], found 0"),
+        (lambda: HeunConfig(alpha=0.5, levels="grid"), "levels 'grid' are never left"),
         (lambda: DPMSolverConfig(steps=0), "expected steps of at least 1, found 0"),
         (lambda: DPMSolverConfig(sigma_max=3.0), "levels 'grid' are the denoiser's own"),
         (lambda: DPMSolverConfig(levels="edm", sigma_min=3.0, sigma_max=1.0), "0 < lowest < highest"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.diffusion.schedules import Discretization, noise_levels
+from ditlab.diffusion.schedules import Discretization, FlowName, noise_levels
 from ditlab.errors import DitlabError
 
 Spacing = Literal[Discretization, "grid"]
@@ -64,6 +64,11 @@ class HeunConfig:
     """Exponent of the spacing edm."""
     second_order: bool = True
     """Whether each step is corrected (Heun); without, it is Euler's method and N calls."""
+    alpha: float = 1.0
+    """How far into the step it is corrected from, in (0, 1]: Heun's method at 1, the midpoint method at 0.5."""
+    flow: FlowName = "linear"
+    """Schedule and scaling of the differential equation that is solved: sigma = t (linear), or those of the VP or the
+    VE process. All have the same solution; what differs is the error of a step."""
     churn: float = 0.0
     """S_churn: how much fresh noise, over all steps; 0 is deterministic."""
     churn_min: float = 0.0
@@ -78,6 +83,13 @@ class HeunConfig:
         _check_levels("Heun", self)
         if self.churn < 0:
             raise DitlabError(f"Heun: expected churn >= 0, found {self.churn}")
+        if not 0 < self.alpha <= 1:
+            raise DitlabError(f"Heun: expected alpha in (0, 1], found {self.alpha}")
+        if self.levels == "grid" and self.alpha != 1:
+            raise DitlabError(
+                f"Heun: levels 'grid' are never left, so each step is corrected from the next one; expected alpha 1, "
+                f"found {self.alpha}"
+            )
 
 
 @dataclass(frozen=True)

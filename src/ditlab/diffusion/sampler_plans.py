@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.levels import DiscreteLevels
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
-from ditlab.diffusion.schedules import LEVEL_LIMITS, VPSchedule, noise_levels
+from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, Flow, VPSchedule, noise_levels
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,19 @@ class Step:
     sigma: float
     sigma_next: float
     ratio: float = 0.0
-    """r of the module's formula; for Heun, sigma_next / churned."""
+    """r of the module's formula; for Heun, what Euler's method keeps of the state on its way to `ahead`."""
     std: float = 0.0
     """Standard deviation of the fresh noise; for Heun, of what churn adds before the step."""
     learned: tuple[float, float] | None = None
     """(a, b) where the standard deviation is exp(a + b v)."""
     churned: float = 0.0
     """Heun: the level after churn."""
-
+    surplus: float = 0.0
+    """Heun: what a flow with a scaling of its own adds to the weight 1 - r of the estimate."""
+    ahead: float = 0.0
+    """Heun: the level from which the step is corrected; 0 where it is not."""
+    correction: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Heun: weights of state and estimate at `churned`, and of state and estimate at `ahead`."""
     extrapolation: float = 0.0
     """DPM-Solver++: e in D + e (D - D_before), the estimate that the step goes towards."""
 
@@ -56,8 +61,7 @@ def make_plan(config: SamplerConfig, denoiser: Denoiser) -> Plan:
     """
     if isinstance(config, HeunConfig):
         steps = _heun_steps(denoiser, config)
-        ahead = [[step.sigma_next] if config.second_order and step.sigma_next > 0 else [] for step in steps]
-        calls = [level for step, more in zip(steps, ahead, strict=True) for level in (step.churned, *more)]
+        calls = [level for step in steps for level in (step.churned, step.ahead) if level > 0]
         return Plan(steps, _start(denoiser, steps, config.levels), calls)
     if isinstance(config, DPMSolverConfig):
         steps = _dpm_solver_steps(denoiser, config)
@@ -127,8 +131,35 @@ def _heun_steps(denoiser: Denoiser, config: HeunConfig) -> list[Step]:
         if gamma and config.levels == "grid" and isinstance(denoiser.levels, DiscreteLevels):
             churned = max(sigma, denoiser.levels.nearest(churned))
         std = math.sqrt(churned**2 - sigma**2) * config.churn_noise
-        steps.append(Step(sigma, after, after / churned, std, churned=churned))
+        steps.append(_flow_step(FLOWS[config.flow], config, sigma, after, churned, std))
     return steps
+
+
+def _flow_step(flow: Flow, config: HeunConfig, sigma: float, after: float, churned: float, std: float) -> Step:
+    """One step of Karras et al. 2022, Algorithm 1 (of its appendix: any flow, any alpha), for y = x / s."""
+    corrected = config.second_order and after > 0
+    start, end = flow.time(churned), flow.time(after)
+    share = config.alpha if corrected else 1.0
+    ahead = after if share == 1 else flow.level(start + share * (end - start))
+    growth, shrinkage = flow.growth(churned), flow.shrinkage(churned)
+
+    def weights(scale: float, length: float) -> tuple[float, float]:
+        """Weights of state and estimate after a step of this length along the slope at its start."""
+        here = flow.scale(churned) / scale
+        return here * (1 + length * (growth + shrinkage)), -here * length * growth
+
+    keep, towards = weights(flow.scale(ahead), share * (end - start))
+    surplus = keep + towards - 1
+    if config.flow == "linear":
+        keep, surplus = ahead / churned, 0.0  # to the bit as DDIM has it
+    step = Step(sigma, after, keep, std, churned=churned, surplus=surplus)
+    if not corrected:
+        return step
+    second = 0.5 / config.alpha
+    factor = flow.scale(ahead) / flow.scale(after) * second * (end - start)
+    before = weights(flow.scale(after), (1 - second) * (end - start))
+    behind = factor * (flow.growth(ahead) + flow.shrinkage(ahead)), -factor * flow.growth(ahead)
+    return replace(step, ahead=ahead, correction=(*before, *behind))
 
 
 def _dpm_solver_steps(denoiser: Denoiser, config: DPMSolverConfig) -> list[Step]:

@@ -140,7 +140,7 @@ def sample(
         if isinstance(config, HeunConfig):
             # Its corrections divide differences of near numbers by small levels; MPS alone has no float64.
             wide = state.to(torch.float32 if state.device.type == "mps" else torch.float64)
-            return _heun(denoiser, steps, wide * plan.start, label, noise, callback, config.second_order).to(state)
+            return _heun(denoiser, steps, wide * plan.start, label, noise, callback).to(state)
         clip = isinstance(config, DDPMConfig | DDIMConfig) and config.clip
         return _first_order(denoiser, steps, state * plan.start, label, noise, callback, clip)
 
@@ -251,19 +251,21 @@ def _heun(
     label: Tensor | None,
     noise: Callable[[int], Tensor] | None,
     callback: Callback | None,
-    second_order: bool,
 ) -> Tensor:
+    """Two calls a step, or one where it is not corrected (Euler)."""
     for index, step in enumerate(steps):
         start = y
         if step.noisy and noise is not None:
             start = y + noise(index).to(y) * step.std
         x0 = denoiser.estimate(start, step.churned, label).x0
         following = torch.lerp(x0, start, step.ratio)
-        if second_order and step.sigma_next > 0:
-            ahead = denoiser.estimate(following, step.sigma_next, label).x0
-            # The mean of the slopes at both ends (Algorithm 1, line 8), each (state - estimate) / level.
-            slope = (start - x0) / step.churned + (following - ahead) / step.sigma_next
-            following = start + (step.sigma_next - step.churned) / 2 * slope
+        if step.surplus:
+            following = following + step.surplus * x0
+        if step.ahead:
+            # The slopes at both places, each a difference of state and estimate, put together (Algorithm 1, line 8).
+            ahead = denoiser.estimate(following, step.ahead, label).x0
+            a, b, c, d = step.correction
+            following = a * start + b * x0 + c * following + d * ahead
         if callback is not None:
             callback(SamplerStep(index, len(steps), step.sigma, step.sigma_next, y, x0, following))
         y = following

@@ -4,12 +4,12 @@ Everything here is float64 on the host; what runs on a device rounds a finished 
 the variance-exploding sense, y = x0 + sigma * n; step t of a VP process is the level sqrt((1 - abar_t) / abar_t).
 
 Sources: Ho et al. 2020 (linear betas, posterior); Nichol and Dhariwal 2021 (cosine, respacing, clipped log variance);
-Karras et al. 2022, Table 1 (the four discretizations), Eq. 5 (rho schedule).
+Karras et al. 2022, Table 1 (the four discretizations, the flows), Eq. 5 (rho schedule).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -194,6 +194,56 @@ def vp_sigma_inverse(sigma: np.ndarray | float) -> np.ndarray:
     """The time in [0, 1] at which the continuous VP process has the level `sigma`."""
     log = np.log1p(np.asarray(sigma, dtype=np.float64) ** 2)
     return np.asarray((np.sqrt(VP_BETA_MIN**2 + 2 * VP_BETA_D * log) - VP_BETA_MIN) / VP_BETA_D)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Schedule sigma(t) and scaling s(t) of a probability flow, x(t) = s(t) y (Karras et al. 2022, Eq. 4, Table 1).
+
+    Its differential equation is dx/dt = (sigma'/sigma + s'/s) x - s sigma'/sigma D(x / s; sigma).
+    """
+
+    time: Callable[[float], float]
+    """sigma -> t; 0 at 0."""
+    level: Callable[[float], float]
+    """t -> sigma."""
+    growth: Callable[[float], float]
+    """sigma -> sigma'/sigma, the relative growth of the level with t."""
+    scale: Callable[[float], float]
+    """sigma -> s."""
+    shrinkage: Callable[[float], float]
+    """sigma -> s'/s."""
+
+
+def _vp_growth(sigma: float) -> float:
+    # From sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t).
+    return 0.5 * (VP_BETA_MIN + VP_BETA_D * float(vp_sigma_inverse(sigma))) * (1 + sigma**-2)
+
+
+FlowName = Literal["linear", "vp", "ve"]
+FLOWS: dict[FlowName, Flow] = {
+    "linear": Flow(
+        time=lambda sigma: sigma,
+        level=lambda t: t,
+        growth=lambda sigma: 1 / sigma,
+        scale=lambda sigma: 1.0,
+        shrinkage=lambda sigma: 0.0,
+    ),
+    "vp": Flow(
+        time=lambda sigma: float(vp_sigma_inverse(sigma)),
+        level=lambda t: float(vp_sigma(t)),
+        growth=_vp_growth,
+        scale=lambda sigma: (1 + sigma**2) ** -0.5,
+        shrinkage=lambda sigma: -_vp_growth(sigma) * sigma**2 / (1 + sigma**2),
+    ),
+    "ve": Flow(
+        time=lambda sigma: sigma**2,
+        level=lambda t: t**0.5,
+        growth=lambda sigma: 0.5 * sigma**-2,
+        scale=lambda sigma: 1.0,
+        shrinkage=lambda sigma: 0.0,
+    ),
+}
 
 
 # Lowest and highest level of each discretization when nobody asks for others (Karras et al. 2022, Table 1).
