@@ -20,10 +20,12 @@ from ditlab.config import (
     read_record,
     to_json,
 )
+from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.bias_free import BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.presets import PRESETS, preset
 from ditlab.training.loop import TrainingConfig
@@ -58,14 +60,31 @@ def test_the_twelve_of_peebles_and_xie():
 
 def test_the_other_families():
     an2024 = {"dit-s/1", "dit-xs/1", "dit-xs/2", "dit-xs/4", "dit-xs/8"}
-    for name, config in PRESETS.items():
+    dits = {name: config for name, config in PRESETS.items() if name.startswith("dit-")}
+    for name, config in dits.items():
         if name.startswith(("dit-nano", "dit-micro")):
             assert (config.training.batch_size, config.training.flip) == (32, False)
         elif name.removesuffix("-edm") in an2024:
             assert (config.training.batch_size, config.training.flip) == (64, False)
         else:
             assert (config.training.batch_size, config.training.flip) == (256, True)
-    assert len(PRESETS) == 2 * (3 * 4 + 4 + 3 * 3)
+    assert len(dits) == 2 * (3 * 4 + 4 + 3 * 3)
+
+
+def test_kadkhodaies_recipe():
+    config = preset("bf-unet")
+    assert config.network == BFUNetConfig(width=64, blocks=3)
+    assert config.objective == BlindObjectiveConfig(low=0.0, high=1.0, max_level=1.0)
+    training = config.training
+    # 1,000 epochs of 250,000 images, halved every 100, in batches of 512.
+    assert (training.steps, training.lr_halve_every) == (1000 * 250_000 // 512, 100 * 250_000 // 512)
+    assert (training.batch_size, training.lr, training.ema, training.weight_decay) == (512, 1e-3, 0.0, 0.0)
+    for name in ("bf-unet", "bf-unet-nano", "bf-unet-micro", "bf-cnn", "bf-cnn-nano"):
+        twin = preset(f"{name}-vp")
+        assert twin.network == preset(name).network
+        assert isinstance(twin.objective, VPObjectiveConfig)
+        assert (twin.objective.variance, twin.objective.loss) == ("fixed-large", "mse")
+    assert preset("bf-cnn").objective == BlindObjectiveConfig(max_level=100 / 255)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -75,7 +94,7 @@ def test_every_preset_survives_json(name):
     values = json.loads(json.dumps(to_json(config)))
     assert from_json(RunConfig, values, "here") == config
     assert isinstance(config.objective, EDMObjectiveConfig) == name.endswith("-edm")
-    assert isinstance(config.sampler, HeunConfig) == name.endswith("-edm")
+    assert isinstance(config.sampler, HeunConfig) == (not isinstance(config.objective, VPObjectiveConfig))
 
 
 def test_unknown_preset_names_the_nearest():
@@ -149,8 +168,13 @@ def test_the_network_follows_the_images():
     [
         ({"network": DiTConfig(learn_sigma=False)}, "'learned-range' needs network.learn_sigma True, found False"),
         ({"objective": VPObjectiveConfig(variance="fixed-small")}, "needs network.learn_sigma False, found True"),
-        ({"objective": EDMObjectiveConfig()}, "the EDM objective learns no variance"),
-        ({"network": BFCNNConfig()}, "bf-cnn networks can be loaded and analysed, not trained"),
+        ({"objective": EDMObjectiveConfig()}, "the edm objective learns no variance"),
+        ({"network": BFCNNConfig()}, "a bf-cnn network learns no variance"),
+        ({"objective": BlindObjectiveConfig()}, "the blind objective learns no variance"),
+        (
+            {"network": DiTConfig(learn_sigma=False), "objective": BlindObjectiveConfig()},
+            "no noise level, which a dit network needs; expected a bf-unet or bf-cnn network",
+        ),
     ],
 )
 def test_parts_that_do_not_fit(changes, says):

@@ -111,6 +111,16 @@ def test_start_takes_up_the_same_run_and_refuses_another(images, trained):
     assert Run.open(trained.path).config == again.config
 
 
+def test_a_rate_that_falls_to_the_last_step_keeps_that_step(images, tmp_path):
+    start(tmp_path / "run", settings(images, lr_anneal=True), images, device=CPU)
+    with pytest.raises(
+        DitlabError, match=r"falls to 0 over training\.steps = 4, now 9 is asked for, which would change"
+    ):
+        start(tmp_path / "run", settings(images, lr_anneal=True, steps=9), images, device=CPU)
+    start(tmp_path / "halved", settings(images, lr_halve_every=2), images, device=CPU)
+    start(tmp_path / "halved", settings(images, lr_halve_every=2, steps=9), images, device=CPU)
+
+
 @pytest.mark.parametrize("sampler", [DDIMConfig(steps="7"), DDPMConfig(steps="9")])
 def test_another_sampler_is_no_other_run(images, tmp_path, sampler):
     """It changes no step, and no cell's hash (`ditlab.studies.cells`): the run goes on, and keeps the new one."""

@@ -15,17 +15,20 @@ from typing import Annotated, Any
 import pydantic
 
 from ditlab.data.codecs import CodecRecord
+from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.bias_free import BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
+from ditlab.networks.unet import UNetConfig
 from ditlab.training.loop import TrainingConfig
 
 _TAGGED = pydantic.Field(discriminator="kind")
-Network = Annotated[DiTConfig | BFCNNConfig, _TAGGED]
-ObjectiveSettings = Annotated[VPObjectiveConfig | EDMObjectiveConfig, _TAGGED]
+Network = Annotated[DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig, _TAGGED]
+ObjectiveSettings = Annotated[VPObjectiveConfig | EDMObjectiveConfig | BlindObjectiveConfig, _TAGGED]
 Sampler = Annotated[DDPMConfig | DDIMConfig | HeunConfig | DPMSolverConfig, _TAGGED]
 
 FORMAT = 1
@@ -44,6 +47,9 @@ class DataConfig:
     """Number of test images held out (An et al.'s K)."""
     seed: int = 0
     """Seed of the shuffle that the train and test images come from; training sets are nested in n."""
+    skip: int = 0
+    """Leave out so many images at the head of the shuffled training images and take the next n: runs with skip 0 and
+    skip n have disjoint training sets, and the same test images."""
 
     def __post_init__(self) -> None:
         """Refuses counts that cannot be."""
@@ -51,6 +57,8 @@ class DataConfig:
             raise DitlabError(f"data: n must be at least 1, found {self.n}")
         if self.test < 1:
             raise DitlabError(f"data: test must be at least 1, found {self.test}")
+        if self.skip < 0:
+            raise DitlabError(f"data: skip must not be negative, found {self.skip}")
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,16 @@ class RunConfig:
                     "fixed-small or fixed-large, found learned-range"
                 )
         elif learns:
-            raise DitlabError("config: this objective learns no variance; expected network.learn_sigma False")
-        dropout = self.objective.label_dropout
+            raise DitlabError(
+                f"config: the {self.objective.kind} objective learns no variance; expected network.learn_sigma False"
+            )
+        told = not isinstance(self.network, BFCNNConfig | BFUNetConfig)
+        if isinstance(self.objective, BlindObjectiveConfig) and told:
+            raise DitlabError(
+                f"config: the blind objective tells the network no noise level, which a {self.network.kind} network "
+                "needs; expected a bf-unet or bf-cnn network, or objective.kind vp or edm"
+            )
+        dropout = getattr(self.objective, "label_dropout", 0.0)
         if dropout and getattr(self.network, "num_classes", 0) and not getattr(self.network, "null_class", True):
             raise DitlabError(
                 "config: a network without a null class cannot be told of dropped labels; expected "
@@ -127,7 +143,7 @@ def check_guidance(config: RunConfig) -> None:
     network = config.network
     if not getattr(network, "num_classes", 0):
         raise DitlabError("guidance: expected a class-conditional network, found an unconditional one")
-    if not getattr(network, "null_class", True) or not config.objective.label_dropout:
+    if not getattr(network, "null_class", True) or not getattr(config.objective, "label_dropout", 0.0):
         raise DitlabError(
             "guidance: expected a network that was trained with label dropout, found one that knows no estimate "
             "without a class (network.null_class False or objective.label_dropout 0)"
@@ -183,6 +199,8 @@ class SplitRecord:
     """Hash of image set, seed and test images: equal for runs whose training sets are nested."""
     hash: str
     """Hash that also covers the training images."""
+    skip: int = 0
+    """Images at the head of the shuffle that were left out before the training images."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +229,12 @@ for _part in (
     SplitRecord,
     RunRecord,
     DiTConfig,
+    UNetConfig,
     BFCNNConfig,
+    BFUNetConfig,
     VPObjectiveConfig,
     EDMObjectiveConfig,
+    BlindObjectiveConfig,
     DDPMConfig,
     DDIMConfig,
     HeunConfig,
@@ -247,7 +268,7 @@ def from_json(kind: type, values: Any, where: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         # The tag of a union's member stands in the location; the key in the file has no such step.
-        tags = {"dit", "bf-cnn", "vp", "edm", "ddpm", "ddim", "heun", "dpm++2m"}
+        tags = {"dit", "unet", "bf-cnn", "bf-unet", "vp", "edm", "blind", "ddpm", "ddim", "heun", "dpm++2m"}
         place = ".".join(str(part) for part in first["loc"] if part not in tags)
         if first["type"] == "unexpected_keyword_argument":
             raise DitlabError(f"{where}: unknown key '{place}'") from None

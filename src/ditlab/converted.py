@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 
 import pydantic
 
-from ditlab.config import Sampler, from_json
+from ditlab.config import Network, Sampler, from_json
 from ditlab.data.atomic import atomic_folder
 from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.model import ForeignModel, frozen, objective_of, state_on_cpu
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.registry import NETWORKS, build_network
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 
 FORMAT = 1
@@ -39,7 +39,7 @@ class ModelRecord:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
-    network: DiTConfig
+    network: Network
     """Its shape."""
     objective: VPObjectiveConfig
     """The process that it was trained on."""
@@ -62,14 +62,14 @@ def write_converted(model: ForeignModel, out: Path) -> None:
     """Writes a converted model; the folder appears whole or not at all.
 
     Args:
-        model: whose network is a DiT of ditlab's.
+        model: whose network is one of ditlab's, trained on a VP process.
         out: a folder that does not exist yet.
 
     Raises:
         DitlabError: the folder exists already, or cannot be written, or the process has no name in ditlab.
     """
-    network = model.denoiser.network
-    assert isinstance(network, DiT)
+    network: Any = model.denoiser.network
+    assert type(network.config) in NETWORKS
     objective = objective_of(model.denoiser, f"model {model.name}")
     try:
         with atomic_folder(out) as folder:
@@ -107,7 +107,7 @@ def open_converted(folder: Path) -> ForeignModel:
     tensors = read_tensors(weights)
     if hash_file(weights).sha256 != record.weights:
         raise DitlabError(f"{weights}: its SHA-256 is not the one in {RECORD}; the file was changed or damaged")
-    network = DiT(record.network)
+    network = build_network(record.network)
     load_network(network, tensors, weights)
     denoiser = record.objective.build().denoiser(frozen(network))
     decoder = folder / DECODER

@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditlab.config import RunConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig
+from ditlab.diffusion.blind_objective import BlindObjectiveConfig
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import HeunConfig
 from ditlab.errors import unknown_name
+from ditlab.networks.bias_free import BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
+from ditlab.networks.unet import UNetConfig
 from ditlab.training.loop import TrainingConfig
 
 _SIZES = {  # depth, width, heads
@@ -48,10 +52,98 @@ def _preset(name: str, size: str, patch: int) -> RunConfig:
         network=DiTConfig(patch=patch, depth=depth, width=width, heads=heads),
         training=_TRAINING[_family(size, patch)],
     )
-    if not name.endswith("-edm"):
-        return vp
-    network = replace(vp.network, learn_sigma=False)
-    return replace(vp, network=network, objective=EDMObjectiveConfig(), sampler=HeunConfig())
+    return _in_edm(vp) if name.endswith("-edm") else vp
+
+
+def _in_edm(recipe: RunConfig) -> RunConfig:
+    """The recipe with the same network in EDM's framework."""
+    network, vp = recipe.network, recipe.objective
+    assert isinstance(network, DiTConfig | UNetConfig)
+    assert isinstance(vp, VPObjectiveConfig)
+    edm = EDMObjectiveConfig(label_dropout=vp.label_dropout)
+    return replace(recipe, network=replace(network, learn_sigma=False), objective=edm, sampler=HeunConfig())
+
+
+_DDPM = VPObjectiveConfig(variance="fixed-large", label_dropout=0.0)
+_IDDPM = VPObjectiveConfig(
+    schedule="cosine", steps=4000, variance="learned-range", loss="rescaled-mse", rescale_time=True, label_dropout=0.0
+)
+_IDDPM_TRAINING = replace(_LONG, steps=1_500_000, batch_size=128)
+_IMAGENET64 = UNetConfig(image_size=(64, 64), res_blocks=3, multipliers=(1, 2, 3, 4), learn_sigma=True)
+_UNETS = {
+    # Sizes for a CPU, ditlab's own: as many operations as dit-nano/2 and dit-micro/2, four channels a group as at full
+    # size.
+    "unet-nano": (
+        UNetConfig(width=16, groups=4, res_blocks=1, multipliers=(1, 2, 4), attention_at=(), heads=2),
+        _DDPM,
+        _TRAINING["nano"],
+    ),
+    "unet-micro": (
+        UNetConfig(width=32, groups=8, res_blocks=2, multipliers=(1, 2, 3), attention_at=()),
+        _DDPM,
+        _TRAINING["micro"],
+    ),
+    # An et al., Fig. 3: the one network of improved-diffusion's flags with its 109.55 M parameters and operations.
+    "unet-an2024": (
+        UNetConfig(res_blocks=3, multipliers=(1, 2, 3, 4), attention_at=()),
+        _DDPM,
+        _TRAINING["an2024"],
+    ),
+    # From here on Nichol & Dhariwal's flags.
+    "unet-cifar10": (
+        UNetConfig(res_blocks=3, dropout=0.3, learn_sigma=True),
+        _IDDPM,
+        replace(_IDDPM_TRAINING, steps=500_000),
+    ),
+    "unet-imagenet64": (_IMAGENET64, _IDDPM, _IDDPM_TRAINING),
+    "unet-imagenet64-cond": (
+        replace(_IMAGENET64, width=192, num_classes=1000),
+        replace(_IDDPM, loss="mse", rescale_time=False),
+        replace(_IDDPM_TRAINING, steps=250_000, batch_size=2048, lr=3e-4),
+    ),
+}
+# Their L_vlb models: the same networks, trained on the bound alone, t drawn by importance.
+_VLB = replace(_IDDPM, loss="kl", time_sampling="loss-second-moment")
+_BOUNDS = {
+    f"{base}-vlb": (network, _VLB, training)
+    for base, (network, _, training) in _UNETS.items()
+    if base in ("unet-cifar10", "unet-imagenet64")
+}
+
+
+def _unet(name: str) -> RunConfig:
+    network, objective, training = (_UNETS | _BOUNDS)[name.removesuffix("-edm")]
+    recipe = RunConfig(preset=name, network=network, objective=objective, training=training)
+    return _in_edm(recipe) if name.endswith("-edm") else recipe
+
+
+# Kadkhodaie et al.: 1,000 epochs of 250,000 images (the training images again and again) in batches of 512, the rate
+# halved every 100 epochs, no average of the weights.
+_KADKHODAIE = replace(_LONG, steps=488_281, batch_size=512, lr=1e-3, lr_halve_every=48_828, ema=0.0)
+_BIAS_FREE = {  # network, highest level in units of [0, 1], training
+    "bf-unet": (BFUNetConfig(), 1.0, _KADKHODAIE),  # the paper's, of three blocks
+    # Mohan et al.'s network and levels; their other settings are not known here, so it is trained as the UNet is.
+    "bf-cnn": (BFCNNConfig(), 100 / 255, _KADKHODAIE),
+    "bf-unet-nano": (BFUNetConfig(width=32), 1.0, replace(_TRAINING["nano"], lr_halve_every=1_000, ema=0.0)),
+    "bf-unet-micro": (
+        BFUNetConfig(width=48),
+        1.0,
+        replace(_TRAINING["micro"], lr=1e-3, lr_halve_every=4_000, ema=0.0),
+    ),
+    "bf-cnn-nano": (
+        BFCNNConfig(width=32, depth=14),
+        1.0,
+        replace(_TRAINING["nano"], lr_halve_every=1_000, ema=0.0),
+    ),
+}
+
+
+def _bias_free(name: str) -> RunConfig:
+    network, highest, training = _BIAS_FREE[name.removesuffix("-vp")]
+    if name.endswith("-vp"):
+        return RunConfig(preset=name, network=network, objective=_DDPM, training=training)
+    blind = BlindObjectiveConfig(max_level=highest)
+    return RunConfig(preset=name, network=network, objective=blind, training=training, sampler=HeunConfig())
 
 
 PRESETS: dict[str, RunConfig] = {
@@ -60,10 +152,16 @@ PRESETS: dict[str, RunConfig] = {
     for patch in _PATCHES[size]
     for twin in ("", "-edm")
 }
+PRESETS |= {(name := f"{base}{twin}"): _unet(name) for base in _UNETS for twin in ("", "-edm")}
+PRESETS |= {name: _unet(name) for name in _BOUNDS}
+PRESETS |= {(name := f"{base}{twin}"): _bias_free(name) for base in _BIAS_FREE for twin in ("", "-vp")}
 """Whole recipes by name. `dit-s/2` to `dit-xl/8` are the twelve networks of Peebles & Xie, trained as they were;
 `dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance), and `dit-xs` with other
 patches follows them; `dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own. `-edm` trains the same network in
-EDM's framework."""
+EDM's framework. `unet-an2024` is the UNet that An et al. compare their DiTs with, trained as they are; `unet-cifar10`
+and `unet-imagenet64` are Nichol & Dhariwal's hybrid models, those ending in `-vlb` the ones that they trained on the
+bound alone. `bf-unet` is Kadkhodaie et al.'s bias-free UNet and `bf-cnn` Mohan et al.'s network, both blind and trained
+by Kadkhodaie et al.'s recipe, with sizes for a CPU again; `-vp` trains the same network on DDPM's steps."""
 
 
 def preset(name: str) -> RunConfig:

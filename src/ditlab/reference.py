@@ -2,7 +2,7 @@
 
     a run's folder, or one of its checkpoints   what `ditlab train` leaves
     a converted model's folder                  what `ditlab convert` leaves (`ditlab.converted`)
-    a .pt, .pth, .ckpt or .safetensors file     weights of the original DiT code
+    a .pt, .pth, .ckpt or .safetensors file     weights of an original code (`ditlab.interop.checkpoints`)
     diffusers:PATH or diffusers:ORG/NAME        a model of the diffusers library, in a folder or on the hub
     hub:ORG/NAME                                on the hub: an exported run, a converted model or a diffusers model
 
@@ -30,10 +30,11 @@ from ditlab.data.splits import make_split
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.samplers import SamplerConfig
 from ditlab.errors import DitlabError
+from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.diffusers_models import open_diffusers
 from ditlab.interop.hub import download
 from ditlab.interop.model import ForeignModel
-from ditlab.interop.original_dit import SUFFIXES, open_original
+from ditlab.interop.original_files import SUFFIXES
 from ditlab.run import Run
 from ditlab.trained import Trained
 
@@ -131,6 +132,7 @@ class Foreign(Trained):
                 "with"
             )
         images = ImageSet.open(self._data)
+        self.model.fit(images.shape)
         shape = self.model.denoiser.shape
         if images.shape != shape:
             raise DitlabError(
@@ -264,7 +266,10 @@ class Foreign(Trained):
         """
         if step is not None:
             raise DitlabError(f"model {self.name}: expected no step, for it has one set of weights, found {step}")
-        denoiser = (self.model if ema else self._read(False)).denoiser
+        model = self.model if ema else self._read(False)
+        if self._data is not None:
+            model.fit(self.images.shape)
+        denoiser = model.denoiser
         denoiser.network.to(device)
         latent = self.model.decoder is not None or self._codec is not None
         latent = latent or (self._data is not None and self.images.latents is not None)
@@ -314,7 +319,7 @@ def open_trained(
         return foreign(_averaged(lambda: open_diffusers(name)))
     path = Path(reference)
     if path.suffix in SUFFIXES and not path.is_dir():
-        return foreign(lambda ema: open_original(path, ema=ema))
+        return foreign(lambda ema: open_checkpoint(path, ema=ema))
     if path.is_dir() and is_converted(path):
         return foreign(_averaged(lambda: open_converted(path)), path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
@@ -330,7 +335,7 @@ def load(
     """A denoiser from a reference to a trained network.
 
     Args:
-        reference: a run's folder, one of its checkpoint folders, a converted model's folder, an original DiT
+        reference: a run's folder, one of its checkpoint folders, a converted model's folder, a published
             checkpoint, `diffusers:PATH_OR_ID` or `hub:ID`.
         step: of which checkpoint, for a run; the newest whole one where None.
         ema: the averaged weights (usual), or the raw ones.

@@ -296,7 +296,7 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
         DitlabError: the folder holds something else, or a run with other settings, or the split cannot be made.
     """
     path = Path(path)
-    split = make_split(images, config.data.n, config.data.test, config.data.seed)
+    split = make_split(images, config.data.n, config.data.test, config.data.seed, config.data.skip)
     relative = os.path.relpath(images.path.resolve(), path.resolve())
     config = replace(config, data=replace(config.data, path=relative))
     record = RunRecord(
@@ -321,6 +321,12 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
             raise DitlabError(f"run {path}: it was started on other images; give another --out, or the same image set")
         if not changed:
             return Run(path, found.record, images.path)
+        if "training.steps" in changed and config.training.lr_anneal:
+            before, now = changed["training.steps"]
+            raise DitlabError(
+                f"run {path}: its learning rate falls to 0 over training.steps = {before}, now {now} is asked for, "
+                "which would change the steps already made; give another --out, or the same steps"
+            )
         done = found.checkpoints.steps()
         if done and config.training.steps < done[-1]:
             raise DitlabError(
@@ -400,7 +406,8 @@ def train_run(
         processes=processes,
         checkpoints=run.checkpoints,
         log=TrainingLog(run.path / "log.jsonl"),
-        evaluate=_evaluation(run, network, objective, processes.device),
+        # An objective of its own: one that remembers draws its steps by what it saw, and a measure must not change.
+        evaluate=_evaluation(run, network, config.objective.build(), processes.device),
         progress=progress,
         say=say,
         stop=stop,

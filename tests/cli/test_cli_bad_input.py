@@ -36,7 +36,7 @@ def put(record: dict, names: str, value) -> None:
     ("words", "says"),
     [
         ("trian", "unknown verb 'trian' (nearest: train)"),
-        ("xyzzy", "unknown verb 'xyzzy' (known: attention, "),
+        ("xyzzy", "unknown verb 'xyzzy' (known: agreement, "),
         ("data", "'data' needs one of: data prepare, data encode, data info; found nothing"),
         ("data make", "'data' needs one of: data prepare, data encode, data info; found make"),
         ("train", "train: expected a preset first (dit-nano/1, "),
@@ -185,7 +185,7 @@ def test_runs_with_different_splits(refused, place, plain):
         ("format", "new", "expected a run's config.json with a 'format', found none"),
         ("config.training.steps", "many", "'config.training.steps': Input should be a valid integer"),
         ("config.training.steps", 0, "training: steps must be at least 1, found 0"),
-        ("config.network.kind", "unet", "'config.network': Input tag 'unet'"),
+        ("config.network.kind", "resnet", "'config.network': Input tag 'resnet'"),
     ],
 )
 def test_a_config_that_cannot_be_read(refused, place, plain, key, value, says):

@@ -54,9 +54,62 @@ def test_the_width_that_costs_the_same(ditlab):
     assert f"width {found['network']['width']} costs" in done.err
 
 
+def test_networks_of_every_kind(ditlab):
+    done = ditlab("complexity", "unet-an2024", "bf-unet", "bf-cnn", "--no-memory", "--classes", 10, "--json")
+    assert done.status == 0, done.err
+    unet, *bias_free = json.loads(done.out)["networks"]
+    assert unet["network"]["kind"] == "unet"
+    assert (unet["network"]["num_classes"], unet["network"]["multipliers"]) == (10, [1, 2, 3, 4])
+    assert unet["parameters"] == 109_554_051 + 10 * 512  # and the table of classes
+    assert unet["gmacs_without_attention"] == pytest.approx(302.7 / 32, abs=0.002)
+    assert [network["attention_macs"] for network in bias_free] == [0, 0]  # which take no classes
+    assert bias_free[0]["parameters"] == 7_659_264 + 2 * 9 * 64 * 2  # published for one channel; two more in and out
+
+
+def test_classes_and_size_that_a_preset_has_are_its_own(ditlab):
+    done = ditlab("complexity", "unet-imagenet64-cond", "unet-imagenet64", "--no-memory", "--json")
+    cond, uncond = json.loads(done.out)["networks"]
+    assert (cond["network"]["num_classes"], uncond["network"]["num_classes"]) == (1000, 0)
+    assert (cond["network"]["image_size"], uncond["network"]["image_size"]) == ([64, 64], [64, 64])
+    assert round(cond["parameters"] / 1e6, 2) == 273.05
+    assert round(uncond["parameters"] / 1e6, 2) == 121.06
+    assert "for one image of 64x64x3" in done.err
+
+
+def test_an_et_als_equal_operations(ditlab):
+    words = ("dit-xs/1", "--match", "unet-an2024", "--linear", "--no-memory", "--json")
+    done = ditlab("complexity", *words)
+    unet, dit = json.loads(done.out)["networks"]
+    # The width nearest to the operations of their UNet, attention matrices aside, is the one that their DiT has.
+    assert dit["network"]["width"] == 252
+    assert "width 252 costs 99.06% of unet-an2024's GMACs without attention matrices" in done.err
+    assert dit["gmacs"] / unet["gmacs"] > 1.6
+
+
+def test_a_unet_as_wide_as_costs_the_same(ditlab):
+    done = ditlab("complexity", "unet-nano", "bf-unet", "--match", "dit-nano/2", "--no-memory", "--json")
+    wanted, unet, bias_free = json.loads(done.out)["networks"]
+    assert unet["network"]["width"] % 4 == 0
+    for found in (unet, bias_free):
+        assert abs(found["gmacs"] / wanted["gmacs"] - 1) < 0.15
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ("unet-nano --attention g", "unet-nano: expected flags of a unet network, found --attention"),
+        ("bf-unet dit-s/8 --heads 2", "bf-unet: expected flags of a bf-unet network, found --heads"),
+        (
+            "unet-cifar10 unet-imagenet64",
+            "expected --size for presets whose images differ in size, found 32x32 of unet-cifar10, 64x64 of unet-",
+        ),
+        (
+            "unet-imagenet64 --match dit-s/2",
+            "expected --size for presets whose images differ in size, found 64x64 of unet-imagenet64, 32x32 of dit-s/2",
+        ),
+        ("unet-nano --size 30", "unet-nano: UNet config: with 3 levels image_size must be multiples of 4"),
+        ("unet-nano --width 18", "unet-nano: UNet config: width must be even and a multiple of the 4 groups, found 18"),
+        ("dit-s/8 --linear", "--linear says what --match compares; expected --match with it, found none"),
         ("", "complexity: expected at least one preset (e.g. dit-s/2), found none"),
         ("dit-sx/2", "unknown preset 'dit-sx/2' (nearest: "),
         ("dit-s/8 --size 33", "dit-s/8: DiT config: image_size must be multiples of the patch 8, found (33, 33)"),

@@ -189,7 +189,7 @@ def test_what_cannot_be_converted(refused, place, plain, original, diffusers_fol
         ([plain, "out", "--to", "original"], "expected OUT to end in .pt"),
         ([f"diffusers:{dit}", "out.pt"], "the original DiT format has time frequencies 'original'"),
         ([f"diffusers:{dit}", "out.pt", "--to", "ditlab"], "expected OUT to end in .pt"),
-        ([f"diffusers:{dit}", "out", "--heads", 2], "only original DiT checkpoints leave their heads open"),
+        ([f"diffusers:{dit}", "out", "--heads", 2], "only checkpoints of original codes leave open"),
         ([f"diffusers:{dit}", "out", "--raw"], "has one set of weights only"),
         ([f"diffusers:{unet}", "out"], "found a UNet2DModel, for which ditlab has no network"),
         ([original, "there", "--heads", 2], "expected a new file or folder, found something there"),

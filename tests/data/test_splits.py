@@ -18,6 +18,7 @@ from ditlab.errors import DitlabError
 # The first images of the digits' split with seed 0.
 TRAIN_ORDER = [1595, 1143, 1370, 692, 681]
 TEST_ORDER = [1072, 1579, 354, 1003]
+HASH = "dbe7fee470f6"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,33 @@ def test_the_order_never_changes(free):
     split = make_split(free, 5, 4, 0)
     assert split.train.tolist() == TRAIN_ORDER
     assert split.test.tolist() == TEST_ORDER
+
+
+def test_what_is_skipped_is_another_training_set_of_the_same_family(free):
+    whole = make_split(free, 200, 30, 4)
+    first, second = make_split(free, 100, 30, 4), make_split(free, 100, 30, 4, skip=100)
+    assert (np.concatenate([first.train, second.train]) == whole.train).all()
+    assert (second.test == first.test).all()
+    assert (second.family, second.hash != first.hash) == (first.family, True)
+    assert (first.skip, second.skip, len(make_split(free, None, 30, 4, skip=1700).train)) == (0, 100, 67)
+    assert (verify(second.to_json(), free).train == second.train).all()
+
+
+def test_hashes_without_a_skip_and_records_from_before_it(free):
+    # Written down before images could be skipped: runs are recognised by these.
+    split = make_split(free, 5, 4, 0)
+    assert split.hash[:12] == HASH
+    record = {key: value for key, value in split.to_json().items() if key != "skip"}
+    assert (verify(record, free).train == split.train).all()
+
+
+def test_a_skip_that_cannot_be(free):
+    with pytest.raises(DitlabError, match="to skip 0 or more train images, found -1"):
+        make_split(free, 5, 4, 0, -1)
+    with pytest.raises(DitlabError, match=r"N = 5 train .* has 3 besides 4 test images and 1790 that are skipped"):
+        make_split(free, 5, 4, 0, 1790)
+    with pytest.raises(DitlabError, match=r"N = 0 train .* has 0 besides 4 test images and 9999 that are skipped"):
+        make_split(free, None, 4, 0, 9999)
 
 
 @pytest.mark.parametrize(

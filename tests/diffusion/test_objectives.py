@@ -4,8 +4,9 @@ import pydantic
 import pytest
 import torch
 
+from ditlab.config import ObjectiveSettings
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
-from ditlab.diffusion.objectives import EDMObjectiveConfig, ObjectiveConfig, VPObjective, VPObjectiveConfig
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjective, VPObjectiveConfig
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.randomness import torch_generator
@@ -63,6 +64,8 @@ def test_other_losses(terms, name):
         close(found[key], terms[f"{name}.loss_rescaled_mse.{key}"])
     found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl"))
     close(found["loss"], terms[f"{name}.loss_kl.loss"])
+    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl-unscaled"))
+    close(found["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
     found, _ = losses(terms, VPObjectiveConfig(schedule=name, prediction="x0"))
     for key in ("mse", "vb", "loss"):
         close(found[key], terms[f"{name}.loss_xstart.{key}"])
@@ -187,5 +190,5 @@ def test_what_cannot_be_trained_is_refused():
 
 @pytest.mark.parametrize("config", [VPObjectiveConfig(schedule="cosine"), EDMObjectiveConfig(precond="vp")])
 def test_configs_go_through_json(config):
-    adapter = pydantic.TypeAdapter(ObjectiveConfig)
+    adapter = pydantic.TypeAdapter(ObjectiveSettings)
     assert adapter.validate_json(adapter.dump_json(config)) == config

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import NETWORKS, build_network
+from ditlab.networks.unet import UNet, UNetConfig
 from ditlab.presets import PRESETS
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 from ditlab.training.compiling import compile_blocks
@@ -33,13 +35,36 @@ def twin(name: str, **changes) -> DiTConfig:
 
 
 # Presets that differ in size and recipe alone have the same twin; each twin is tested once, with every kind of block.
-TWINS = {(twin(name), PRESETS[name].objective): name for name in sorted(PRESETS, reverse=True)}
+DITS = [name for name, config in PRESETS.items() if isinstance(config.network, DiTConfig)]
+TWINS = {(twin(name), PRESETS[name].objective): name for name in sorted(DITS, reverse=True)}
 CASES = [pytest.param(name, kind, id=f"{name} {kind}") for name in sorted(TWINS.values()) for kind in KINDS]
+
+
+SMALL = {
+    BFCNNConfig: {"image_size": (4, 8), "width": 6, "depth": 3},
+    BFUNetConfig: {"image_size": (4, 8), "width": 6, "blocks": 2},
+    UNetConfig: {
+        "image_size": (8, 8),
+        "width": 8,
+        "groups": 4,
+        "res_blocks": 1,
+        "multipliers": (1, 2),
+        "attention_at": (4,),
+        "heads": 2,
+        "num_classes": 3,
+    },
+}
+"""What makes the networks of other kinds small."""
+OTHERS = [name for name, config in PRESETS.items() if type(config.network) in SMALL]
+
+
+def other_twin(name: str):
+    network = PRESETS[name].network
+    return replace(network, **SMALL[type(network)])
 
 
 def losses(name: str, network: torch.nn.Module, count: int = 4) -> torch.Tensor:
     """The preset's own loss on random images with random labels."""
-    assert isinstance(network, DiT)
     objective = PRESETS[name].objective.build()
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(count, *network.in_shape, generator=generator) * 2 - 1
@@ -57,8 +82,9 @@ def stirred(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_every_preset_has_a_twin_here():
-    for name, config in PRESETS.items():
-        assert TWINS[twin(name), config.objective] in TWINS.values()
+    assert {*DITS, *OTHERS} == set(PRESETS)
+    for name in DITS:
+        assert TWINS[twin(name), PRESETS[name].objective] in TWINS.values()
     assert {config.block for config, _ in TWINS} == {"adaln-zero"}  # the other kinds are set in the cases
 
 
@@ -88,11 +114,28 @@ def test_save_and_load(name, kind, tmp_path):
     assert torch.equal(other(x, t), network(x, t))
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_kinds(name, tmp_path):
+    config = other_twin(name)
+    network = stirred(build_network(config))
+    loss = losses(name, network)
+    assert loss.shape == (4,)
+    loss.mean().backward()
+    assert not [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    write_tensors(tmp_path / "model.safetensors", network.state_dict())
+    again = build_network(config, seed=1).eval()
+    load_network(again, read_tensors(tmp_path / "model.safetensors"), tmp_path)
+    x, t, label = torch.randn(2, *network.in_shape), torch.tensor([3.0, 500.0]), torch.tensor([0, 2])
+    out = network.eval()(x, t, label)
+    assert out.shape == (2, PRESETS[name].objective.build().network_outputs(3), *config.image_size)
+    assert torch.equal(again(x, t, label), out)
+
+
 COMPILED = """
 import sys
 sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
-from test_registry import build_network, compile_blocks, losses, stirred, twin
+from test_registry import build_network, compile_blocks, losses, other_twin, stirred, twin
 for kind in {kinds!r}:
     # One block of a kind is enough; two of adaLN-Zero show that a window and global attention go together.
     changes = {{}} if kind == "adaln-zero" else {{"depth": 1, "attention": "3"}}
@@ -104,13 +147,23 @@ for kind in {kinds!r}:
         losses("dit-nano/1", network).mean().backward()
     for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=key)
+for name in {others!r}:
+    plain, compiled = (stirred(build_network(other_twin(name))).train() for _ in range(2))
+    assert compile_blocks(compiled, "on", device=torch.device("cpu"), steps=1)
+    for network in (plain, compiled):
+        losses(name, network).mean().backward()
+    for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-3, msg=f"{{name}} {{key}}")
+    for (key, a), b in zip(plain.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=f"{{name}} {{key}}")
 """
 
 
 @pytest.mark.slow
 def test_compiled_computes_the_same():
     # In a process of its own: the shape checks of these tests are Python that the compiler cannot look through.
-    code = COMPILED.format(here=str(Path(__file__).parent), kinds=KINDS)
+    others = ["bf-unet-nano", "bf-cnn-nano"]
+    code = COMPILED.format(here=str(Path(__file__).parent), kinds=KINDS, others=others)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -136,5 +189,6 @@ def test_initial_weights_follow_the_seed_alone():
 
 
 def test_every_kind_has_a_network():
-    assert {DiTConfig: DiT, BFCNNConfig: BFCNN} == NETWORKS
+    kinds = {config.kind: network for config, network in NETWORKS.items()}
+    assert kinds == {"dit": DiT, "unet": UNet, "bf-cnn": BFCNN, "bf-unet": BFUNet}
     assert isinstance(build_network(BFCNNConfig()), BFCNN)

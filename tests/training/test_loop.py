@@ -55,6 +55,7 @@ def run(
     steps: int,
     *,
     network: torch.nn.Module | None = None,
+    objective=None,
     evaluate=None,
     stop=None,
     processes=ALONE,
@@ -68,7 +69,7 @@ def run(
     )
     train(
         network=network,
-        objective=VPObjectiveConfig().build(),
+        objective=objective or VPObjectiveConfig().build(),
         images=Noise(),
         train=np.arange(20),
         config=config,
@@ -311,11 +312,51 @@ def test_divergence_is_said(tmp_path):
         ({"ema": 1.0}, r"in \[0, 1\)"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"eval_every": -1}, "eval_every must not be negative"),
+        ({"lr_halve_every": -1}, "lr_halve_every must not be negative"),
+        ({"lr_halve_every": 5, "lr_anneal": True}, "lr_halve_every 0 or no lr_anneal, found lr_halve_every 5 and lr_"),
     ],
 )
 def test_settings_that_cannot_be(change, says):
     with pytest.raises(DitlabError, match=says):
         TrainingConfig(**change)
+
+
+def test_rates_are_functions_of_the_step():
+    assert [TrainingConfig(steps=9, lr=0.8).rate(step) for step in (0, 8)] == [0.8, 0.8]
+    halved = TrainingConfig(steps=9, lr=0.8, lr_halve_every=3)
+    assert [halved.rate(step) for step in range(7)] == [0.8, 0.8, 0.8, 0.4, 0.4, 0.4, 0.2]
+    annealed = TrainingConfig(steps=4, lr=0.8, lr_anneal=True)
+    assert [annealed.rate(step) for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+
+
+@pytest.mark.parametrize("settings", [{"lr_halve_every": 4}, {"lr_anneal": True}], ids=["halved", "annealed"])
+def test_a_falling_rate_goes_on_where_it_was(tmp_path, settings):
+    whole = run(tmp_path / "whole", 9, save_every=3, log_every=1, **settings)
+    stop = StopFlag()
+
+    def stop_at_four(step):
+        stop.set = step == 4
+        return {}
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", 9, save_every=3, log_every=1, evaluate=stop_at_four, stop=stop, **settings)
+    run(tmp_path / "parts", 9, save_every=3, log_every=1, **settings)
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+    config = TrainingConfig(steps=9, lr=1e-3, **settings)
+    assert [line["lr"] for line in lines(tmp_path / "whole")] == [config.rate(step) for step in range(9)]
+    # The log says what the optimizer did: the constant rate leads elsewhere.
+    constant = run(tmp_path / "constant", 9, save_every=3, log_every=1)
+    assert not torch.equal(constant.final.out.weight, whole.final.out.weight)
+
+
+def test_the_rate_moves_the_weights(tmp_path):
+    """Adam's first step moves each weight by the rate, whatever the gradient: twice as far where it is not halved."""
+    start, ends = small().final.out.weight, []
+    for name, settings in {"half": {"lr_anneal": True}, "full": {}}.items():
+        run(tmp_path / name, 2, ema=0.0, flip=False, lr=1e-6, **settings)
+        ends.append(everything(tmp_path / name)[0]["final.out.weight"] - start)
+    far, near = ends[1].abs().median(), ends[0].abs().median()
+    assert 0.6 < near / far < 0.9  # one and a half steps of two
 
 
 def test_ema_decay_warms_up_to_its_limit():

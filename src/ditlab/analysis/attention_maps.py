@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ditlab.analysis.denoising import level_noise, own_steps
+from ditlab.analysis.denoising import chosen_levels, level_noise, own_steps
 from ditlab.analysis.locality import (
     Agreement,
     entropies,
@@ -30,8 +30,6 @@ from ditlab.analysis.locality import (
 from ditlab.analysis.locality_result import BY_IMAGE, RADII, AttentionConfig, LocalityResult
 from ditlab.analysis.psnr import RunFacts
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.levels import DiscreteLevels
-from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.nn.attention import attention_views, capture_attention
 from ditlab.nn.patterns import Grid, Pattern
@@ -193,26 +191,7 @@ def noise_levels_of(denoiser: Denoiser, config: AttentionConfig) -> tuple[float,
     Raises:
         DitlabError: steps that it does not have, or levels outside its range.
     """
-    known = denoiser.levels
-    if config.steps is not None:
-        if not isinstance(known, DiscreteLevels):
-            raise DitlabError("attention: expected levels, for this denoiser has no numbered steps, found steps")
-        place = {int(step): float(sigma) for step, sigma in zip(known.steps, known.sigmas, strict=True)}
-        for step in config.steps:
-            if step not in place:
-                raise DitlabError(f"attention: expected steps from {min(place)} to {max(place)}, found {step}")
-        return tuple(place[step] for step in config.steps)
-    if config.levels is not None:
-        denoiser.check_levels(np.asarray(config.levels))
-        return config.levels
-    wanted = make_schedule("linear", 1000).sigmas[list(DEFAULT_STEPS)]
-    if isinstance(known, DiscreteLevels):
-        nearest = {int(np.abs(np.log(known.sigmas / sigma)).argmin()) for sigma in wanted}
-        return tuple(float(known.sigmas[i]) for i in sorted(nearest))
-    inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
-    if not inside:
-        raise DitlabError("attention: none of the default noise levels lies in the denoiser's range; give levels")
-    return inside
+    return chosen_levels("attention", denoiser, config.levels, config.steps, DEFAULT_STEPS)
 
 
 def attention_maps(

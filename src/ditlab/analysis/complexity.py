@@ -175,7 +175,14 @@ def _all_seen(network: nn.Module) -> Iterator[None]:
             layer.pattern = pattern
 
 
-def match_width(build: Callable[[int], nn.Module], shape: tuple[int, int, int], macs: int, multiple: int) -> int:
+def match_width(
+    build: Callable[[int], nn.Module],
+    shape: tuple[int, int, int],
+    macs: int,
+    multiple: int,
+    *,
+    attention: bool = True,
+) -> int:
     """The width at which a network's MACs come nearest to a number ("same FLOPs", An et al. 2410.21273, Fig. 6).
 
     Args:
@@ -183,6 +190,7 @@ def match_width(build: Callable[[int], nn.Module], shape: tuple[int, int, int], 
         shape: (C, H, W) of an image.
         macs: what is wanted.
         multiple: of which the width must be one.
+        attention: whether attention matrices count; An et al.'s own numbers leave them out.
 
     Returns:
         A multiple of `multiple`; the lower one of two that come equally near.
@@ -192,7 +200,8 @@ def match_width(build: Callable[[int], nn.Module], shape: tuple[int, int, int], 
     """
 
     def cost(units: int) -> int:
-        return complexity(build(units * multiple), shape, memory=False).macs
+        found = complexity(build(units * multiple), shape, memory=False)
+        return found.macs - (0 if attention else found.attention_macs)
 
     narrowest = cost(1)
     if narrowest > 2 * macs:

@@ -23,12 +23,53 @@ from ditlab.errors import DitlabError
 from ditlab.randomness import torch_generator
 
 
-def check_levels(levels: Sequence[float]) -> None:
-    """Raises DitlabError unless the noise levels are positive, finite and ascending without repeats."""
+def check_levels(levels: Sequence[float], what: str = "psnr-gap") -> None:
+    """Raises DitlabError (in the name of `what`) unless levels are positive, finite and ascending without repeats."""
     if not levels or any(not math.isfinite(s) or s <= 0 for s in levels):
-        raise DitlabError(f"psnr-gap: noise levels must be positive and at least one, found {list(levels)[:5]}")
+        raise DitlabError(f"{what}: noise levels must be positive and at least one, found {list(levels)[:5]}")
     if any(b <= a for a, b in pairwise(levels)):
-        raise DitlabError("psnr-gap: noise levels must be ascending without repeats")
+        raise DitlabError(f"{what}: noise levels must be ascending without repeats")
+
+
+def chosen_levels(
+    what: str,
+    denoiser: Denoiser,
+    levels: Sequence[float] | None,
+    steps: Sequence[int] | None,
+    default_steps: Sequence[int],
+) -> tuple[float, ...]:
+    """The noise levels that settings stand for on a denoiser, ascending.
+
+    Args:
+        what: the analysis that asks, for errors.
+        denoiser: a denoiser with numbered steps is given its own levels nearest to the default ones.
+        levels: the levels, where the settings name them.
+        steps: the steps of the denoiser's own process, where they name those.
+        default_steps: steps of the DDPM process (T = 1000, linear) whose levels are taken where neither is given.
+
+    Raises:
+        DitlabError: steps that it does not have, or levels outside its range.
+    """
+    known = denoiser.levels
+    if steps is not None:
+        if not isinstance(known, DiscreteLevels):
+            raise DitlabError(f"{what}: expected levels, for this denoiser has no numbered steps, found steps")
+        place = {int(step): float(sigma) for step, sigma in zip(known.steps, known.sigmas, strict=True)}
+        for step in steps:
+            if step not in place:
+                raise DitlabError(f"{what}: expected steps from {min(place)} to {max(place)}, found {step}")
+        return tuple(place[step] for step in steps)
+    if levels is not None:
+        denoiser.check_levels(np.asarray(levels))
+        return tuple(levels)
+    wanted = make_schedule("linear", 1000).sigmas[list(default_steps)]
+    if isinstance(known, DiscreteLevels):
+        nearest = {int(np.abs(np.log(known.sigmas / sigma)).argmin()) for sigma in wanted}
+        return tuple(float(known.sigmas[i]) for i in sorted(nearest))
+    inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
+    if not inside:
+        raise DitlabError(f"{what}: none of the default noise levels lies in the denoiser's range; give levels")
+    return inside
 
 
 def grid_levels(denoiser: Denoiser, points: int = 50) -> tuple[float, ...]:

@@ -182,8 +182,12 @@ def compare_locality(results: Sequence[LocalityResult]) -> LocalityComparison:
     )
 
 
-def check_groups(runs: Sequence[RunFacts]) -> None:
+def check_groups(runs: Sequence[RunFacts], what: str = "attention") -> None:
     """Refuses runs that cannot be grouped by label, N and seed; a command asks before it measures anything.
+
+    Args:
+        runs: what is to stand side by side.
+        what: the analysis that asks, for errors.
 
     Raises:
         DitlabError: two runs of one label, N and seed, or runs of different splits.
@@ -193,7 +197,7 @@ def check_groups(runs: Sequence[RunFacts]) -> None:
         other = seen.setdefault((r.group, r.n, r.seed), r)
         if other is not r:
             raise DitlabError(
-                f"attention: '{other.name}' and '{r.name}' are both '{r.group}' with N = {r.n} and seed {r.seed}; give "
+                f"{what}: '{other.name}' and '{r.name}' are both '{r.group}' with N = {r.n} and seed {r.seed}; give "
                 "them different labels"
             )
     check_splits(runs)

@@ -52,7 +52,7 @@ class AttentionConfig:
         if self.levels is not None and self.steps is not None:
             raise DitlabError("attention: expected levels or steps, found both")
         if self.levels is not None:
-            check_levels(self.levels)
+            check_levels(self.levels, "attention")
         if self.steps is not None and (not self.steps or list(self.steps) != sorted(set(self.steps))):
             raise DitlabError(f"attention: expected ascending steps without repeats, found {list(self.steps)}")
         if len(set(self.layers)) < len(self.layers) or any(layer < 1 for layer in self.layers):

@@ -52,7 +52,7 @@ class Attention:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Runs' folders, or other models: a converted model's folder, an original DiT checkpoint, diffusers:PATH_OR_ID,
+    """Runs' folders, or other models: a converted model's folder, a published checkpoint, diffusers:PATH_OR_ID,
     hub:ID."""
     labels: tuple[str, ...] = ()
     """Names of the kinds of runs, one a run, in their order; found from the settings that differ where not given."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from rich.table import Table
 
 from ditlab.analysis.complexity import Complexity, complexity, match_width
 from ditlab.analysis.store import write_bytes, write_json
-from ditlab.config import RunConfig
+from ditlab.config import Network, RunConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset
@@ -32,7 +30,7 @@ class Entry:
     """A network of the table."""
 
     name: str
-    config: DiTConfig
+    config: Network
     cost: Complexity
     batch_size: int
     steps: int
@@ -44,12 +42,9 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        c = self.config
         return {
             "name": self.name,
-            "network": {"block": c.block, "depth": c.depth, "width": c.width, "heads": c.heads, "patch": c.patch}
-            | {"attention": c.attention, "image_size": list(c.image_size), "channels": c.channels}
-            | {"num_classes": c.num_classes, "learn_sigma": c.learn_sigma},
+            "network": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
             **self.cost.to_json(),
             "batch_size": self.batch_size,
             "steps": self.steps,
@@ -67,16 +62,16 @@ class ComplexityOf:
 
     presets: tyro.conf.Positional[tuple[str, ...]]
     """One or several presets, e.g. dit-s/2 dit-xl/2."""
-    size: tuple[int, ...] = (32,)
-    """Side of the image or latent, or its height and width."""
+    size: tuple[int, ...] = ()
+    """Side of the image or latent, or its height and width; the presets' own where not given."""
     channels: int = 3
     """Channels of the image; 4 for the latents of Peebles & Xie."""
     classes: int = 0
-    """Number of classes; 1000 for ImageNet."""
+    """Number of classes of networks that take them, 1000 for ImageNet; the presets' own where not given."""
     depth: int | None = None
     """Number of blocks, instead of the presets' own."""
     width: int | None = None
-    """Channels of a token, instead of the presets' own."""
+    """Channels of a token, or of a UNet at full size, instead of the presets' own."""
     heads: int | None = None
     """Attention heads, instead of the presets' own."""
     attention: str | None = None
@@ -89,6 +84,8 @@ class ComplexityOf:
     """Steps of the training compute, instead of the presets' own."""
     match: str | None = None
     """A preset: the width of each network is set so that its GMACs come nearest to this one's on the same images."""
+    linear: bool = False
+    """With --match: compare GMACs without attention matrices, as An et al. do."""
     memory: bool = True
     """Measure the memory too, which takes most of the time."""
     out: Path | None = None
@@ -99,7 +96,7 @@ class ComplexityOf:
         self._check()
         wanted = [(name, self._changed(name)) for name in dict.fromkeys(self.presets)]
         if self.match is not None:
-            target = self._entry(self.match, preset(self.match), self._fitted(self.match, self._dit(self.match)))
+            target = self._entry(self.match, preset(self.match), self._fitted(self.match, preset(self.match).network))
             wanted = [(name, self._matched(name, config, target)) for name, config in wanted]
             entries = [target, *(self._entry(self._named(name, c), preset(name), c) for name, c in wanted)]
         else:
@@ -108,9 +105,10 @@ class ComplexityOf:
         console.print(self._legend(entries), markup=False)
         if self.match is not None:
             for entry in entries[1:]:
-                ratio = entry.cost.macs / entries[0].cost.macs
+                ratio = self._compared(entry.cost) / self._compared(entries[0].cost)
                 console.print(
-                    f"{entry.name}: width {entry.config.width} costs {100 * ratio:.2f}% of {entries[0].name}'s GMACs",
+                    f"{entry.name}: width {entry.config.width} costs {100 * ratio:.2f}% of {entries[0].name}'s GMACs"
+                    + (" without attention matrices" if self.linear else ""),
                     markup=False,
                 )
         result: dict[str, Any] = {"networks": [entry.to_json() for entry in entries]}
@@ -122,7 +120,7 @@ class ComplexityOf:
     def _check(self) -> None:
         if not self.presets:
             raise DitlabError("complexity: expected at least one preset (e.g. dit-s/2), found none")
-        if len(self.size) not in (1, 2) or min(self.size) < 1:
+        if len(self.size) > 2 or min(self.size, default=1) < 1:
             raise DitlabError(f"complexity --size: expected one side or height and width, found {list(self.size)}")
         for name in ("batch", "steps"):
             value = getattr(self, name)
@@ -130,53 +128,68 @@ class ComplexityOf:
                 raise DitlabError(f"complexity --{name}: expected at least 1, found {value}")
         if self.match is not None and self.width is not None:
             raise DitlabError("complexity: --match finds the width, so --width cannot be given with it")
+        if self.linear and self.match is None:
+            raise DitlabError("complexity: --linear says what --match compares; expected --match with it, found none")
 
     @cached_property
     def _image_size(self) -> tuple[int, int]:
-        return self.size[0], self.size[-1]
+        """Height and width of the images, the same for all networks of the table."""
+        if self.size:
+            return self.size[0], self.size[-1]
+        names = (*self.presets, self.match) if self.match else self.presets
+        own = {name: tuple(preset(name).network.image_size) for name in names}
+        if len({*own.values()}) > 1:
+            found = ", ".join(f"{rows}x{columns} of {name}" for name, (rows, columns) in own.items())
+            raise DitlabError(f"complexity: expected --size for presets whose images differ in size, found {found}")
+        rows, columns = next(iter(own.values()))
+        return rows, columns
 
-    def _dit(self, name: str) -> DiTConfig:
-        network = preset(name).network
-        assert isinstance(network, DiTConfig)  # every preset's is
-        return network
+    def _compared(self, cost: Complexity) -> int:
+        """What --match makes equal."""
+        return cost.macs - (cost.attention_macs if self.linear else 0)
 
-    def _fitted(self, name: str, network: DiTConfig, **changes: Any) -> DiTConfig:
+    def _fitted(self, name: str, network: Network, **changes: Any) -> Network:
         """The network on the images asked for."""
-        images = {"image_size": self._image_size, "channels": self.channels, "num_classes": self.classes}
+        images: dict[str, Any] = {"image_size": self._image_size, "channels": self.channels}
+        if self.classes and hasattr(network, "num_classes"):
+            images["num_classes"] = self.classes
+        missing = [flag for flag in changes if flag not in {field.name for field in fields(network)}]
+        if missing:
+            raise DitlabError(f"{name}: expected flags of a {network.kind} network, found --{missing[0]}")
         try:
             return replace(network, **images, **changes)
         except DitlabError as error:
             raise DitlabError(f"{name}: {error}") from None
 
-    def _changed(self, name: str) -> DiTConfig:
+    def _changed(self, name: str) -> Network:
         """The preset's network as the flags say."""
         changes = {flag: getattr(self, flag) for flag in _CHANGES if getattr(self, flag) is not None}
-        return self._fitted(name, self._dit(name), **changes)
+        return self._fitted(name, preset(name).network, **changes)
 
-    def _matched(self, name: str, config: DiTConfig, target: Entry) -> DiTConfig:
+    def _matched(self, name: str, config: Network, target: Entry) -> Network:
         """The network with the width at which it costs what the target costs."""
         shape = (config.channels, *config.image_size)
-        multiple = lcm(4, config.heads)  # the position table wants the one, the heads the other
+        multiple = getattr(config, "width_step", 1)
 
         def build(width: int) -> torch.nn.Module:
             return _weightless(replace(config, width=width))
 
         try:
-            return replace(config, width=match_width(build, shape, target.cost.macs, multiple))
+            wanted = self._compared(target.cost)
+            return replace(config, width=match_width(build, shape, wanted, multiple, attention=not self.linear))
         except DitlabError as error:
             raise DitlabError(f"{name}: {error}") from None
 
-    def _named(self, name: str, config: DiTConfig) -> str:
+    def _named(self, name: str, config: Network) -> str:
         """The preset's name, and in what the network differs from it."""
-        own = self._dit(name)
-        changed = [
-            f"{flag} {getattr(config, flag)}" for flag in _CHANGES if getattr(config, flag) != getattr(own, flag)
-        ]
+        own, now = asdict(preset(name).network), asdict(config)
+        changed = [f"{flag} {now[flag]}" for flag in _CHANGES if flag in now and now[flag] != own[flag]]
         return ", ".join([name, *changed])
 
-    def _entry(self, name: str, recipe: RunConfig, config: DiTConfig) -> Entry:
+    def _entry(self, name: str, recipe: RunConfig, config: Network) -> Entry:
         shape = (config.channels, *config.image_size)
-        cost = complexity(_weightless(config), shape, labelled=config.num_classes > 0, memory=self.memory)
+        labelled = getattr(config, "num_classes", 0) > 0
+        cost = complexity(_weightless(config), shape, labelled=labelled, memory=self.memory)
         training = recipe.training
         return Entry(name, config, cost, self.batch or training.batch_size, self.steps or training.steps)
 
@@ -218,7 +231,7 @@ class ComplexityOf:
         return files
 
 
-def _weightless(config: DiTConfig) -> torch.nn.Module:
+def _weightless(config: Network) -> torch.nn.Module:
     """The network without memory for its weights."""
     with torch.device("meta"):
         return build_network(config)
@@ -231,7 +244,7 @@ def _published_fid(entries: list[Entry]) -> dict[str, float]:
     found = {}
     for entry in entries:
         value = paper.value(network=entry.name, quantity="fid")
-        c = entry.config
+        c: Any = entry.config
         if value is not None and (c.image_size, c.channels, c.num_classes, c.learn_sigma) == ((32, 32), 4, 1000, True):
             found[entry.name] = float(value["value"])
     return found

@@ -1,10 +1,10 @@
-"""`ditlab convert`: models between ditlab, diffusers and the original DiT code, and runs to and from the hub."""
+"""`ditlab convert`: models between ditlab, diffusers and the original codes, and runs to and from the hub."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,15 @@ from ditlab.converted import write_converted
 from ditlab.data.atomic import atomic_folder
 from ditlab.data.codecs import open_codec
 from ditlab.errors import DitlabError
+from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.diffusers_dit import convert_diffusers, write_diffusers
 from ditlab.interop.hub import upload
+from ditlab.interop.improved_diffusion import UNetFile, write_improved
 from ditlab.interop.model import ForeignModel, objective_of
-from ditlab.interop.original_dit import SUFFIXES, open_original, write_original
-from ditlab.networks.dit import DiT
+from ditlab.interop.original_dit import write_original
+from ditlab.interop.original_files import SUFFIXES
+from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.unet import UNet
 from ditlab.reference import Foreign, open_trained
 from ditlab.run import Run
 
@@ -30,26 +34,28 @@ Format = Literal["ditlab", "diffusers", "original"]
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a DiT between ditlab, diffusers and the original code's checkpoints, or send a run to the hub.
+    """Convert a DiT or a UNet between ditlab, diffusers and the original codes' checkpoints, or send a run to the hub.
 
     `ditlab convert DiT-XL-2.pt models/dit` makes a folder that every other verb takes. The outputs stay the same; what
     the other format cannot express is refused.
     """
 
     source: tyro.conf.Positional[str]
-    """A run's folder or one of its checkpoints, a converted model's folder, an original DiT checkpoint (.pt, .pth,
-    .ckpt, .safetensors), diffusers:PATH_OR_ID or hub:ID."""
+    """A run's folder or one of its checkpoints, a converted model's folder, a checkpoint of the original DiT or of
+    improved-diffusion (.pt, .pth, .ckpt, .safetensors), diffusers:PATH_OR_ID or hub:ID."""
     out: tyro.conf.Positional[str]
     """The folder or file to make, or hub:ORG/NAME to send a run there with a model card."""
     to: Format | None = None
-    """What to make: a model for ditlab, a diffusers folder, or a checkpoint of the original code. Where not given: the
-    latter for a name that ends in .pt, .pth or .safetensors, else a model for ditlab."""
+    """What to make: a model for ditlab, a diffusers folder, or a checkpoint of the network's original code. Where not
+    given: the latter for a name that ends in .pt, .pth or .safetensors, else a model for ditlab."""
     step: int | None = None
     """The checkpoint of a run; the newest where not given."""
     raw: bool = False
     """Take the raw weights instead of the averaged ones."""
     heads: int | None = None
     """Number of attention heads of an original checkpoint, where neither its width nor its settings tell."""
+    unet: UNetFile = field(default_factory=UNetFile)
+    """What else a checkpoint of improved-diffusion does not say."""
     codec: str | None = None
     """To diffusers: where the autoencoder of a run on latents lies now, if it was moved."""
     licence: str = ""
@@ -76,9 +82,13 @@ class Convert:
         autoencoder = self._autoencoder(found, to, console)
         difference: dict[str, float] = {}
         if to == "diffusers":
+            if not isinstance(network, DiT):
+                raise DitlabError(f"convert: expected a DiT for diffusers, found a {type(network).__name__}")
             difference["difference"] = write_diffusers(network, objective, out, found.sampler, autoencoder)
-        else:
+        elif isinstance(network, DiT):
             write_original(network, objective, out)
+        else:
+            console.print(write_improved(network, objective, out), markup=False, soft_wrap=True)
         return _told(console, out, to, network, **difference)
 
     def _format(self) -> Format:
@@ -111,20 +121,20 @@ class Convert:
             console.print(f"wrote {out}: a run of ditlab")
             return {"out": str(out), "format": "ditlab"}
         model, difference = found
-        network = model.denoiser.network
-        if not isinstance(network, DiT):
-            raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
+        network = _convertible(model.denoiser.network)
         write_converted(model, out)
         _print_notes(console, model)
         return _told(console, out, "ditlab", network, **({} if difference is None else {"difference": difference}))
 
     def _foreign(self) -> Run | tuple[ForeignModel, float | None]:
         """The source: a run, or another model as ditlab's network with the difference that was measured."""
-        if self.heads is not None and not self._original:
-            raise DitlabError("convert --heads: only original DiT checkpoints leave their heads open")
+        if (self.heads is not None or self.unet != UNetFile()) and not self._original:
+            raise DitlabError(
+                "convert --heads and --unet: only checkpoints of original codes leave open what these say"
+            )
         if self._original:
             self._check_no_step()
-            return open_original(self.source, ema=not self.raw, heads=self.heads), None
+            return open_checkpoint(Path(self.source), ema=not self.raw, heads=self.heads, unet=self.unet), None
         if self.source.startswith("diffusers:"):
             self._check_averaged()
             return convert_diffusers(self.source.removeprefix("diffusers:"))
@@ -133,7 +143,7 @@ class Convert:
             return found
         assert isinstance(found, Foreign)
         self._check_averaged()
-        if not isinstance(found.model.denoiser.network, DiT):  # a diffusers model on the hub
+        if not isinstance(found.model.denoiser.network, DiT | UNet):  # a diffusers model on the hub
             return convert_diffusers(self.source.removeprefix("hub:"))
         return found.model, None
 
@@ -150,7 +160,7 @@ class Convert:
         if self.step is not None:
             raise DitlabError(f"convert --step: only a run has checkpoints to choose from, found {self.source}")
 
-    def _ours(self, console: Console) -> tuple[Run | ForeignModel, DiT, object]:
+    def _ours(self, console: Console) -> tuple[Run | ForeignModel, DiT | UNet, object]:
         """The source, its network, which is one of ditlab's, and how that was trained."""
         opened = self._foreign()
         if isinstance(opened, Run):
@@ -161,9 +171,7 @@ class Convert:
             found = opened[0]
             network, objective = found.denoiser.network, objective_of(found.denoiser, self.source)
             _print_notes(console, found)
-        if not isinstance(network, DiT):
-            raise DitlabError(f"convert: expected a DiT, found a {type(network).__name__}")
-        return found, network, objective
+        return found, _convertible(network), objective
 
     def _autoencoder(self, found: Run | ForeignModel, to: Format, console: Console) -> Any:
         """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot.
@@ -190,9 +198,11 @@ class Convert:
 
     def _send(self, console: Console) -> dict[str, Any]:
         """Exports a run, and sends it to the hub unless this is a dry run."""
-        if self.to is not None or self.heads is not None or self.raw or self.codec is not None:
+        named = self.to is not None or self.heads is not None or self.unet != UNetFile()
+        if named or self.raw or self.codec is not None:
             raise DitlabError(
-                "convert: a run goes to the hub as it is; expected no --to, --heads, --raw or --codec, found some"
+                "convert: a run goes to the hub as it is; expected no --to, --heads, --unet, --raw or --codec, found "
+                "some"
             )
         run = open_trained(self.source)
         if not isinstance(run, Run):
@@ -213,18 +223,29 @@ class Convert:
         return {"out": address, "format": "hub", "sent": True}
 
 
+def _convertible(network: object) -> DiT | UNet:
+    """The network, if it is of a kind that is converted."""
+    if not isinstance(network, DiT | UNet):
+        raise DitlabError(f"convert: expected a DiT or a UNet, found a {type(network).__name__}")
+    return network
+
+
 def _print_notes(console: Console, model: ForeignModel) -> None:
     for note in model.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def _told(console: Console, out: Path, to: Format, network: DiT, **measured: float) -> dict[str, Any]:
+def _told(console: Console, out: Path, to: Format, network: DiT | UNet, **measured: float) -> dict[str, Any]:
     """Says what was made, and gives it for --json."""
     config = network.config
     count = sum(value.numel() for value in network.parameters())
-    shape = f"{config.depth} blocks of width {config.width}, {config.heads} heads, patch {config.patch}"
+    if isinstance(config, DiTConfig):
+        shape = f"{config.depth} blocks of width {config.width}, {config.heads} heads, patch {config.patch}"
+    else:
+        shape = f"{config.res_blocks} blocks a level, levels of {', '.join(map(str, config.widths))} channels"
     classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
-    console.print(f"wrote {out}: a DiT of {count:,} parameters ({shape}, {classes})", markup=False)
+    kind = type(network).__name__
+    console.print(f"wrote {out}: a {kind} of {count:,} parameters ({shape}, {classes})", markup=False)
     if "difference" in measured:
         console.print(
             f"outputs of both networks differ by {measured['difference']:.1g} of their standard deviation at most"

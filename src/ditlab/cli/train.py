@@ -61,6 +61,9 @@ class Train:
     """Number of test images held out."""
     seed: int = 0
     """Seed of the split, of the initial weights and of training."""
+    skip: int = 0
+    """Leave out so many of the shuffled training images and take the next N: two runs of one --seed, with --skip 0 and
+    --skip N, have disjoint training sets (two-subsets)."""
     size: int = 32
     """Side of the images in pixels, when --data is a source."""
     out: Path | None = None
@@ -149,7 +152,7 @@ class Train:
         )
         config = RunConfig(
             preset=self.preset,
-            data=DataConfig(n=self.n, test=self.test, seed=self.seed),
+            data=DataConfig(n=self.n, test=self.test, seed=self.seed, skip=self.skip),
             network=network,
             objective=self.objective,
             training=training,
@@ -164,8 +167,9 @@ class Train:
             return self.out
         plan = getattr(config.network, "attention", "").replace(",", "-").replace("*", "x").replace("@", "-")
         source = Path(self.data.split(":")[-1]).name or "data"
-        n = "all" if self.n is None else str(self.n)
-        return Path("runs") / f"{self.preset.replace('/', '-')}-{source}-n{n}-{plan}-s{self.seed}"
+        n = ("all" if self.n is None else str(self.n)) + (f"-skip{self.skip}" if self.skip else "")
+        parts = [self.preset.replace("/", "-"), source, f"n{n}", plan, f"s{self.seed}"]
+        return Path("runs") / "-".join(filter(None, parts))
 
     def run(self, console: Console) -> dict[str, Any]:
         """Trains, and says where the run lies."""

@@ -3,7 +3,8 @@
 For one image set, seed and number of test images, the test images are the same whatever N is, and the train images
 of a smaller N are the first of those of a larger one: sets of N = 10, 100, 1000 are nested, as in the comparisons of
 An et al. (2410.21273) and Kadkhodaie et al. (2310.02557). Where the set has pools, test images come from pool 1 and
-train images from pool 0 only.
+train images from pool 0 only. A split that skips the first images of the order has train images that another one of
+the same family has not: two such sets, disjoint, are what the two-subset test of Kadkhodaie et al. needs.
 
 The order comes from raw 64-bit output of NumPy's PCG64, sorted: that stream, unlike `Generator.permutation`, is
 promised never to change between versions of NumPy.
@@ -28,12 +29,13 @@ class Split:
     """Disjoint train and test indices into one image set.
 
     Attributes:
-        train: int64 [N], in the seeded order, so that a prefix is the split of a smaller N.
+        train: int64 [N], in the seeded order, so that a prefix is the split of a smaller N (and the same skip).
         test: int64 [test], in a seeded order.
         seed: the seed of both orders ("shuffle" in An et al.).
         imageset: hash of the image set.
-        family: hash of (image set, seed, test indices); equal for splits that differ only in N.
+        family: hash of (image set, seed, test indices); equal for splits that differ only in N and skip.
         hash: hash of (family, train indices).
+        skip: how many images at the head of the seeded order were left out before the train images.
     """
 
     train: np.ndarray
@@ -42,6 +44,7 @@ class Split:
     imageset: str
     family: str
     hash: str
+    skip: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The record a run keeps: enough to make the split again and to know that it is the same."""
@@ -52,10 +55,11 @@ class Split:
             "imageset": self.imageset,
             "family": self.family,
             "hash": self.hash,
+            "skip": self.skip,
         }
 
 
-def make_split(imageset: ImageSet, n: int | None, test: int, seed: int) -> Split:
+def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: int = 0) -> Split:
     """Splits an image set.
 
     Args:
@@ -63,6 +67,8 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int) -> Split
         n: number of train images; None for all that are left.
         test: number of test images, at least 0.
         seed: another seed gives another shuffle: other train and other test images.
+        skip: leave out so many images at the head of the seeded order; the train images are the next ones. With
+            skip = n they are disjoint from those of skip = 0.
 
     Raises:
         DitlabError: more images are asked for than the set has.
@@ -71,6 +77,8 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int) -> Split
         raise DitlabError(f"split: expected at least 1 train image, found {n}")
     if test < 0:
         raise DitlabError(f"split: expected 0 or more test images, found {test}")
+    if skip < 0:
+        raise DitlabError(f"split: expected to skip 0 or more train images, found {skip}")
     may_test = _allowed(imageset, TEST)
     if test > len(may_test):
         raise DitlabError(
@@ -78,20 +86,23 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int) -> Split
         )
     test_indices = _order(may_test, len(imageset), seed, "test")[:test]
     may_train = np.setdiff1d(_allowed(imageset, TRAIN), test_indices)
-    n = len(may_train) if n is None else n
-    if n > len(may_train) or n == 0:
+    left = max(0, len(may_train) - skip)
+    n = left if n is None else n
+    if n > left or n == 0:
         besides = f" besides {test} test images" if imageset.pool is None and test else ""
-        raise DitlabError(f"split: N = {n} train images asked for, but {imageset.path} has {len(may_train)}{besides}")
-    train_indices = _order(may_train, len(imageset), seed, "train")[:n]
+        besides += f" and {skip} that are skipped" if skip else ""
+        raise DitlabError(f"split: N = {n} train images asked for, but {imageset.path} has {left}{besides}")
+    train_indices = _order(may_train, len(imageset), seed, "train")[skip : skip + n]
     family = _hash("family", imageset.hash, str(seed), test_indices)
-    return Split(train_indices, test_indices, seed, imageset.hash, family, _hash("split", family, train_indices))
+    whole = _hash("split", family, train_indices)
+    return Split(train_indices, test_indices, seed, imageset.hash, family, whole, skip)
 
 
 def verify(record: dict[str, Any], imageset: ImageSet) -> Split:
     """Makes the split of a run again and checks that it is the one the run was trained with.
 
     Args:
-        record: what `Split.to_json` gave.
+        record: what `Split.to_json` gave; one from before images could be skipped has no `skip`.
         imageset: the image set, opened again.
 
     Raises:
@@ -105,7 +116,7 @@ def verify(record: dict[str, Any], imageset: ImageSet) -> Split:
             f"{imageset.path}: expected the image set {record['imageset'][:12]} that the run was trained on, "
             f"found {imageset.hash[:12]}"
         )
-    split = make_split(imageset, record["train"], record["test"], record["seed"])
+    split = make_split(imageset, record["train"], record["test"], record["seed"], record.get("skip", 0))
     if (split.family, split.hash) != (record["family"], record["hash"]):
         raise DitlabError(f"{imageset.path}: expected the split {record['hash'][:12]}, found {split.hash[:12]}")
     return split

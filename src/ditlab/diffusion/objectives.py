@@ -24,6 +24,7 @@ from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.levels import BetweenSteps
 from ditlab.diffusion.network_denoisers import EDMDenoiser, Preconditioning, VPDenoiser
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
+from ditlab.diffusion.time_sampling import LossSecondMoment
 from ditlab.errors import DitlabError
 
 Draws = Mapping[str, Tensor]
@@ -43,9 +44,11 @@ class VPObjectiveConfig:
     """What the network predicts: the noise or the clean image."""
     variance: Variance = "learned-range"
     """Reverse variance: learned between its two bounds (needs a network with twice the channels), or one of them."""
-    loss: Literal["mse", "rescaled-mse", "kl"] = "mse"
+    loss: Literal["mse", "rescaled-mse", "kl", "kl-unscaled"] = "mse"
     """mse: mean squared error, plus the variational bound in bits where the variance is learned; rescaled-mse: the
-    bound times T / 1000; kl: T times the bound alone."""
+    bound times T / 1000; kl: T times the bound alone; kl-unscaled: the bound of one step alone."""
+    time_sampling: Literal["uniform", "loss-second-moment"] = "uniform"
+    """How t is drawn in training: loss-second-moment draws steps of large loss more often and weights them down."""
     rescale_time: bool = False
     """Tell the network t * 1000 / T instead of t."""
     between: BetweenSteps = "interpolate"
@@ -93,13 +96,12 @@ class EDMObjectiveConfig:
         return EDMObjective(self)
 
 
-ObjectiveConfig = VPObjectiveConfig | EDMObjectiveConfig
-
-
 class Objective(ABC):
     """How a network is trained. It has no memory unless `state_dict` says otherwise."""
 
     label_dropout: float
+    remembers: tuple[str, ...] = ()
+    """Names of the draws and losses `[B]` of a step that it learns from, for all images of the global batch."""
 
     @abstractmethod
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -135,6 +137,9 @@ class Objective(ABC):
     def network_outputs(self, channels: int) -> int:
         """Channels that the network has to put out for images of so many channels."""
 
+    def observe(self, seen: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no memory)
+        """Is given what it `remembers`, `[B]` of the whole global batch in its order, after each step."""
+
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as JSON values."""
         return {}
@@ -157,7 +162,10 @@ class Objective(ABC):
 
 
 class VPObjective(Objective):
-    """The loss of a discrete VP process; `draw` gives "t" int64, "noise" unit normal and "coin" uniform."""
+    """The loss of a discrete VP process; `draw` gives "t" int64, "noise" unit normal and "coin" uniform.
+
+    With time_sampling loss-second-moment `draw` depends on the losses that were observed, and gives "weight" too.
+    """
 
     def __init__(self, config: VPObjectiveConfig, schedule: VPSchedule | None = None) -> None:
         """`schedule` where the process is not the configuration's full one, such as a respaced one."""
@@ -165,19 +173,48 @@ class VPObjective(Objective):
         self.schedule = make_schedule(config.schedule, config.steps) if schedule is None else schedule
         self.process = GaussianProcess(self.schedule, config.prediction, config.variance)
         self.time_factor = 1000 / config.steps if config.rescale_time else 1.0
+        self.sampling: LossSecondMoment | None = None
+        if config.time_sampling == "loss-second-moment":
+            self.sampling, self.remembers = LossSecondMoment(len(self.schedule)), ("t", "unweighted")
 
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """See `Objective.draw`."""
-        return {
-            "t": torch.randint(len(self.schedule), (count,), generator=generator),
+        if self.sampling is None:
+            steps = {"t": torch.randint(len(self.schedule), (count,), generator=generator)}
+        else:
+            t, weight = self.sampling.draw(generator, count)
+            steps = {"t": t, "weight": weight}
+        return steps | {
             "coin": torch.rand(count, generator=generator),
             "noise": torch.randn(count, *shape, generator=generator),
         }
 
+    def observe(self, seen: Mapping[str, Tensor]) -> None:
+        """See `Objective.observe`."""
+        if self.sampling is not None:
+            self.sampling.observe(seen["t"], seen["unweighted"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Objective.state_dict`."""
+        return super().state_dict() if self.sampling is None else self.sampling.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Objective.load_state_dict`."""
+        (super() if self.sampling is None else self.sampling).load_state_dict(state)
+
     def losses(
         self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
     ) -> dict[str, Tensor]:
-        """ "loss", and "mse" and "vb" (bits per dimension, as it enters the loss) where they are computed."""
+        """ "loss", and "mse" and "vb" (bits per dimension, as it enters the loss) where they are computed.
+
+        Where the draws have a "weight", the loss has it as a factor, and "unweighted" is the loss without.
+        """
+        found = self._losses(network, images, label, draws)
+        if "weight" in draws:
+            found |= {"unweighted": found["loss"].detach(), "loss": found["loss"] * draws["weight"]}
+        return found
+
+    def _losses(self, network: nn.Module, images: Tensor, label: Tensor | None, draws: Draws) -> dict[str, Tensor]:
         config, process, t, channels = self.config, self.process, draws["t"], images.shape[1]
         x = process.q_sample(images, t, draws["noise"])
         time = process.network_time(t) * self.time_factor
@@ -188,8 +225,10 @@ class VPObjective(Objective):
                 f"objective: expected {expected} channels from the network (variance {config.variance}), "
                 f"found {output.shape[1]}"
             )
-        if config.loss == "kl":
-            vb = process.bound(images, x, t, process.reverse(*process.split(output, x, t), x, t)) * len(self.schedule)
+        if config.loss in ("kl", "kl-unscaled"):
+            vb = process.bound(images, x, t, process.reverse(*process.split(output, x, t), x, t))
+            # One term of T: times T it estimates the whole bound.
+            vb = vb * len(self.schedule) if config.loss == "kl" else vb
             return {"loss": vb, "vb": vb}
         target = draws["noise"] if config.prediction == "epsilon" else images
         mse = flat_mean((target - output[:, :channels]) ** 2)

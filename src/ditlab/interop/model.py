@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +35,19 @@ class ForeignModel:
     """SHA-256 of all that its outputs depend on, 64 hexadecimal digits: tells models of one name apart."""
     decoder: Path | None = None
     """Folder of the diffusers autoencoder that turns its latents into pictures; None for a model of pixels."""
+    any_size: bool = False
+    """Whether its network runs at any image size: the shape that its denoiser has is a default."""
+
+    def fit(self, shape: tuple[int, int, int]) -> None:
+        """Makes a model of any size one for images of this shape (C, H, W); leaves any other alone.
+
+        Raises:
+            DitlabError: the network cannot have this size.
+        """
+        if self.any_size and shape[0] == self.denoiser.shape[0]:
+            network: Any = self.denoiser.network
+            network.config = replace(network.config, image_size=shape[1:])
+            self.denoiser.shape = shape
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,7 +88,8 @@ def objective_of(denoiser: NetworkDenoiser, where: str) -> VPObjectiveConfig:
     if type(denoiser) is not VPDenoiser:  # not one of its kinds, which predict something else
         raise DitlabError(f"{where}: expected a model that predicts the noise or the image of a VP process")
     name, schedule = known_schedule(denoiser.schedule.betas)
-    if name is None or denoiser.time_factor != 1 or not np.array_equal(schedule.timesteps, denoiser.schedule.timesteps):
+    whole = np.array_equal(schedule.timesteps, denoiser.schedule.timesteps)
+    if name is None or not whole or denoiser.time_factor not in (1, 1000 / len(schedule)):
         raise DitlabError(
             f"{where}: expected the linear or the cosine schedule, found another, which no config of ditlab can name; "
             "use the model as it is, by diffusers:PATH"
@@ -86,6 +100,7 @@ def objective_of(denoiser: NetworkDenoiser, where: str) -> VPObjectiveConfig:
         prediction=denoiser.prediction,
         variance=denoiser.variance,
         between=denoiser.between,
+        rescale_time=denoiser.time_factor != 1,
     )
 
 

@@ -1,9 +1,6 @@
 """Checkpoints of the original DiT implementation (facebookresearch/DiT), read and written.
 
-Its files are pickles: a bare state dict, as its authors published, or what its training script leaves, {"model",
-"ema", "opt", "args"} with `args` an `argparse.Namespace`. Both are read with torch's restricted unpickler, which makes
-tensors, plain containers and, by an allow-list, that one class; nothing else in a file is ever run. The same weights in
-a `.safetensors` file are read too.
+How its files are opened safely is a matter of `ditlab.interop.original_files`.
 
 The names were read from the published checkpoints' keys; every tensor has the same layout there and here. The shapes
 tell everything about the network but its number of heads, which a file written here says in its `args`.
@@ -11,21 +8,13 @@ tell everything about the network but its number of heads, which a file written 
 
 from __future__ import annotations
 
-import argparse
-import json
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ditlab.data.manifest import hash_file
@@ -33,9 +22,9 @@ from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
+from ditlab.interop.original_files import filled, read_state, whole, write_state
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.embeddings import position_table
-from ditlab.training.checkpoint import read_tensors
 
 _NAMES = {
     "x_embedder.proj": "embed",
@@ -60,11 +49,8 @@ _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
 """The size in `args.model` ("DiT-XL/2") -> heads."""
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
-"""How the names of files end that may hold such weights."""
-
-_ARGS = "args"
-"""Where a file says what its shapes do not: a key of a pickle, JSON among the metadata of a `.safetensors` file."""
+_FIRST = "x_embedder.proj.weight"
+"""A name that only weights of this network have."""
 
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DRIFT = 1e-3
@@ -98,25 +84,8 @@ def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
     Raises:
         DitlabError: for a key without a counterpart, a missing one, or another shape.
     """
-    network = DiT(config)
-    wanted = network.state_dict()
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key == "pos_embed":
-            continue
-        name = renamed(key)
-        if name is None or name not in wanted:
-            raise DitlabError(f"original DiT weights: '{key}' has no counterpart in this network")
-        if wanted[name].shape != value.shape:
-            raise DitlabError(
-                f"original DiT weights: '{key}' has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}"
-            )
-        found[name] = value
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        raise DitlabError(f"original DiT weights: {len(missing)} parameters are missing, the first '{missing[0]}'")
-    network.load_state_dict(found)
-    return network
+    named = {key: renamed(key) for key in state if key != "pos_embed"}
+    return filled(DiT(config), state, named, "original DiT weights")
 
 
 def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
@@ -173,27 +142,7 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
     """
     state = to_original(network, objective)
     args = {"num_classes": network.config.num_classes, "num_heads": network.config.heads}
-    if path.exists():
-        raise DitlabError(f"{path}: expected a new file, found something there")
-    beside = path.with_name(f".{path.name}.partial")
-    made = not path.parent.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(
-                {key: value.clone() for key, value in state.items()},
-                beside,
-                metadata={_ARGS: json.dumps(args)},  # one key: safetensors writes several in an order of chance
-            )
-        else:
-            torch.save({"ema": state, _ARGS: args}, beside)
-        beside.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the disk is full
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-            if made:
-                path.parent.rmdir()
-        raise DitlabError(f"{path}: could not be written ({error}); nothing was kept") from None
+    write_state(path, state, args, {"ema": state, "args": args})
 
 
 def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -204,72 +153,20 @@ def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], d
         ema: the averaged weights where the file has both; else those of the last step.
 
     Raises:
-        DitlabError: no such file, a damaged one, one with code in it, or one without weights.
+        DitlabError: no such file, a damaged one, one with code in it, or one without weights of this network.
     """
-    if not path.is_file():
-        raise DitlabError(f"{path}: expected a checkpoint, found nothing")
-    args: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        found: Any = read_tensors(path)
-        args = _metadata(path)
-    else:
-        found = _unpickle(path)
-    if isinstance(found, dict) and ("ema" in found or "model" in found):
-        said = found.get(_ARGS)
-        said = vars(said) if isinstance(said, argparse.Namespace) else said
-        args = said if isinstance(said, dict) else {}
-        wanted = "ema" if ema and "ema" in found else "model"
-        if wanted not in found:
-            raise DitlabError(f"{path}: expected the raw weights 'model', found only {', '.join(map(str, found))}")
-        found = found[wanted]
-    elif not ema:
-        raise DitlabError(f"{path}: expected raw weights beside averaged ones, found one set of weights only")
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise DitlabError(f"{path}: expected a state dict of tensors, found {type(found).__name__}")
-    other = next((key for key in found if not isinstance(key, str)), None)
-    if other is not None:
-        raise DitlabError(f"{path}: expected a state dict with names as keys, found the key {other!r:.50}")
-    if "x_embedder.proj.weight" not in found:
+    state, args = read_state(path, ema=ema)
+    if not is_dit(state):
         raise DitlabError(
-            f"{path}: expected weights of the original DiT ('x_embedder.proj.weight'), found another network's "
-            f"('{next(iter(found))}')"
+            f"{path}: expected weights of the original DiT ('{_FIRST}'), found another network's "
+            f"('{next(iter(state))}')"
         )
-    return found, args
+    return state, args
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What a whole `.safetensors` file says beside its weights, where we wrote it."""
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(_ARGS, "{}")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
-def _unpickle(path: Path) -> Any:
-    """What a pickle of tensors holds; code in it is never run."""
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise DitlabError(f"{path}: expected a checkpoint, found a file of another kind")
-    try:
-        # The restricted unpickler warns of a newer protocol, which it then reads or refuses all the same.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it wants to run '{named[1]}' when it is opened" if named else "it holds more than tensors"
-        raise DitlabError(
-            f"{path}: {what}, which could be any code, so it is not opened; if you trust who made it, load it on a "
-            "machine that has nothing to lose, save its tensors there with safetensors.torch.save_file, and give "
-            "ditlab that .safetensors file"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or "it ends too early").splitlines()[0]
-        raise DitlabError(f"{path}: expected a whole checkpoint, found a damaged one ({first:.70})") from None
+def is_dit(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of the original DiT, by their names."""
+    return _FIRST in state
 
 
 def infer_config(
@@ -353,20 +250,12 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
     rows = len(_tensor(state, "y_embedder.embedding_table.weight", 2, where))
-    said = _whole(args, "num_classes", where)
+    said = whole(args, "num_classes", where)
     if said is None:
         said = rows - 1  # the original trains with label dropout, which needs the further row
     if said not in (rows, rows - 1) or said < 1:
         raise DitlabError(f"{where}: expected a label table of {said} or {said + 1} rows (num_classes), found {rows}")
     return said, said == rows - 1
-
-
-def _whole(args: Mapping[str, Any], name: str, where: str) -> int | None:
-    """A whole number among the settings; None where it is not there."""
-    found = args.get(name)
-    if found is not None and type(found) is not int:
-        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {found!r:.50}")
-    return found
 
 
 def told_heads(args: Mapping[str, Any], where: str) -> int | None:
@@ -375,7 +264,7 @@ def told_heads(args: Mapping[str, Any], where: str) -> int | None:
     Raises:
         DitlabError: it is no whole number.
     """
-    told = _whole(args, "num_heads", where)
+    told = whole(args, "num_heads", where)
     if told is not None:
         return told
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
@@ -404,7 +293,13 @@ def open_original(path: str | Path, *, ema: bool = True, heads: int | None = Non
         DitlabError: it cannot be read safely or whole, or is of another network.
     """
     path = Path(path)
-    state, args = read_original(path, ema=ema)
+    return dit_of(path, *read_original(path, ema=ema), ema=ema, heads=heads)
+
+
+def dit_of(
+    path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], *, ema: bool = True, heads: int | None = None
+) -> ForeignModel:
+    """The same, of what `read_original` found in the file."""
     config = infer_config(state, args, str(path), heads=heads)
     network = frozen(from_original({key: value.float() for key, value in state.items()}, config))
     # Without a learned variance the original's sampling takes beta_t.

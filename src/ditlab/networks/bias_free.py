@@ -5,8 +5,7 @@ Convolutional Neural Networks" (2020): the first layer conv-ReLU, then conv, bia
 conv. It sees the noisy image alone (it is blind) and puts out the noise. Its parameter names are those of the published
 weights, which load with `load_state_dict` as they are.
 
-The normalization divides by the batch's standard deviation and never subtracts its mean (Mohan et al., section 4): in
-evaluation it is a fixed factor for each channel, and the network is homogeneous of degree 1.
+The bias-free UNet is in `ditlab.networks.bias_free_unet`, the normalization of both in `bias_free_norm`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
+from ditlab.networks.bias_free_norm import bias_free_norm, initial_gamma
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BFCNNConfig:
     width: int = 64
     """Channels inside."""
     depth: int = 20
-    """Number of convolutions (20 in the published weights)."""
+    """Number of convolutions (20 in the published weights, 21 in Kadkhodaie et al.'s paper)."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -67,28 +67,19 @@ class BFCNN(nn.Module):
             nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)
         )
         normed = range(config.depth - 2)
-        self.gammas = nn.ParameterList(torch.empty(1, config.width, 1, 1) for _ in normed)
+        self.gammas = nn.ParameterList(initial_gamma(config.width) for _ in normed)
         # A module only for the sake of the names: running_sd.0, running_sd.1, ...
         self.running_sd = nn.Module()
         for layer in normed:
             self.running_sd.register_buffer(str(layer), torch.ones(1, config.width, 1, 1))
-        self.reset()
+        for conv in self.conv_layers:
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.kaiming_normal_(conv.weight)
 
     @property
     def in_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the input."""
         return self.config.channels, *self.config.image_size
-
-    def reset(self) -> None:
-        """The published code's initial values: Kaiming-normal convolutions, small clipped gammas, unit deviations."""
-        for conv in self.conv_layers:
-            assert isinstance(conv, nn.Conv2d)
-            nn.init.kaiming_normal_(conv.weight)
-        for gamma in self.gammas:
-            nn.init.normal_(gamma, std=(2 / (9 * self.config.width)) ** 0.5)
-            gamma.data.clamp_(-0.025, 0.025)
-        for deviation in self.running_sd.buffers():
-            deviation.fill_(1)
 
     def forward(
         self,
@@ -113,14 +104,6 @@ class BFCNN(nn.Module):
             raise DitlabError("BF-CNN: expected no augmentation labels, found some")
         x = torch.relu(self.conv_layers[0](x))
         for layer, conv in enumerate(self.conv_layers[1:-1]):
-            x = torch.relu(self._normalize(conv(x), layer))
+            running = self.running_sd.get_buffer(str(layer))
+            x = torch.relu(bias_free_norm(conv(x), self.gammas[layer], running, self.training))
         return self.conv_layers[-1](x)
-
-    def _normalize(self, x: Tensor, layer: int) -> Tensor:
-        deviation = self.running_sd.get_buffer(str(layer))
-        if self.training:
-            batch = (x.var(dim=(0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-            with torch.no_grad():
-                deviation.lerp_(batch.detach().to(deviation.dtype), 0.1)
-            deviation = batch
-        return x / deviation * self.gammas[layer]

@@ -16,6 +16,7 @@ An unconditional network has no label: its condition is the time token alone, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal, get_args
 
 import torch
@@ -111,6 +112,11 @@ class DiTConfig:
     def patterns(self) -> tuple[Pattern, ...]:
         """The attention pattern of each layer, first to last."""
         return parse_plan(self.attention, self.depth, self.border)
+
+    @property
+    def width_step(self) -> int:
+        """What the width must be a multiple of."""
+        return lcm(4, self.heads)  # the position table wants the one, the heads the other
 
     @property
     def condition_tokens(self) -> int:

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.unet import UNet, UNetConfig
 from ditlab.randomness import key
 
-NetworkConfig = DiTConfig | BFCNNConfig
+NetworkConfig = DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig
 """The configs that a run can hold, told apart by `kind`."""
 
-NETWORKS: dict[type, type[nn.Module]] = {DiTConfig: DiT, BFCNNConfig: BFCNN}
+NETWORKS: dict[type, type[nn.Module]] = {DiTConfig: DiT, UNetConfig: UNet, BFCNNConfig: BFCNN, BFUNetConfig: BFUNet}
 """Which module a config builds."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ditlab.config import RunConfig, flat, from_json, to_json
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.presets import preset
 
 _FREE = ("preset", "data.path", "sampler.", "guidance.", "training.keep", "training.save_every")
 """How the names of those settings start that neither change a weight nor a line of the log."""
@@ -29,13 +30,17 @@ LATER: Mapping[str, Any] = MappingProxyType(
         "training.shard": False,
         "training.checkpoint_activations": False,
         "network.mlp_norm_eps": 1e-6,
+        "data.skip": 0,
+        "objective.time_sampling": "uniform",
+        "training.lr_halve_every": 0,
+        "training.lr_anneal": False,
     }
 )
 """Settings that were added after the first cells had been committed, each with the value that means what was done
 before. They count only where they differ from it, so that the hashes of older cells stay as they are."""
 
 _DERIVED = frozenset(
-    {"preset", "data.path", "data.n", "data.test", "data.seed", "training.seed"}
+    {"preset", "data.path", "data.n", "data.test", "data.seed", "data.skip", "training.seed"}
     | {f"network.{name}" for name in ("image_size", "channels", "num_classes", "learn_sigma")}
 )
 """Settings that `ditlab train` takes from other flags or from the image set."""
@@ -121,7 +126,7 @@ def cell_config(
         "network.channels": channels,
     }
     for dotted in settings:
-        if dotted in _DERIVED - {"data.test"} or dotted == "network.attention":
+        if dotted in _DERIVED - {"data.test", "data.skip"} or dotted == "network.attention":
             raise DitlabError(f"study setting '{dotted}': follows from the axes and the images, so it cannot be set")
     for dotted, value in {**settings, **fixed}.items():
         _put(values, dotted, value)
@@ -145,6 +150,7 @@ def train_words(config: RunConfig) -> list[str]:
     """The flags of `ditlab train` that give these settings, from the preset on; without --data and --out."""
     data = config.data
     words = ["train", config.preset, "--n", str(data.n), "--test", str(data.test), "--seed", str(data.seed)]
+    words += ["--skip", str(data.skip)] if data.skip else []
     before = flat(preset(config.preset))
     for name, value in flat(config).items():
         if name in _DERIVED or value == before.get(name):

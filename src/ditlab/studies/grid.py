@@ -273,7 +273,7 @@ def resolve(
         cells.append(Cell(cell_hash(config, found.hash), config, found.hash, names[source], network, label, n, seed))
     for found in images.values():
         for seed in scale.seeds:
-            make_split(found, max(scale.n), cells[0].config.data.test, seed)
+            make_split(found, max(scale.n), cells[0].config.data.test, seed, cells[0].config.data.skip)
     hashes: dict[str, Cell] = {}
     for cell in cells:
         twin = hashes.setdefault(cell.hash, cell)

@@ -41,6 +41,14 @@ class Processes:
         dist.all_reduce(total)
         return total / self.world
 
+    def gathered(self, value: Tensor) -> Tensor:
+        """The processes' shares of a global batch `[b]`, of equal length, one after the other: `[world * b]`."""
+        if self.world == 1:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.world)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         if self.world == 1:

@@ -38,7 +38,11 @@ class TrainingConfig:
     accumulate: int = 1
     """Micro-batches that a step's batch is cut into, to save memory."""
     lr: float = 1e-4
-    """AdamW's learning rate, constant (DiT's)."""
+    """AdamW's learning rate (DiT's), constant unless one of the next two says otherwise."""
+    lr_halve_every: int = 0
+    """Steps after which the learning rate is halved, again and again (Kadkhodaie et al.); 0 for never."""
+    lr_anneal: bool = False
+    """Let the learning rate fall linearly, to 0 at the last step (improved-diffusion's option)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: float = 0.0
@@ -73,13 +77,18 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise DitlabError(f"training: {name} must be at least 1, found {getattr(self, name)}")
-        for name in ("eval_every", "keep_every", "weight_decay"):
+        for name in ("eval_every", "keep_every", "weight_decay", "lr_halve_every"):
             if getattr(self, name) < 0:
                 raise DitlabError(f"training: {name} must not be negative, found {getattr(self, name)}")
         if self.keep < 1:
             raise DitlabError(f"training: keep must be at least 1 (the last checkpoint is the run), found {self.keep}")
         if not 0 < self.lr < math.inf:
             raise DitlabError(f"training: lr must be positive, found {self.lr}")
+        if self.lr_halve_every and self.lr_anneal:
+            raise DitlabError(
+                f"training: expected lr_halve_every 0 or no lr_anneal, found lr_halve_every {self.lr_halve_every} and "
+                "lr_anneal"
+            )
         if not 0 <= self.ema < 1:
             raise DitlabError(f"training: ema must be in [0, 1), found {self.ema}")
         if self.batch_size % self.accumulate:
@@ -87,10 +96,25 @@ class TrainingConfig:
                 f"training: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
             )
 
+    def rate(self, step: int) -> float:
+        """The learning rate of the step that is made after `step` steps."""
+        if self.lr_halve_every:
+            return self.lr * 0.5 ** (step // self.lr_halve_every)
+        return self.lr * (1 - step / self.steps) if self.lr_anneal else self.lr
+
 
 @runtime_checkable
 class Objective(Protocol):
     """What the loop asks of an objective (ditlab.diffusion.objectives)."""
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """Names of the draws and losses `[B]` of a step that it learns from; none for most."""
+        ...
+
+    def observe(self, seen: Mapping[str, Tensor]) -> None:
+        """Is given them after each step, for all images of the global batch."""
+        ...
 
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """Every random number of `count` images, on the CPU, first dimension `count`."""
@@ -181,14 +205,18 @@ class Batch:
 
 
 class Batches:
-    """Makes the batch of any step; on CUDA the next one is made while the device computes."""
+    """Makes the batch of any step; on CUDA the next one is made while the device computes.
+
+    Not so where the objective learns from a step what it draws for the next.
+    """
 
     def __init__(
         self, images: Images, train: np.ndarray, objective: Objective, config: TrainingConfig, processes: Processes
     ) -> None:
         self._images, self._train, self._objective = images, train, objective
         self._config, self._processes = config, processes
-        self._worker = ThreadPoolExecutor(1) if processes.device.type == "cuda" else None
+        ahead = processes.device.type == "cuda" and not objective.remembers
+        self._worker = ThreadPoolExecutor(1) if ahead else None
         self._ahead: tuple[int, Any] | None = None
         self._permutation: tuple[int, np.ndarray] | None = None
 
@@ -236,7 +264,7 @@ class Batches:
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW as DiT has it: constant rate, no weight decay by default."""
+    """AdamW as DiT has it, without weight decay by default; the loop sets each step's rate."""
     return torch.optim.AdamW(
         network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
@@ -372,21 +400,25 @@ def train(
             size = len(batch.images) // config.accumulate
             optimizer.zero_grad(set_to_none=True)
             step_loss = torch.zeros((), dtype=torch.float64, device=processes.device)
+            seen: dict[str, list[Tensor]] = {name: [] for name in objective.remembers}
             for micro in range(config.accumulate):
                 part = slice(micro * size, (micro + 1) * size)
                 if has_dropout:
                     torch.manual_seed(key(config.seed, "dropout", step, micro, processes.rank))
                 with holding(runner, micro < config.accumulate - 1):
                     with autocast(processes.device, config.precision):
-                        losses = objective.losses(
-                            runner,
-                            batch.images[part],
-                            None if batch.label is None else batch.label[part],
-                            {name: value[part] for name, value in batch.draws.items()},
-                        )
+                        draws = {name: value[part] for name, value in batch.draws.items()}
+                        label = None if batch.label is None else batch.label[part]
+                        losses = objective.losses(runner, batch.images[part], label, draws)
                         loss = losses["loss"].mean() / config.accumulate
                     loss.backward()
                 step_loss += loss.detach().double()
+                for name, values in seen.items():
+                    values.append((losses[name] if name in losses else draws[name]).detach())
+            if seen:
+                objective.observe({name: processes.gathered(torch.cat(parts)) for name, parts in seen.items()})
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
             optimizer.step()
             step += 1
             ema.update(network, step)
@@ -402,7 +434,7 @@ def train(
                         "(a lower lr, or float32 instead of bf16, may help); the last checkpoint is kept"
                     )
                 rate = images_since / (time.perf_counter() - since)
-                line = {"step": step, "images": step * config.batch_size, "loss": mean, "lr": config.lr}
+                line = {"step": step, "images": step * config.batch_size, "loss": mean, "lr": config.rate(step - 1)}
                 line |= measured(step)
                 if processes.first:
                     log.write(

@@ -1,0 +1,100 @@
+"""Importance sampling of the step t by the losses that were seen last: steps of large loss are drawn more often.
+
+Source: Nichol and Dhariwal 2021, Eq. 18 and section 3.3 (the variational bound's gradient is too noisy without it).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ditlab.errors import DitlabError
+
+LAST = 10
+"""How many losses of each step are remembered."""
+UNIFORM = 0.001
+"""Share of draws that are uniform, lest a step of small loss is never drawn again."""
+
+
+class LossSecondMoment:
+    """p(t) proportional to the root of the mean square of the last ten losses of t, mixed with a little uniform.
+
+    Until every step has ten losses, draws are uniform. A draw of t counts with the weight 1 / (T p(t)), so the weighted
+    mean estimates the same mean over all steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        """Remembers nothing yet of `steps` steps."""
+        self.losses = np.zeros((steps, LAST), dtype=np.float32)  # oldest first
+        self.counts = np.zeros(steps, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def probabilities(self) -> np.ndarray:
+        """p(t), float64 [T]."""
+        if (self.counts < LAST).any():
+            return np.full(len(self), 1 / len(self))
+        root = np.sqrt(np.square(self.losses, dtype=np.float64).mean(axis=1))
+        total = root.sum()
+        # Losses that are all zero tell nothing apart.
+        share = root / total if total > 0 else np.full(len(self), 1 / len(self))
+        return (1 - UNIFORM) * share + UNIFORM / len(self)
+
+    def draw(self, generator: torch.Generator, count: int) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+        """So many steps, and their weights: a function of the generator and of what is remembered."""
+        p = self.probabilities()
+        edges = np.cumsum(p)
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64).numpy()
+        t = np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), len(self) - 1)
+        return torch.from_numpy(t), torch.from_numpy(1 / (len(self) * p[t])).float()
+
+    def observe(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
+        """Remembers losses, without their weights, in the order of the global batch; the oldest of a step go."""
+        for step, loss in zip(t.tolist(), losses.float().cpu().numpy(), strict=True):
+            count = self.counts[step]
+            if count == LAST:
+                self.losses[step, :-1] = self.losses[step, 1:].copy()
+                self.losses[step, -1] = loss
+            else:
+                self.losses[step, count] = loss
+                self.counts[step] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as JSON values: little-endian bytes in base64, which are exact and short."""
+        return {
+            "time_sampling": "loss-second-moment",
+            "losses": base64.b64encode(self.losses.astype("<f4").tobytes()).decode(),
+            "counts": base64.b64encode(self.counts.tobytes()).decode(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            DitlabError: another sampling's state, or one of another number of steps.
+        """
+        if set(state) != {"time_sampling", "losses", "counts"} or state["time_sampling"] != "loss-second-moment":
+            raise DitlabError(
+                "objective: expected the remembered losses of time_sampling loss-second-moment, found "
+                f"{', '.join(sorted(state)) or 'nothing'}"
+            )
+        try:
+            losses = np.frombuffer(base64.b64decode(state["losses"], validate=True), dtype="<f4")
+            counts = np.frombuffer(base64.b64decode(state["counts"], validate=True), dtype=np.uint8)
+        except (TypeError, ValueError, binascii.Error):
+            raise DitlabError("objective: expected remembered losses in base64, found something else") from None
+        if losses.size != self.losses.size or counts.size != len(self) or counts.max() > LAST:
+            raise DitlabError(
+                f"objective: expected {LAST} remembered losses of each of {len(self)} steps, found {losses.size} of "
+                f"{counts.size} steps"
+            )
+        self.losses = losses.reshape(-1, LAST).astype(np.float32)
+        self.counts = counts.copy()

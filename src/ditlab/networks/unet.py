@@ -1,0 +1,309 @@
+"""improved-diffusion's UNet: DDPM's convolutional denoiser with scale-shift norms, and attention at few resolutions.
+
+Source: Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), appendix A, after Ho et al.
+(2020); widths, order of layers and initial values are those of its released code (openai/improved-diffusion), against
+whose outputs the tests check. An et al., "On Inductive Biases That Enable Generalization of Diffusion Transformers",
+compare DiTs with this network.
+
+A convolution makes `width` channels of the image. Each level of the encoder has `res_blocks` residual blocks, and
+halves height and width at its end, but for the last; the middle is block, attention, block; each level of the decoder
+has one block more than the encoder's, and each of its blocks is given, behind its own channels, what the encoder had
+put out at the mirrored place. Time and label are embedded as one vector each, and their sum enters every residual block
+(`ditlab.networks.unet_blocks`). The last convolution of every residual block, the last Linear of every attention and
+the network's last convolution start at zero, so a fresh network's output is zero.
+
+The original can also be built for signals of one or three dimensions; this one is for images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from ditlab.errors import DitlabError, unknown_name
+from ditlab.networks.unet_blocks import Downsample, MapAttention, ResidualBlock, Stage, Upsample
+from ditlab.nn.embeddings import LabelEmbedding, Spacing, TimeEmbedding
+
+CONDITION = 4
+"""Channels of the condition, as a multiple of the network's width."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that fixes the shape of a UNet."""
+
+    kind: Literal["unet"] = "unet"
+    """Names this network in config.json."""
+    image_size: tuple[int, int] = (32, 32)
+    """Height and width of the image or latent; each a multiple of 2^(levels - 1), for each level but the last halves
+    it. 0 0 stands for those of an image set that is not known yet: such a config can be filled in, not built."""
+    channels: int = 3
+    """Channels of the image or latent."""
+    width: int = 128
+    """Channels at full size; an even multiple of the groups."""
+    res_blocks: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, as multiples of the width. The original's: 1 2 2 2 at 32 pixels, 1 2 3 4 at 64 and
+    1 1 2 2 4 4 at 256."""
+    attention_at: tuple[int, ...] = (16, 8)
+    """Heights of feature maps after whose residual blocks there is attention; those that do not occur have no effect.
+    The middle has attention always."""
+    heads: int = 4
+    """Heads of every attention."""
+    heads_up: int | None = None
+    """Heads of the decoder's; as many as `heads` where not given."""
+    dropout: float = 0.0
+    """Probability of dropout in every residual block."""
+    conv_resample: bool = True
+    """Whether convolutions halve and double the size; else the mean of 2x2 pixels, and repeated pixels, do."""
+    scale_shift: bool = True
+    """Whether the condition sets scale and shift of each residual block's second norm; else it is added before it."""
+    groups: int = 32
+    """Groups of every group norm. 32 in the original; narrow networks keep more of a channel's level with fewer."""
+    num_classes: int = 0
+    """Number of classes; 0 makes the network unconditional, with no label table at all."""
+    null_class: bool = False
+    """Whether the label table has one more row that means "no class" (needed for label dropout and guidance); the
+    original's has none."""
+    learn_sigma: bool = False
+    """Whether the network has a second set of output channels, v, for the variance of the reverse step."""
+    time_frequencies: Spacing = "original"
+    """Frequencies of the time embedding: with h = width / 2, 10000^(-k/h), k < h (original), or 10000^(-k/(h-1)), as in
+    DDPM and diffusers."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that cannot be built, with a sentence."""
+        where = "UNet config"
+        if self.time_frequencies not in get_args(Spacing):
+            raise unknown_name(f"{where} time_frequencies", self.time_frequencies, get_args(Spacing))
+        for name in ("channels", "width", "res_blocks", "heads", "groups"):
+            if getattr(self, name) < 1:
+                raise DitlabError(f"{where}: {name} must be at least 1, found {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise DitlabError(f"{where}: expected multipliers of at least 1, one a level, found {self.multipliers}")
+        if self.heads_up is not None and self.heads_up < 1:
+            raise DitlabError(f"{where}: heads_up must be at least 1, found {self.heads_up}")
+        if min(self.attention_at, default=1) < 1:
+            raise DitlabError(f"{where}: attention_at must be heights of at least 1, found {self.attention_at}")
+        if not 0 <= self.dropout < 1:
+            raise DitlabError(f"{where}: expected dropout in [0, 1), found {self.dropout}")
+        if self.num_classes < 0:
+            raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.num_classes}")
+        if self.width % self.groups or self.width % 2:
+            raise DitlabError(
+                f"{where}: width must be even and a multiple of the {self.groups} groups, found {self.width}"
+            )
+        if not self.sized:
+            return
+        step = 2 ** (len(self.multipliers) - 1)
+        for side in self.image_size:
+            if side < 1 or side % step:
+                raise DitlabError(
+                    f"{where}: with {len(self.multipliers)} levels image_size must be multiples of {step}, found "
+                    f"{tuple(self.image_size)}"
+                )
+        for place, level, heads in self._attentions():
+            if self.widths[level] % heads:
+                raise DitlabError(
+                    f"{where}: expected heads that divide the {self.widths[level]} channels of the attention in the "
+                    f"{place}, found {heads}"
+                )
+
+    def _attentions(self) -> Iterator[tuple[str, int, int]]:
+        """Where there is attention: part of the network, level, heads."""
+        last = len(self.multipliers) - 1
+        yield "middle", last, self.heads
+        for level in range(last + 1):
+            if self.attends(level):
+                yield "encoder", level, self.heads
+                yield "decoder", level, self.decoder_heads
+
+    @property
+    def sized(self) -> bool:
+        """Whether the image size is known."""
+        return tuple(self.image_size) != (0, 0)
+
+    @property
+    def width_step(self) -> int:
+        """What a width is a multiple of that every part can have."""
+        return lcm(2, self.groups, self.heads, self.decoder_heads)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, the one at full size first."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    @property
+    def decoder_heads(self) -> int:
+        """Attention heads of the decoder."""
+        return self.heads if self.heads_up is None else self.heads_up
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """(height, width) of the feature maps of a level, 0 being the one at full size."""
+        return self.image_size[0] >> level, self.image_size[1] >> level
+
+    def attends(self, level: int) -> bool:
+        """Whether there is attention after each residual block of a level."""
+        # As the original's flags are read: the factor by which the image is larger, rounded down.
+        return 2**level in {self.image_size[0] // height for height in self.attention_at}
+
+
+class UNet(nn.Module):
+    """improved-diffusion's UNet.
+
+    Its `blocks` are all that lies between the first convolution and the last norm, in the order in which they run: the
+    encoder's stages and halvings, the middle's two stages, the decoder's stages. Each is called as block(x, c).
+
+    Example:
+        >>> import torch
+        >>> network = UNet(UNetConfig(image_size=(8, 8), width=32, res_blocks=1, multipliers=(1, 2)))
+        >>> network(torch.zeros(1, 3, 8, 8), torch.zeros(1)).shape
+        torch.Size([1, 3, 8, 8])
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        if not config.sized:
+            raise DitlabError("UNet: expected a config with an image_size, found (0, 0), which stands for any")
+        self.config = config
+        condition = CONDITION * config.width
+        self.outputs = config.channels * (2 if config.learn_sigma else 1)
+        self.time = TimeEmbedding(condition, sinusoid_width=config.width, spacing=config.time_frequencies)
+        self.label = (
+            LabelEmbedding(config.num_classes, condition, null=config.null_class) if config.num_classes else None
+        )
+        self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
+        encoder, skips = self._encoder()
+        last = len(config.widths) - 1
+        middle = [
+            self._stage(config.widths[last], last, heads=config.heads),
+            self._stage(config.widths[last], last, heads=0),
+        ]
+        self.blocks = nn.ModuleList([*encoder, *middle, *self._decoder(skips)])
+        self.skips = len(encoder)
+        """Number of blocks of the encoder, whose outputs the decoder is given, besides the first convolution's."""
+        self.norm = nn.GroupNorm(config.groups, config.widths[0])
+        self.out = nn.Conv2d(config.widths[0], self.outputs, 3, padding=1)
+        self.reset()
+
+    def _stage(self, before: int, level: int, *, heads: int, up: bool = False) -> Stage:
+        """A stage of a level, with attention unless there are no heads for it."""
+        config, after = self.config, self.config.widths[level]
+        residual = ResidualBlock(
+            before,
+            after,
+            CONDITION * config.width,
+            groups=config.groups,
+            dropout=config.dropout,
+            scale_shift=config.scale_shift,
+        )
+        attention = MapAttention(after, heads, config.grid(level), groups=config.groups) if heads else None
+        return Stage(residual, attention, Upsample(after, learned=config.conv_resample) if up else None)
+
+    def _encoder(self) -> tuple[list[nn.Module], list[int]]:
+        """The encoder's blocks, and the channels of what the decoder is given: the first convolution's, then theirs."""
+        config, blocks, skips = self.config, [], [self.config.width]
+        for level, width in enumerate(config.widths):
+            for _ in range(config.res_blocks):
+                blocks.append(self._stage(skips[-1], level, heads=config.heads if config.attends(level) else 0))
+                skips.append(width)
+            if level < len(config.widths) - 1:
+                blocks.append(Downsample(width, learned=config.conv_resample))
+                skips.append(width)
+        return blocks, skips
+
+    def _decoder(self, skips: list[int]) -> list[nn.Module]:
+        """The decoder's blocks, which take up `skips` from the end."""
+        config, blocks, before, left = self.config, [], skips[-1], list(skips)
+        for level, width in reversed(list(enumerate(config.widths))):
+            heads = config.decoder_heads if config.attends(level) else 0
+            for number in range(config.res_blocks + 1):
+                up = number == config.res_blocks and level > 0
+                blocks.append(self._stage(before + left.pop(), level, heads=heads, up=up))
+                before = width
+        return blocks
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the input."""
+        return self.config.channels, *self.config.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 when unconditional. Label `num_classes` means "no class" where there is a null row."""
+        return self.config.num_classes
+
+    def reset(self) -> None:
+        """The original's initial values: torch's own, and zero for the last layer of every branch and of all."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.Embedding):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                _zero(module.out_conv)
+            elif isinstance(module, MapAttention):
+                _zero(module.attention.proj)
+        _zero(self.out)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        label: Int[Tensor, " b"] | None = None,
+        *,
+        augment: Tensor | None = None,
+    ) -> Float[Tensor, "b o h w"]:
+        """Runs the network.
+
+        Args:
+            x: noisy images `[B, C, H, W]`.
+            t: time steps `[B]`, whole or fractional.
+            label: classes `[B]`, or None for "no class". Ignored by an unconditional network.
+            augment: not supported by this network; must be None.
+
+        Returns:
+            `[B, C, H, W]`, or `[B, 2C, H, W]` with learn_sigma: the prediction first, then v.
+
+        Raises:
+            DitlabError: for images of another shape than the config's, or no label where there is no null class.
+        """
+        if tuple(x.shape[1:]) != self.in_shape:
+            raise DitlabError(f"UNet: expected images of shape {self.in_shape}, found {tuple(x.shape[1:])}")
+        if augment is not None:
+            raise DitlabError("UNet: augmentation labels are not supported by this network")
+        c = self.condition(t, label)
+        x = self.stem(x)
+        kept = [x]
+        for number, block in enumerate(self.blocks):
+            if number >= self.skips + 2:  # behind the middle
+                x = torch.cat([x, kept.pop()], dim=1)
+            x = block(x, c)
+            if number < self.skips:
+                kept.append(x)
+        return self.out(nn.functional.silu(self.norm(x)))
+
+    def condition(self, t: Shaped[Tensor, " b"], label: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
+        """The condition `[B, 4 width]`: the time's vector, plus the label's where the network has classes.
+
+        Raises:
+            DitlabError: no label where there is no null class.
+        """
+        time = self.time(t)
+        if self.label is None:
+            return time
+        if label is None and not self.config.null_class:
+            raise DitlabError("UNet: this network has no null class, so every image needs a label; found none")
+        return time + self.label(torch.full_like(t, self.num_classes, dtype=torch.long) if label is None else label)
+
+
+def _zero(layer: nn.Conv2d | nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,64 @@
+"""Small training runs for test_statistics.py, which starts this file in two processes, or kills it: FOLDER SCENE..."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import test_loop
+import torch
+
+from ditlab.diffusion.blind_objective import BlindObjectiveConfig
+from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
+from ditlab.training.distributed import Processes, processes
+
+
+def unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return BFUNet(BFUNetConfig(image_size=(4, 4), width=6, blocks=1))
+
+
+def cnn() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return BFCNN(BFCNNConfig(image_size=(4, 4), width=6, depth=4))
+
+
+def bias_free(folder: Path, here: Processes, **changes: Any) -> None:
+    settings = {"network": unet(), "objective": BlindObjectiveConfig().build(), "ema": 0.9, **changes}
+    test_loop.run(folder, 8, processes=here, log_every=1, save_every=4, eval_every=0, **settings)
+
+
+def importance(folder: Path, here: Processes, kill_at: int | None = None, **changes: Any) -> None:
+    """Four noise levels, so that each has its ten losses after a few steps."""
+    config = VPObjectiveConfig(schedule="cosine", steps=4, label_dropout=0.0, time_sampling="loss-second-moment")
+
+    def evaluate(step: int) -> dict[str, float]:
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    settings = {"log_every": 1, "save_every": 7, "eval_every": 1, "evaluate": evaluate, **changes}
+    test_loop.run(folder, 20, processes=here, objective=config.build(), **settings)
+
+
+SCENES: dict[str, Callable[[Path, Processes], None]] = {
+    "unet": bias_free,
+    "cnn": lambda folder, here: bias_free(folder, here, network=cnn()),
+    "shard": lambda folder, here: bias_free(folder, here, shard=here.world > 1),
+    "edm": lambda folder, here: bias_free(folder, here, objective=EDMObjectiveConfig().build()),
+    "importance": importance,
+    "importance-accumulate": lambda folder, here: importance(folder, here, accumulate=2),
+    "killed": lambda folder, here: importance(folder, here, kill_at=17),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with processes("cpu") as this:
+        for scene in sys.argv[2:]:
+            SCENES[scene](Path(sys.argv[1]) / scene, this)
