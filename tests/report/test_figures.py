@@ -158,6 +158,18 @@ def test_without_steps_the_axis_is_the_noise_level():
     assert figure.axes[0].get_xscale() == "log"
 
 
+def test_one_level_is_drawn_as_points():
+    one = result("global", 3.0)
+    alone = result(
+        "one", 3.0, levels=LEVELS[:1], timesteps=None, train_mse=one.train_mse[:1], test_mse=one.test_mse[:1]
+    )
+    lines = [line for axes in psnr_curves(compare([alone])).axes for line in axes.get_lines() if len(line.get_xdata())]
+    assert {line.get_marker() for line in lines if len(line.get_xdata()) == 1} == {"o"}
+    rings = {line.get_markerfacecolor() for line in lines}
+    assert "none" in rings
+    assert len(rings) > 1
+
+
 def test_the_axis_says_whose_psnr_it_is():
     about = RunFacts("run", settings={"space": "latents"})
     for found, says in ((result("a", 1.0), "PSNR (dB)"), (result("a", 1.0, about=about), "PSNR of latents (dB)")):

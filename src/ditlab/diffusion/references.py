@@ -1,24 +1,26 @@
-"""Denoisers in closed form, made of a set of images: the two ends between which a network lies.
+"""Denoisers in closed form, made of a set of images: the two ends between which a network lies, and one between them.
 
 `EmpiricalBayesDenoiser` is the optimal denoiser for the images themselves, the limit of memorization: it can return
 nothing but averages of them. `WienerDenoiser` is the optimal linear one: it knows their mean and covariance, and
-nothing else.
+nothing else. `WienerLocalityDenoiser` averages the images as the first one does, but each value by what is seen of the
+values that the second one would look at for it. Those that look through windows are in `ditlab.diffusion.local_scores`.
 
 Sources: Kamb and Ganguli 2024 (2412.20292), the ideal score, in our coordinates; Wang and Vastola 2023 (Gaussian
-score); Lukoianov et al. 2025 (2509.09672), whose streaming softmax depends on the chunk, unlike the exact one here
-(Milakov and Gimelshein 2018).
+score); Lukoianov et al. 2025 (2509.09672).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.levels import LevelRange
+from ditlab.diffusion.posterior_means import SoftmaxMean, by_level, check_images
 from ditlab.errors import DitlabError
 
 
@@ -34,7 +36,7 @@ class EmpiricalBayesDenoiser(Denoiser):
     """
 
     def __init__(self, images: Float[Tensor, "n c h w"], chunk: int = 1024) -> None:
-        _check("empirical Bayes", images, chunk)
+        check_images("empirical Bayes", images, chunk)
         self.images, self.chunk = images.flatten(1), chunk
         self.half_norms = torch.cat([part.double().square().sum(1) / 2 for part in self.images.split(chunk)])
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
@@ -45,18 +47,12 @@ class EmpiricalBayesDenoiser(Denoiser):
         """See `Denoiser.estimate`."""
         flat = y.flatten(1).double()
         variance = (sigma.double().reshape(-1, 1) if isinstance(sigma, Tensor) else sigma) ** 2
-        best = flat.new_full((len(y), 1), -math.inf)
-        total, mean = torch.zeros_like(best), torch.zeros_like(flat)
+        mean = SoftmaxMean()
         for images, half_norms in zip(self.images.split(self.chunk), self.half_norms.split(self.chunk), strict=True):
             wide = images.double()
             # -|y - x|^2 / 2 sigma^2 up to what all images share.
-            logits = (flat @ wide.T - half_norms) / variance
-            higher = torch.maximum(best, logits.amax(1, keepdim=True))
-            weights, shrink = (logits - higher).exp(), (best - higher).exp()
-            total = total * shrink + weights.sum(1, keepdim=True)
-            mean = mean * shrink + weights @ wide
-            best = higher
-        x0 = (mean / total).reshape(y.shape).to(y.dtype)
+            mean.add((flat @ wide.T - half_norms) / variance, wide)
+        x0 = mean.result().reshape(y.shape).to(y.dtype)
         return Prediction(x0, (y - x0) / sigma, None)
 
 
@@ -77,7 +73,7 @@ class WienerDenoiser(Denoiser):
     """
 
     def __init__(self, images: Float[Tensor, "n c h w"], chunk: int = 1024) -> None:
-        _check("Wiener", images, chunk)
+        check_images("Wiener", images, chunk)
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self.levels = LevelRange(0.0, math.inf)
         self.device = images.device
@@ -108,11 +104,61 @@ class WienerDenoiser(Denoiser):
         return Prediction(x0, (y - x0) / sigma, None)
 
 
-def _check(what: str, images: Tensor, chunk: int) -> None:
-    if chunk < 1:
-        raise DitlabError(f"{what} denoiser: expected a chunk of at least 1 image, found {chunk}")
-    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
-        raise DitlabError(
-            f"{what} denoiser: expected float images [N, C, H, W] in [-1, 1], N at least 1, "
-            f"found {images.dtype} of shape {tuple(images.shape)}"
-        )
+class WienerLocalityDenoiser(Denoiser):
+    """Each value of x0 is the mean of that value over the images, by how near they are where it looks.
+
+    At level sigma the value q (a pixel's channel) looks at those values p with |L_qp / L_qq| at least `threshold` times
+    the largest of all such ratios, L = U diag(l / (l + sigma^2)) U^T the Wiener denoiser's matrix, always at itself.
+    Its weights are softmax(-(1 / 2 sigma^2) sum_p (y_p - x_ip)^2) over the images i. (The released code sums over the
+    columns of that mask; rows, as in the paper, are what the value q depends on.)
+
+    Args:
+        images: [N, C, H, W] in [-1, 1]; they stay on their device, where y has to be too.
+        threshold: 0.02 in the paper (0.05 for CIFAR-10, 0.005 for MNIST); at 0 every value looks at all of them, which
+            is empirical Bayes.
+        chunk: images handled at a time, which bounds the memory. Does not change the result.
+
+    Raises:
+        DitlabError: no images, or a threshold outside [0, 1].
+    """
+
+    def __init__(self, images: Float[Tensor, "n c h w"], threshold: float = 0.02, chunk: int = 64) -> None:
+        check_images("Wiener-locality", images, chunk)
+        if not 0 <= threshold <= 1:
+            raise DitlabError(f"Wiener-locality denoiser: expected a threshold in [0, 1], found {threshold}")
+        self.images, self.threshold, self.chunk = images.flatten(1), threshold, chunk
+        self.wiener = WienerDenoiser(images)
+        self.shape, self.levels, self.device = self.wiener.shape, self.wiener.levels, images.device
+        self._last: tuple[float, Tensor] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Denoiser.identity`."""
+        return super().identity | {"threshold": self.threshold}
+
+    def mask(self, sigma: float) -> Bool[Tensor, "d d"]:
+        """Which values (columns) each value (row) looks at; D = C H W of them, channel by channel, row by row."""
+        if self._last is None or self._last[0] != sigma:
+            basis, variances = self.wiener.basis, self.wiener.variances
+            shrinkage = (basis * (variances / (variances + sigma**2))) @ basis.T
+            own = shrinkage.diagonal()
+            # A value that is the same in all images says nothing of any other.
+            moves = own > own.max() * torch.finfo(torch.float64).eps * len(own)
+            ratios = torch.where(moves[:, None], shrinkage / torch.where(moves, own, 1.0)[:, None], 0.0).abs_()
+            mask = (ratios >= self.threshold * ratios.max()).fill_diagonal_(True)
+            self._last = sigma, mask
+        return self._last[1]
+
+    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
+        """See `Denoiser.estimate`."""
+        x0 = by_level(self._x0, y, sigma).to(y.dtype)
+        return Prediction(x0, (y - x0) / sigma, None)
+
+    def _x0(self, y: Tensor, sigma: float) -> Tensor:
+        flat, looks = y.flatten(1), self.mask(sigma).to(y.dtype).T
+        mean = SoftmaxMean()
+        for part in self.images.split(self.chunk):
+            images = part.to(y.dtype)
+            logits = ((flat[:, None] - images).square() @ looks) * (-0.5 / sigma**2)
+            mean.add(logits.permute(2, 0, 1), images.T[:, :, None])
+        return mean.result()[..., 0].T.reshape(y.shape)

@@ -128,7 +128,12 @@ def _finish_axes(
         if name == "sigma":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlim(x[0], x[-1])
+        if len(x) > 1:
+            axes.set_xlim(x[0], x[-1])
+        else:  # a line through one point shows nothing; a ring stands for a broken one
+            for line in axes.get_lines():
+                line.set_marker("o")
+                line.set_markerfacecolor("none" if line.is_dashed() else line.get_color())
     top.tick_params(labelbottom=False)
     below.set_xlabel("noise level σ" if name == "sigma" else "diffusion step t")
     below.yaxis.set_major_locator(MaxNLocator(4))
