@@ -52,6 +52,16 @@ def trained(images, tmp_path_factory) -> Run:
     return run
 
 
+def test_a_process_of_few_steps_is_sampled_with_all_of_them(images, tmp_path):
+    config = settings(images)
+    few = replace(config, objective=replace(config.objective, steps=100))
+    assert start(tmp_path / "few", few, images, device=CPU).sampler == DDPMConfig(steps="100")
+    # What is asked for stays, and is refused when it is used.
+    asked = replace(few, sampler=DDIMConfig(steps="200"))
+    assert start(tmp_path / "asked", asked, images, device=CPU).sampler == DDIMConfig(steps="200")
+    assert start(tmp_path / "usual", config, images, device=CPU).sampler == DDPMConfig(steps="250")
+
+
 def test_what_a_run_holds(trained, images):
     run = Run.open(trained.path)
     assert run.name == "one"

@@ -33,7 +33,8 @@ from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.samplers import SamplerConfig
+from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.registry import build_network
 from ditlab.randomness import torch_generator
@@ -126,8 +127,13 @@ class Run(Trained):
 
     @property
     def sampler(self) -> SamplerConfig:
-        """The sampler of its settings."""
-        return self.config.sampler
+        """The sampler of its settings; all steps of a process that has fewer than the sampler takes by default."""
+        config, objective = self.config.sampler, self.config.objective
+        if isinstance(config, (DDPMConfig, DDIMConfig)) and isinstance(objective, VPObjectiveConfig):
+            usual = type(config)().steps
+            if config.steps == usual and objective.steps < int(usual):
+                return replace(config, steps=str(objective.steps))
+        return config
 
     @property
     def guidance(self) -> GuidanceConfig:
