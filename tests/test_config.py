@@ -84,6 +84,9 @@ def test_kadkhodaies_recipe():
         assert twin.network == preset(name).network
         assert isinstance(twin.objective, VPObjectiveConfig)
         assert (twin.objective.variance, twin.objective.loss) == ("fixed-large", "mse")
+        edm = preset(f"{name}-edm")
+        assert (edm.network, edm.training) == (twin.network, twin.training)
+        assert isinstance(edm.objective, EDMObjectiveConfig)
     assert preset("bf-cnn").objective == BlindObjectiveConfig(max_level=100 / 255)
 
 

@@ -139,9 +139,12 @@ _BIAS_FREE = {  # network, highest level in units of [0, 1], training
 
 
 def _bias_free(name: str) -> RunConfig:
-    network, highest, training = _BIAS_FREE[name.removesuffix("-vp")]
+    network, highest, training = _BIAS_FREE[name.removesuffix("-vp").removesuffix("-edm")]
     if name.endswith("-vp"):
         return RunConfig(preset=name, network=network, objective=_DDPM, training=training)
+    if name.endswith("-edm"):
+        edm = EDMObjectiveConfig(label_dropout=0.0)
+        return RunConfig(preset=name, network=network, objective=edm, training=training, sampler=HeunConfig())
     blind = BlindObjectiveConfig(max_level=highest)
     return RunConfig(preset=name, network=network, objective=blind, training=training, sampler=HeunConfig())
 
@@ -154,7 +157,7 @@ PRESETS: dict[str, RunConfig] = {
 }
 PRESETS |= {(name := f"{base}{twin}"): _unet(name) for base in _UNETS for twin in ("", "-edm")}
 PRESETS |= {name: _unet(name) for name in _BOUNDS}
-PRESETS |= {(name := f"{base}{twin}"): _bias_free(name) for base in _BIAS_FREE for twin in ("", "-vp")}
+PRESETS |= {(name := f"{base}{twin}"): _bias_free(name) for base in _BIAS_FREE for twin in ("", "-vp", "-edm")}
 """Whole recipes by name. `dit-s/2` to `dit-xl/8` are the twelve networks of Peebles & Xie, trained as they were;
 `dit-xs/1` and `dit-s/1` are An et al.'s (pixel space, patch 1, DDPM with learned variance), and `dit-xs` with other
 patches follows them; `dit-nano` and `dit-micro` are sizes for a CPU, ditlab's own. `-edm` trains the same network in

@@ -118,6 +118,20 @@ def test_fewer_training_images_latents_and_classes_are_noted():
         check_agreement(network, config)
 
 
+def test_mirrored_images_count_where_training_mirrored_them():
+    known = images()
+    config = replace(SMALL, references=("empirical-bayes",), training_images=4)
+    both = torch.cat([known[:4], known[:4].flip(3)])
+    network = make_reference("empirical-bayes", both)
+    network.levels = DiscreteLevels(make_schedule("linear", 1000).sigmas)
+    result = measure_agreement(network, known, config, about=ABOUT, mirrored=known.flip(3))
+    np.testing.assert_allclose(result.references[0].mse, 0, atol=1e-5)
+    assert (result.training_images, len(result.notes)) == (4, 2)
+    assert "both ways" in result.notes[1]
+    alone = measure_agreement(network, known, config, about=ABOUT)
+    assert alone.references[0].mse.max() > 1e-2
+
+
 def test_results_are_kept(tmp_path):
     result = measure_agreement(stepped("ls", 3), images(), SMALL, about=ABOUT)
     path = result.save(tmp_path)

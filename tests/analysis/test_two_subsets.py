@@ -130,3 +130,10 @@ def test_what_cannot_be_compared():
         closest(pictures(2, 0), [])
     with pytest.raises(DitlabError, match="expected training images"):
         closest(pictures(2, 0), [(pictures(2, 0)[..., :4], None)])
+
+
+def test_samples_that_tell_a_training_image():
+    first, second = pictures(6, 1), pictures(6, 2)
+    near = np.clip(first[:3].astype(int) + pictures(3, 7) // 8, 0, 255).astype(np.uint8)
+    found = compare(np.concatenate([near, pictures(2, 8)]), np.concatenate([pictures(4, 9), second[5:]]))
+    assert found.telling.tolist() == [[True] * 3 + [False] * 2, [False] * 4 + [True]]

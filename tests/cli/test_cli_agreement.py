@@ -57,6 +57,20 @@ def test_a_conditional_run_is_told_no_class(ditlab, place, conditional):
     assert "note: The denoiser was told no class; references know none." in done.out
 
 
+def test_a_run_that_mirrors_is_compared_with_both_sides(ditlab, place):
+    run = place.copy(place.trained("mirroring", "--training.flip"))
+    done = ditlab("agreement", run, *QUICK, "--references", "empirical-bayes")
+    assert done.status == 0, done.err
+    assert "references know each of them both ways" in done.out
+    found = AgreementResult.load(run / "analysis" / "agreement.json")
+    opened = Run.open(run)
+    train = opened.images.batch(opened.split.train).numpy()
+    both, memory = np.concatenate([train, train[..., ::-1]]), found.references[0].images
+    assert memory is not None
+    assert max(np.abs(both - image).max((1, 2, 3)).min() for image in memory) < 1e-2
+    assert found.training_images == 20
+
+
 def test_bad_input(refused, plain):
     for words, says in (
         (["--window", 4], "expected an odd size (1, 3, 5, ...), found 4"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from ditlab.cli.left import left_behind
+from ditlab.analysis.agreement_result import AgreementResult
+from ditlab.analysis.two_subsets import TwoSubsetsResult, closest
+from ditlab.cli.left import agreement_pictures, left_behind, without_copies
 from ditlab.run import Run
 
 QUICK = ["--threads", 1, "--device", "cpu"]
@@ -56,3 +60,27 @@ def test_results_of_other_weights_are_passed_over(runs):
     (runs[0] / "analysis" / "two-subsets.json").write_text("{}")
     found = left_behind([run], ["kind"], ["name"])
     assert (list(found.agreements), list(found.subsets)) == ([], [])
+
+
+def test_what_is_nearly_a_training_image_is_blank_where_none_may_be_shown(runs):
+    """A network that replays its images draws real ones, whoever else may be hidden."""
+    run = Run.open(runs[0])
+    result = AgreementResult.load(runs[0] / "analysis" / "agreement.json")
+    assert result.images is not None
+    replayed = replace(result, images=run.images.batch(run.split.train[:2]).numpy())
+    hidden = agreement_pictures(run, replayed, hide_training_images=True)
+    assert "empirical-bayes" not in hidden
+    assert (hidden["network"] == 127).all()
+    assert np.ptp(hidden["noise"]) > 0
+    assert (agreement_pictures(run, replayed)["network"] != 127).any()
+    assert np.ptp(agreement_pictures(run, result, hide_training_images=True)["network"]) > 0  # two noisy images
+
+    pair = TwoSubsetsResult.load(runs[0] / "analysis" / "two-subsets.json")
+    assert pair.pictures is not None
+    copies = run.pixels_at(run.split.train[:4])
+    near = closest(copies, [(copies, None)])
+    replayed = replace(pair, pictures=np.stack([copies, pair.pictures[1]]), nearest=(near, pair.nearest[1]))
+    shown = without_copies(replayed).pictures
+    assert shown is not None
+    assert (shown[0] == 127).all()
+    assert (shown[1] == pair.pictures[1]).all()

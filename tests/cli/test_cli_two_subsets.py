@@ -76,6 +76,14 @@ def test_runs_that_replay_are_told_from_the_control(ditlab, place, plain, twin, 
     assert found.control.max() < 1
 
 
+def test_another_recipe_is_noted(ditlab, place, plain, tmp_path):
+    other = place.trained("quick", "--skip", 20, "--training.lr", 0.01, "--training.seed", 3)
+    done = ditlab("two-subsets", plain, other, *QUICK, "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "note: training.lr is 0.001 in plain and 0.01 in quick" in done.out
+    assert done.out.count("note: ") == 1  # the seed may differ
+
+
 def test_bad_input(refused, place, plain, twin, conditional):
     assert "two-subsets: expected disjoint training sets, found 20 of plain's 20 images" in refused(
         "two-subsets", plain, place.trained("again", "--training.seed", "7")
@@ -86,6 +94,9 @@ def test_bad_input(refused, place, plain, twin, conditional):
     )
     assert "found network.attention = global in plain and 3,3 in local-twin" in refused(
         "two-subsets", plain, place.trained("local-twin", "--network.attention", "3,3", "--skip", 20)
+    )
+    assert "found objective.kind = vp in plain and edm in edm-twin" in refused(
+        "two-subsets", plain, place.trained("edm-twin", "--skip", 20, preset="dit-nano/1-edm")
     )
     assert "expected training sets of one size" in refused(
         "two-subsets", plain, place.trained("fewer", "--n", 10, "--skip", 20)

@@ -97,6 +97,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     refused({k: v for k, v in unet.items() if not k.startswith("encoder.1")}, r"numbered from 0 on, found \[0, 2\]")
     refused({k: v for k, v in cnn.items() if k != "conv_layers.2.weight"}, r"found \[0, 1, 3\]")
     refused(cnn | {"conv_layers.0.weight": torch.zeros(4, 3, 5, 5)}, "kernels of side 3 in a BF-CNN, found 5")
+    refused(unet | {"encoder.0.0.weight": torch.zeros(4, 1, 2, 2)}, r"broken.pt: expected kernels of an odd side .* 2$")
     refused(cnn | {"conv_layers.0.weight": torch.zeros(4)}, r"found the shape \(4,\)")
     refused(cnn | {"conv_layers.0.bias": torch.zeros(4)}, "'conv_layers.0.bias' has no counterpart")
     refused({"weight": torch.zeros(3)}, "a bias-free CNN or UNet, found another network's")

@@ -104,6 +104,7 @@ def measure_agreement(
     config: AgreementConfig,
     *,
     about: RunFacts,
+    mirrored: Float[Tensor, "n c h w"] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> AgreementResult:
     """A denoiser beside references of its training images.
@@ -113,6 +114,7 @@ def measure_agreement(
         images: its training images as it sees them, in their order.
         config: which references, and how they are compared.
         about: which denoiser, trained on what.
+        mirrored: the same images left to right reversed, where training mirrored them: references know them too.
         progress: told how many calls of references are done, of how many.
 
     Raises:
@@ -125,7 +127,11 @@ def measure_agreement(
             f"agreement: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"
         )
     sampler, sizes = sampler_of(config), _sizes(config, denoiser)
-    known = images[: config.training_images].to(denoiser.device)
+    known = images[: config.training_images]
+    count_known = len(known)
+    if mirrored is not None:
+        known = torch.cat([known, mirrored[: config.training_images]])
+    known = known.to(denoiser.device)
     noise = ImageNoise(range(config.images), denoiser.shape).initial()
     label = torch.full((len(noise),), denoiser.num_classes) if denoiser.num_classes else None
     points: list[PathPoint] = []
@@ -147,9 +153,9 @@ def measure_agreement(
         config=config,
         levels=tuple(point.sigma for point in points),
         references=tuple(found),
-        training_images=len(known),
+        training_images=count_known,
         shape=denoiser.shape,
-        notes=_notes(denoiser, len(known), max(len(images), about.n or 0)),
+        notes=_notes(denoiser, count_known, max(len(images), about.n or 0), mirrored is not None),
         images=mine,
     )
 
@@ -271,10 +277,12 @@ def _array(images: Tensor, what: str) -> np.ndarray:
     return found
 
 
-def _notes(denoiser: Denoiser, known: int, trained_on: int) -> tuple[str, ...]:
+def _notes(denoiser: Denoiser, known: int, trained_on: int, mirrored: bool) -> tuple[str, ...]:
     notes = []
     if known < trained_on:
         notes.append(f"References were made of the first {known} of {trained_on} training images.")
+    if mirrored:
+        notes.append("Training mirrored images left to right, so references know each of them both ways.")
     if denoiser.num_classes:
         notes.append("The denoiser was told no class; references know none.")
     if not denoiser.bounded:

@@ -133,7 +133,7 @@ class AgreementResult:
     """Noise levels at which the sampler called the denoiser, descending."""
     references: tuple[ReferenceAgreement, ...]
     training_images: int
-    """How many training images the references were made of."""
+    """How many training images the references were made of, mirrored twins not counted."""
     shape: tuple[int, int, int]
     """(C, H, W) of the images."""
     notes: tuple[str, ...] = ()

@@ -125,6 +125,16 @@ class TwoSubsetsResult:
         with one another than with what they were trained on."""
         return float(self.pair.mean() - self.nearest_cosine.mean())
 
+    @property
+    def telling(self) -> np.ndarray:
+        """Whether each run's samples show too much of a training image where none may be shown, bool [2, n].
+
+        So does one less than half as far from a training image of its own run as the images of the control are from
+        theirs, by their median: vectors of length 1 with the cosine c lie sqrt(2 - 2 c) apart.
+        """
+        limit = (1 - float(np.median(self.control))) / 4
+        return np.stack([1 - side.cosine < limit for side in self.nearest])
+
     def sentences(self) -> tuple[str, ...]:
         """What was found, one sentence each."""
         first, second = self.about

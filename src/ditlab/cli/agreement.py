@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.table import Table
 from ditlab.analysis.agreement import check_agreement, measure_agreement
 from ditlab.analysis.agreement_result import AgreementConfig, AgreementResult
 from ditlab.cli.common import counting, noting, use_threads
-from ditlab.cli.left import TELLING, agreement_pictures
+from ditlab.cli.left import agreement_pictures
 from ditlab.cli.measuring import open_runs
 from ditlab.reference import ForeignConfig
 from ditlab.trained import Trained
@@ -48,7 +49,8 @@ class Agreement:
     codec: str | None = None
     """Where the autoencoder of a run on latents lies now, if it was moved."""
     hide_training_images: bool = False
-    """Leave out the pictures of empirical Bayes and Wiener locality, which are training images or nearly so."""
+    """Leave out the pictures of empirical Bayes and Wiener locality, which are training images or nearly so, and those
+    of the others that are nearly one."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
     threads: int | None = None
@@ -61,9 +63,12 @@ class Agreement:
         [run] = open_runs([self.reference], self.data, console, config=self.foreign, results=self.out, codec=self.codec)
         denoiser, facts = run.denoiser_and_facts(step=self.step, ema=not self.raw, device=device, say=noting(console))
         check_agreement(denoiser, self.settings)
-        images = run.images.batch(run.split.train[: self.settings.training_images])
+        train = run.split.train[: self.settings.training_images]
+        images, twins = run.images.batch(train), None
+        if run.mirrored:
+            twins = run.images.batch(train, mirrored=torch.ones(len(train), dtype=torch.bool))
         with counting(console, f"agreement of {facts.name}") as progress:
-            result = measure_agreement(denoiser, images, self.settings, about=facts, progress=progress)
+            result = measure_agreement(denoiser, images, self.settings, about=facts, mirrored=twins, progress=progress)
         files = [result.save(run.path / "analysis"), *self._draw(run, result)]
         console.print(_table(result))
         console.print(
@@ -82,9 +87,7 @@ class Agreement:
         from ditlab.report.style import save
 
         out = self.out if self.out is not None else run.path / "analysis"
-        pictures = agreement_pictures(run, result)
-        if self.hide_training_images:
-            pictures = {name: images for name, images in pictures.items() if name not in TELLING}
+        pictures = agreement_pictures(run, result, hide_training_images=self.hide_training_images)
         return [
             save(agreement_images(result, pictures), out / "agreement-images.png"),
             save(agreement_curves(result), out / "agreement.png"),

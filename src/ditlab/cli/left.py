@@ -12,6 +12,7 @@ import torch
 from ditlab.analysis.agreement_result import AgreementResult
 from ditlab.analysis.psnr import RunFacts
 from ditlab.analysis.two_subsets import TwoSubsetsResult
+from ditlab.cli.copies import blanked, nearest_training, telling
 from ditlab.data.pixels import to_uint8
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
@@ -23,16 +24,25 @@ TELLING = ("empirical-bayes", "wiener-locality")
 """References whose images are training images, or nearly so."""
 
 
-def agreement_pictures(run: Trained, result: AgreementResult) -> dict[str, np.ndarray]:
+def agreement_pictures(
+    run: Trained, result: AgreementResult, *, hide_training_images: bool = False
+) -> dict[str, np.ndarray]:
     """What the images of a result look like, uint8 [n, C, H, W] by name, n at most `SHOWN`; the noise in its own space.
 
     Args:
         run: whose autoencoder decodes latents.
         result: with its images.
+        hide_training_images: leave out the references that are `TELLING`, and blank what is nearly a training image.
     """
     assert result.images is not None
     found = {"network": result.images, **{one.name: one.images for one in result.references if one.images is not None}}
+    if hide_training_images:
+        found = {name: images for name, images in found.items() if name not in TELLING}
     pictures = {name: run.pixels(torch.from_numpy(images[:SHOWN])) for name, images in found.items()}
+    if hide_training_images:
+        hidden = telling(*nearest_training(run, np.concatenate(list(pictures.values()))))
+        sides = np.split(hidden, len(pictures))
+        pictures = {name: blanked(one, side) for (name, one), side in zip(pictures.items(), sides, strict=True)}
     noise = ImageNoise(range(min(SHOWN, result.config.images)), result.shape).initial() / 3
     if result.shape[0] in (1, 3) and result.shape[1:] == pictures["network"].shape[2:]:
         return {"noise": to_uint8(noise).numpy(), **pictures}
@@ -55,6 +65,13 @@ def closest_pictures(one: Trained, two: Trained, result: TwoSubsetsResult) -> tu
     return pictures(one, 0), pictures(two, 1)
 
 
+def without_copies(result: TwoSubsetsResult) -> TwoSubsetsResult:
+    """A result whose pictures of samples that are nearly a training image are blank."""
+    assert result.pictures is not None
+    hidden = result.telling[:, : result.pictures.shape[1]]
+    return replace(result, pictures=blanked(result.pictures, hidden))
+
+
 @dataclass(frozen=True, eq=False)
 class Left:
     """Results of the newest checkpoints of the runs on a page."""
@@ -73,9 +90,7 @@ class Left:
             name = result.about.name
             drawn = f"{name} and closed-form denoisers of its training images"
             if result.images is not None:
-                pictures = agreement_pictures(run, result)
-                if hide_training_images:
-                    pictures = {key: images for key, images in pictures.items() if key not in TELLING}
+                pictures = agreement_pictures(run, result, hide_training_images=hide_training_images)
                 found[f"agreement-images-{number}"] = (
                     lambda theme, result=result, pictures=pictures: agreement_images(result, pictures, theme=theme),
                     f"Rows of images: noise, what {name} draws from it, and what closed-form denoisers draw.",
@@ -94,8 +109,9 @@ class Left:
                 "Broken lines are means.",
             )
             if result.pictures is not None:
+                shown = without_copies(result) if hide_training_images else result
                 found[f"two-subsets-pairs-{number}"] = (
-                    lambda theme, result=result: two_subsets_pairs(result, theme=theme),
+                    lambda theme, result=shown: two_subsets_pairs(result, theme=theme),
                     f"Rows of images: samples of {names} from equal noise.",
                     "Below each first sample its cosine with the second; below that the second's with its closest.",
                 )

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from ditlab.analysis.two_subsets import TwoSubsetsResult, check_disjoint, check_facts, compare_subsets
 from ditlab.cli.common import counting, noting, use_threads
+from ditlab.cli.copies import training_images
 from ditlab.cli.drawing import SamplerName, draw, guided_as, sampler_config
-from ditlab.cli.left import closest_pictures
+from ditlab.cli.left import closest_pictures, without_copies
 from ditlab.cli.measuring import open_runs
-from ditlab.cli.reporting import training_images
 from ditlab.cli.sample import parse_seeds, seeds_text
 from ditlab.cli.sample_job import about_sampler
 from ditlab.config import differing_settings
@@ -30,6 +30,9 @@ from ditlab.training.distributed import pick_device
 
 CONTROLS = 1000
 """Training images of the first run that are looked for among those of the second, at most."""
+
+_RECIPE = ("batch_size", "lr", "lr_halve_every", "lr_anneal", "betas", "weight_decay", "ema", "flip", "precision")
+"""Settings of training that change what a network becomes; where they differ, the images are not all that does."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class TwoSubsets:
     keep_mean: bool = False
     """Compare images with their means; Kadkhodaie et al. take each image's mean off first."""
     hide_training_images: bool = False
-    """Leave out pictures of training images (for sets whose terms forbid passing them on)."""
+    """Leave out pictures of training images, and of samples that are nearly one (for sets whose terms forbid passing
+    them on)."""
     batch: int = 64
     """Images drawn at once."""
     raw: bool = False
@@ -84,6 +88,9 @@ class TwoSubsets:
         (first, about), (second, about_second) = opened
         for denoiser in (first, second):
             evaluations(config, denoiser)  # refuses steps that the sampler cannot take
+        for name, (mine, theirs) in differing_settings(one.settings, two.settings).items():
+            if name.removeprefix("training.") in _RECIPE:
+                console.print(f"note: {name} is {mine} in {one.name} and {theirs} in {two.name}", markup=False)
         if about.step != about_second.step:
             console.print(f"note: {one.name} made {about.step} steps, {two.name} {about_second.step}", markup=False)
         classes = first.num_classes
@@ -115,9 +122,12 @@ class TwoSubsets:
         from ditlab.report.style import save
         from ditlab.report.two_subsets_figures import two_subsets_histograms, two_subsets_pairs
 
-        nearest = None if self.hide_training_images else closest_pictures(one, two, result)
+        hide = self.hide_training_images
+        nearest = None if hide else closest_pictures(one, two, result)
         yield save(two_subsets_histograms(result), out / "two-subsets.png")
-        yield save(two_subsets_pairs(result, nearest), out / "two-subsets-pairs.png")
+        yield save(
+            two_subsets_pairs(without_copies(result) if hide else result, nearest), out / "two-subsets-pairs.png"
+        )
 
 
 def _a_run(run: Trained) -> Run:
@@ -131,7 +141,9 @@ def _a_run(run: Trained) -> Run:
 def _check(one: Run, two: Run) -> None:
     """Raises DitlabError where the two runs differ in more than their training images."""
     check_facts(one.facts(None), two.facts(None))
-    for name, (mine, theirs) in differing_settings(one.settings, two.settings).items():
+    found = differing_settings(one.settings, two.settings)
+    # The kind of a thing first: what belongs to one kind alone says little.
+    for name, (mine, theirs) in sorted(found.items(), key=lambda item: not item[0].endswith(".kind")):
         if name.startswith(("network.", "objective.", "codec")):
             raise DitlabError(
                 f"two-subsets: expected runs that differ in their training images alone, found {name} = {mine} in "

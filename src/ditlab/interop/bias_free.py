@@ -66,6 +66,8 @@ def infer_config(state: Mapping[str, Tensor], where: str) -> BFCNNConfig | BFUNe
             raise DitlabError(f"{where}: expected kernels of side 3 in a BF-CNN, found {kernel}")
         depth = _count(state, r"conv_layers\.(\d+)\.weight", where)
         return BFCNNConfig(channels=channels, width=width, depth=depth)
+    if kernel % 2 == 0:
+        raise DitlabError(f"{where}: expected kernels of an odd side in a bias-free UNet, found {kernel}")
     blocks = _count(state, r"encoder\.(\d+)\.", where)
     return BFUNetConfig(
         image_size=(max(32, 2**blocks), max(32, 2**blocks)),

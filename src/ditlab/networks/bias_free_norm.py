@@ -39,7 +39,7 @@ def bias_free_norm(
 
     With several processes the batch is that of all of them together, which have equal shares of it, and gradients go
     through what they tell each other: N processes train as one does. Of a step that is cut into micro-batches, each
-    has its own deviation.
+    has its own deviation, and these are of other images with several processes than with one.
 
     Args:
         x: features.

@@ -24,7 +24,9 @@ def agreement_section(results: Sequence[AgreementResult], pictures: Sequence[Pic
             result.about.group,
             result.about.n,
             one.word,
-            *(float(np.median(values)) for values in (one.correlation, one.control, one.r2, one.mse)),
+            float(np.median(one.correlation)),
+            float(np.median(one.control)) if result.config.images > 1 else None,  # of one image there is no other noise
+            *(float(np.median(values)) for values in (one.r2, one.mse)),
         )
         for result in results
         for one in result.references

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: Theme = LIGHT) -> Figure:
-    """Cosines of the pairs (blue), to the closest training image (orange), and of the control (grey), as densities.
+    """Cosines of the pairs (blue), to the closest training image (orange), and of the control (grey), as shares.
 
     Args:
         result: what was measured.
