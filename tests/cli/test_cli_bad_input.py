@@ -364,3 +364,22 @@ def test_runs_on_different_image_sets(refused, place, plain):
     (other / "config.json").write_text(json.dumps(record))
     says = refused("psnr-gap", plain, other)
     assert f"runs {plain} and {other} were trained on different image sets" in says
+
+
+@pytest.mark.parametrize("verb", ["psnr-gap", "attention", "jacobian", "agreement", "report"])
+def test_a_place_for_results_that_is_none_is_refused_before_the_work(refused, plain, tmp_path, verb, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    says = f"--out {file / 'deep'}: expected a folder, found a file at {file}"
+    assert says in refused(verb, plain, "--out", file / "deep" / ("page.html" if verb == "report" else ""))
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    assert "expected a folder that can be written to, found" in refused(verb, plain, "--out", tmp_path / "new" / "page")
+    assert file.read_text() == "mine"
+
+
+def test_two_subsets_refuse_such_a_place_too(refused, plain, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file"
+    assert f"--out {out}: expected a folder, found a file at {out}" in refused(
+        "two-subsets", plain, plain, "--out", out
+    )

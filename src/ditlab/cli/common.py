@@ -41,6 +41,19 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def check_out(out: Path | None) -> None:
+    """Raises DitlabError where a folder of results cannot be made or written to; said before the work."""
+    if out is None:
+        return
+    place = out.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise DitlabError(f"--out {out}: expected a folder, found a file at {place}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DitlabError(f"--out {out}: expected a folder that can be written to, found {place}, which cannot")
+
+
 def is_source(data: str) -> bool:
     """Whether a --data value names a source rather than a prepared set's folder."""
     return any(data == s or (s.endswith(":") and data.startswith(s)) for s in SOURCES) and not Path(data).is_dir()

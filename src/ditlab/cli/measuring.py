@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ditlab.analysis.matched import Trajectory
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
-from ditlab.cli.common import counting, is_source, noting, open_images
+from ditlab.cli.common import check_out, counting, is_source, noting, open_images
 from ditlab.config import differing_settings
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
@@ -135,13 +135,16 @@ def open_runs(
         data: where the runs' image set lies now, and the set (or the source of one) to look at other models with.
         console: where notes are printed.
         config: which images stand for the training images of models that are not runs.
-        results: the folder for the results of models that do not lie in one of the user's own.
+        results: the folder that is to be written to; also for the results of models that do not lie in one of the
+            user's own.
         codec: where the autoencoder of those on latents lies now, if it was moved, or does not lie beside a model.
 
     Raises:
         DitlabError: none was named, or one was named twice, or they are of different image sets, or two of one seed
-            were held back different test images (said here, before anything is measured).
+            were held back different test images, or the folder for the results cannot be written to (said here, before
+            anything is measured).
     """
+    check_out(results)
     if not references:
         raise DitlabError("expected at least one run's folder, found none")
     runs = [_open(reference, data, console, config, results, codec) for reference in references]

@@ -80,7 +80,7 @@ class TwoSubsets:
         device, seeds = pick_device(self.device), parse_seeds(self.seeds)
         if self.batch < 1:
             raise DitlabError(f"two-subsets --batch: expected at least 1, found {self.batch}")
-        runs = open_runs([self.first, self.second], self.data, console, codec=self.codec)
+        runs = open_runs([self.first, self.second], self.data, console, results=self.out, codec=self.codec)
         one, two = (_a_run(run) for run in runs)
         _check(one, two)
         config = sampler_config(one, self.sampler, self.sampler_steps)
