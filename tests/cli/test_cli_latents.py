@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
+from ditlab.analysis.jacobian_result import JacobianResult
 from ditlab.analysis.nearest import nearest
 from ditlab.analysis.psnr import PSNRConfig
 from ditlab.cli import reporting
@@ -21,6 +23,7 @@ from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
 from ditlab.data.codecs import open_codec
+from ditlab.data.pixels import centre_crop, planes, to_float
 from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
@@ -366,3 +369,18 @@ def test_the_autoencoder_of_flux2_on_faces(ditlab, shared, tmp_path):
     done = ditlab("sample", "run", "--seeds", "0-1", "--sampler", "ddim", "--steps", 2, "--device", "cpu")
     assert done.status == 0, done.err
     assert Run.open("run").pixels_at([3]).shape == (1, 3, 64, 64)
+
+
+def test_the_jacobian_at_a_picture(ditlab, place, latent, tmp_path):
+    file = tmp_path / "ramp.png"
+    ramp = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
+    Image.fromarray(ramp).save(file)
+    run = Run.open(place.copy(latent))
+    words = ["--show", 0, "--levels", 0.5, "--top", 2, "--pictures", file]
+    done = ditlab("jacobian", run.path, *words, "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    [point] = JacobianResult.load(run.path / "analysis" / "jacobian.json").points
+    middle = torch.from_numpy(planes(centre_crop(Image.fromarray(ramp), 8))[None].copy())
+    means, record = run.codec.moments(to_float(middle).repeat(1, 3, 1, 1))[0], run.codec.record
+    assert np.abs(point.clean - (means[0].numpy() - record.shift) * record.scale).max() < 1e-5
+    assert point.clean.shape == (4, 4, 4)

@@ -100,6 +100,8 @@ def test_what_cannot_be_trained_is_refused():
         ({"low": 1.0}, "low < high, found 1.0 and 1.0"),
         ({"max_level": 0.0}, "max_level > 0, found 0.0"),
         ({"max_level": float("nan")}, "max_level > 0"),
+        ({"max_level": float("inf")}, "finite max_level > 0, found inf"),
+        ({"high": float("inf")}, "finite low < high"),
     ):
         with pytest.raises(DitlabError, match=says):
             BlindObjectiveConfig(**change)

@@ -14,6 +14,7 @@ import torch
 
 from ditlab import cli
 from ditlab.networks.dit import DiT
+from ditlab.networks.registry import NETWORKS
 from ditlab.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_links_of_pages_outside_the_site(page):
 def test_the_table_of_presets():
     page = (ROOT / "docs" / "training.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:6] == "| `dit"]
-    assert {row[0] for row in rows} == {name for name in PRESETS if not name.endswith("-edm")}
+    assert {row[0] for row in rows} == {n for n in PRESETS if n.startswith("dit-") and not n.endswith("-edm")}
     for name, parameters, shape, tokens, steps, batch, lr in rows:
         network, training = PRESETS[name].network, PRESETS[name].training
         with torch.device("meta"):
@@ -119,6 +120,20 @@ def test_the_table_of_presets():
         rows_, columns = network.grid
         assert [f"{count / 1e6:.2f} M", f"{network.depth} x {network.width} x {network.heads}"] == [parameters, shape]
         assert [f"{rows_ * columns}", f"{training.steps:,}"] == [tokens, steps]
+        assert [f"{training.batch_size}", f"{training.lr:g}"] == [batch, lr]
+
+
+@pytest.mark.parametrize(("start", "twins"), [("bf-", ("-vp", "-edm")), ("unet-", "-edm")])
+def test_the_table_of_other_presets(start, twins):
+    page = (ROOT / "docs" / "training.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith(f"| `{start}")]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    assert {row[0] for row in rows} == {n for n in PRESETS if n.startswith(start) and not n.endswith(twins)}
+    for name, parameters, _, steps, batch, lr in rows:
+        network, training = PRESETS[name].network, PRESETS[name].training
+        with torch.device("meta"):
+            count = sum(p.numel() for p in NETWORKS[type(network)](network).parameters())
+        assert [f"{count / 1e6:.2f} M", f"{training.steps:,}"] == [parameters, steps]
         assert [f"{training.batch_size}", f"{training.lr:g}"] == [batch, lr]
 
 

@@ -16,16 +16,22 @@ Niedoba et al. 2411.19339 (sensitivity, locality sizes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ditlab.analysis.denoising import check_levels
 from ditlab.analysis.psnr import RunFacts
+from ditlab.analysis.store import read_arrays, read_json, write_arrays, write_json
+from ditlab.errors import DitlabError, unknown_name
 
 Target = Literal["x0", "eps", "I-eps"]
 Decomposition = Literal["svd", "eigh", "eig"]
+Mode = Literal["auto", "forward", "reverse"]
 
 SHARES = (0.5, 0.75, 0.95)
 """Shares of a pixel's sensitivity whose squares are measured (Niedoba et al.)."""
@@ -54,7 +60,7 @@ class JacobianConfig:
     """Which vectors are kept and drawn, from 0, the leading one; those that do not exist are left out."""
     pixels: tuple[tuple[int, int], ...] = ()
     """Output pixels (row, column) whose sensitivity is kept and drawn; the middle one where none is given."""
-    mode: Literal["auto", "forward", "reverse"] = "auto"
+    mode: Mode = "auto"
     """How the whole matrix is made: columns by forward mode, rows by reverse mode, or the faster of the two as a few
     rows and columns show."""
     chunk: int = 16
@@ -63,6 +69,29 @@ class JacobianConfig:
     """Length of the random step of r_lin, as a share of the noise."""
     noise_seed: int = 0
     """Seed of the noise. Equal seeds give every denoiser the same noise."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        for name, known in (("target", Target), ("decomposition", Decomposition), ("mode", Mode)):
+            if getattr(self, name) not in get_args(known):
+                raise unknown_name(f"jacobian {name}", str(getattr(self, name)), get_args(known))
+        if self.levels is not None and self.steps is not None:
+            raise DitlabError("jacobian: expected levels or steps, found both")
+        if self.levels is not None:
+            check_levels(self.levels, "jacobian")
+        if self.steps is not None and (not self.steps or list(self.steps) != sorted(set(self.steps))):
+            raise DitlabError(f"jacobian: expected ascending steps without repeats, found {list(self.steps)}")
+        for name, places in (("images", self.images), ("show", self.show)):
+            if not places or len(set(places)) < len(places) or min(places) < 0:
+                raise DitlabError(f"jacobian {name}: expected different places, counted from 0, found {list(places)}")
+        if any(len(pixel) != 2 or min(pixel) < 0 for pixel in self.pixels):
+            raise DitlabError(f"jacobian pixels: expected rows and columns counted from 0, found {list(self.pixels)}")
+        if self.top < 0 or self.chunk < 1:
+            raise DitlabError(
+                f"jacobian: expected top of at least 0 and chunk of at least 1, found {self.top} and {self.chunk}"
+            )
+        if not 0 < self.step_size < math.inf:
+            raise DitlabError(f"jacobian: expected a step_size above 0, found {self.step_size:g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +131,11 @@ class JacobianPoint:
     denoised: np.ndarray
     """float32 [C, H, W], D(y)."""
     values: np.ndarray
-    """float64 [K], complex128 for `eig`: singular values or eigenvalues, largest first (by modulus for eig)."""
+    """float64 [K], complex128 for `eig`: singular values or eigenvalues, largest first (by modulus for eig, where of a
+    complex pair the one with the positive imaginary part comes first)."""
     residuals: np.ndarray
-    """float64 [K]: |J v - s u| (svd), |S v - l v| (eigh), |J v - l v| (eig), vectors of length 1."""
+    """float64 [K]: |J^T u - s v| or |J v - s u|, whichever is larger (svd), |S v - l v| (eigh), |J v - l v| (eig), for
+    vectors of length 1, from products made anew."""
     shown: np.ndarray
     """int64 [G]: which vectors are kept."""
     left: np.ndarray
@@ -135,3 +166,142 @@ class JacobianResult:
 
     kind = "jacobian"
     version = 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know about how this was measured, one sentence each."""
+        notes = []
+        if self.config.top:
+            notes.append(
+                f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix: "
+                "numbers that need the whole matrix are left out."
+            )
+        return tuple(notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays, of which it has the leading values."""
+        return {
+            "kind": self.kind,
+            "version": self.version,
+            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
+            "config": asdict(self.config),
+            "notes": list(self.notes),
+            "points": [_point_to_json(point) for point in self.points],
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of all points, by "POINT/NAME", as they are kept beside the JSON."""
+        return {
+            f"{place}/{name}": array
+            for place, point in enumerate(self.points)
+            for name, array in _point_arrays(point).items()
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
+        """The result again, from `to_json()` and `arrays()`.
+
+        Raises:
+            DitlabError: a field or an array is missing or unknown.
+        """
+        try:
+            config = {name: _tuples(value) for name, value in record["config"].items()}
+            return cls(
+                about=RunFacts(**record["about"]),
+                config=JacobianConfig(**config),
+                points=tuple(
+                    _point_from_json(point, {n: arrays[f"{place}/{n}"] for n in _array_names(point)})
+                    for place, point in enumerate(record["points"])
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DitlabError(f"jacobian result: a field is missing or unknown ({error})") from error
+
+    def save(self, folder: Path | str, name: str = "jacobian") -> Path:
+        """Writes NAME.npz and then NAME.json; returns the JSON's path."""
+        folder = Path(folder)
+        write_arrays(folder / f"{name}.npz", self.arrays())
+        return write_json(folder / f"{name}.json", self.to_json())
+
+    @classmethod
+    def load(cls, path: Path | str) -> JacobianResult:
+        """Reads what `save` wrote, from the JSON's path; the .npz has to lie beside it.
+
+        Raises:
+            DitlabError: a file is absent or damaged, or is another kind of result.
+        """
+        path = Path(path)
+        record = read_json(path, cls.kind, cls.version)
+        try:
+            names = [f"{i}/{n}" for i, point in enumerate(record["points"]) for n in _array_names(point)]
+        except (KeyError, TypeError) as error:
+            raise DitlabError(f"{path}: a field is missing ({error})") from error
+        return cls.from_json(record, read_arrays(path.with_suffix(".npz"), tuple(names)))
+
+
+_ARRAYS = ("clean", "noisy", "denoised", "values", "residuals", "shown", "left", "right", "channels")
+_MAPS = ("maps", "centred", "sizes")
+_SIDES = ("sensitivity", "wiener")
+_LEADING = 16
+
+
+def _array_names(point: Mapping[str, Any]) -> list[str]:
+    sides = [f"{side}/{name}" for side in _SIDES if point[side] is not None for name in _MAPS]
+    return [*_ARRAYS, *(f"by_vector/{name}" for name in point["by_vector"]), *sides]
+
+
+def _point_arrays(point: JacobianPoint) -> dict[str, np.ndarray]:
+    arrays = {name: getattr(point, name) for name in _ARRAYS}
+    arrays |= {f"by_vector/{name}": values for name, values in point.by_vector.items()}
+    for side in _SIDES:
+        found: Sensitivity | None = getattr(point, side)
+        if found is not None:
+            arrays |= {f"{side}/{name}": getattr(found, name) for name in _MAPS}
+    return arrays
+
+
+def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
+    leading = point.values[:_LEADING].tolist()
+    if point.values.dtype.kind == "c":
+        leading = [[value.real, value.imag] for value in leading]
+    return {
+        "image": point.image,
+        "sigma": point.sigma,
+        "timestep": point.timestep,
+        "count": len(point.values),
+        "leading_values": leading,
+        "largest_residual": float(point.residuals.max()),
+        "numbers": dict(point.numbers),
+        "by_vector": {name: values[:_LEADING].tolist() for name, values in point.by_vector.items()},
+        **{side: _sensitivity_to_json(getattr(point, side)) for side in _SIDES},
+    }
+
+
+def _sensitivity_to_json(found: Sensitivity | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    sides = {f"{share:g}": side for share, side in zip(SHARES, found.locality, strict=True)}
+    return {"pixels": [list(pixel) for pixel in found.pixels], "locality": sides}
+
+
+def _point_from_json(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianPoint:
+    def side(name: str) -> Sensitivity | None:
+        if record[name] is None:
+            return None
+        return Sensitivity(pixels=_tuples(record[name]["pixels"]), **{m: arrays[f"{name}/{m}"] for m in _MAPS})
+
+    return JacobianPoint(
+        image=record["image"],
+        sigma=record["sigma"],
+        timestep=record["timestep"],
+        **{name: arrays[name] for name in _ARRAYS},
+        by_vector={name: arrays[f"by_vector/{name}"] for name in record["by_vector"]},
+        numbers=dict(record["numbers"]),
+        sensitivity=side("sensitivity"),
+        wiener=side("wiener"),
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON, and lists in them, as tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -16,6 +16,8 @@ from ditlab.analysis.comparison import compare
 from ditlab.analysis.psnr import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
 from ditlab.cli.drawing import draw, guided_as, sampler_config
+from ditlab.cli.jacobian_points import directions
+from ditlab.cli.left import left_behind
 from ditlab.cli.looking import keep, look_at, recall
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
@@ -33,14 +35,14 @@ SAMPLES = 64
 @dataclass(frozen=True)
 class Report:
     """Write one self-contained HTML page about runs: settings, samples and their nearest training images, PSNR curves,
-    gap bars, gap along training, attention maps with a token picker, locality of attention.
+    gap bars, gap along training, attention maps with a token picker, locality of attention, Jacobians.
 
     What `ditlab psnr-gap` and `ditlab attention` have already measured for the newest checkpoint is used; the rest is
-    measured now.
+    measured now. Jacobians are shown where `ditlab jacobian` has left any; they are measured with --jacobian only.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Runs' folders, or other models: a converted model's folder, an original DiT checkpoint, diffusers:PATH_OR_ID,
+    """Runs' folders, or other models: a converted model's folder, a published checkpoint, diffusers:PATH_OR_ID,
     hub:ID."""
     out: Path | None = None
     """The page; report.html in the first run's folder where not given. Its figures go into figures/ beside it."""
@@ -53,6 +55,9 @@ class Report:
     hide_training_images: bool = False
     """Leave out pictures of all real images, training and held-out ones (for sets whose terms forbid passing them on).
     Attention is then shown on a sample, and samples stand alone with their distance to the nearest training image."""
+    jacobian: bool = False
+    """Also take the Jacobian, at one held-out image, of runs that have none: about a minute of a core for 3x32x32
+    pixels and a small network, many for a large one. (`ditlab jacobian` has the settings.)"""
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
@@ -93,6 +98,7 @@ class Report:
             foreword=[f"{run.name}: {note}" for run in runs for note in run.notes],
             samples=self.samples,
             hide_training_images=self.hide_training_images,
+            jacobian=self.jacobian,
             device=str(pick_device(self.device)),
             commands=[("this page", command_line("report"))],
         )
@@ -110,6 +116,7 @@ def write_report(
     foreword: Sequence[str] = (),
     samples: int = 16,
     hide_training_images: bool = False,
+    jacobian: bool = False,
     device: str = "cpu",
     settings: PSNRConfig | None = None,
     attention: AttentionConfig | None = None,
@@ -129,9 +136,13 @@ def write_report(
         references += measure_references(first, settings, results[0].levels, console, device=device)
     sampled = _samples(runs, labels, names, samples, console, device) if samples else []
     looks = look_at(runs, labels, attention or AttentionConfig(), console, names=names, device=device)
+    jacobians = directions(runs, labels, names, console, measure=jacobian, device=device)
     told = [(f"train {name}", run.command) for run, name in zip(runs, names, strict=True)]
     words = [*commands, *told]
-    material = Material(runs, labels, comparison, references, sampled, looks, words, hide_training_images)
+    left = left_behind(runs, labels, names)
+    material = Material(
+        runs, labels, comparison, references, sampled, looks, words, hide_training_images, jacobians, left
+    )
     drawn = draw_all(figures(material, material.matched()))
     save_figures(drawn, out.parent / "figures")
     return save_report(material, drawn, out, title=title, foreword=foreword)

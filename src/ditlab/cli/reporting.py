@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,17 @@ import torch
 
 from ditlab.analysis.comparison import PSNRComparison
 from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
-from ditlab.analysis.nearest import NearestResult, nearest_in
+from ditlab.analysis.nearest import NearestResult
 from ditlab.analysis.psnr import PSNRResult
 from ditlab.analysis.store import write_bytes
 from ditlab.cli import scaling
+from ditlab.cli.copies import blanked, nearest_training, telling
+from ditlab.cli.jacobian_points import Directions
+from ditlab.cli.left import Left
 from ditlab.cli.looking import Look, localities, map_rows, pickers
 from ditlab.cli.measuring import trajectories
+from ditlab.report import agreement_section as closed_forms
+from ditlab.report.jacobian_section import NAMES, jacobian_drawings, jacobian_section, of_number
 from ditlab.trained import Trained
 
 if TYPE_CHECKING:
@@ -70,14 +75,12 @@ class Drawn:
             name: the run's name; that of its folder where not given.
             classes: that the images were drawn for, int64 [count].
         """
-        mirror, images = run.mirrored, run.pixels(seen)
-        held_out = run.decoded_at(run.split.test[:CONTROLS])
-        found = nearest_in(np.concatenate([images, held_out]), _training_images(run, mirror))  # decoded once for both
-        about, count = replace(run.facts(run.newest_step, label=label), name=name or run.name), len(images)
+        images = run.pixels(seen)
+        found, control = nearest_training(run, images)
+        about = replace(run.facts(run.newest_step, label=label), name=name or run.name)
         if run.images.latents is not None:
             about = replace(about, settings={**about.settings, "space": "latents"})
-        control = found.take(len(held_out), count) if len(held_out) else None
-        result = NearestResult(about, found.take(count), control, mirror)
+        result = NearestResult(about, found, control, run.mirrored)
         return cls(run, label, seen, images, result, classes)
 
     @property
@@ -89,25 +92,10 @@ class Drawn:
 
     @property
     def telling(self) -> np.ndarray:
-        """Whether each sample shows too much of a training image where none may be shown, bool [count].
-
-        So does a copy (d1 / d2 < 1/3), and what lies less than half as far from a training image as held-out images do.
-        """
-        found, held_out = self.nearest.samples, self.nearest.held_out
-        near = 0.0 if held_out is None else float(np.median(held_out.first)) / 2
-        return found.copied | (found.first < near)
+        """Whether each sample shows too much of a training image where none may be shown, bool [count]."""
+        return telling(self.nearest.samples, self.nearest.held_out)
 
 
-def _training_images(run: Trained, mirror: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Parts of the training images as the denoiser knows them, with their mirrored twins where those count."""
-    train = run.split.train
-    for start in range(0, len(train), PART):
-        part = train[start : start + PART]
-        yield run.decoded_at(part), run.decoded_at(part, mirrored=True) if mirror else None
-
-
-PART = 64
-"""Training images that are decoded at once."""
 SHOWN = 16
 """Samples of each kind that the page shows, at most; distances are given for all."""
 SHEET = 96
@@ -116,11 +104,9 @@ ROOM = 1_000_000
 """Bytes of the page that are kept for token pickers, where there is attention to show."""
 FIGURES = (
     r"samples|psnr-curves|gap-bars|(gap-along-training|matched-psnr|losses)(-n\w+)?|attention-maps"
-    rf"|attention-locality(-by-n)?-\d+|{scaling.NAMES}"
+    rf"|attention-locality(-by-n)?-\d+|{scaling.NAMES}|{NAMES}|{closed_forms.NAMES}"
 )
 """The names of a report's figures, as a regular expression."""
-CONTROLS = 300
-"""Held-out images whose nearest training images are looked for, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +123,10 @@ class Material:
     commands: Sequence[tuple[str, str]]
     hide_training_images: bool = False
     """No picture of a real image, be it trained on or held out."""
+    jacobians: Sequence[Directions] = ()
+    """Jacobians of those of the runs that have any."""
+    left: Left = field(default_factory=Left)
+    """What `ditlab agreement` and `ditlab two-subsets` found of them."""
 
     @property
     def names(self) -> list[str]:
@@ -210,7 +200,12 @@ def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[st
         found |= _training_figures(material, matched, n, slots)
     found |= scaling.drawings(material.scaling, slots, several=len(comparison.counts) > 1)
     found |= _attention_figures(material, slots)
-    return found
+    for number, one in enumerate(material.jacobians, 1):
+        hide = material.hide_training_images
+        drawings = jacobian_drawings(one.comparison, one.pixels, hide_images=hide, slots=slots)
+        ending = f"-{number}" if len(material.jacobians) > 1 else ""
+        found |= {name + ending: drawing for name, drawing in drawings.items()}
+    return found | material.left.drawings(hide_training_images=material.hide_training_images)
 
 
 def _training_figures(
@@ -301,7 +296,7 @@ def _samples_figure(material: Material) -> tuple[Any, str, str]:
         found, about = drawn.nearest.samples.take(count), drawn.nearest.about
         images = drawn.images[:count]
         if hide:
-            images = np.where(drawn.telling[:count, None, None, None], np.uint8(127), images)
+            images = blanked(images, drawn.telling[:count])
         name = f"{drawn.label}, N = {about.n}, shuffle {about.seed}"
         rows.append(SampleRow(name, images, found, None if hide else drawn.pictures[:count]))
     beneath = "with their distance to the nearest training image (no real image is shown, nor any copy of one)"
@@ -329,7 +324,11 @@ def draw_all(drawings: Mapping[str, tuple[Any, str, str]]) -> dict[str, Picture]
     """File name -> the figure in both themes."""
     from ditlab.report.page import Picture
 
-    return {name: Picture.draw(*drawing, exact=name == "samples") for name, drawing in drawings.items()}
+    photographs = re.compile(r"samples|jacobian-denoised(-\d+)?|(agreement-images|two-subsets-pairs)-\d+")
+    return {
+        name: Picture.draw(*drawing, exact=photographs.fullmatch(name) is not None)
+        for name, drawing in drawings.items()
+    }
 
 
 def save_report(
@@ -384,6 +383,15 @@ def save_report(
         files = {f"{r.about.name}-attention.json": r.to_json() for g in alike.groups for r in g.results}
         shown = pictures(*(f"{name}-{number}" for name in ("attention-locality", "attention-locality-by-n")))
         sections.append(locality_section(alike, shown, number=number, data=files))
+    for number, one in enumerate(material.jacobians, 1):
+        shown = of_number(drawn, number, len(material.jacobians))
+        files = {f"{r.about.name}-jacobian.json": r.to_json() for r in one.comparison.results}
+        sections.append(jacobian_section(one.comparison, shown, number=number, data=files))
+    beside = {name: [drawn[key] for key in drawn if key.startswith(name)] for name in ("agreement-", "two-subsets-")}
+    sections += [
+        closed_forms.agreement_section([result for _, result in material.left.agreements], beside["agreement-"]),
+        closed_forms.two_subsets_section(material.left.subsets, beside["two-subsets-"]),
+    ]
     several = len(comparison.counts) > 1
     alone, together = comparison.sentences()[: len(comparison.groups)], comparison.sentences()[len(comparison.groups) :]
     differences = [*together, *(f"N = {m.n}. {s}" if several else s for m in matched for s in m.sentences())]

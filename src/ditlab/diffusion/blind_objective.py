@@ -5,6 +5,7 @@ Source: Kadkhodaie et al. 2024, from their published training code: sigma = u^2 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,10 +38,10 @@ class BlindObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if not self.low < self.high:
-            raise DitlabError(f"objective: expected low < high, found {self.low} and {self.high}")
-        if not self.max_level > 0:
-            raise DitlabError(f"objective: expected max_level > 0, found {self.max_level}")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise DitlabError(f"objective: expected finite low < high, found {self.low} and {self.high}")
+        if not 0 < self.max_level < math.inf:
+            raise DitlabError(f"objective: expected a finite max_level > 0, found {self.max_level}")
 
     def build(self) -> BlindObjective:
         """The objective."""

@@ -7,6 +7,7 @@ dark theme. References are greyer than runs, and are told apart by their dashes 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,3 +175,9 @@ def png(figure: Figure) -> bytes:
 def save(figure: Figure, path: Path | str) -> Path:
     """Writes the figure as PNG, whole or not at all. Raises DitlabError where it cannot be written."""
     return write_bytes(Path(path), png(figure))
+
+
+def wrapped(label: str, width: int) -> str:
+    """A label in lines of at most `width` characters where that can be; "N = 10" is not parted."""
+    whole = label.replace(" = ", "\u00a0=\u00a0")
+    return "\n".join(textwrap.wrap(whole, width)).replace("\u00a0", " ")

@@ -1,0 +1,217 @@
+"""Layers whose backward pass is a linear map of the gradient, and is differentiated as one.
+
+At one image the backward pass of any layer is linear in the gradient. torch's own layers, differentiated twice, also
+compute what the derivatives by the weight or by the layer's input would need, whether or not anybody asks for them,
+which up to doubles the cost of products with a Jacobian (the double backward trick of `jacobian_operator`). Within
+`lean_layers()` the common ones are linear maps of the gradient alone:
+
+- two-dimensional convolutions whose weights are given, not computed; nothing of the image is kept;
+- layer and group normalization: d xhat = P dx with P symmetric, so that both directions are the same kernel;
+- SiLU and GELU: f(x0) + f'(x0) (x - x0), with x0 the layer's input itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Rest = tuple[list[int], list[int], list[int], bool, list[int], int]
+"""Stride, padding, dilation, whether it is transposed, output padding, groups: as `torch.convolution` has them."""
+
+
+@contextmanager
+def lean_layers() -> Iterator[None]:
+    """Within it layers differentiate by their input alone, and their derivatives by the gradient alone."""
+    with _Lean():
+        yield
+
+
+class _Lean(TorchFunctionMode):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        for layers, lean in ((_CONVOLUTIONS, _convolved), (_NORMS, _normed), (_ACTIVATIONS, _activated)):
+            if func in layers and torch.is_grad_enabled():
+                found = lean(func, args, named)
+                return func(*args, **named) if found is None else found
+        return func(*args, **named)
+
+
+def _given(weight: Tensor | None) -> bool:
+    """Whether it cannot depend on the image."""
+    return weight is None or weight.is_leaf
+
+
+def _convolved(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
+    """None where it is left to torch: computed weights, padding by name, single images."""
+    bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
+    by_name = any(isinstance(value, str) for value in (*args, *named.values()))
+    if by_name or bound["input"].ndim != 4 or not (_given(bound["weight"]) and _given(bound.get("bias"))):
+        return None
+    return _CONVOLUTIONS[func](*args, **named)
+
+
+def _plain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The arguments of `conv2d`."""
+    return _run(input, weight, bias, (_two(stride), _two(padding), _two(dilation), False, [0, 0], groups))
+
+
+def _transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """The arguments of `conv_transpose2d`, in their own order."""
+    return _run(input, weight, bias, (_two(stride), _two(padding), _two(dilation), True, _two(output_padding), groups))
+
+
+def _run(image: Tensor, weight: Tensor, bias: Tensor | None, rest: Rest) -> Tensor:
+    return _Convolution.apply(image, weight.detach(), None if bias is None else bias.detach(), rest)  # pyright: ignore[reportReturnType]
+
+
+_CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: _plain, torch.conv_transpose2d: _transposed}
+
+
+class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(image: Tensor, weight: Tensor, bias: Tensor | None, rest: Rest) -> Tensor:
+        return torch.convolution(image, weight, bias, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        image, weight, _, ctx.rest = inputs
+        ctx.shape = image.shape
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Backward.apply(grads[0], *ctx.saved_tensors, ctx.shape, ctx.rest), None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, weight: Tensor, shape: torch.Size, rest: Rest) -> Tensor:
+        # Of the image only the shape is read where no gradient of the weight is asked for.
+        image = grad.new_empty(1).expand(shape)
+        return torch.ops.aten.convolution_backward(grad, image, weight, None, *rest, [True, False, False])[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, weight, _, ctx.rest = inputs
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        return torch.convolution(grads[0], weight, None, *ctx.rest), None, None, None
+
+
+def _two(value: Any) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, tuple | list | torch.Size) else [int(value)] * 2
+
+
+def _normed(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
+    """None where it is left to torch: computed weights, or those of another dtype."""
+    bound = dict(zip(("input", "groups", "weight", "bias", "eps"), args, strict=False)) | named
+    x, weight, bias = bound["input"], bound.get("weight"), bound.get("bias")
+    if not all(_given(part) and (part is None or part.dtype == x.dtype) for part in (weight, bias)):
+        return None
+    weight, bias = (None if part is None else part.detach() for part in (weight, bias))
+    at, eps = x.detach().contiguous(), bound.get("eps", 1e-5)
+    if func is F.group_norm:
+        groups = bound.get("groups", bound.get("num_groups"))
+        sizes = (len(at), at.shape[1], at[0, 0].numel(), groups)
+        value, mean, spread = torch.native_group_norm(at, weight, bias, *sizes, eps)
+        weight = None if weight is None else weight.reshape(-1, *[1] * (at.ndim - 2))
+    else:
+        sizes = tuple(bound.get("groups", bound.get("normalized_shape")))
+        value, mean, spread = torch.native_layer_norm(at, sizes, weight, bias, eps)
+    return _Norm.apply(x, value, weight, at, mean, spread, func is F.group_norm, sizes)  # pyright: ignore[reportReturnType]
+
+
+def _project(grad: Tensor, at: Tensor, mean: Tensor, spread: Tensor, grouped: bool, sizes: Any) -> Tensor:
+    """P grad, P = (I - 1 1^T / n - xhat xhat^T / n) / std within each group."""
+    wanted = [True, False, False]
+    if grouped:
+        return torch.ops.aten.native_group_norm_backward(grad.contiguous(), at, mean, spread, None, *sizes, wanted)[0]
+    return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), at, sizes, mean, spread, None, None, wanted)[0]
+
+
+class _Norm(torch.autograd.Function):
+    """The value that it is given, with the derivative of a normalization."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, value: Tensor, weight: Tensor | None, at: Tensor, mean: Tensor, spread: Tensor, *rest: Any
+    ) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, ctx.weight, at, mean, spread, *ctx.rest = inputs
+        ctx.save_for_backward(at, mean, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        scaled = grads[0] if ctx.weight is None else grads[0] * ctx.weight
+        return _Projected.apply(scaled, *ctx.saved_tensors, *ctx.rest), *[None] * 7
+
+
+class _Projected(torch.autograd.Function):
+    """P as a linear map, its own transpose."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, at: Tensor, mean: Tensor, spread: Tensor, *rest: Any) -> Tensor:
+        return _project(grad, at, mean, spread, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, at, mean, spread, *ctx.rest = inputs
+        ctx.save_for_backward(at, mean, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _project(grads[0], *ctx.saved_tensors, *ctx.rest), *[None] * 5
+
+
+def _activated(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
+    """None where it is left to torch: in place, or not of the image."""
+    x, *rest = (named["input"], *args) if "input" in named else args
+    if named.get("inplace") or True in rest or not x.requires_grad:
+        return None
+    named = {name: value for name, value in named.items() if name != "input"}
+    at = x.detach().requires_grad_()
+    value = func(at, *rest, **named)
+    (slope,) = torch.autograd.grad(value.sum(), at)
+    # x - at is zero: the value is that of the function.
+    return value.detach() + slope * (x - at.detach())
+
+
+_NORMS: tuple[Any, ...] = (F.layer_norm, F.group_norm)
+_ACTIVATIONS: tuple[Any, ...] = (F.silu, F.gelu)
