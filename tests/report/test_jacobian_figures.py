@@ -239,3 +239,5 @@ def test_the_section(three):
 def test_labels_are_not_parted_within_n():
     assert wrapped("bias-free, N = 1000", 16) == "bias-free,\nN = 1000"
     assert wrapped("global", 16) == "global"
+    assert wrapped("bf_cnn_BSD300_color", 18) == "bf_cnn_BSD300_\ncolor"
+    assert wrapped("short_name", 18) == "short_name"

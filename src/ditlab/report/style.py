@@ -7,6 +7,7 @@ dark theme. References are greyer than runs, and are told apart by their dashes 
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -178,6 +179,8 @@ def save(figure: Figure, path: Path | str) -> Path:
 
 
 def wrapped(label: str, width: int) -> str:
-    """A label in lines of at most `width` characters where that can be; "N = 10" is not parted."""
+    """A label in lines of at most `width` characters where that can be; "N = 10" is not parted, long words are parted
+    behind underscores."""
     whole = label.replace(" = ", "\u00a0=\u00a0")
-    return "\n".join(textwrap.wrap(whole, width)).replace("\u00a0", " ")
+    whole = re.sub(rf"\S{{{width + 1},}}", lambda word: word[0].replace("_", "_ "), whole)
+    return "\n".join(textwrap.wrap(whole, width)).replace("\u00a0", " ").replace("_ ", "_")
