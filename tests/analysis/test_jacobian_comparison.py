@@ -82,6 +82,13 @@ def test_the_best_of_the_leading_vectors_and_its_control(wiener):
     assert [number(without, f"best {what}") for what in ("nearest", "others", "image")] == [None] * 3
 
 
+def test_what_the_leading_vectors_are_like(wiener):
+    point = wiener.points[0]
+    for what in ("frequency", "participation", "edges"):
+        assert number(point, f"leading {what}") == pytest.approx(point.by_vector[what][:64].mean())
+    assert number(replace(point, by_vector={}), "leading edges") is None
+
+
 def test_seeds_are_averaged(wiener, half, images):
     other = replace(half, about=facts("wiener", seed=1))
     comparison = compare_jacobians([wiener, other])

@@ -87,6 +87,7 @@ def levels_of(result: JacobianResult) -> tuple[float, ...]:
 
 DERIVED = (
     *(f"{kind} {share:g}" for kind in ("locality", "Wiener locality") for share in SHARES),
+    *("leading frequency", "leading participation", "leading edges"),
     *("best image", "best nearest", "best others"),
 )
 """Numbers that are made of other parts of a point than `JacobianPoint.numbers`; see `number`."""
@@ -99,15 +100,19 @@ def number(point: JacobianPoint, what: str) -> float | None:
 
     Args:
         point: the Jacobian.
-        what: one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share; "best
-            nearest", the largest |correlation| of the leading vectors with the nearest other training image; "best
-            others", the mean |correlation| of that vector with further training images, its control; "best image",
-            the largest one with the clean image itself.
+        what: one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share;
+            "leading edges" and the like, the mean of that measure over the leading vectors; "best nearest", the largest
+            |correlation| of the leading vectors with the nearest other training image; "best others", the mean
+            |correlation| of that vector with further training images, its control; "best image", the largest one with
+            the clean image itself.
     """
     kind, _, which = what.rpartition(" ")
     if kind in ("locality", "Wiener locality"):
         found = point.sensitivity if kind == "locality" else point.wiener
         return None if found is None else found.locality[SHARES.index(float(which))]
+    if kind == "leading":
+        measured = point.by_vector.get(which)
+        return None if measured is None else float(measured[:LEADING].mean())
     if kind == "best":
         nearest, values = point.by_vector.get("nearest_correlation"), point.by_vector.get(f"{which}_correlation")
         if values is None or (which == "others" and nearest is None):
@@ -134,6 +139,8 @@ VECTORS: tuple[Column, ...] = (
     ("harmonic", "harmonicity", ".2f"),
     (f"first {LEADING}", "harmonicity_leading", ".2f"),
     ("shuffled", "harmonicity_shuffled", ".2f"),
+    ("spread", "leading participation", ".2f"),
+    ("edges", "leading edges", ".2f"),
     ("|u.v|", "alignment_weighted", ".2f"),
     ("nearest", "best nearest", ".2f"),
     ("others", "best others", ".2f"),
@@ -144,10 +151,11 @@ VECTORS: tuple[Column, ...] = (
 LEGEND = (
     "squares: sum of squared singular values; ratio: participation ratio of the values; 50 %, 95 %: side in pixels of "
     "the square that holds so much of what a pixel depends on; harmonic: rank correlation of a vector's frequency with "
-    "its index; shuffled: its control, with the vectors' pixels shuffled; |u.v|: of left and right singular vectors, "
-    f"weighted by s²; nearest: largest |correlation| of the {BEST_OF} leading vectors with the nearest other training "
-    "image; others: that vector's with further ones; r_hom = |f - J x| / |f|; r_lin = |f(x + d) - f(x) - J d| / "
-    "|f(x + d) - f(x)| for a random step d"
+    "its index; shuffled: its control, with the vectors' pixels shuffled; spread: share of the pixels that the "
+    f"{LEADING} leading vectors live on; edges: their energy on edges, over that of an even spread; |u.v|: of left and "
+    f"right singular vectors, weighted by s²; nearest: largest |correlation| of the {BEST_OF} leading vectors with the "
+    "nearest other training image; others: that vector's with further ones; r_hom = |f - J x| / |f|; r_lin = |f(x + d) "
+    "- f(x) - J d| / |f(x + d) - f(x)| for a random step d"
 )
 
 
@@ -317,12 +325,12 @@ def _sentences(comparison: JacobianComparison, group: JacobianGroup, level: int)
             f"{name}: the frequency of a vector and its index have a rank correlation of {harmonic:.2f} (pixels "
             f"shuffled: {shuffled:.2f}){alone}."
         )
-    first = [point.by_vector["participation"][:LEADING].mean() for point in points]
-    edges = [point.by_vector["edges"][:LEADING].mean() for point in points]
-    lines.append(
-        f"{name}: the leading vectors live on {np.mean(first):.0%} of the pixels, and {np.mean(edges):.2f} times as "
-        "much of their energy on edges of the image as if it were spread evenly."
-    )
+    spread, edges = value("leading participation"), value("leading edges")
+    if spread is not None and edges is not None:
+        lines.append(
+            f"{name}: the leading vectors live on {spread:.0%} of the pixels, and {edges:.2f} times as much of their "
+            "energy on edges of the image as if it were spread evenly."
+        )
     asymmetry, aligned = value("asymmetry"), value("alignment_weighted")
     if asymmetry is not None:
         pairs = "" if aligned is None else f"; left and right singular vectors: |u.v| {aligned:.2f}, weighted by s²"
