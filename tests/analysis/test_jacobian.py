@@ -217,6 +217,27 @@ def test_default_levels_are_those_of_step_100(denoiser):
     assert measure(wiener, draw(1)).points[0].timestep is None
 
 
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", 4000), ("linear", 4000)])
+def test_steps_of_other_processes_near_the_default_level_show_the_same_noise(denoiser, schedule, steps):
+    other = VPDenoiser(denoiser.network, make_schedule(schedule, steps))
+    one, two = (measure(each, draw(1)).points[0] for each in (denoiser, other))
+    assert one.sigma != two.sigma
+    assert one.sigma == pytest.approx(two.sigma, rel=1e-2)
+    noises = [(point.noisy - point.clean) / point.sigma for point in (one, two)]
+    np.testing.assert_allclose(*noises, atol=1e-5)
+
+
+def test_a_random_denoiser_is_refused():
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.Dropout(0.1)).train()
+    # Within a function of one's own the network's mode is not seen, but what it does is.
+    random = Denoiser.wrap(lambda y, sigma, label: network(y), SHAPE)
+    for settings in ({}, {"top": 3}, {"target": "eps"}):
+        with pytest.raises(DitlabError, match=r"found one that is random \(dropout"):
+            measure(random, draw(1), JacobianConfig(levels=(0.3,), **settings))
+    network.eval()
+    assert measure(random, draw(1), JacobianConfig(levels=(0.3,))).points[0].numbers["r_lin"] < 1e-5
+
+
 def test_labels_are_told():
     network = DiT(DiTConfig(image_size=(6, 6), channels=2, width=16, depth=1, heads=2, num_classes=2)).eval()
     with torch.no_grad():

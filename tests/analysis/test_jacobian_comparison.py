@@ -190,3 +190,10 @@ def test_other_sides_and_names(half):
         compare_jacobians([half, replace(half, about=facts("half"))])
     with pytest.raises(DitlabError, match="at least one result"):
         compare_jacobians([])
+
+
+def test_levels_a_little_apart_are_alike_where_their_noise_is(images):
+    at = {sigma: measure_jacobian(halving(), images[20:], replace(CONFIG, levels=(sigma,)), about=facts(f"{sigma}"))
+          for sigma in (0.3422, 0.3424, 0.5, 0.501)}  # fmt: skip
+    assert differs(at[0.3422], at[0.3424]) is None  # both count as the default level
+    assert differs(at[0.5], at[0.501]) == "noise levels (0.5 and 0.501)"

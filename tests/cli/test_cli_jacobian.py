@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ditlab.analysis.attention_maps import AttentionConfig
 from ditlab.analysis.jacobian import measure_jacobian
@@ -282,6 +284,26 @@ def test_bad_input(refused, plain):
     assert "named twice" in refused("jacobian", plain, plain)
 
 
+def poison(run):
+    """Makes the newest averaged weights NaN, with the hash of what is written."""
+    folder = max((run / "checkpoints").iterdir())
+    file, state = folder / "ema.safetensors", folder / "state.json"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
+    record = json.loads(state.read_text())
+    record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    state.write_text(json.dumps(record))
+
+
+def test_nothing_is_written_where_a_later_run_has_no_jacobian(refused, place, plain, tmp_path):
+    told = place.trained("told", "--conditional", "--objective.label-dropout", 0, "--network.no-null-class")
+    own = picture(tmp_path / "own.png")
+    assert "needs a label" in refused("jacobian", plain, told, *QUICK, "--pictures", own)
+    broken = place.copy(place.trained("local", "--network.attention", "3,3"))
+    poison(broken)
+    says = refused("jacobian", plain, broken, *QUICK)
+    assert says == f"run {broken}: jacobian: the denoiser's estimate at noise level 0.5 is not finite"
+
+
 def test_unknown_choices_are_refused_by_name(ditlab, plain, capsys):
     for words in (["--target", "x1"], ["--decomposition", "lu"], ["--images-from", "samples"]):
         assert ditlab("jacobian", plain, *words).status == 2
@@ -350,9 +372,14 @@ def test_a_report_measures_only_when_asked_and_groups_what_was_measured_alike(
     assert replace(kept(runs[1]).config, levels=None, steps=None) == JacobianConfig()
     # The two were measured at different noise levels, so each has a section of its own.
     assert [name for name in sections(out) if name.startswith("jacobian")] == ["jacobian", "jacobian-2"]
-    # An older checkpoint's is not shown.
+    # An older checkpoint's is not shown, and one that cannot be read is passed over.
     record = json.loads((runs[0] / "analysis" / "jacobian.json").read_text())
     record["about"]["step"] = 4
     (runs[0] / "analysis" / "jacobian.json").write_text(json.dumps(record))
     assert ditlab("report", *runs, "--samples", 0, "--out", out).status == 0
     assert [name for name in sections(out) if name.startswith("jacobian")] == ["jacobian"]
+    (runs[1] / "analysis" / "jacobian.npz").write_bytes(b"no archive")
+    done = ditlab("report", *runs, "--samples", 0, "--out", out)
+    assert done.status == 0, done.err
+    assert f"note: passed over: {runs[1] / 'analysis' / 'jacobian.npz'}: expected the arrays" in done.out
+    assert not [name for name in sections(out) if name.startswith("jacobian")]

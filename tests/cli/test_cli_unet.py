@@ -103,6 +103,10 @@ def test_to_the_original_and_back(train, ditlab, refused, place):
     one, other = (torch.load(name, weights_only=True) for name in ("unet.pt", "back.pt"))
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert ditlab("convert", run.path, "hub:me/mine", "--dry-run", "export").status == 0
+    card = Path("export/README.md").read_text()
+    assert "\n- unet\n" in card
+    assert "- dit\n" not in card
     # A safetensors file says all that its shapes do not, so it is a model as it is.
     assert ditlab("convert", run.path, "unet.safetensors").status == 0
     for words in (["sample", "unet.safetensors", "--seeds", "0-1", "--steps", 3], ["psnr-gap", "unet.safetensors", "--data", place.images, "--images", 4, "--points", 3, *SPLIT]):  # fmt: skip

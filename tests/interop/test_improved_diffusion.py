@@ -256,6 +256,14 @@ def test_settings_that_cannot_be(tmp_path, args, says):
         open_improved(tmp_path / "a.safetensors")
 
 
+def test_a_setting_that_is_null_is_not_said(tmp_path):
+    path, settings = tmp_path / "a.safetensors", ("num_heads", "num_heads_upsample", "diffusion_steps", "image_size")
+    save_file(to_original(unet(SMALL)), path, metadata={"args": json.dumps(dict.fromkeys(settings))})
+    model = open_improved(path)
+    assert model.denoiser.network.config == SMALL
+    assert "4 attention heads, images of 32 pixels, the cosine schedule, 4000 steps" in model.notes[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "objective", "says"),
     [

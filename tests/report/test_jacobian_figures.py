@@ -120,6 +120,23 @@ def test_a_vector_is_white_at_zero_and_framed_in_its_channels_colours():
     assert blue.sum() > red.sum()
 
 
+def test_r_hom_and_r_lin_stand_beside_the_vectors(three):
+    first, second = points(three)[:2]
+    numbers = first[1].numbers
+    unknown = (second[0], replace(second[1], numbers={**second[1].numbers, "r_hom": None, "r_lin": None}))
+    texts = [text.get_text() for axes in vector_gallery([first, unknown], "svd").axes for text in axes.texts]
+    assert f"r_hom {numbers['r_hom']:.2g}, r_lin {numbers['r_lin']:.2g}" in [" ".join(t.split()) for t in texts]
+    assert "r_hom –, r_lin –" in [" ".join(t.split()) for t in texts]
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5])
+def test_values_of_which_none_is_positive_are_drawn(factor):
+    denoiser = Denoiser.wrap(lambda y, sigma, label: factor * y, (3, 6, 6))
+    found = measure_jacobian(denoiser, torch.zeros(1, 3, 6, 6), JacobianConfig(decomposition="eigh", levels=(0.3,)))
+    for draw, _, _ in jacobian_drawings(compare_jacobians([found]), pictures).values():
+        assert png(draw(LIGHT)).startswith(b"\x89PNG")
+
+
 def test_titles_have_index_and_value(three):
     figure = vector_gallery(points(three)[:2], "svd")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -130,7 +147,8 @@ def test_titles_have_index_and_value(three):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.8341, "0.834"), (0.71 - 0.02j, "0.71 - 0.02i"), (0.7 + 0.1j, "0.7 + 0.1i"), (1 + 0j, "1")]
+    ("value", "text"),
+    [(0.8341, "0.834"), (0.71 - 0.02j, "0.71 - 0.02i"), (0.7 + 0.1j, "0.7 + 0.1i"), (1 + 0j, "1"), (0, "0")],
 )
 def test_values_as_words(value, text):
     assert value_text(complex(value)) == text

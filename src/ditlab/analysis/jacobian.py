@@ -47,9 +47,11 @@ from ditlab.analysis.jacobian_measures import (
 )
 from ditlab.analysis.jacobian_operator import JacobianOperator
 from ditlab.analysis.jacobian_result import JacobianConfig, JacobianPoint, JacobianResult, Sensitivity
+from ditlab.analysis.locality_comparison import same_levels
 from ditlab.analysis.psnr import RunFacts
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.references import WienerDenoiser
+from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.randomness import numpy_generator, torch_generator
 
@@ -59,13 +61,16 @@ __all__ = [
     "JacobianConfig",
     "JacobianOperator",
     "JacobianResult",
+    "check_differentiable",
     "check_jacobian",
     "jacobian_levels",
     "measure_jacobian",
+    "noise_level",
 ]
 
 DEFAULT_STEPS = (100,)
 """The step of the DDPM process (T = 1000, linear) whose level is looked at by default: sigma 0.34."""
+_DEFAULT_LEVELS = tuple(float(sigma) for sigma in make_schedule("linear", 1000).sigmas[list(DEFAULT_STEPS)])
 
 NUMBERS: Mapping[str, str] = MappingProxyType(
     {
@@ -102,7 +107,7 @@ BY_VECTOR: Mapping[str, str] = MappingProxyType(
         "alignment": "|u . v| (svd)",
         "clean_coefficient": "<u, x0 - origin>",
         "noisy_coefficient": "<v, y - origin>",
-        "oracle_shrinkage": "<u, x0>^2 / (<u, x0>^2 + sigma^2) (x0)",
+        "oracle_shrinkage": "c^2 / (c^2 + sigma^2), c the clean coefficient (x0)",
         "image_correlation": "|correlation| with the clean image",
         "nearest_correlation": "|correlation| with the nearest other training image",
         "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
@@ -114,6 +119,15 @@ BY_VECTOR: Mapping[str, str] = MappingProxyType(
 def jacobian_levels(denoiser: Denoiser, config: JacobianConfig) -> tuple[float, ...]:
     """The noise levels that a config stands for on this denoiser, ascending (see `chosen_levels`)."""
     return chosen_levels("jacobian", denoiser, config.levels, config.steps, DEFAULT_STEPS)
+
+
+def noise_level(sigma: float) -> float:
+    """The level whose noise is drawn for this one: itself, or the default one where they count as the same.
+
+    Processes other than DDPM's have a step near the default level, and noise that hangs on the last digit of sigma
+    would show each of them another picture.
+    """
+    return next((level for level in _DEFAULT_LEVELS if same_levels((sigma,), (level,))), sigma)
 
 
 def check_jacobian(denoiser: Denoiser, count: int, config: JacobianConfig) -> None:
@@ -140,6 +154,30 @@ def check_jacobian(denoiser: Denoiser, count: int, config: JacobianConfig) -> No
         raise DitlabError(f"jacobian show: expected vectors below {config.top or size}, found {list(config.show)}")
 
 
+def check_differentiable(
+    denoiser: Denoiser,
+    images: Float[Tensor, "n c h w"],
+    config: JacobianConfig,
+    labels: Int64[Tensor, " n"] | None = None,
+) -> None:
+    """Raises DitlabError for a denoiser whose Jacobian cannot be taken, as one product at the first image shows.
+
+    That is one that is not differentiable, not finite or not a function (dropout that is not switched off), or wants a
+    label and has none. What `measure_jacobian` is to be given; its cost are two runs of the network and one product.
+    """
+    _operator(denoiser, images, config, labels, config.images[0], jacobian_levels(denoiser, config)[0]).check()
+
+
+def _operator(
+    denoiser: Denoiser, images: Tensor, config: JacobianConfig, labels: Tensor | None, image: int, sigma: float
+) -> JacobianOperator:
+    """The Jacobian at one noisy image."""
+    x0 = images[image : image + 1].float()
+    noise = level_noise(config.noise_seed, noise_level(sigma), [image], [0], denoiser.shape)
+    label = None if labels is None else labels[image : image + 1].to(denoiser.device)
+    return JacobianOperator(denoiser, x0 + sigma * noise.to(x0), sigma, label, config.target)
+
+
 def measure_jacobian(
     denoiser: Denoiser,
     images: Float[Tensor, "n c h w"],
@@ -158,7 +196,7 @@ def measure_jacobian(
     Args:
         denoiser: one in evaluation mode; it is left as it was.
         images: all clean images of a side, in [-1, 1]; `config.images` are places among them, on which the noise
-            depends (`analysis.denoising.level_noise`).
+            depends, as it does on the level (`analysis.denoising.level_noise` of `noise_level`).
         config: the settings.
         labels: class of each image for a class-conditional denoiser.
         about: which run this is, kept with the result.
@@ -166,8 +204,8 @@ def measure_jacobian(
         progress: called as progress(done, total), in rows of all matrices, or in products, whose total is a guess.
 
     Raises:
-        DitlabError: settings that do not fit (`check_jacobian`), a denoiser that is not differentiable, values that
-            are not finite, leading values that do not converge.
+        DitlabError: settings that do not fit (`check_jacobian`), a denoiser whose Jacobian cannot be taken
+            (`check_differentiable`), values that are not finite, leading values that do not converge.
 
     Example:
         >>> half = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(1, 4, 4))
@@ -185,6 +223,7 @@ def measure_jacobian(
             f"{tuple(train.shape[1:])}"
         )
     check_jacobian(denoiser, len(images), config)
+    check_differentiable(denoiser, images, config, labels)
     levels = jacobian_levels(denoiser, config)
     steps = own_steps(denoiser, levels)
     whole = not config.top
@@ -194,9 +233,7 @@ def measure_jacobian(
     # Lanczos' method took 3 to 5 products a vector and side here.
     work = size if whole else (4 if config.decomposition == "eig" else 8) * config.top + 40
     for place, image in enumerate(config.images):
-        x0 = images[image : image + 1].float()
-        known = _Known.of(x0, train)
-        label = None if labels is None else labels[image : image + 1].to(denoiser.device)
+        known = _Known.of(images[image : image + 1].float(), train)
         for level, sigma in enumerate(levels):
             before = work * (place * len(levels) + level)
 
@@ -204,8 +241,7 @@ def measure_jacobian(
                 if progress is not None:
                     progress(before + min(done, work), work * total)
 
-            noisy = x0 + sigma * level_noise(config.noise_seed, sigma, [image], [0], denoiser.shape).to(x0)
-            operator = JacobianOperator(denoiser, noisy, sigma, label, config.target)
+            operator = _operator(denoiser, images, config, labels, image, sigma)
             found = _compute(operator, config, tell)
             timestep = None if steps is None else steps[level]
             points.append(_point(operator, found, known, config, image, timestep, wiener.get(sigma)))
@@ -363,7 +399,7 @@ def _gaps(operator: JacobianOperator, found: _Computed, config: JacobianConfig, 
     unit = 1.0 if operator.target == "x0" else operator.scale
     shift = {"x0": origin, "eps": 0.0, "I-eps": operator.scale * origin}[operator.target]
     value = operator.function(y).double().cpu().numpy()
-    generator = torch_generator(config.noise_seed, "jacobian", "step", f"{operator.sigma:.6g}", image)
+    generator = torch_generator(config.noise_seed, "jacobian", "step", f"{noise_level(operator.sigma):.6g}", image)
     step = torch.randn(y.shape, generator=generator).to(y) * (config.step_size * operator.sigma)
     change = operator.function(y + step).double().cpu().numpy() - value
     return {

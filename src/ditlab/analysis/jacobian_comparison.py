@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ditlab.analysis.jacobian import noise_level
 from ditlab.analysis.jacobian_measures import LEADING, spectral_distance
 from ditlab.analysis.jacobian_result import SHARES, JacobianPoint, JacobianResult
 from ditlab.analysis.locality_comparison import check_groups, same_levels
@@ -390,6 +391,12 @@ def compare_jacobians(results: Sequence[JacobianResult]) -> JacobianComparison:
     )
 
 
+def same_noise(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether noise levels are the same and an image is given the same noise at each (`jacobian.noise_level`)."""
+    drawn = [[f"{noise_level(sigma):.6g}" for sigma in levels] for levels in (first, second)]
+    return same_levels(first, second) and drawn[0] == drawn[1]
+
+
 def differs(one: JacobianResult, two: JacobianResult) -> str | None:
     """What keeps two results from standing side by side, in words with both values; None where nothing does."""
     for name in ("target", "decomposition", "top", "images", "noise_seed", "step_size"):
@@ -400,8 +407,8 @@ def differs(one: JacobianResult, two: JacobianResult) -> str | None:
     if shapes[0] != shapes[1]:
         return f"image sizes ({shapes[0]} and {shapes[1]})"
     levels = [levels_of(result) for result in (one, two)]
-    if not same_levels(*levels):
-        words = (", ".join(f"{sigma:.3g}" for sigma in found) for found in levels)
+    if not same_noise(*levels):
+        words = (", ".join(f"{sigma:.6g}" for sigma in found) for found in levels)
         return f"noise levels ({' and '.join(words)})"
     images = [_images(result) for result in (one, two)]
     return None if images[0] == images[1] else f"images ({' and '.join(images)})"

@@ -37,6 +37,10 @@ _UNSEEN = (
 )
 
 
+_EQUAL = 1e-3
+"""By how much of its length an estimate may differ from the same one made again."""
+
+
 class JacobianOperator:
     """The Jacobian of a denoiser's target at one noisy image y, D x D with D = C H W, as products with vectors.
 
@@ -107,6 +111,20 @@ class JacobianOperator:
         with torch.no_grad():
             found = self._estimate(y).reshape(-1)
             return found if self.target != "I-eps" else y.reshape(-1) * self.scale - found
+
+    def check(self) -> None:
+        """Raises DitlabError where there is no Jacobian: the estimate is not finite or differentiable, or it is another
+        one each time; not for all that can be wrong with single entries."""
+        self._products("reverse", torch.ones(1, self.size))
+        first = self._graphs["reverse"][0].detach()
+        with _gradients():
+            second = self._reverse_graph()[0].detach()
+        # Equal but for the order of sums on a GPU.
+        if float((first - second).norm()) > _EQUAL * float(first.norm()):
+            raise DitlabError(
+                "jacobian: expected a denoiser that estimates the same of the same image, found one that is random "
+                "(dropout of a network in training mode?)"
+            )
 
     def fastest(self, chunk: int = 16) -> Pass:
         """The cheaper of the two passes, as a few vectors show; reverse where there is no forward one."""

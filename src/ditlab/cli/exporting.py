@@ -104,7 +104,7 @@ def model_card(
     config, split = run.config, run.record.split
     kind = "class-conditional" if run.conditional else "unconditional"
     head = ["library_name: ditlab", *([f"license: {licence}"] if licence else [])]
-    head += ["tags:", "- diffusion", "- dit", f"- {kind}-image-generation"]
+    head += ["tags:", "- diffusion", f"- {config.network.kind}", f"- {kind}-image-generation"]
     lines = ["---", *head, "---", "", f"# {repo.rpartition('/')[2]}", ""]
     side = "x".join(map(str, config.network.image_size))
     version = run.environment.get("ditlab", ditlab.__version__)

@@ -12,9 +12,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.jacobian_comparison import LEGEND, MATRIX, VECTORS, Column, JacobianComparison, compare_jacobians
+from ditlab.analysis.jacobian_comparison import (
+    LEGEND,
+    MATRIX,
+    VECTORS,
+    Column,
+    JacobianComparison,
+    compare_jacobians,
+    same_noise,
+)
 from ditlab.analysis.jacobian_result import JacobianConfig
-from ditlab.analysis.locality_comparison import check_groups, same_levels
+from ditlab.analysis.locality_comparison import check_groups
 from ditlab.analysis.store import write_json
 from ditlab.cli.common import use_threads
 from ditlab.cli.jacobian_images import Shown, Side
@@ -32,8 +40,8 @@ class Jacobian:
     Kadkhodaie et al.).
 
     Writes jacobian.json (the numbers, r_hom and r_lin among them) and .npz into each run's analysis folder, and figures
-    of all runs together into --out. All runs get the same images and noise. What is there already of the same weights
-    and settings is used again; a command that was broken off goes on at the image where it was.
+    of all runs together into --out. All runs of one seed get the same images and noise. What is there already of the
+    same weights and settings is used again; a command that was broken off goes on at the image where it was.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
@@ -132,7 +140,7 @@ def _check(looked: Sequence[Looked]) -> None:
                 f"jacobian: expected runs with images of one size, found {list(first.denoiser.shape)} in "
                 f"{first.run.path} and {list(one.denoiser.shape)} in {one.run.path}"
             )
-        if not same_levels(one.levels, first.levels):
+        if not same_noise(one.levels, first.levels):
             raise DitlabError(
                 f"jacobian: expected runs with the same noise levels, found others in {first.run.path} and "
                 f"{one.run.path}; give --levels"

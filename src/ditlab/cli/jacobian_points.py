@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ditlab.analysis.jacobian import check_jacobian, jacobian_levels, measure_jacobian
+from ditlab.analysis.jacobian import check_differentiable, check_jacobian, jacobian_levels, measure_jacobian
 from ditlab.analysis.jacobian_comparison import JacobianComparison, compare_jacobians, differs
 from ditlab.analysis.jacobian_result import JacobianConfig, JacobianPoint, JacobianResult
 from ditlab.analysis.psnr import RunFacts
@@ -55,7 +55,7 @@ class Looked:
         """Opens a run's denoiser and the images: held-out ones where it is not told which are `shown`.
 
         Raises:
-            DitlabError: settings that do not fit, images that are not there.
+            DitlabError: settings that do not fit, images that are not there, a denoiser without a Jacobian.
         """
         shown = shown or Shown()
         config = shown.settings(config)
@@ -65,6 +65,7 @@ class Looked:
         try:
             check_jacobian(denoiser, len(images), config)
             levels = jacobian_levels(denoiser, config)
+            check_differentiable(denoiser, images, config, labels)
         except DitlabError as error:
             raise DitlabError(f"run {run.path}: {error}") from None
         return cls(run, denoiser, config, facts, levels, images, labels)
@@ -143,12 +144,17 @@ class Looked:
         )
 
 
-def kept_result(run: Trained) -> JacobianResult | None:
-    """What `ditlab jacobian` left of the run's newest weights, measured in any way; None where there is nothing."""
+def kept_result(run: Trained, console: Console) -> JacobianResult | None:
+    """What `ditlab jacobian` left of the run's newest weights, measured in any way; None where there is nothing, or
+    nothing that can be read, which is said."""
     path = run.path / "analysis" / f"{NAME}.json"
     if not path.is_file():
         return None
-    found = JacobianResult.load(path)
+    try:
+        found = JacobianResult.load(path)
+    except DitlabError as error:
+        console.print(f"note: passed over: {error}", markup=False)
+        return None
     fresh = found.about.step == run.newest_step and found.about.split_hash == run.split_record.hash and found.about.ema
     return found if fresh else None
 
@@ -202,7 +208,7 @@ def directions(
     """
     alike: list[list[tuple[Trained, JacobianResult]]] = []
     for run, label, name in zip(runs, labels, names, strict=True):
-        found = kept_result(run)
+        found = kept_result(run, console)
         if found is None and measure:
             found = Looked.open(run, JacobianConfig(), console, device=device).measure(console)
         if found is None:

@@ -443,7 +443,7 @@ def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The facts among a file's settings, checked for their kind."""
     found: dict[str, Any] = {}
     for field in fields(UNetFacts):
-        if field.name not in args:
+        if args.get(field.name) is None:
             continue
         if type(field.default) is int:
             found[field.name] = whole(args, field.name, where)

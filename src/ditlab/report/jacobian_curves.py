@@ -78,13 +78,17 @@ def spectra(
             axes[0, column].set_xlabel(f"index k ({_LEADING[target]})", fontsize=9)
             axes[1, column].set_xlabel("k + 1", fontsize=9)
             axes[1, column].set(xscale="log", yscale="log")
-            plain_log(axes[1, column].xaxis, (1.0, max(float(axes[1, column].dataLim.x1), 2.0)))
-        low, high = axes[1, 0].dataLim.y0, max(a.dataLim.y1 for a in axes[1])
-        low = min(a.dataLim.y0 for a in axes[1])
-        if np.isfinite(low) and low > 0:
-            low = max(low, high / 10**_DECADES)
-            axes[1, 0].set_ylim(low / 1.5, high * 1.5)
-            plain_log(axes[1, 0].yaxis, (float(low / 1.5), float(high * 1.5)))
+            ends = (1.0, max(float(axes[1, column].dataLim.x1), 2.0))
+            plain_log(axes[1, column].xaxis, ends)
+            if not np.isfinite(axes[1, column].dataLim.y0):
+                axes[1, column].set_xlim(ends)
+                axes[1, column].text(
+                    0.5, 0.5, "no value above 0", transform=axes[1, column].transAxes, ha="center", color=theme.muted
+                )
+        low, high = min(a.dataLim.y0 for a in axes[1]), max(a.dataLim.y1 for a in axes[1])
+        low, high = (max(low, high / 10**_DECADES), high) if np.isfinite(low) else (0.1, 1.0)
+        axes[1, 0].set_ylim(low / 1.5, high * 1.5)
+        plain_log(axes[1, 0].yaxis, (float(low / 1.5), float(high * 1.5)))
         of = f"{_VALUES[decomposition]} of the Jacobian:\n{TARGETS[target]}"
         for row in axes:
             row[0].set_ylabel(of, fontsize=9)

@@ -46,6 +46,8 @@ def vector_gallery(
 ) -> Figure:
     """The kept vectors, a row each, and a column a run (An et al. Figs. 1-3); of a single run in several columns.
 
+    Above each run's stand its r_hom and r_lin, without which its vectors are not to be read.
+
     Each vector has colours of its own, from minus to plus its largest entry over all channels, so that channels may be
     compared; the panels of a colour image are framed red, green and blue, in this order.
 
@@ -69,23 +71,37 @@ def vector_gallery(
     across = 1 if len(points) > 1 else min(len(shown), max(1, int(6.6 / wide)))
     rows = -(-len(shown) // across)
     across = -(-len(shown) // rows)
-    names = {label: wrapped(label, max(10, int(wide * 11))) for label, _ in points}
-    head = 0.12 + 0.2 * (1 + max(name.count("\n") for name in names.values()))
+    names = [wrapped(label, max(10, int(wide * 11))) for label, _ in points]
+    gaps = [wrapped(_gaps(point), max(11, int(wide * 14))) for _, point in points]
+    rise = 10 * (1 + max(text.count("\n") for text in gaps))
+    head = 0.3 + 0.2 * (1 + max(name.count("\n") for name in names)) + rise / 72
     high = panel * shape[1] / shape[2] + 0.26
     with canvas(wide * across * len(lines[0]) + 0.2, (high * rows + head + 0.1) * len(lines), theme) as figure:
         grid = figure.subplots(rows * len(lines), across * len(lines[0]), squeeze=False)
         for cell in grid.flat:
             cell.axis("off")
-        for place, (label, point) in enumerate(points):
+        for place, (_, point) in enumerate(points):
             line, run = divmod(place, PER_LINE)
             block = grid[line * rows : (line + 1) * rows, run * across : (run + 1) * across]
             for cell, k in zip(block.T.flat, shown, strict=False):
                 _draw_vector(cell, point, k, decomposition, right, theme)
-            block[0, 0].annotate(
-                names[label], (0.0, 1.0), (0, 17), "axes fraction", "offset points",
-                ha="left", va="bottom", fontsize=9, fontweight="bold", color=theme.ink,
-            )  # fmt: skip
+            for text, up, look in (
+                (gaps[place], 17, {"fontsize": 7.5, "color": theme.muted}),
+                (names[place], 17 + rise, {"fontsize": 9, "fontweight": "bold", "color": theme.ink}),
+            ):
+                block[0, 0].annotate(
+                    text, (0.0, 1.0), (0, up), "axes fraction", "offset points", ha="left", va="bottom", **look
+                )
     return figure
+
+
+def _gaps(point: JacobianPoint) -> str:
+    """r_hom and r_lin, which say how far the vectors can be trusted."""
+    return ", ".join(f"{name} {_number(point.numbers.get(name))}" for name in ("r_hom", "r_lin"))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
 
 
 def _one_shape(what: str, points: Sequence[Point]) -> tuple[int, int, int]:
@@ -138,7 +154,7 @@ def _symbol(decomposition: Decomposition) -> str:
 
 def value_text(value: complex | float) -> str:
     """A singular value or eigenvalue with three significant digits: "0.834", "0.71 - 0.02i"."""
-    if abs(value.imag) < 5e-4 * abs(value):
+    if abs(value.imag) <= 5e-4 * abs(value):
         return f"{value.real:.3g}"
     return f"{value.real:.2g} {'-' if value.imag < 0 else '+'} {abs(value.imag):.2g}i"
 
