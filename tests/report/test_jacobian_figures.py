@@ -238,6 +238,17 @@ def test_several_n_have_colours_of_their_own():
     assert len({line.get_color() for line in figure.axes[0].get_lines()[:2]}) == 2
 
 
+def test_more_groups_than_colours_have_lines_of_their_own():
+    groups = [result(label, n=n, factor=0.5) for label in ("a", "b", "c", "d") for n in (5, 12)]
+    found = jacobian_drawings(compare_jacobians(groups), pictures)
+    for name in ("jacobian-spectra", "jacobian-measures"):
+        shown = found[name][0](LIGHT).legends[0].get_lines()
+        looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in shown}
+        assert len(set(looks.values())) == 8
+        assert looks["a, N = 5"][0] == looks["a, N = 12"][0]
+        assert looks["a, N = 5"][1] == looks["d, N = 5"][1] != looks["a, N = 12"][1]
+
+
 def test_the_section(three):
     comparison = compare_jacobians([one for _, one in three])
     picture = Picture(b"", b"", "alt", "caption")

@@ -14,7 +14,7 @@ import numpy as np
 from ditlab.analysis.jacobian_result import Decomposition, JacobianPoint, Target
 from ditlab.errors import DitlabError
 from ditlab.report.jacobian_figures import Point
-from ditlab.report.style import LIGHT, Slots, Theme, assign, canvas, plain_log, wrapped
+from ditlab.report.style import LIGHT, Dashes, Slots, Theme, assign, canvas, plain_log, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,10 +69,10 @@ def spectra(
                 if point.sigma == sigma:
                     values = _real(point)
                     k = np.arange(len(values))
-                    color = theme.run(slots[label])
-                    axes[0, column].plot(k, values, color=color, lw=1.4)
+                    look: Any = {"color": theme.run(slots[label]), "ls": theme.dashes(slots[label]), "lw": 1.4}
+                    axes[0, column].plot(k, values, **look)
                     positive = values > 0
-                    axes[1, column].plot(k[positive] + 1, values[positive], color=color, lw=1.4)
+                    axes[1, column].plot(k[positive] + 1, values[positive], **look)
             axes[0, column].set_title(f"σ = {sigma:.3g}", pad=8)
             axes[0, column].axhline(0, color=theme.muted, lw=0.8)
             axes[0, column].set_xlabel(f"index k ({_LEADING[target]})", fontsize=9)
@@ -111,7 +111,9 @@ def _real(point: JacobianPoint) -> np.ndarray:
 def _legend(figure: Figure, slots: Slots, theme: Theme, more: Sequence[Any] = ()) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=theme.run(slot), label=label) for label, slot in slots.items()]
+    handles = [
+        Line2D([], [], color=theme.run(slot), ls=theme.dashes(slot), label=label) for label, slot in slots.items()
+    ]
     handles += more
     figure.legend(handles=handles, loc="outside lower left", ncols=2 if figure.get_figwidth() > 6 else 1)
 
@@ -145,7 +147,7 @@ def by_vector_curves(
         for axes, (name, words) in zip(grid.flat, found.items(), strict=False):
             for label, point in points:
                 if name in point.by_vector:
-                    _draw_measure(axes, point.by_vector[name], theme.run(slots[label]))
+                    _draw_measure(axes, point.by_vector[name], theme.run(slots[label]), theme.dashes(slots[label]))
             axes.set_title(words, fontsize=9.5, pad=6)
             axes.set_xlabel("index k", fontsize=9)
         for axes in list(grid.flat)[len(found) :]:
@@ -154,7 +156,7 @@ def by_vector_curves(
     return figure
 
 
-def _draw_measure(axes: Axes, values: np.ndarray, color: str) -> None:
+def _draw_measure(axes: Axes, values: np.ndarray, color: str, dashes: Dashes) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
     k = np.arange(len(values))
     few = max(1, len(values) // 400)
@@ -162,7 +164,7 @@ def _draw_measure(axes: Axes, values: np.ndarray, color: str) -> None:
         k[::few], values[::few], ls="none", marker=".", ms=2.2 if len(values) > 60 else 4, color=color, alpha=0.35
     )
     if len(values) >= 20:
-        axes.plot(k, _running_median(values), color=color, lw=1.6)
+        axes.plot(k, _running_median(values), color=color, ls=dashes, lw=1.6)
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ditlab.analysis.jacobian_result import JacobianPoint
 from ditlab.report.jacobian_curves import TARGETS, by_vector_curves, shrinkage_and_image, spectra
 from ditlab.report.jacobian_figures import Pixels, denoising_strip, sensitivity_maps, vector_gallery
 from ditlab.report.page import Picture, Section, Table
-from ditlab.report.style import Slots, Theme, assign
+from ditlab.report.style import LIGHT, RUN_DASHES, Slots, Theme, assign
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,8 @@ def jacobian_drawings(
         slots: colours by label; where there are several N each (label, N) has a colour of its own.
     """
     shown = [(name, group.results[0]) for name, group in zip(names(comparison), comparison.groups, strict=True)]
-    slots = slots if slots is not None and all(name in slots for name, _ in shown) else assign(n for n, _ in shown)
+    if slots is None or not all(name in slots for name, _ in shown):
+        slots = _slots(comparison)
     slots = {name: slots[name] for name, _ in shown}
     target, kind = comparison.first.config.target, comparison.first.config.decomposition
     places = [(p.image, level) for level, p in _grid(comparison)]
@@ -116,6 +117,17 @@ def names(comparison: JacobianComparison) -> list[str]:
     """What figures call each group: its label, with N where there are several."""
     several = len({group.n for group in comparison.groups}) > 1
     return [group.name if several else group.label for group in comparison.groups]
+
+
+def _slots(comparison: JacobianComparison) -> Slots:
+    """A colour for each group; where there are more than colours, one for each label and another line for each N."""
+    kinds = assign(group.label for group in comparison.groups)
+    sizes = list(dict.fromkeys(group.n for group in comparison.groups))
+    colours = len(LIGHT.runs)
+    if len(comparison.groups) <= colours or len(kinds) > colours or len(sizes) > len(RUN_DASHES):
+        return assign(names(comparison))
+    found = zip(names(comparison), comparison.groups, strict=True)
+    return {name: kinds[group.label] + colours * sizes.index(group.n) for name, group in found}
 
 
 def _grid(comparison: JacobianComparison) -> list[tuple[int, JacobianPoint]]:

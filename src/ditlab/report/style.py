@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Dashes = tuple[int, tuple[float, ...]] | str
 DPI = 160
+RUN_DASHES: tuple[Dashes, ...] = ("solid", (0, (4.0, 1.4)), (0, (1.2, 1.2)), (0, (6.0, 1.2, 1.2, 1.2)))
+"""Lines of runs whose colours are the same."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Theme:
     """Colours of reference denoisers, in order."""
 
     def run(self, slot: int) -> str:
-        """The colour of a slot; beyond the last they repeat."""
+        """The colour of a slot; beyond the last they repeat, see `dashes`."""
         return self.runs[slot % len(self.runs)]
+
+    def dashes(self, slot: int) -> Dashes:
+        """The line of a slot: solid, and others where colours repeat."""
+        return RUN_DASHES[slot // len(self.runs) % len(RUN_DASHES)]
 
 
 LIGHT = Theme(
