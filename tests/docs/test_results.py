@@ -12,6 +12,7 @@ from ditlab.studies.store import Store
 from ditlab.studies.study_page import StudyPage
 
 ROOT = Path(__file__).parents[2]
+JACOBIAN = ROOT / "results" / "jacobian"
 SEEDS = ROOT / "results" / "quickstart-seeds"
 FACES = ROOT / "results" / "faces"
 
@@ -59,3 +60,82 @@ def test_what_results_say_of_single_runs(name):
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     config = json.loads((folder / "config.json").read_text())["config"]
     assert last["step"] == config["training"]["steps"]
+
+
+def jacobians(folder: str) -> dict[tuple[str, int], dict[str, float]]:
+    """Mean numbers by label and N."""
+    record = json.loads((JACOBIAN / folder / "jacobian-comparison.json").read_text())
+    return {(group["label"], group["n"]): group["by_level"][0]["mean"] for group in record["groups"]}
+
+
+def said() -> str:
+    """All text of the results' page, lines joined."""
+    return " ".join((ROOT / "results" / "README.md").read_text().split())
+
+
+def test_the_table_of_jacobians_is_the_measured_one():
+    columns = {
+        "trace": ("trace", ".0f"),
+        "asymmetry": ("asymmetry", ".2f"),
+        "side 50 %": ("locality 0.5", ".1f"),
+        "harmonic": ("harmonicity", ".2f"),
+        "shuffled": ("harmonicity_shuffled", ".2f"),
+        "spread": ("leading participation", ".2f"),
+        "edges": ("leading edges", ".2f"),
+        "nearest": ("best nearest", ".2f"),
+        "others": ("best others", ".2f"),
+        "r_hom": ("r_hom", ".2g"),
+        "r_lin": ("r_lin", ".2g"),
+    }
+    text = (ROOT / "results" / "README.md").read_text()
+    inside = text[text.index("<!-- jacobian-table -->") : text.index("<!-- /jacobian-table -->")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in inside.splitlines() if "|" in line]
+    assert lines[0] == ["run", "N", *columns]
+    measured = jacobians("held-out")
+    rows = [
+        [label, f"{n:,}", *(format(mean[what], form) for what, form in columns.values())]
+        for (label, n), mean in measured.items()
+    ]
+    assert lines[2:] == rows
+    assert len(rows) == 8
+
+
+def test_what_is_said_of_jacobians_in_words():
+    held, text, readme = jacobians("held-out"), said(), " ".join((ROOT / "README.md").read_text().split())
+    many, few = ([held[kind, n]["harmonicity"] for kind in ("UNet", "bias-free")] for n in (1000, 10))
+    assert f"rank correlation {many[0]:.2f} and {many[1]:.2f} falls to {few[0]:.2f} and {abs(few[1]):.2f}" in readme
+    sides = [held["global", n]["locality 0.5"] for n in (10, 1000)]
+    assert f"a square of {sides[0]:.1f} pixels instead of {sides[1]:.1f} with global attention" in readme
+    assert min(mean["r_hom"] for (kind, _), mean in held.items() if kind != "bias-free") >= 0.295
+    own = {kind: mean["best image"] for (kind, _), mean in jacobians("train").items()}
+    words = ", ".join(f"{own[kind]:.2f} ({kind})" for kind in ("bias-free", "UNet", "global", "local"))
+    assert f"with a correlation of {words}" in text
+    natural, shuffled = jacobians("bf-cnn")["BF-CNN", 3762], jacobians("bf-cnn-shuffled")["BF-CNN", 3762]
+    assert f"{natural['harmonicity']:.2f}, against {shuffled['harmonicity']:.2f} with the pictures' pixels" in text
+    assert f"trace {shuffled['trace']:.0f} against {natural['trace']:.0f}" in text
+
+
+def test_the_published_network_gains_what_is_said():
+    text = said()
+    for name, words in (("photos32", "brings 20.17 dB to {:.2f} dB"), ("faces32", "on 100 faces to {:.2f} dB")):
+        record = json.loads((JACOBIAN / "bf-cnn" / f"psnr-{name}.json").read_text())
+        found = record["averages"]["mse_mean"]["test"]
+        assert words.format(found) in text
+        assert found - 20.17 > 7
+        assert record["input_psnr"] == pytest.approx([20.17], abs=0.01)
+
+
+def test_what_is_said_of_two_subsets_and_agreement():
+    text = said()
+    for name in ("n10", "n1000"):
+        mean = json.loads((JACOBIAN / "two-subsets" / f"{name}.json").read_text())["mean"]
+        assert f"{mean['pair']:.2f}, and {mean['nearest']:.2f} with the closest training image" in text
+    for name, kind in (("dit-global", "global with Wiener"), ("dit-local", "local with LS")):
+        record = json.loads((JACOBIAN / "agreement" / f"{name}.json").read_text())
+        best = max(np.median(one["correlation"]) for one in record["references"])
+        assert f"{kind} {best:.2f}" in text
+
+
+def test_no_picture_shows_what_a_network_of_few_faces_draws():
+    assert not list((JACOBIAN / "n10").glob("*denoised*"))
+    assert {path.stem for path in (JACOBIAN / "two-subsets").glob("*pairs*")} == {"n1000-pairs"}

@@ -105,7 +105,7 @@ def agreement_curves(result: AgreementResult, *, theme: Theme = LIGHT) -> Figure
     windowed = [one for one in result.references if one.windows is not None and one.calibration is not None]
     widths = [1.15, 1.3, 1.0] if windowed else [1.15, 1.3]
     colors = {one.name: theme.run(slot) for slot, one in enumerate(result.references)}
-    with canvas(4.2 * len(widths), 3.9, theme) as figure:
+    with canvas(4.2 * len(widths), 4.1, theme) as figure:
         panels = figure.subplots(1, len(widths), width_ratios=widths)
         _final(panels[0], result, colors, theme)
         levels = np.array(result.levels)
@@ -117,7 +117,8 @@ def agreement_curves(result: AgreementResult, *, theme: Theme = LIGHT) -> Figure
             axes.set_xscale("log")
             axes.set_xlabel("noise level σ")
             plain_log(axes.xaxis, (float(levels.min()), float(levels.max())))
-        panels[1].legend(loc="best")
+        # Below, where it never lies over data.
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(result.references))
         if windowed:
             # Curves that coincide must all be seen: each is moved by a little.
             for place, one in enumerate(windowed):
@@ -146,6 +147,6 @@ def _final(axes: Axes, result: AgreementResult, colors: Mapping[str, str], theme
     axes.set_ylim(len(result.references) - 0.5, -0.5)
     axes.set_xlim(right=1.03)
     axes.set_xlabel(
-        "correlation with the network's image" + (" (broken: other noise)" if result.config.images > 1 else "")
+        "correlation with the network's image" + ("\n(broken: other noise)" if result.config.images > 1 else "")
     )
     axes.set_title("Final images")
