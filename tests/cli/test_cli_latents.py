@@ -18,7 +18,7 @@ from rich.console import Console
 from ditlab.analysis.jacobian_result import JacobianResult
 from ditlab.analysis.nearest import nearest
 from ditlab.analysis.psnr import PSNRConfig
-from ditlab.cli import reporting
+from ditlab.cli import copies, reporting
 from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
@@ -219,7 +219,7 @@ def test_references_are_marked_as_latents_too(plain, latent):
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_replay_of_latents_lies_at_no_distance(place, latent, latents, weights, moved, monkeypatch):
     """Decoded pictures are compared with decoded ones, also of mirrored latents; the originals are only shown."""
-    monkeypatch.setattr(reporting, "PART", 7)
+    monkeypatch.setattr(copies, "PART", 7)
     if moved:
         alone = shutil.copytree(latents, place.folder / "elsewhere" / "far" / "latents", dirs_exist_ok=True)
         run = Run.open(latent, alone, weights)
