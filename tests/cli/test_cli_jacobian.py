@@ -246,6 +246,20 @@ def test_shuffled_images_of_a_run(ditlab, runs, tmp_path, undrawn):
     assert (point.clean != clean).any()
 
 
+def test_mirrored_training_images_are_known_too(ditlab, place, tmp_path, monkeypatch, undrawn):
+    run = place.copy(place.trained("flips", "--training.flip"))
+    given = []
+
+    def measured(*arguments, train, **more):
+        given.append(train)
+        return measure_jacobian(*arguments, train=train, **more)
+
+    monkeypatch.setattr(jacobian_points, "measure_jacobian", measured)
+    assert ditlab("jacobian", run, *QUICK, "--out", tmp_path / "out").status == 0
+    images = Run.open(run).pictures("train", 20)[0]
+    assert (given[0] == torch.cat([images, images.flip(-1)])).all()
+
+
 def test_bad_pictures(refused, plain, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")

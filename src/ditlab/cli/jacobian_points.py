@@ -89,7 +89,7 @@ class Looked:
             if not missing:
                 continue
             if train is None:
-                train = self.run.pictures("train", self.run.split_record.train)[0]
+                train = self._training_images()
             several = "" if len(config.images) == 1 else f", image {place + 1} of {len(config.images)}"
             with counting(console, f"Jacobian of {self.facts.name}{several}") as progress:
                 measured = measure_jacobian(
@@ -115,6 +115,15 @@ class Looked:
         for ending in (".json", ".npz"):
             (folder / f"{_UNFINISHED}{ending}").unlink(missing_ok=True)
         return result
+
+    def _training_images(self) -> Tensor:
+        """Those that the weights know, [N, C, H, W]; each of them mirrored too, where training mirrored them."""
+        count = self.run.split_record.train
+        images = self.run.pictures("train", count)[0]
+        if not self.run.mirrored:
+            return images
+        twins = self.run.images.batch(self.run.split.train[:count], mirrored=torch.ones(count, dtype=torch.bool))
+        return torch.cat([images, twins])
 
     def _result(self, found: dict[tuple[int, float], JacobianPoint]) -> JacobianResult:
         order = [(image, sigma) for image in self.config.images for sigma in self.levels]
