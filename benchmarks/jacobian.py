@@ -32,7 +32,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
+from clocks import clock
 from ditlab.analysis.denoising import level_noise
 from ditlab.analysis.jacobian_decomposition import decompose, decompose_top
 from ditlab.analysis.jacobian_operator import JacobianOperator, plain_attention
@@ -129,18 +129,6 @@ def published(name: str) -> VPDenoiser:
             value.add_(0.02 * torch.randn_like(value))
     variance = "learned-range" if getattr(config, "learn_sigma", False) else "fixed-small"
     return VPDenoiser(network.eval(), make_schedule("linear", 1000), variance=variance)
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: the thread's own on one CPU thread, so that other processes disturb less; else the wall's."""
-    if device.type == "cuda":
-
-        def wall() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return wall
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def peer(denoiser: Denoiser, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clocks import clock
 from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, ImageNoise, SamplerConfig, sample
@@ -118,18 +118,6 @@ def theirs(case: str, steps: int, output: Tensor, batch: int, shape: tuple[int, 
     pipeline = pipeline.to(output.device)
     pipeline.set_progress_bar_config(disable=True)
     return lambda: pipeline(num_inference_steps=steps, **more)
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: the thread's own on one CPU thread, so that other processes disturb less; else the wall's."""
-    if device.type == "cuda":
-
-        def wall() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return wall
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def measure(case: str, batch: int, asked: argparse.Namespace) -> dict[str, Any]:

@@ -142,6 +142,17 @@ class Trained(ABC):
         labels = self.images.batch_labels(indices) if self.conditional else None
         return self.images.batch(indices), labels
 
+    def mirrored_twins(self, count: int) -> Tensor | None:
+        """The first `count` train images `[B, C, H, W]` as the denoiser saw them mirrored; None where it never did.
+
+        Raises:
+            DitlabError: latents of mirrored pictures that are not there.
+        """
+        if not self.mirrored:
+            return None
+        indices = self.split.train[:count]
+        return self.images.batch(indices, mirrored=torch.ones(len(indices), dtype=torch.bool))
+
     def denoiser(
         self,
         *,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -63,10 +62,8 @@ class Agreement:
         [run] = open_runs([self.reference], self.data, console, config=self.foreign, results=self.out, codec=self.codec)
         denoiser, facts = run.denoiser_and_facts(step=self.step, ema=not self.raw, device=device, say=noting(console))
         check_agreement(denoiser, self.settings)
-        train = run.split.train[: self.settings.training_images]
-        images, twins = run.images.batch(train), None
-        if run.mirrored:
-            twins = run.images.batch(train, mirrored=torch.ones(len(train), dtype=torch.bool))
+        count = self.settings.training_images or run.split_record.train
+        images, twins = run.pictures("train", count)[0], run.mirrored_twins(count)
         with counting(console, f"agreement of {facts.name}") as progress:
             result = measure_agreement(denoiser, images, self.settings, about=facts, mirrored=twins, progress=progress)
         files = [result.save(run.path / "analysis"), *self._draw(run, result)]

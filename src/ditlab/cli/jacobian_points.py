@@ -119,11 +119,8 @@ class Looked:
     def _training_images(self) -> Tensor:
         """Those that the weights know, [N, C, H, W]; each of them mirrored too, where training mirrored them."""
         count = self.run.split_record.train
-        images = self.run.pictures("train", count)[0]
-        if not self.run.mirrored:
-            return images
-        twins = self.run.images.batch(self.run.split.train[:count], mirrored=torch.ones(count, dtype=torch.bool))
-        return torch.cat([images, twins])
+        images, twins = self.run.pictures("train", count)[0], self.run.mirrored_twins(count)
+        return images if twins is None else torch.cat([images, twins])
 
     def _result(self, found: dict[tuple[int, float], JacobianPoint]) -> JacobianResult:
         order = [(image, sigma) for image in self.config.images for sigma in self.levels]

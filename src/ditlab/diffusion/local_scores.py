@@ -18,6 +18,7 @@ In their coordinates the noisy image is x_t = a y and the score (a D(y) - x_t) /
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ class _LocalDenoiser(Denoiser):
         x0 = by_level(self._x0, y, sigma).to(y.dtype)
         return Prediction(x0, (y - x0) / sigma, None)
 
+    @abstractmethod
     def _x0(self, y: Tensor, sigma: float) -> Tensor:
         """The estimate, float64 [B, C, H, W], at one level."""
-        raise NotImplementedError
 
 
 class LocalScoreDenoiser(_LocalDenoiser):
