@@ -57,7 +57,7 @@ from ditlab.presets import preset
 from ditlab.randomness import torch_generator
 from ditlab.reference import load
 
-KINDS = ("svd", "eigh", "eig")
+KINDS = ("svd", "eigh", "eig", "eig-right")
 SMALL = ("dit", "dit-local", "unet", "bf-cnn")
 PUBLISHED = ("dit-xs/1", "unet-an2024")
 STEP = 100

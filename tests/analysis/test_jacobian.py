@@ -99,7 +99,7 @@ def test_numbers_follow_from_the_values(denoiser):
     assert point.numbers["shrinkage_distance"] == pytest.approx(((point.values - oracle) ** 2).mean() ** 0.5)
 
 
-@pytest.mark.parametrize("decomposition", ["svd", "eigh", "eig"])
+@pytest.mark.parametrize("decomposition", ["svd", "eigh", "eig", "eig-right"])
 def test_leading_values_alone_equal_the_whole(denoiser, decomposition):
     config = JacobianConfig(decomposition=decomposition, show=(0, 2, 5))
     whole = measure(denoiser, draw(1), config, train=draw(5, "train")).points[0]
@@ -251,7 +251,7 @@ def test_labels_are_told():
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("decomposition", ["svd", "eigh", "eig"])
+@pytest.mark.parametrize("decomposition", ["svd", "eigh", "eig", "eig-right"])
 def test_a_result_comes_back_from_disk(denoiser, tmp_path, decomposition):
     about = RunFacts("run", label="global", n=30, settings={"space": "pixels"})
     config = JacobianConfig(

@@ -167,6 +167,7 @@ def test_json(wiener, half):
     [
         ({"target": "eps"}, "different target (x0 and eps)"),
         ({"decomposition": "eig"}, "different decomposition"),
+        ({"decomposition": "eig-right"}, "different decomposition"),
         ({"noise_seed": 1}, "different noise_seed"),
         ({"images": (0, 1)}, "different images"),
         ({"levels": (0.2, 0.6)}, "different noise levels (0.2, 0.5 and 0.2, 0.6)"),

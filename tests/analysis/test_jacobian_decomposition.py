@@ -21,7 +21,8 @@ from ditlab.errors import DitlabError
 from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
 from ditlab.randomness import numpy_generator
 
-KINDS = ("svd", "eigh", "eig")
+KINDS = ("svd", "eigh", "eig", "eig-right")
+COMPLEX = KINDS[2:]
 SHAPE, SIZE = (2, 5, 5), 50
 
 
@@ -42,9 +43,9 @@ def operator_of(matrix: np.ndarray, dtype: torch.dtype = torch.float64) -> Jacob
 
 def check_form(found: Decomposed, kind: str) -> None:
     """Order, length and sign, as `Decomposed` promises them."""
-    moduli = found.values if kind != "eig" else np.abs(found.values)
+    moduli = found.values if kind not in COMPLEX else np.abs(found.values)
     assert (np.diff(moduli) <= 1e-9).all()
-    assert found.values.dtype == (np.complex128 if kind == "eig" else np.float64)
+    assert found.values.dtype == (np.complex128 if kind in COMPLEX else np.float64)
     for vectors in (found.left, found.right):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-9)
     largest = np.abs(found.left).argmax(1)
@@ -64,9 +65,10 @@ def test_the_spectra_of_the_original(golden):
         np.testing.assert_allclose(found["svd"], expected["singular_values"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(found["eigh"][::-1], expected["sym_eigvals"], rtol=0, atol=1e-9)
         theirs = kad[f"out64.{name}.eig_real"].numpy() + 1j * kad[f"out64.{name}.eig_imag"].numpy()
-        apart = np.abs(found["eig"][:, None] - theirs)
-        assert sorted(apart.argmin(1)) == list(range(256))  # as sets: each has a partner of its own
-        assert apart.min(1).max() < 1e-7
+        for kind in COMPLEX:
+            apart = np.abs(found[kind][:, None] - theirs)
+            assert sorted(apart.argmin(1)) == list(range(256))  # as sets: each has a partner of its own
+            assert apart.min(1).max() < 1e-7
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +86,8 @@ def test_a_known_matrix(kind):
         place = [k for k in range(SIZE) if k not in (2, 3, 20, 21)]
         real = np.sort(found.values[found.values.imag == 0].real)[::-1]
         np.testing.assert_allclose(real, straight[place], atol=1e-12)
-        # Right eigenvectors, not left ones.
+        # Left eigenvectors are the right ones of the transpose.
+        matrix = matrix.T if kind == "eig" else matrix
         for k in np.flatnonzero(found.values.imag == 0):
             np.testing.assert_allclose(matrix @ found.left[k], found.values[k].real * found.left[k], atol=1e-11)
         pairs = np.flatnonzero(found.values.imag != 0)
@@ -100,16 +103,34 @@ def test_a_known_matrix(kind):
 
 
 def test_the_real_part_of_a_complex_vector_is_as_long_as_can_be():
-    # Eigenvectors (1, +-2i) / sqrt(5): the longest real part of their multiples is the second axis.
-    found = decompose(np.array([[0.0, 0.5], [-2.0, 0.0]]), "eig")
-    np.testing.assert_allclose(found.values, [1j, -1j], atol=1e-12)
-    np.testing.assert_allclose(found.left, [[0, 1], [0, 1]], atol=1e-12)
+    # Right eigenvectors (1, +-2i) / sqrt(5): the longest real part of their multiples is the second axis. Left ones
+    # (2, -+i) / sqrt(5): the first.
+    for kind, longest in (("eig-right", [0, 1]), ("eig", [1, 0])):
+        found = decompose(np.array([[0.0, 0.5], [-2.0, 0.0]]), kind)
+        np.testing.assert_allclose(found.values, [1j, -1j], atol=1e-12)
+        np.testing.assert_allclose(found.left, [longest, longest], atol=1e-12)
+
+
+@pytest.mark.parametrize("top", [0, 6])
+def test_left_and_right_eigenvectors_are_a_dual_pair(top):
+    """Of different values they are orthogonal: W V^T is diagonal, and J = sum of l v w^T / (w . v)."""
+    matrix = np.linalg.inv(np.eye(SIZE) + 0.1 * numpy_generator(1, "test").standard_normal((SIZE, SIZE)))
+    matrix = matrix @ np.diag(np.linspace(2.0, 0.1, SIZE)) @ np.linalg.inv(matrix)
+    left, right = (
+        decompose_top(operator_of(matrix), kind, top) if top else decompose(matrix, kind) for kind in COMPLEX
+    )
+    np.testing.assert_allclose(left.values, right.values, atol=1e-9)
+    products = left.left @ right.left.T
+    np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-7)
+    assert np.abs(left.left - right.left).max() > 0.05
+    if not top:
+        np.testing.assert_allclose((right.left.T * left.values.real / np.diag(products)) @ left.left, matrix, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_residuals_are_those_of_wrong_pairs_too(kind, monkeypatch):
     """A residual is computed anew: vectors that a solver got wrong are seen."""
-    matrix, name = known(), {"svd": "svd", "eigh": "eigh", "eig": "eig"}[kind]
+    matrix, name = known(), kind.removesuffix("-right")
     solve = getattr(np.linalg, name)
 
     def shifted(a):
@@ -137,6 +158,30 @@ def test_the_leading_part_equals_the_whole_one(kind, dtype):
     # The products of the search, told as they go; those of the residuals come after.
     assert seen == sorted(seen)
     assert 0 < seen[-1] < operator.products
+
+
+def test_left_eigenvectors_need_no_second_derivative():
+    """Products with the transpose are all that is used, those of the residuals included."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weights):
+            ctx.save_for_backward(weights)
+            return x @ weights.T
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad @ ctx.saved_tensors[0], None
+
+    weights = torch.from_numpy(known())
+    once = Denoiser.wrap(lambda y, s, label: Once.apply(y.flatten(1), weights).reshape(y.shape), SHAPE)
+    operator = JacobianOperator(once, torch.zeros(1, *SHAPE, dtype=torch.float64), 0.5)
+    found = decompose_top(operator, "eig", 8)
+    np.testing.assert_allclose(found.values, decompose(known(), "eig").values[:8], atol=1e-9)
+    assert found.residuals.max() < 1e-8
+    with pytest.raises(DitlabError, match="second derivative"):
+        decompose_top(operator, "eig-right", 8)
 
 
 def test_equal_seeds_give_equal_vectors():
@@ -197,7 +242,7 @@ def test_a_rank_that_is_lower_than_what_is_asked_for(kind):
     assert (np.abs(found.values[3:]) < 1e-4 * np.abs(found.values[0])).all()
     assert found.residuals.max() < 1e-4 * np.abs(found.values[0])
     np.testing.assert_allclose(found.values[:3], decompose(matrix, kind).values[:3], rtol=1e-5)
-    if kind != "eig":
+    if kind not in COMPLEX:
         np.testing.assert_allclose(found.left @ found.left.T, np.eye(8), atol=1e-5)
 
 

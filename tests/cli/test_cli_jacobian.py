@@ -166,6 +166,7 @@ def test_a_damaged_result_is_measured_again(ditlab, runs, tmp_path, undrawn):
     "words",
     [
         ["--top", 5, "--decomposition", "eig", "--target", "eps"],
+        ["--decomposition", "eig-right", "--target", "I-eps"],
         ["--top", 5, "--decomposition", "eigh"],
         ["--decomposition", "eigh", "--images-from", "train", "--steps", 100, 300],
         ["--right", "--target", "I-eps"],

@@ -231,7 +231,7 @@ def measure_jacobian(
     size = int(np.prod(denoiser.shape))
     points, total = [], len(config.images) * len(levels)
     # Lanczos' method took 3 to 5 products a vector and side here.
-    work = size if whole else (4 if config.decomposition == "eig" else 8) * config.top + 40
+    work = size if whole else (4 if config.decomposition in ("eig", "eig-right") else 8) * config.top + 40
     for place, image in enumerate(config.images):
         known = _Known.of(images[image : image + 1].float(), train)
         for level, sigma in enumerate(levels):

@@ -1,9 +1,10 @@
 """Singular values and eigenvalues of a Jacobian: of the whole matrix, or its leading ones from products alone.
 
-A denoiser's Jacobian need not be symmetric, so that there are three different answers: singular vectors (`svd`),
-eigenvectors of the symmetric part (J + J^T) / 2 (`eigh`), and those of the matrix itself (`eig`, complex). From
-products alone they come of Lanczos' and Arnoldi's methods as ARPACK has them (Lehoucq, Sorensen and Yang, 1998): of
-J^T J, of the symmetric part, and of J. Every pair carries a residual that is computed anew.
+A denoiser's Jacobian need not be symmetric, so that there are different answers: singular vectors (`svd`),
+eigenvectors of the symmetric part (J + J^T) / 2 (`eigh`), and those of the matrix itself, which are complex: left ones,
+w^T J = l w^T (`eig`), and right ones, J v = l v (`eig-right`), with the same eigenvalues. From products alone they come
+of Lanczos' and Arnoldi's methods as ARPACK has them (Lehoucq, Sorensen and Yang, 1998): of J^T J, of the symmetric
+part, of J^T and of J. Every pair carries a residual that is computed anew.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ditlab.analysis.jacobian_result import Decomposition
 from ditlab.errors import DitlabError
 from ditlab.randomness import numpy_generator
 
-_COPIES = {"svd": 9, "eigh": 6, "eig": 7}
+_COPIES = {"svd": 9, "eigh": 6, "eig": 7, "eig-right": 7}
 """Matrices in float64 that are held at once, work space of LAPACK included, as measured."""
 _CHUNK = 256
 
@@ -33,18 +34,19 @@ Rows = Callable[[slice], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """Values and vectors of a matrix, largest first (by modulus for `eig`)."""
+    """Values and vectors of a matrix, largest first (by modulus for `eig` and `eig-right`)."""
 
     values: np.ndarray
-    """float64 [K]; complex128 for `eig`."""
+    """float64 [K]; complex128 for `eig` and `eig-right`."""
     left: np.ndarray
     """float64 [K, D], rows of length 1, the entry of largest modulus positive: left singular vectors; eigenvectors for
-    `eigh`; for `eig` the real part of the right eigenvectors, turned so that it is as long as can be."""
+    `eigh`; for `eig` and `eig-right` the real part of the left or right eigenvectors, turned so that it is as long as
+    can be."""
     right: np.ndarray
     """float64 [K, D]: right singular vectors, signed as the matrix pairs them; else `left`."""
     residuals: np.ndarray
-    """float64 [K]: the larger of |J^T u - s v| and |J v - s u| (svd), |S v - l v| (eigh), |J v - l v| (eig, before its
-    vectors are made real)."""
+    """float64 [K]: the larger of |J^T u - s v| and |J v - s u| (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
+    |J v - l v| (eig-right); the last two before the vectors are made real."""
 
 
 def check_memory(size: int, itemsize: int, kind: Decomposition, available: int | None) -> None:
@@ -136,6 +138,8 @@ def decompose(matrix: Float[np.ndarray, "d d"], kind: Decomposition) -> Decompos
         values, vectors = np.linalg.eigh(symmetric)
         vectors = vectors.T
         return _symmetric(values, vectors, lambda rows: vectors[rows] @ symmetric)
+    if kind == "eig":
+        matrix = matrix.T
     values, vectors = np.linalg.eig(matrix)
     vectors = vectors.T
     # By parts, for numpy would make a complex copy of the matrix.
@@ -160,8 +164,8 @@ def decompose_top(
 
     Args:
         operator: the Jacobian.
-        kind: which. `svd` and `eigh` need J v and J^T u, `eig` J v.
-        count: how many, from 1 to D - 2. A complex pair of `eig` may be cut in two by the last one.
+        kind: which. `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone.
+        count: how many, from 1 to D - 2. A complex pair of `eig` or `eig-right` may be cut in two by the last one.
         seed: of the first vector.
         tolerance: of a residual, relative to the value; 1e-5 in float32, 1e-9 in float64 where not given.
         progress: called with the number of products so far.
@@ -224,22 +228,23 @@ def decompose_top(
         values, vectors = solve(eigsh, symmetric, "LA")
         images = symmetric(vectors.T)
         return _symmetric(values, vectors.T, lambda rows: images[rows])
-    values, vectors = solve(eigs, forward, "LM")
-    images = _complex_images(forward, vectors.T)
+    product = reverse if kind == "eig" else forward
+    values, vectors = solve(eigs, product, "LM")
+    images = _complex_images(product, vectors.T)
     return _general(values, vectors.T, lambda rows: images[rows])
 
 
-def _complex_images(forward: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
-    """Rows J v of complex rows v, by one product for a real one and two for one and its conjugate after it."""
+def _complex_images(product: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
+    """Products with complex rows, by one with a real one and two for one and its conjugate after it."""
     repeats = np.zeros(len(vectors), dtype=bool)
     real, imaginary = np.real(vectors), np.imag(vectors)
     twofold = np.abs(imaginary).max(1) > 0
     repeats[1:] = twofold[1:] & (vectors[1:] == vectors[:-1].conj()).all(1)
     twofold &= ~repeats
     found = np.zeros_like(vectors)
-    found[~repeats] = forward(real[~repeats])
+    found[~repeats] = product(real[~repeats])
     if twofold.any():
-        found[twofold] += 1j * forward(imaginary[twofold])
+        found[twofold] += 1j * product(imaginary[twofold])
     found[repeats] = found[np.flatnonzero(repeats) - 1].conj()
     return found
 
@@ -278,7 +283,7 @@ def _symmetric(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decompo
 
 
 def _general(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposed:
-    """From complex vectors as rows, and rows J v."""
+    """From complex vectors as rows, and their products with the matrix whose right eigenvectors they are."""
     values, residuals = values.astype(np.complex128), _residuals(images, values, vectors)
     # Of a complex pair, whose moduli are equal to the last bit or two, the positive imaginary part comes first.
     moduli = np.abs(values)

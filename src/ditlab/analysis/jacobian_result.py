@@ -30,7 +30,7 @@ from ditlab.analysis.store import read_arrays, read_json, write_arrays, write_js
 from ditlab.errors import DitlabError, unknown_name
 
 Target = Literal["x0", "eps", "I-eps"]
-Decomposition = Literal["svd", "eigh", "eig"]
+Decomposition = Literal["svd", "eigh", "eig", "eig-right"]
 Mode = Literal["auto", "forward", "reverse"]
 
 SHARES = (0.5, 0.75, 0.95)
@@ -52,7 +52,8 @@ class JacobianConfig:
     """Whose Jacobian: the denoised image's by the noisy one (x0), the estimated noise's by x_t (eps), or I minus
     that."""
     decomposition: Decomposition = "svd"
-    """Singular vectors (svd), eigenvectors of the symmetric part (eigh), or of the matrix itself (eig)."""
+    """Singular vectors (svd), eigenvectors of the symmetric part (eigh), or of the matrix itself: left ones, w^T J = l
+    w^T (eig; the cheapest with --top), or right ones, J v = l v (eig-right)."""
     top: int = 0
     """Only so many leading values and vectors, from products with the matrix, which is never held; 0 for the whole
     matrix and all of them."""
@@ -131,16 +132,17 @@ class JacobianPoint:
     denoised: np.ndarray
     """float32 [C, H, W], D(y)."""
     values: np.ndarray
-    """float64 [K], complex128 for `eig`: singular values or eigenvalues, largest first (by modulus for eig, where of a
-    complex pair the one with the positive imaginary part comes first)."""
+    """float64 [K], complex128 for `eig` and `eig-right`: singular values or eigenvalues, largest first (for these two
+    by modulus, and of a complex pair the one with the positive imaginary part comes first)."""
     residuals: np.ndarray
-    """float64 [K]: |J^T u - s v| or |J v - s u|, whichever is larger (svd), |S v - l v| (eigh), |J v - l v| (eig), for
-    vectors of length 1, from products made anew."""
+    """float64 [K]: |J^T u - s v| or |J v - s u|, whichever is larger (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
+    |J v - l v| (eig-right), for vectors of length 1, from products made anew."""
     shown: np.ndarray
     """int64 [G]: which vectors are kept."""
     left: np.ndarray
-    """float32 [G, C, H, W]: left singular vectors (directions of the output); the eigenvectors for eigh; for eig the
-    real part of the right eigenvectors turned so that it is as long as can be. Length 1, sign: largest entry > 0."""
+    """float32 [G, C, H, W]: left singular vectors (directions of the output); the eigenvectors for eigh; for eig and
+    eig-right the real part of the left or right eigenvectors, turned so that it is as long as can be. Length 1, sign:
+    largest entry > 0."""
     right: np.ndarray
     """float32 [G, C, H, W]: right singular vectors (directions of the input), signed as J pairs them; else as left."""
     by_vector: Mapping[str, np.ndarray]

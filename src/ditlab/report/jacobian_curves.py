@@ -34,6 +34,7 @@ _VALUES: Mapping[Decomposition, str] = {
     "svd": "singular values",
     "eigh": "eigenvalues of the symmetric part",
     "eig": "moduli of the eigenvalues",
+    "eig-right": "moduli of the eigenvalues",
 }
 _DECADES = 4
 """Decades of a logarithmic axis of values, at most: below lies rounding."""

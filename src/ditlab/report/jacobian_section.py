@@ -41,7 +41,8 @@ _TEXTS = {
     "vectors": "Left singular vectors (directions of the output)",
     "right": "Right singular vectors (directions of the input)",
     "eigh": "Eigenvectors of the symmetric part",
-    "eig": "Eigenvectors (their real part, turned so that it is as long as can be)",
+    "eig": "Left eigenvectors, w^T J = λ w^T (their real part, turned so that it is as long as can be)",
+    "eig-right": "Right eigenvectors, J v = λ v (their real part, turned so that it is as long as can be)",
 }
 
 
