@@ -3,15 +3,16 @@
 The peer is what public code does (Kadkhodaie et al.'s, An et al.'s figures): one forward pass, then one
 `torch.autograd.grad` for each output value. A row of it is the unit of all ratios; above 1 is faster than the peer.
 
-1. A row or column of the whole matrix, by ditlab's reverse and forward pass, by `vmap` over chunks, by forward mode.
+1. A row or column of the whole matrix, by ditlab's reverse and forward pass, one by one and together (on copies of the
+   image where it finds them faster), by `vmap` over chunks, by forward mode.
    The graph of the networks is the one that ditlab's attention policy makes, on both sides. Beside them, how far J v
    lies from the one in float64: ours, forward mode's, and that of finite differences.
 2. The 64 leading values and vectors from products alone, against the peer's whole matrix, without and with its
    decomposition, with the largest residual over the leading value, and the largest difference to the whole's values.
 
 The peer's whole loop takes long on large networks: --rows rows of it are timed, in each of --rounds rounds in part 1,
-before and after what they are compared with in part 2, and the loop is that, times D / rows. The whole matrix and the
-leading values of ditlab are timed as they are, once.
+before and after what they are compared with in part 2, and the loop is that, times D / rows. ditlab's whole matrix is
+timed as it is, once, and its leading values --rounds times.
 
 A network has been trained here for a little while on the built-in photographs, for the spectrum of a random one is flat
 and nothing converges on it; --run takes the newest checkpoint of run folders instead.
@@ -140,7 +141,7 @@ def peer(denoiser: Denoiser, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 def rows(denoiser: Denoiser, y: Tensor, sigma: float, asked: argparse.Namespace) -> dict[str, float]:
     """Seconds a row or column of each way, as a share of the peer's, whose own seconds come first."""
     now, count = clock(y.device), asked.rows
-    vectors = torch.eye(max(count, *asked.chunks), y.numel(), device=y.device)
+    vectors = torch.eye(max(count, 16, *asked.chunks), y.numel(), device=y.device)
     output, by = peer(denoiser, y, sigma)
     operator = JacobianOperator(denoiser, y, sigma)
 
@@ -166,6 +167,8 @@ def rows(denoiser: Denoiser, y: Tensor, sigma: float, asked: argparse.Namespace)
         "peer": (loop, count),
         "reverse": (lambda: operator.reverse(vectors[:count]), count),
         "forward": (lambda: operator.forward(vectors[:count]), count),
+        "reverse, together": (lambda: operator.reverse(vectors[:16], together=True), 16),
+        "forward, together": (lambda: operator.forward(vectors[:16], together=True), 16),
         "forward mode": (lambda: forward_mode(1), 1),
     }
     for chunk in asked.chunks:
@@ -239,13 +242,18 @@ def parts(denoiser: Denoiser, y: Tensor, sigma: float, asked: argparse.Namespace
         whole = decompose(matrix, kind)
         decomposed = now() - start
         operator = JacobianOperator(denoiser, y, sigma)
-        top, taken, loop = timed(lambda operator=operator, kind=kind: decompose_top(operator, kind, asked.top))
-        largest = abs(whole.values[0])
+        rounds = [
+            timed(lambda operator=operator, kind=kind: decompose_top(operator, kind, asked.top))
+            for _ in range(asked.rounds)
+        ]
+        top, largest = rounds[0][0], abs(whole.values[0])
         found[kind] = {
-            "seconds": taken,
-            "times_faster": loop / taken,
-            "times_faster_than_matrix_and_decomposition": (loop + decomposed) / taken,
-            "products": operator.products,
+            "seconds": statistics.median(taken for _, taken, _ in rounds),
+            "times_faster": statistics.median(loop / taken for _, taken, loop in rounds),
+            "times_faster_than_matrix_and_decomposition": statistics.median(
+                (loop + decomposed) / taken for _, taken, loop in rounds
+            ),
+            "products": operator.products // asked.rounds,
             "residual": float(top.residuals.max() / largest),
             # To the nearest one: values of equal modulus have no order.
             "difference": float(np.abs(top.values[:, None] - whole.values).min(1).max() / largest),

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ditlab.analysis.denoising import chosen_levels, level_noise, own_steps
+from ditlab.analysis.free_memory import available_memory
 from ditlab.analysis.jacobian_decomposition import (
     Decomposed,
-    available_memory,
     check_count,
     check_memory,
     decompose,

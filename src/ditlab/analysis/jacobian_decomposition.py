@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,50 +77,6 @@ def check_count(count: int, size: int) -> None:
         )
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that are free for this process; None where the system does not tell (other than Linux).
-
-    That is what the machine has free, or what a limit on the process's control group (of a container, of a cluster's
-    job) leaves, where that is less.
-
-    Args:
-        root: where the system's files are.
-    """
-    free = [_machine_memory(root / "proc/meminfo")]
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        own = next(line.removeprefix("0::/") for line in groups if line.startswith("0::/"))
-    except (OSError, StopIteration):
-        own = ""
-    top = root / "sys/fs/cgroup"
-    folder = top / own
-    # A limit binds all groups below it.
-    for group in (folder, *folder.parents):
-        free.append(_group_memory(group))
-        if group == top:
-            break
-    return min((amount for amount in free if amount is not None), default=None)
-
-
-def _machine_memory(file: Path) -> int | None:
-    try:
-        lines = file.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _group_memory(folder: Path) -> int | None:
-    """What a control group (version 2) has left; None where it has no limit."""
-    try:
-        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # Cached files count as used, but make room.
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
-        return max(limit - used + int(cached), 0)
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def decompose(matrix: Float[np.ndarray, "d d"], kind: Decomposition) -> Decomposed:
     """All values and vectors of a real matrix, in float64.
 
@@ -184,11 +140,11 @@ def decompose_top(
     # more).
     basis = min(size, max(count * 3 // 2, count + 20))
 
-    def forward(vectors: np.ndarray) -> np.ndarray:
-        return _apply(operator, operator.forward, vectors)
+    def forward(vectors: np.ndarray, together: bool = False) -> np.ndarray:
+        return _apply(operator, partial(operator.forward, together=together), vectors)
 
-    def reverse(vectors: np.ndarray) -> np.ndarray:
-        return _apply(operator, operator.reverse, vectors)
+    def reverse(vectors: np.ndarray, together: bool = False) -> np.ndarray:
+        return _apply(operator, partial(operator.reverse, together=together), vectors)
 
     def solve(solver: Callable[..., Any], product: Callable[[np.ndarray], np.ndarray], which: str) -> Any:
         def matvec(vector: np.ndarray) -> np.ndarray:
@@ -230,7 +186,7 @@ def decompose_top(
         return _symmetric(values, vectors.T, lambda rows: images[rows])
     product = reverse if kind == "eig" else forward
     values, vectors = solve(eigs, product, "LM")
-    images = _complex_images(product, vectors.T)
+    images = _complex_images(partial(product, together=True), vectors.T)
     return _general(values, vectors.T, lambda rows: images[rows])
 
 
