@@ -13,13 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 from ditlab.nn.foreign import Scores, View, show_attention, view_of
-from ditlab.nn.kernels import Kernel, attend, attention_kernel, attention_weights
+from ditlab.nn.kernels import Kernel, Strips, attend, attention_kernel, attention_weights, packed_strips
 from ditlab.nn.kernels_flex import prepare_flex
+from ditlab.nn.kernels_packed import apart, packed_attention
 from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
 from ditlab.nn.placement import NAMED_WINDOWS, Scheme, parse_plan, placement
 
@@ -65,9 +67,7 @@ class SelfAttention(nn.Module):
     def split(self, x: Float[Tensor, "b n width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens, each `[b, heads, n, head_dim]`."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return apart(self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads))
 
     def forward(
         self, x: Float[Tensor, "b n width"], bias: Float[Tensor, "heads n n"] | None = None
@@ -78,9 +78,42 @@ class SelfAttention(nn.Module):
             x: tokens, n = rows * columns + extra, the extra ones last.
             bias: added to the scaled scores of each head, queries by keys.
         """
-        q, k, v = self.split(x)
-        out = attend(q, k, v, self.pattern, self.grid, bias=bias, extra=self.extra)
+        strips = self._strips(x) if bias is None else None
+        if strips is not None:
+            return self._by_strips(x, strips)
+        out = attend(*self.split(x), self.pattern, self.grid, bias=bias, extra=self.extra)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _strips(self, x: Tensor) -> Strips | None:
+        """How strips compute this layer's attention; None where they do not, or its projections must be called."""
+        plain = _untouched(self.qkv) and _untouched(self.proj)
+        if not plain or x.device.type != "cpu" or x.shape[1] != self.grid[0] * self.grid[1] + self.extra:
+            return None
+        autocast = torch.is_autocast_enabled("cpu")
+        return packed_strips(
+            self.pattern,
+            self.grid,
+            device=x.device,
+            dtype=torch.get_autocast_dtype("cpu") if autocast else x.dtype,
+            head_dim=x.shape[2] // self.heads,
+            needs_grad=torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad),
+        )
+
+    def _by_strips(self, x: Tensor, strips: Strips) -> Tensor:
+        """`forward`, in one tensor from projection to projection, with heads as wide as the kernel likes them."""
+        batch, tokens, width = x.shape
+        head_dim = width // self.heads
+        spare = -head_dim % 8
+        weight, bias = self.qkv.weight, self.qkv.bias
+        back = self.proj.weight
+        if spare:
+            # Zeros in the weights, which are small beside the tokens: further channels of each head that are zero.
+            weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, spare)).flatten(0, 1)
+            bias = F.pad(bias.unflatten(0, (-1, head_dim)), (0, spare)).flatten()
+            back = F.pad(back.unflatten(1, (-1, head_dim)), (0, spare)).flatten(1)
+        qkv = F.linear(x, weight, bias).view(batch, tokens, 3, self.heads, head_dim + spare)
+        out, _ = packed_attention(qkv, head_dim, list(self.grid), *strips)
+        return F.linear(out.transpose(1, 2).flatten(2), back, self.proj.bias)
 
     def view(self) -> View:
         """How its maps are made (`ditlab.nn.foreign`)."""
@@ -90,6 +123,12 @@ class SelfAttention(nn.Module):
             return Scores(q, k, named.get("bias", args[1] if len(args) > 1 else None))
 
         return View(self.heads, self.grid, read, self.pattern, self.extra)
+
+
+def _untouched(projection: nn.Module) -> bool:
+    """Whether it is as made here: neither replaced nor watched, so that its weights are all there is to it."""
+    watched = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
+    return type(projection) is nn.Linear and not watched
 
 
 def attention_views(network: nn.Module) -> list[tuple[nn.Module, View]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,25 @@ def attend(
         return tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
     run = attend_flex if found == "flex" else attend_sdpa
     return run(q, k, v, pattern, grid, bias=bias, extra=extra)
+
+
+class Strips(NamedTuple):
+    """How strips compute an attention; see `ditlab.nn.kernels_packed.packed_attention`."""
+
+    window: int
+    shift: bool
+    forward: str
+    backward: str
+
+
+def packed_strips(
+    pattern: Pattern, grid: Grid, *, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> Strips | None:
+    """How strips would compute attention without a bias; None where another kernel is the one to take."""
+    if _active not in ("auto", "strips") or isinstance(pattern, Partition):
+        return None
+    found, forward, backward = _resolve(_active, pattern, grid, device.type, dtype, head_dim, needs_grad, False)
+    return Strips(*_window_of(pattern, grid), forward, backward) if found == "strips" else None
 
 
 def attention_weights(

@@ -131,8 +131,7 @@ def _additive(rows: Tensor, columns: Tensor, extra: int, dtype: torch.dtype) -> 
 class _Tokens:
     """Some images' queries, keys, values or gradients `[images, heads, n, d]`, read and written by tile.
 
-    The tile None stands for the tokens off the grid, which see all and are seen by all. What is read has its head dim
-    padded with zeros to a multiple of 8, as matrix products are up to 1.5 times slower at 63; zeros change no product.
+    The tile None stands for the tokens off the grid, which see all and are seen by all.
     """
 
     def __init__(self, x: Tensor, grid: Grid) -> None:
@@ -142,20 +141,16 @@ class _Tokens:
         self.off_grid = x[:, :, tokens:]
         self.width = x.shape[-1]
 
-    def _padded(self, x: Tensor) -> Tensor:
-        spare = -self.width % 8
-        return F.pad(x, (0, spare)) if spare else x
-
     def queries(self, tile: Tile | None) -> Tensor:
         if tile is None:
-            return self._padded(self.off_grid)
-        return self._padded(self.on_grid[:, :, tile.rows, tile.columns]).flatten(2, 3)
+            return self.off_grid
+        return self.on_grid[:, :, tile.rows, tile.columns].flatten(2, 3)
 
     def keys(self, tile: Tile | None) -> Tensor:
         if tile is None:
-            return self._padded(self.all)
-        near = self._padded(self.on_grid[:, :, tile.key_rows, tile.key_columns]).flatten(2, 3)
-        return torch.cat((near, self._padded(self.off_grid)), 2) if self.off_grid.shape[2] else near
+            return self.all
+        near = self.on_grid[:, :, tile.key_rows, tile.key_columns].flatten(2, 3)
+        return torch.cat((near, self.off_grid), 2) if self.off_grid.shape[2] else near
 
     def put_queries(self, tile: Tile | None, values: Tensor) -> None:
         values = values[..., : self.width]
@@ -194,31 +189,45 @@ class _Job(NamedTuple):
         largest = max(t.shape[0] * t.shape[1] * (t.key_shape[0] * t.key_shape[1] + extra) for t in tiles)
         return _Job((rows, columns), (*tiles, None) if extra else tiles, how.engine, largest)
 
-    def images(self, q: Tensor, sums: bool = False) -> Iterator[slice]:
-        """Ranges of images that are worked on together: their scores of one tile and sums over keys fit their room."""
+    def parts(self, q: Tensor, sums: bool = False) -> Iterator[tuple[slice, slice]]:
+        """Ranges of images, and of heads, that are worked on together: their scores of one tile and sums over keys fit
+        their room."""
         images, heads = q.shape[:2]
-        step = _CACHE * torch.get_num_threads() // (self.largest * heads * q.element_size())
+        pairs = _CACHE * torch.get_num_threads() // (self.largest * q.element_size())
         if sums:
-            step = min(step, _ROOM[self.engine] // (4 * q[0].numel()))
-        step = max(1, step)
+            pairs = min(pairs, _ROOM[self.engine] // (4 * q[0, 0].numel()))
+        step, few = max(1, pairs // heads), min(heads, max(1, pairs))
         for start in range(0, images, step):
-            yield slice(start, min(start + step, images))
+            for head in range(0, heads, few):
+                yield slice(start, min(start + step, images)), slice(head, min(head + few, heads))
 
-    def together(self, x: Tensor) -> Tensor:
-        """Keys or values that every tile reads whole are laid out once."""
+    def laid(self, x: Tensor) -> Tensor:
+        """Tokens as the tiles are to read them.
+
+        Their head dim is padded with zeros to a multiple of 8, as matrix products are up to 1.5 times slower at 63; the
+        zeros change no product. What every tile reads whole lies together.
+        """
+        spare = -x.shape[-1] % 8
+        if spare:
+            return F.pad(x, (0, spare))
         return x.contiguous() if self.tiles[0] is not None and self.tiles[0].key_shape == self.grid else x
 
 
-def _like_tokens(q: Tensor) -> Tensor:
+def like_tokens(q: Tensor) -> Tensor:
     """Room for `[b, heads, n, d]` that is `[b, n, heads, d]` in memory, so that merging the heads copies nothing."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale + mask) of `[images * heads, n, d]`."""
+    return _product(q, k.transpose(1, 2), scale, mask).softmax(-1)
+
+
+def _product(a: Tensor, b: Tensor, scale: float, plus: Tensor | None = None) -> Tensor:
+    """a b * scale, of batches of matrices, plus something."""
     # With beta = 0 the first argument is not read.
-    base, beta = (q.new_empty(1, 1, 1), 0) if mask is None else (mask, 1)
-    return torch.baddbmm(base, q, k.transpose(1, 2), beta=beta, alpha=scale).softmax(-1)
+    base, beta = (a.new_empty(1, 1, 1), 0) if plus is None else (plus, 1)
+    return torch.baddbmm(base, a, b, beta=beta, alpha=scale)
 
 
 @torch.library.custom_op(
@@ -243,14 +252,27 @@ def tiled_attention(
     Returns:
         The output like `q`, and the log of the softmax's denominators `[b, heads, n]` (empty unless backward needs it).
     """
+    return attend_tiles(q, k, v, grid, window, shift, forward, backward, q.shape[-1] ** -0.5)
+
+
+def attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: list[int],
+    window: int,
+    shift: bool,
+    forward: str,
+    backward: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`tiled_attention` of scores times `scale`, as plain code."""
     job = _Job.of(q, grid, window, shift, forward)
-    scale = q.shape[-1] ** -0.5
-    out = _like_tokens(q)
+    out = like_tokens(q)
     keep = Way.decoded(backward).engine == "flash" and job.engine == "flash"
     norms = q.new_empty((*q.shape[:3], 1) if keep else (0, 0, 0, 0), dtype=torch.float32)
-    for part in job.images(q):
-        q_ = _Tokens(q[part], job.grid)
-        k_, v_ = (_Tokens(job.together(x[part]), job.grid) for x in (k, v))
+    for part in job.parts(q):
+        q_, k_, v_ = (_Tokens(job.laid(x[part]), job.grid) for x in (q, k, v))
         out_ = _Tokens(out[part], job.grid)
         norms_ = _Tokens(norms[part], job.grid) if keep else None
         for tile in job.tiles:
@@ -270,7 +292,7 @@ def tiled_attention(
 @tiled_attention.register_fake
 def _(q, k, v, grid, window, shift, forward, backward):  # pyright: ignore[reportUnusedFunction]
     keep = forward.startswith("flash") and backward.startswith("flash")
-    return _like_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
+    return like_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -298,20 +320,37 @@ def tiled_attention_backward(
         out, norms: what the forward pass returned; read by "flash" only.
         q, k, v, grid, window, shift, backward: as there.
     """
+    found = like_tokens(q), like_tokens(q), like_tokens(q)
+    write_gradients(found, grad, q, k, v, out, norms, grid, window, shift, backward, q.shape[-1] ** -0.5)
+    return found
+
+
+def write_gradients(
+    into: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    norms: Tensor,
+    grid: list[int],
+    window: int,
+    shift: bool,
+    backward: str,
+    scale: float,
+) -> None:
+    """`tiled_attention_backward` as plain code, its results written to `into`, whatever was there."""
     job = _Job.of(q, grid, window, shift, backward)
-    scale = q.shape[-1] ** -0.5
-    dq, dk, dv = _like_tokens(q), _like_tokens(q), _like_tokens(q)
-    for part in job.images(q, sums=True):
-        grad_, q_ = (_Tokens(x[part], job.grid) for x in (grad, q))
-        k_, v_ = (_Tokens(job.together(x[part]), job.grid) for x in (k, v))
+    dq, dk, dv = into
+    # A key is reached from several tiles: their shares are summed in float32, in place where that is the result.
+    alone, in_place = len(job.tiles) == 1, q.dtype == torch.float32
+    for part in job.parts(q, sums=True):
+        grad_, q_, k_, v_ = (_Tokens(job.laid(x[part]), job.grid) for x in (grad, q, k, v))
         dq_ = _Tokens(dq[part], job.grid)
-        # A key is reached from several tiles: their shares are summed in float32, in place where that is the result.
-        dk_, dv_ = (
-            _Tokens(x[part].zero_() if q.dtype == torch.float32 else torch.zeros(q[part].shape), job.grid)
-            for x in (dk, dv)
-        )
+        sums = [] if alone else [x[part].zero_() if in_place else torch.zeros(q_.all.shape) for x in (dk, dv)]
+        sums_ = [_Tokens(x, job.grid) for x in sums]
         out_, norms_ = (
-            (_Tokens(out[part], job.grid), _Tokens(norms[part, :, :, None], job.grid))
+            (_Tokens(job.laid(out[part]), job.grid), _Tokens(norms[part][..., None], job.grid))
             if job.engine == "flash"
             else (None, None)
         )
@@ -326,11 +365,12 @@ def tiled_attention_backward(
             else:
                 shares = _plain_shares(g, queries, keys, values, mask, scale)
             dq_.put_queries(tile, shares[0])
-            dk_.add_keys(tile, shares[1])
-            dv_.add_keys(tile, shares[2])
-        if q.dtype != torch.float32:
-            dk[part], dv[part] = dk_.all, dv_.all
-    return dq, dk, dv
+            for x, share in zip(sums_, shares[1:], strict=False):
+                x.add_keys(tile, share)
+            if alone:
+                sums = shares[1:]
+        if alone or not in_place:
+            dk[part], dv[part] = (x[..., : q.shape[-1]] for x in sums)
 
 
 def _plain_shares(
@@ -343,14 +383,14 @@ def _plain_shares(
     dv = torch.bmm(weights.transpose(1, 2), g)
     # dS = P * (dP - rowsum(P * dP))
     scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
-    dq = torch.bmm(scores, k).mul_(scale)
-    dk = torch.bmm(scores.transpose(1, 2), q).mul_(scale)
+    dq = _product(scores, k, scale)
+    dk = _product(scores.transpose(1, 2), q, scale)
     return dq.unflatten(0, split), dk.unflatten(0, split), dv.unflatten(0, split)
 
 
 @tiled_attention_backward.register_fake
 def _(grad, q, k, v, out, norms, grid, window, shift, backward):  # pyright: ignore[reportUnusedFunction]
-    return _like_tokens(q), _like_tokens(q), _like_tokens(q)
+    return like_tokens(q), like_tokens(q), like_tokens(q)
 
 
 def _setup(ctx, inputs, output) -> None:

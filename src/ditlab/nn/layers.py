@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,7 +21,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """`[B, T, D]` to the same shape."""
-        return self.out(nn.functional.gelu(self.hidden(x), approximate="tanh"))
+        return self.out(tanh_gelu(self.hidden(x)))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel,
+    1606.08415), in x's dtype.
+
+    As x / (1 + exp(-2 z)), the same function, it is three times as fast in compiled CPU code, whose tanh is slow.
+    """
+    if x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return nn.functional.gelu(x, approximate="tanh")
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    twice = (8 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)
+    return (wide * torch.sigmoid(twice)).to(x.dtype)
 
 
 class CrossAttention(nn.Module):

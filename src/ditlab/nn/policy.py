@@ -143,7 +143,8 @@ def _bfloat16_window(pattern: Window, grid: Grid, needs_grad: bool, on: Processo
 
 def _bfloat16_global(grid: Grid, head_dim: int, needs_grad: bool, on: Processor) -> Choice:
     tokens = grid[0] * grid[1]
-    way = Way("plain", grid if tokens <= 256 else (max(1, 128 // grid[1]), grid[1]))
+    # Up to a million scores of one head at once: 2 MiB, which the next product still finds in the cache.
+    way = Way("plain", grid if tokens <= 1024 else (max(1, (1 << 20) // (tokens * grid[1])), grid[1]))
     if on == "amx":
         worth = needs_grad and tokens <= 256
     else:

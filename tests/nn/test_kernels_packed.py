@@ -1,0 +1,138 @@
+"""Attention from projection to projection in one tensor, against the reference and against attention of three."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditlab.nn import kernels_cpu
+from ditlab.nn.attention import Global, Partition, SelfAttention, Window, attend, attention_kernel
+from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.kernels_packed import apart, packed_attention
+
+WAYS = ("flash:2:3", "plain:2:3", "plain:99:99")
+
+
+def leaves(grid, dtype, *, extra=0, heads=2, width=7, images=2):
+    """Packed queries, keys and values, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = grid[0] * grid[1] + extra
+    packed = torch.randn(images, tokens, 3, heads, width, generator=generator).to(dtype)
+    grad = torch.randn(images, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
+    return packed.requires_grad_(), grad
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.one_of(st.just(Global()), st.builds(Window, st.sampled_from([3, 5]), st.sampled_from(["clip", "shift"]))),
+    st.tuples(st.integers(3, 8), st.integers(3, 8)),
+    st.sampled_from(WAYS),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 2]),
+    st.sampled_from([1, 7, 8]),
+)
+def test_heads_padded_with_zeros_equal_math(pattern, grid, way, dtype, extra, width):
+    packed, grad = leaves(grid, dtype, extra=extra, width=width)
+    wide = packed.detach().double().requires_grad_()
+    expected = attend(*apart(wide), pattern, grid, extra=extra, kernel="math")
+    (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
+    spare = -width % 8
+    out = packed_attention(F.pad(packed, (0, spare)), width, list(grid), size, shift, way, way)[0]
+    (found,) = torch.autograd.grad(out, packed, F.pad(grad, (0, spare)))
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    assert (out[..., width:] == 0).all()
+    for ours, theirs in ((out[..., :width], expected), (found, expected_grad)):
+        assert (ours.double() - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_one_tensor_gives_what_three_give(way, dtype):
+    packed, grad = leaves((5, 6), dtype, width=8, extra=1)
+    q, k, v = (x.detach().requires_grad_() for x in apart(packed))
+    given = [5, 6], 3, False, way, way
+    out, expected = packed_attention(packed, 8, *given)[0], tiled_attention(q, k, v, *given)[0]
+    assert torch.equal(out, expected)
+    (found,) = torch.autograd.grad(out, packed, grad)
+    for ours, theirs in zip(apart(found), torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("room", [1, 3000, 1 << 30])
+def test_the_room_for_scores_changes_nothing(way, room, monkeypatch):
+    packed, grad = leaves((5, 6), torch.float32, heads=3, images=3, width=8)
+
+    def run():
+        out = packed_attention(packed, 8, [5, 6], 3, False, way, way)[0]
+        return [out, *torch.autograd.grad(out, packed, grad)]
+
+    expected = run()
+    # From all images and heads together to one image and head at a time.
+    monkeypatch.setattr(kernels_cpu, "_CACHE", room)
+    for ours, theirs in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_operator_is_well_registered(way):
+    packed, _ = leaves((4, 5), torch.float32, width=8)
+    torch.library.opcheck(
+        packed_attention,
+        (packed, 7, [4, 5], 3, False, way, way),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def run(layer, x, kernel):
+    x = x.detach().requires_grad_()
+    with attention_kernel(kernel):
+        out = layer(x)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("width", [14, 16, 18])
+@pytest.mark.parametrize("pattern", [Global(), Window(3), Window(5, "shift"), Partition(3)])
+def test_a_layer_by_strips_equals_math(pattern, width, extra):
+    torch.manual_seed(0)
+    layer = SelfAttention(width, 2, (6, 6), pattern, extra=extra)
+    x = torch.randn(2, 36 + extra, width)
+    for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_a_layer_takes_the_packed_way_where_strips_compute_it(monkeypatch):
+    seen = []
+    inner = SelfAttention._by_strips
+    monkeypatch.setattr(SelfAttention, "_by_strips", lambda self, x, how: seen.append(how) or inner(self, x, how))
+    layer, x = SelfAttention(16, 2, (6, 6), Window(3)), torch.randn(1, 36, 16)
+    run(layer, x, "strips")
+    assert len(seen) == 1
+    run(layer, x, "sdpa")
+    run(layer, x, "math")
+    layer(x, bias=torch.zeros(2, 36, 36))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("projection", ["qkv", "proj"])
+def test_projections_that_are_watched_or_replaced_are_called(projection):
+    layer, x = SelfAttention(14, 2, (6, 6), Window(3)), torch.randn(1, 36, 14)
+    seen = []
+    handle = getattr(layer, projection).register_forward_hook(lambda *given: seen.append(1))
+    run(layer, x, "strips")
+    assert seen == [1]
+    handle.remove()
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain = getattr(layer, projection)
+    doubled = Doubled(plain.in_features, plain.out_features)
+    doubled.load_state_dict(plain.state_dict())
+    setattr(layer, projection, doubled)
+    found, expected = (run(layer, x, kernel)[0] for kernel in ("strips", "math"))
+    assert (found - expected).abs().max() < 1e-5
