@@ -276,6 +276,14 @@ def test_a_result_comes_back_from_disk(denoiser, tmp_path, decomposition):
     assert "Only the 4 leading values" in top.notes[0]
 
 
+@pytest.mark.parametrize("decomposition", ["svd", "eig", "eig-right"])
+def test_right_eigenvectors_had_another_name_in_the_first_version(denoiser, tmp_path, decomposition):
+    path = measure(denoiser, draw(1), JacobianConfig(decomposition=decomposition, top=3)).save(tmp_path)
+    assert JacobianResult.load(path).config.decomposition == decomposition
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 1}))
+    assert JacobianResult.load(path).config.decomposition == ("svd" if decomposition == "svd" else "eig-right")
+
+
 def test_damaged_files_are_refused(denoiser, tmp_path):
     path = measure(denoiser, draw(1)).save(tmp_path)
     record = json.loads(path.read_text())

@@ -346,12 +346,29 @@ def one_alone(y, sigma, label):
     return (LINEAR @ y.reshape(SIZE)).reshape(1, *SHAPE)
 
 
-@pytest.mark.parametrize("function", [mixing, one_alone])
+def asserting(y, sigma, label):
+    assert len(y) == 1
+    return (y.flatten(1) @ LINEAR.T).reshape(y.shape)
+
+
+def sparse(y, sigma, label):
+    """Keeps a matrix that has no storage, so that the size of its graph is not known."""
+    return torch.sparse.mm(LINEAR.to_sparse(), y.flatten(1).T).T.reshape(y.shape)
+
+
+def gradient(y, sigma, label):
+    """A gradient by `torch.func`, which does not let hooks see what is saved."""
+    inner = torch.func.grad(lambda x: (x.flatten() @ (LINEAR + LINEAR.T) @ x.flatten()).sum() / 2)
+    return torch.func.vmap(inner)(y)
+
+
+@pytest.mark.parametrize("function", [mixing, one_alone, asserting, sparse, gradient])
 @pytest.mark.parametrize("mode", ["auto", "forward", "reverse"])
-def test_denoisers_that_are_not_for_batches_are_run_on_one_image(function, mode, monkeypatch):
+def test_denoisers_that_do_not_go_with_copies_are_run_on_one_image(function, mode, monkeypatch):
     monkeypatch.setattr(jacobian_operator, "_GAIN", float("inf"))
     denoiser, y = Denoiser.wrap(function, SHAPE), draw(1, *SHAPE)
-    expected = torch.diag(2 * y.flatten()) if function is mixing else LINEAR
+    others = {mixing: torch.diag(2 * y.flatten()), gradient: LINEAR + LINEAR.T}
+    expected = others.get(function, LINEAR)
     torch.testing.assert_close(JacobianOperator(denoiser, y, SIGMA).matrix(mode=mode), expected)
 
 
@@ -359,7 +376,7 @@ def test_copies_that_would_not_fit_are_not_made(monkeypatch):
     monkeypatch.setattr(jacobian_operator, "_GAIN", float("inf"))
     # A cube keeps its y, a square too: 32 values of 8 bytes more.
     denoiser, less = (Denoiser.wrap(f, SHAPE) for f in (lambda y, s, _: (y**3) ** 2, lambda y, s, _: y**3))
-    needed, fewer = (JacobianOperator(one, draw(1, *SHAPE), SIGMA)._graph_bytes() for one in (denoiser, less))
+    needed, fewer = (JacobianOperator(one, draw(1, *SHAPE), SIGMA)._graph_bytes("reverse") for one in (denoiser, less))
     assert needed == fewer + SIZE * 8
     # Eight copies in half of what is free.
     for free, copies in ((16 * needed, 8), (16 * needed - 1, 1), (None, 8)):
@@ -367,6 +384,23 @@ def test_copies_that_would_not_fit_are_not_made(monkeypatch):
         operator = JacobianOperator(denoiser, draw(1, *SHAPE), SIGMA)
         operator.matrix(mode="reverse")
         assert operator._copies == {"reverse": copies}
+
+
+@pytest.mark.parametrize("attention", ["g,g", "3,3"])
+def test_the_memory_of_a_second_derivative_counts_the_scores_of_plain_attention(attention):
+    """Which the kernel of the first derivative keeps nothing of; 256 tokens have many."""
+    shape = (2, 16, 16)
+    operator = JacobianOperator(vp(dit(image_size=shape[1:], attention=attention)), draw(1, *shape).float(), SIGMA)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = operator._forward_graph()
+    assert 0.5 < sum(kept.values()) / (3 * operator._graph_bytes("forward")) < 1.2
+    assert graph[0].requires_grad
 
 
 def test_weights_are_not_counted_as_memory_of_the_graph():
@@ -380,7 +414,7 @@ def test_weights_are_not_counted_as_memory_of_the_graph():
 
     denoiser = Denoiser.wrap(Flat().double().eval(), SHAPE)
     # The weights alone are 8 kB, and its derivative by them would keep y.
-    assert JacobianOperator(denoiser, draw(1, *SHAPE), SIGMA)._graph_bytes() <= 2 * SIZE * 8
+    assert JacobianOperator(denoiser, draw(1, *SHAPE), SIGMA)._graph_bytes("reverse") <= 2 * SIZE * 8
 
 
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode, torch.enable_grad])

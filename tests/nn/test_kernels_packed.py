@@ -117,6 +117,30 @@ def test_a_layer_takes_the_packed_way_where_strips_compute_it(monkeypatch):
     assert len(seen) == 1
 
 
+def test_autocast_leaves_float64_to_another_kernel():
+    layer, x = SelfAttention(14, 2, (6, 6), Window(3)).double(), torch.randn(1, 36, 14, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [14, 16])
+def test_a_projection_without_a_bias(width):
+    layer, x = SelfAttention(width, 2, (6, 6), Window(3)), torch.randn(2, 36, width)
+    layer.qkv = torch.nn.Linear(width, 3 * width, bias=False)
+    for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [14, 16])
+def test_no_images(width, dtype):
+    layer = SelfAttention(width, 2, (6, 6), Window(3)).to(dtype)
+    out, *gradients = run(layer, torch.randn(0, 36, width, dtype=dtype), "strips")
+    assert out.shape == (0, 36, width)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("projection", ["qkv", "proj"])
 def test_projections_that_are_watched_or_replaced_are_called(projection):
     layer, x = SelfAttention(14, 2, (6, 6), Window(3)), torch.randn(1, 36, 14)
@@ -125,12 +149,21 @@ def test_projections_that_are_watched_or_replaced_are_called(projection):
     run(layer, x, "strips")
     assert seen == [1]
     handle.remove()
+    handle = getattr(layer, projection).register_full_backward_pre_hook(lambda *given: seen.append(2))
+    run(layer, x, "strips")
+    assert seen == [1, 2]
+    handle.remove()
+
+    plain = getattr(layer, projection)
+    plain.forward = lambda x: 2 * F.linear(x, plain.weight, plain.bias)
+    found, expected = (run(layer, x, kernel)[0] for kernel in ("strips", "math"))
+    assert (found - expected).abs().max() < 1e-5
+    del plain.forward
 
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    plain = getattr(layer, projection)
     doubled = Doubled(plain.in_features, plain.out_features)
     doubled.load_state_dict(plain.state_dict())
     setattr(layer, projection, doubled)

@@ -24,9 +24,10 @@ def test_gelu_as_it_is_compiled_equals_its_tanh_form(dtype, close, monkeypatch):
         assert (grad.double() - slope).abs().max() <= 2 * close
 
 
-def test_gelu_as_it_is_compiled_takes_large_values(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gelu_as_it_is_compiled_takes_large_values(dtype, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
+    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], dtype=dtype, requires_grad=True)
     found = tanh_gelu(x)
     torch.testing.assert_close(found, F.gelu(x, approximate="tanh"))
     assert torch.autograd.grad(found.sum(), x)[0].tolist() == [0, 0, 0.5, 1, 1]

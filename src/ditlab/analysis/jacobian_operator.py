@@ -263,18 +263,19 @@ class JacobianOperator:
         singles = torch.cat([first, self._pass(which, vectors[1:2])])
         single = _now(self.y.device) - start
         free = available_memory()
-        # Of a derivative of a derivative the graph is about three times as large.
-        needed = copies * self._graph_bytes() * (1 if which == "reverse" else 3)
-        if needed > (_UNKNOWN_ROOM if free is None else free) / 2:
-            return singles
         try:
+            # Of a derivative of a derivative the graph is about three times as large.
+            needed = copies * self._graph_bytes(which) * (1 if which == "reverse" else 3)
+            if needed > (_UNKNOWN_ROOM if free is None else free) / 2:
+                return singles
             several = self._pass(which, vectors[:copies])
             # The first pass through a graph is slower, for its memory is new.
             start = _now(self.y.device)
             more = self._pass(which, vectors[copies : 2 * copies])
             taken = _now(self.y.device) - start
-        except (RuntimeError, ValueError, DitlabError):
-            # A denoiser that takes one image only, or no room after all.
+        except Exception:
+            # A denoiser that takes one image only, in whatever way it says so, or whose graph cannot be looked into, or
+            # no room after all. One image at a time it has just worked.
             self._graphs.pop((which, copies), None)
             return singles
         # Unequal where images of a batch see each other.
@@ -285,8 +286,9 @@ class JacobianOperator:
         del self._graphs[which, copies]
         return singles
 
-    def _graph_bytes(self) -> int:
-        """Memory of what one run of the network keeps for its backward pass, its weights not counted."""
+    def _graph_bytes(self, which: Pass) -> int:
+        """Memory of what one run of the network keeps for its backward pass, its weights not counted; with the
+        attention that this pass's graph is built with."""
         module = self.denoiser.module
         weights = {value.untyped_storage().data_ptr() for value in module.parameters()} if module is not None else set()
         kept: dict[int, int] = {}
@@ -295,7 +297,8 @@ class JacobianOperator:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with _eager(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention = _eager() if which == "reverse" else plain_attention()
+        with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self._run()
         return sum(size for place, size in kept.items() if place not in weights)
 

@@ -167,7 +167,7 @@ class JacobianResult:
     """Image after image, each at all levels ascending."""
 
     kind = "jacobian"
-    version = 1
+    version = 2
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -208,6 +208,9 @@ class JacobianResult:
         """
         try:
             config = {name: _tuples(value) for name, value in record["config"].items()}
+            if record["version"] < 2 and config.get("decomposition") == "eig":
+                # It was the name of the right eigenvectors then.
+                config["decomposition"] = "eig-right"
             return cls(
                 about=RunFacts(**record["about"]),
                 config=JacobianConfig(**config),

@@ -89,27 +89,29 @@ class SelfAttention(nn.Module):
         plain = _untouched(self.qkv) and _untouched(self.proj)
         if not plain or x.device.type != "cpu" or x.shape[1] != self.grid[0] * self.grid[1] + self.extra:
             return None
-        autocast = torch.is_autocast_enabled("cpu")
+        # Which leaves float64 as it is.
+        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
         return packed_strips(
             self.pattern,
             self.grid,
             device=x.device,
             dtype=torch.get_autocast_dtype("cpu") if autocast else x.dtype,
-            head_dim=x.shape[2] // self.heads,
+            # Of the weights: the size of an input may be a symbol while torch compiles.
+            head_dim=self.qkv.in_features // self.heads,
             needs_grad=torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad),
         )
 
     def _by_strips(self, x: Tensor, strips: Strips) -> Tensor:
         """`forward`, in one tensor from projection to projection, with heads as wide as the kernel likes them."""
-        batch, tokens, width = x.shape
-        head_dim = width // self.heads
+        batch, tokens, _ = x.shape
+        head_dim = self.qkv.in_features // self.heads
         spare = -head_dim % 8
         weight, bias = self.qkv.weight, self.qkv.bias
         back = self.proj.weight
         if spare:
             # Zeros in the weights, which are small beside the tokens: further channels of each head that are zero.
             weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, spare)).flatten(0, 1)
-            bias = F.pad(bias.unflatten(0, (-1, head_dim)), (0, spare)).flatten()
+            bias = bias if bias is None else F.pad(bias.unflatten(0, (-1, head_dim)), (0, spare)).flatten()
             back = F.pad(back.unflatten(1, (-1, head_dim)), (0, spare)).flatten(1)
         qkv = F.linear(x, weight, bias).view(batch, tokens, 3, self.heads, head_dim + spare)
         out, _ = packed_attention(qkv, head_dim, list(self.grid), *strips)
@@ -127,8 +129,9 @@ class SelfAttention(nn.Module):
 
 def _untouched(projection: nn.Module) -> bool:
     """Whether it is as made here: neither replaced nor watched, so that its weights are all there is to it."""
-    watched = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
-    return type(projection) is nn.Linear and not watched
+    watched = projection._forward_hooks or projection._forward_pre_hooks
+    watched = watched or projection._backward_hooks or projection._backward_pre_hooks
+    return type(projection) is nn.Linear and "forward" not in projection.__dict__ and not watched
 
 
 def attention_views(network: nn.Module) -> list[tuple[nn.Module, View]]:

@@ -195,7 +195,7 @@ class _Job(NamedTuple):
         images, heads = q.shape[:2]
         pairs = _CACHE * torch.get_num_threads() // (self.largest * q.element_size())
         if sums:
-            pairs = min(pairs, _ROOM[self.engine] // (4 * q[0, 0].numel()))
+            pairs = min(pairs, _ROOM[self.engine] // (4 * q.shape[2] * q.shape[3]))
         step, few = max(1, pairs // heads), min(heads, max(1, pairs))
         for start in range(0, images, step):
             for head in range(0, heads, few):

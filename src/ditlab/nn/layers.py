@@ -32,7 +32,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or not torch.compiler.is_compiling():
         return nn.functional.gelu(x, approximate="tanh")
-    wide = x.float() if x.dtype == torch.bfloat16 else x
+    wide = x if x.dtype == torch.float64 else x.float()
     twice = (8 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)
     return (wide * torch.sigmoid(twice)).to(x.dtype)
 
