@@ -1,6 +1,6 @@
 """How fast is a training step of `dit-xs/1` (and `dit-s/1`), ours against float32 eager of the same network?
 
-    python benchmarks/training.py                   # dit-xs/1; on the CPU with one thread and a batch of 4
+    python benchmarks/training.py                   # dit-xs/1; on the CPU with one thread and a batch of 8
     python benchmarks/training.py --preset dit-s/1 --batch 256 --device cuda
 
 "Ours" is what `ditlab train --training.precision bf16 --training.compile on` runs: bf16 autocast, compiled blocks, the
@@ -132,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    batch = args.batch or (256 if device.type == "cuda" else 4)
+    batch = args.batch or (256 if device.type == "cuda" else 8)
     base = preset(args.preset).network
     assert isinstance(base, DiTConfig)
     now = clock(device)
