@@ -5,13 +5,13 @@ grows with the number of tokens and not with its square; a small mask inside the
 wide as the grid is a strip, whose keys lie together in memory. Two engines compute a tile:
 
 - "flash": torch's own CPU flash attention, forward and backward (Dao, 2307.08691), one call a tile;
-- "plain": matrix product, softmax, matrix product, for as many images at a time as the cache holds. Its backward makes
-  the weights P anew and takes dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)), dQ = dS K / sqrt(d),
-  dK = dS^T Q / sqrt(d).
+- "plain": matrix product, softmax, matrix product, for as many images and heads at a time as the cache holds, one head
+  at least. Its backward makes the weights P anew and takes dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)),
+  dQ = dS K / sqrt(d), dK = dS^T Q / sqrt(d).
 
-Global attention is the case of tiles that reach everything: "plain" then stands in for torch's bfloat16 kernels, which
-are slow at short sequences. Which engine and tile serve which processor, `ditlab.nn.policy` says. The operators are
-registered with torch, so that a compiled graph holds each of them whole.
+Global attention is the case of tiles that reach everything, or of one tile, which needs no sums: "plain" then stands in
+for torch's bfloat16 kernels, which are slow at short sequences. Which engine and tile serve which processor,
+`ditlab.nn.policy` says. The operators are registered with torch, so that a compiled graph holds each of them whole.
 """
 
 from __future__ import annotations
