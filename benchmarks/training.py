@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from clocks import clock
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.attention import attention_kernel
@@ -93,19 +94,6 @@ def make_step(variant: Variant, base: DiTConfig, batch: int, device: torch.devic
         ema.update(network, count)
 
     return step
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: of this process's CPU threads divided by their number, or of the wall where a GPU computes."""
-    if device.type == "cuda":
-
-        def wall() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return wall
-    # CPU time of one thread does not count what other programs take; with more threads only the wall tells the truth.
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, now: Callable[[], float]) -> float:

@@ -289,10 +289,15 @@ def attend_tiles(
     return out, norms.squeeze(-1) if keep else norms.new_empty(0)
 
 
-@tiled_attention.register_fake
-def _(q, k, v, grid, window, shift, forward, backward):  # pyright: ignore[reportUnusedFunction]
+def like_results(q: Tensor, forward: str, backward: str) -> tuple[Tensor, Tensor]:
+    """Room for what `attend_tiles` returns, as it lies in memory."""
     keep = forward.startswith("flash") and backward.startswith("flash")
     return like_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
+
+
+@tiled_attention.register_fake
+def _(q, k, v, grid, window, shift, forward, backward):  # pyright: ignore[reportUnusedFunction]
+    return like_results(q, forward, backward)
 
 
 @torch.library.custom_op(
@@ -365,10 +370,11 @@ def write_gradients(
             else:
                 shares = _plain_shares(g, queries, keys, values, mask, scale)
             dq_.put_queries(tile, shares[0])
-            for x, share in zip(sums_, shares[1:], strict=False):
-                x.add_keys(tile, share)
             if alone:
                 sums = shares[1:]
+                continue
+            for x, share in zip(sums_, shares[1:], strict=True):
+                x.add_keys(tile, share)
         if alone or not in_place:
             dk[part], dv[part] = (x[..., : q.shape[-1]] for x in sums)
 

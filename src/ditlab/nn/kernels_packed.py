@@ -1,8 +1,8 @@
 """Windowed attention on a CPU (`ditlab.nn.kernels_cpu`) of queries, keys and values in one tensor.
 
 A layer's projection makes them in one. Cut into three, their gradient would be put together from three tensors, a copy
-that compiled code makes number by number (measured: 2.5 ns each, as long as a quarter of the attention it belongs to);
-here it is one from the start. Heads may be wider than they count: a projection whose weights are padded with zeros to
+that compiled code makes number by number (measured: 2.5 ns each, 3 % of a training step of `dit-xs/1`); here it is one
+from the start. Heads may be wider than they count: a projection whose weights are padded with zeros to
 a multiple of 8 channels a head spares the kernel from copying tokens to that width.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditlab.nn.kernels_cpu import attend_tiles, like_tokens, write_gradients
+from ditlab.nn.kernels_cpu import attend_tiles, like_results, write_gradients
 
 
 def apart(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,9 +44,7 @@ def packed_attention(
 
 @packed_attention.register_fake
 def _(qkv, head_dim, grid, window, shift, forward, backward):  # pyright: ignore[reportUnusedFunction]
-    q = apart(qkv)[0]
-    keep = forward.startswith("flash") and backward.startswith("flash")
-    return like_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
+    return like_results(apart(qkv)[0], forward, backward)
 
 
 @torch.library.custom_op(
