@@ -43,20 +43,20 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from clocks import clock
-from ditlab.analysis.denoising import level_noise
-from ditlab.analysis.jacobian_decomposition import decompose, decompose_top
-from ditlab.analysis.jacobian_operator import JacobianOperator, plain_attention
-from ditlab.data.photos import Photos
-from ditlab.data.source import Fit, Item
+from ditlab.analyses.jacobian.decomposition import decompose, decompose_top
+from ditlab.analyses.jacobian.operator import JacobianOperator, plain_attention
+from ditlab.data.sources.base import Fit, Item
+from ditlab.data.sources.photos import Photos
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.schedules import make_schedule
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.metrics.denoising_errors import level_noise
+from ditlab.models.opening import load
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.unet import UNet, UNetConfig
 from ditlab.presets import preset
-from ditlab.randomness import torch_generator
-from ditlab.reference import load
+from ditlab.rng import torch_generator
 
 KINDS = ("svd", "eigh", "eig", "eig-right")
 SMALL = ("dit", "dit-local", "unet", "bf-cnn")

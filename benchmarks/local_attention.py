@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditlab.nn.attention import Global, Grid, Pattern, Window, attend
+from ditlab.nn.kernel_choice import processor
 from ditlab.nn.kernels_cpu import tiled_attention
-from ditlab.nn.policy import processor
 
 WINDOWS = (3, 5, 7, 9, 11, 13)
 TARGETS = {

@@ -4,7 +4,7 @@
     python benchmarks/sharding.py --against replicas         # the peer: as many processes, each with the whole network
     python benchmarks/sharding.py --device cuda --processes 8 --batch 256
 
-Every variant makes the same steps through `ditlab.training.loop.train`, from the same weights on the same random
+Every variant makes the same steps through `ditlab.training.trainer.train`, from the same weights on the same random
 latents (32x32x4, 1000 classes): losses with learned variance, backward, fused AdamW, averaged weights. The peer is one
 process with the whole network and all of the machine's threads, or replicas (DDP). Printed for each process: the peak
 of its memory (of the process on the CPU, of torch's allocator on CUDA) until the last step is made; seconds of that
@@ -31,15 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ditlab.models.run import environment
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset
-from ditlab.run import environment
 from ditlab.training.checkpoint import CheckpointStore
 from ditlab.training.distributed import processes
 from ditlab.training.log import TrainingLog
-from ditlab.training.loop import TrainingConfig, peak_memory, train
 from ditlab.training.sharding import checkpoint_activations
+from ditlab.training.trainer import TrainingConfig, peak_memory, train
 
 
 class Latents:

@@ -27,13 +27,13 @@ import torch
 
 from clocks import clock
 from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.models.run import environment
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.attention import attention_kernel
 from ditlab.presets import preset
-from ditlab.run import environment
 from ditlab.training.compiling import compile_blocks
 from ditlab.training.ema import EMA
-from ditlab.training.loop import TrainingConfig, autocast, make_optimizer
+from ditlab.training.trainer import TrainingConfig, autocast, make_optimizer
 
 
 def forward_macs(config: DiTConfig) -> int:

@@ -24,11 +24,11 @@ from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bias_free import BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.presets import PRESETS, preset
-from ditlab.training.loop import TrainingConfig
+from ditlab.training.trainer import TrainingConfig
 
 SPLIT = SplitRecord(seed=1, train=20, test=10, imageset="a", family="b", hash="c")
 

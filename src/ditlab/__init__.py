@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
-    from ditlab.reference import load
+    from ditlab.models.opening import load
 
 __version__ = "0.1.0"
 __all__ = ["Denoiser", "DitlabError", "__version__", "load"]
 
-_WHERE = {"Denoiser": "ditlab.diffusion.denoisers", "DitlabError": "ditlab.errors", "load": "ditlab.reference"}
+_WHERE = {"Denoiser": "ditlab.diffusion.denoisers", "DitlabError": "ditlab.errors", "load": "ditlab.models.opening"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,17 +14,17 @@ from typing import Annotated, Any
 
 import pydantic
 
-from ditlab.data.codecs import CodecRecord
+from ditlab.data.autoencoder import CodecRecord
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bias_free import BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.unet import UNetConfig
-from ditlab.training.loop import TrainingConfig
+from ditlab.training.trainer import TrainingConfig
 
 _TAGGED = pydantic.Field(discriminator="kind")
 Network = Annotated[DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig, _TAGGED]

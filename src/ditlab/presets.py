@@ -12,11 +12,11 @@ from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import HeunConfig
 from ditlab.errors import unknown_name
-from ditlab.networks.bias_free import BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.unet import UNetConfig
-from ditlab.training.loop import TrainingConfig
+from ditlab.training.trainer import TrainingConfig
 
 _SIZES = {  # depth, width, heads
     "nano": (4, 64, 2),

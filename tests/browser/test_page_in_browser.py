@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from ditlab.nn.patterns import Global, Window
-from ditlab.report.page import PageData, Picture, RunCard, Section, Table, save_page
-from ditlab.report.picker import AttentionPicker, pack_run
-from ditlab.report.style import DARK, LIGHT
+from ditlab.pages.page import PageData, Picture, RunCard, Section, Table, save_page
+from ditlab.pages.theme import DARK, LIGHT
+from ditlab.pages.token_picker import AttentionPicker, pack_run
 
 GRID = (4, 6)
 TOKENS = 24

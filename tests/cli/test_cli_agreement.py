@@ -7,8 +7,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from ditlab.analysis.agreement_result import REFERENCES, AgreementResult
-from ditlab.run import Run
+from ditlab.analyses.agreement.result import REFERENCES, AgreementResult
+from ditlab.models.run import Run
 
 QUICK = ["--images", 3, "--sampler-steps", 4, "--trajectories", 2, "--threads", 1, "--device", "cpu"]
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from ditlab.analysis.attention_maps import measure_attention
-from ditlab.analysis.locality_result import LocalityResult
-from ditlab.report import attention_figures
-from ditlab.run import Run
+from ditlab.analyses.attention import map_figures as attention_figures
+from ditlab.analyses.attention.maps import measure_attention
+from ditlab.analyses.attention.result import LocalityResult
+from ditlab.models.run import Run
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 import ditlab as library
-from ditlab.analysis.attention_maps import AttentionConfig
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.cli.report import write_report
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.interop.original_dit import to_original
+from ditlab.models.opening import ExternalConfig, open_model
 from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.reference import ForeignConfig, open_trained
 
 pytest.importorskip("diffusers")
 
@@ -48,7 +48,7 @@ def original(tmp_path) -> Path:
 
 def results_of(folder: Path, reference: str, out: str = "foreign") -> Path:
     """Where analyses of a model that is not a run are kept."""
-    return folder / open_trained(reference, results=Path(out)).path / "analysis"
+    return folder / open_model(reference, results=Path(out)).path / "analysis"
 
 
 def same(a: object, b: object) -> bool:
@@ -132,13 +132,13 @@ def test_the_autoencoder_of_a_run_goes_along_to_diffusers(ditlab, place, write_k
     assert "note" not in done.out
     assert same("run", "diffusers:out")
     z = torch.randn(2, 4, 4, 4)
-    run, found = open_trained("run"), open_trained("diffusers:out")
+    run, found = open_model("run"), open_model("diffusers:out")
     assert np.array_equal(found.pixels(z), run.pixels(z))
     assert type(diffusers.DiTPipeline.from_pretrained("out").vae).__name__ == "AutoencoderKL"
     # A converted model's own goes along as well.
     assert ditlab("convert", "diffusers:out", "converted").status == 0
     assert ditlab("convert", "converted", "second", "--to", "diffusers").status == 0
-    assert np.array_equal(open_trained("diffusers:second").pixels(z), run.pixels(z))
+    assert np.array_equal(open_model("diffusers:second").pixels(z), run.pixels(z))
     # It may have been moved since.
     kl.rename(tmp_path / "moved")
     done = ditlab("convert", "run", "third", "--to", "diffusers")
@@ -159,7 +159,7 @@ def test_an_autoencoder_that_cannot_go_along_is_named(ditlab, place, write_pair,
         assert ditlab(*words).status == 0
         done = ditlab("convert", run, out, *([] if out == "out.pt" else ["--to", "diffusers"]))
         assert done.status == 0, done.err
-        record = open_trained(run).codec.record
+        record = open_model(run).codec.record
         assert f"note: its autoencoder does not go along ({says}): these are latents of '{pair}', SHA-256 " in done.out
         assert f"{record.sha256[:12]}, scale 1, shift 0" in done.out
     assert not (tmp_path / "out" / "vae").exists()
@@ -405,8 +405,8 @@ def test_what_cannot_be_looked_at(refused, place, plain, diffusers_folder, tmp_p
 
 def test_a_report_about_a_unet(place, diffusers_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = ForeignConfig(n=20, test=10)
-    run = open_trained(f"diffusers:{diffusers_folder('unet', 'theirs')}", place.images, config=config)
+    config = ExternalConfig(n=20, test=10)
+    run = open_model(f"diffusers:{diffusers_folder('unet', 'theirs')}", place.images, config=config)
     write_report(
         [run],
         ["theirs"],

@@ -15,19 +15,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ditlab.analysis.attention_maps import AttentionConfig
-from ditlab.analysis.jacobian import measure_jacobian
-from ditlab.analysis.jacobian_comparison import CAUTION
-from ditlab.analysis.jacobian_result import JacobianConfig, JacobianResult
-from ditlab.analysis.psnr import PSNRConfig
-from ditlab.analysis.store import write_bytes
+from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.jacobian.comparison import CAUTION
+from ditlab.analyses.jacobian.measure import measure_jacobian
+from ditlab.analyses.jacobian.result import JacobianConfig, JacobianResult
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.cli import jacobian_points, report
 from ditlab.cli.report import write_report
 from ditlab.data.pixels import centre_crop, planes, to_float
-from ditlab.report import style
-from ditlab.report.page import Picture
-from ditlab.report.style import LIGHT, png
-from ditlab.run import Run
+from ditlab.files import write_bytes
+from ditlab.models.run import Run
+from ditlab.pages import theme as style
+from ditlab.pages.page import Picture
+from ditlab.pages.theme import LIGHT, png
 
 QUICK = ["--show", 0, 1, 4, "--levels", 0.5]
 
@@ -325,7 +325,7 @@ def test_unknown_choices_are_refused_by_name(ditlab, plain, capsys):
 
 
 def test_a_matrix_that_does_not_fit(refused, plain, monkeypatch):
-    monkeypatch.setattr("ditlab.analysis.jacobian.available_memory", lambda: 1000)
+    monkeypatch.setattr("ditlab.analyses.jacobian.measure.available_memory", lambda: 1000)
     says = refused("jacobian", plain)
     assert says.startswith(f"run {plain}: jacobian: the whole matrix of 192 x 192")
     assert "--top K" in says

@@ -21,10 +21,10 @@ from PIL import Image
 from rich.console import Console
 
 import ditlab as package
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.cli import quickstart, report
 from ditlab.cli.report import write_report
-from ditlab.run import Run
+from ditlab.models.run import Run
 from ditlab.training.log import read_log
 
 COARSE = PSNRConfig(images=10, points=3)

@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ditlab.analysis.jacobian_result import JacobianResult
-from ditlab.analysis.nearest import nearest
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.jacobian.result import JacobianResult
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.cli import copies, reporting
 from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
-from ditlab.data.codecs import open_codec
+from ditlab.data.autoencoder import open_codec
 from ditlab.data.pixels import centre_crop, planes, to_float
 from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
+from ditlab.metrics.nearest import nearest
+from ditlab.models.run import Run
 from ditlab.report.sections import samples_section
-from ditlab.run import Run
 
 
 @pytest.fixture(scope="module")

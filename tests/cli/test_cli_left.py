@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ditlab.analysis.agreement_result import AgreementResult
-from ditlab.analysis.two_subsets import TwoSubsetsResult, closest
+from ditlab.analyses.agreement.result import AgreementResult
+from ditlab.analyses.two_subsets.measure import TwoSubsetsResult, closest
 from ditlab.cli.left import agreement_pictures, left_behind, without_copies
-from ditlab.run import Run
+from ditlab.models.run import Run
 
 QUICK = ["--threads", 1, "--device", "cpu"]
 AGREE = [*QUICK, "--references", "empirical-bayes", "ls", "--window", 3, "--images", 2, "--sampler-steps", 2]

@@ -17,18 +17,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ditlab.analysis.attention_maps import AttentionConfig
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.attention import map_figures as attention_figures
+from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.samples import figures as sample_figures
 from ditlab.cli import looking, report, reporting
 from ditlab.cli.drawing import draw, sampler_config
 from ditlab.cli.report import write_report
 from ditlab.data.pixels import to_float
-from ditlab.report import attention_figures, sample_figures
-from ditlab.report import page as page_module
-from ditlab.report import picker as picker_module
-from ditlab.report.page import PAGE_BYTES, Picture
-from ditlab.report.style import LIGHT
-from ditlab.run import Run
+from ditlab.models.run import Run
+from ditlab.pages import page as page_module
+from ditlab.pages import token_picker as picker_module
+from ditlab.pages.page import PAGE_BYTES, Picture
+from ditlab.pages.theme import LIGHT
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
 

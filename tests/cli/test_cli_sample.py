@@ -25,7 +25,7 @@ from ditlab.cli.sample_parts import Parts
 from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.samplers import DDIMConfig
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.models.run import Run
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:

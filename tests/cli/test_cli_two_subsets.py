@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditlab.analysis.two_subsets import TwoSubsetsResult
-from ditlab.run import Run
+from ditlab.analyses.two_subsets.measure import TwoSubsetsResult
+from ditlab.models.run import Run
 
 QUICK = ["--seeds", "3-7,20", "--sampler-steps", 3, "--threads", 1, "--device", "cpu"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditlab.run import Run
+from ditlab.models.run import Run
 
 QUICK = ["--n", 20, "--test", 20, "--training.batch-size", 16, "--training.save-every", 10, "--training.log-every", 5]
 QUICK += ["--training.eval-every", 10]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
-from ditlab.data.source import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
 
 datasets = pytest.importorskip("datasets", reason="the hub source needs the package `datasets`")

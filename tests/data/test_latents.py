@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, encode, make_split, prepare
-from ditlab.data.codecs import Codec, CodecRecord, open_codec
+from ditlab.data.autoencoder import Codec, CodecRecord, open_codec
 from ditlab.data.encode import EncodeConfig, Encoding
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD
 from ditlab.data.manifest import content_hash

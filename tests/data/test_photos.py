@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ditlab.data.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
-from ditlab.data.source import TEST, TRAIN, Fit, Item
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item
+from ditlab.data.sources.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
 from ditlab.errors import DitlabError
 
 

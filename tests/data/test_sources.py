@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditlab.data.source import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
 
 

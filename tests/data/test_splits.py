@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import image_grid
 from ditlab.data.imageset import ImageSet, prepare
-from ditlab.data.source import TEST, TRAIN
+from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.data.splits import Split, make_split, verify
 from ditlab.errors import DitlabError
 

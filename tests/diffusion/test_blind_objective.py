@@ -9,9 +9,9 @@ from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
-from ditlab.randomness import torch_generator
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.rng import torch_generator
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch_generator(0, "images")) * 2 - 1
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig, guided
-from ditlab.diffusion.levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.network_denoisers import BlindDenoiser, EDMDenoiser, VPDenoiser
-from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
+from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 SHAPE = (3, 8, 8)
 NAMES = ["dit-vp", "dit-edm", "bf-cnn", "published-bf-cnn", "wiener", "empirical-bayes", "wrapped"]

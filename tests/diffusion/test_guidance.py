@@ -9,11 +9,11 @@ import pydantic
 import pytest
 import torch
 
+from ditlab.diffusion.baselines import EmpiricalBayesDenoiser
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.guidance import GuidanceConfig, guided
-from ditlab.diffusion.levels import LevelRange
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
-from ditlab.diffusion.references import EmpiricalBayesDenoiser
+from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.samplers import (
     DDIMConfig,
     DDPMConfig,
@@ -26,7 +26,7 @@ from ditlab.diffusion.samplers import (
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 LINEAR = make_schedule("linear", 1000)
 SHAPE = (3, 8, 8)
@@ -356,7 +356,7 @@ def test_configs_go_through_json(config):
 
 
 def test_attention_is_not_looked_at_through_guidance():
-    from ditlab.analysis.attention_maps import attention_maps
+    from ditlab.analyses.attention.maps import attention_maps
 
     inner, label = VPDenoiser(dit(), LINEAR), torch.tensor([1, 2])
     images = torch.zeros(2, *SHAPE)

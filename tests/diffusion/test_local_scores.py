@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser, WienerLocalityDenoiser
 from ditlab.diffusion.local_scores import EquivariantLocalScoreDenoiser, LocalScoreDenoiser, WindowSchedule
-from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser, WienerLocalityDenoiser
 from ditlab.errors import DitlabError
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 KINDS = {
     "LS": LocalScoreDenoiser,

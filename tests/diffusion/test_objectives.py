@@ -9,7 +9,7 @@ from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjective, VPObjectiveConfig
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 SCHEDULES = pytest.mark.parametrize("name", ["linear", "cosine"])
 

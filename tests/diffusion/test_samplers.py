@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
-from ditlab.diffusion.levels import LevelRange
 from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.network_denoisers import VPDenoiser
+from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.samplers import (
     DDIMConfig,
     DDPMConfig,

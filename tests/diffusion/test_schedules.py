@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditlab.diffusion.levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.network_denoisers import VPDenoiser
+from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.schedules import (
     VPSchedule,
     cosine_levels,

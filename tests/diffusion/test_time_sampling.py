@@ -11,7 +11,7 @@ import torch
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.time_sampling import LAST, UNIFORM, LossSecondMoment
 from ditlab.errors import DitlabError
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 
 def filled(steps: int, seed: int = 0) -> tuple[LossSecondMoment, np.ndarray]:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditlab.analysis.psnr import PSNRConfig, psnr_gap
+from ditlab.analyses.psnr_gap.result import PSNRConfig, psnr_gap
 from ditlab.data import prepare
 from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import infer_config, is_bias_free
 from ditlab.interop.checkpoints import open_checkpoint
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
-from ditlab.reference import ForeignConfig, load, open_trained
+from ditlab.models.opening import ExternalConfig, load, open_model
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 
 UNETS = [
     BFUNetConfig(channels=1, width=4, blocks=3),
@@ -67,8 +67,8 @@ def test_a_cnns_shape_is_told_by_its_weights(tmp_path):
 
 def test_it_takes_the_size_of_the_images_it_is_given(tmp_path, digits):
     path = saved(BFUNet(UNETS[0]), tmp_path / "unet.pt")
-    opened = open_trained(path, digits.path, config=ForeignConfig(n=20, test=10))
-    denoiser, facts = opened.denoiser_and_facts()
+    opened = open_model(path, digits.path, config=ExternalConfig(n=20, test=10))
+    denoiser, facts = opened.denoiser_and_provenance()
     assert denoiser.shape == (1, 16, 16) == opened.images.shape
     images, _ = opened.pictures("test", 4)
     assert denoiser(images, 0.2).shape == (4, 1, 16, 16)
@@ -76,12 +76,12 @@ def test_it_takes_the_size_of_the_images_it_is_given(tmp_path, digits):
     assert opened.settings["network.image_size"] == (16, 16)
     deep = saved(BFUNet(BFUNetConfig(channels=1, width=2, blocks=5)), tmp_path / "deep.pt")
     with pytest.raises(DitlabError, match="multiples of 32 for 5 blocks, found 16x16"):
-        open_trained(deep, digits.path).denoiser_and_facts()
+        open_model(deep, digits.path).denoiser_and_provenance()
     colour = saved(BFUNet(UNETS[1]), tmp_path / "colour.pt")
     with pytest.raises(DitlabError, match=r"expected images 3x32x32, found 1x16x16"):
-        open_trained(colour, digits.path).denoiser_and_facts()
+        open_model(colour, digits.path).denoiser_and_provenance()
     with pytest.raises(DitlabError, match="one set of weights only"):
-        opened.denoiser_and_facts(ema=False)
+        opened.denoiser_and_provenance(ema=False)
 
 
 def test_weights_that_are_not_whole_are_refused(tmp_path):
@@ -110,8 +110,8 @@ def test_published_weights_gain_seven_decibels(shared, tmp_path):
     if not weights.is_file():
         pytest.skip(f"no {weights.name} in ../shared/weights beside the checkout")
     images = prepare("photos", tmp_path / "photos", size=32, near_duplicates=None)
-    opened = open_trained(weights, images.path, config=ForeignConfig(test=16))
-    denoiser, facts = opened.denoiser_and_facts()
+    opened = open_model(weights, images.path, config=ExternalConfig(test=16))
+    denoiser, facts = opened.denoiser_and_provenance()
     assert denoiser.network.config == BFCNNConfig()
     pictures, _ = opened.pictures("test", 16)
     result = psnr_gap(denoiser, pictures, pictures, PSNRConfig(images=16, levels=(50 / 255,)), about=facts)

@@ -20,7 +20,7 @@ from ditlab.interop.diffusers_dit import (
     write_diffusers,
 )
 from ditlab.interop.diffusers_models import open_diffusers
-from ditlab.interop.model import objective_of
+from ditlab.interop.imported import objective_of
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn import embeddings
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditlab.analysis.attention_maps import AttentionConfig, alike_layers, attention_layers, measure_attention
+from ditlab.analyses.attention.maps import AttentionConfig, alike_layers, attention_layers, measure_attention
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditlab.converted import open_converted, write_converted
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.checkpoints import open_checkpoint
+from ditlab.interop.converted import open_converted, write_converted
+from ditlab.interop.imported import objective_of
 from ditlab.interop.improved_diffusion import UNetFile, open_improved, to_original, write_improved
-from ditlab.interop.model import objective_of
+from ditlab.models.opening import open_model
 from ditlab.networks.registry import build_network
 from ditlab.networks.unet import UNet, UNetConfig
-from ditlab.reference import open_trained
 
 SMALL = UNetConfig(image_size=(32, 32), width=32, res_blocks=1, learn_sigma=True)
 """The levels of the published model of CIFAR-10, narrow."""
@@ -182,7 +182,7 @@ def test_a_pickle_is_the_bare_state_dict(tmp_path):
 
 def test_a_reference_to_a_file(tmp_path):
     network = unet(SMALL)
-    trained = open_trained(bare(tmp_path / "a.pt", network))
+    trained = open_model(bare(tmp_path / "a.pt", network))
     denoiser = trained.denoiser()
     assert denoiser.shape == (3, 32, 32)
     assert torch.equal(outputs(denoiser.module), outputs(network))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditlab.analysis.attention_maps import AttentionConfig, attention_layers, attention_maps, measure_attention
+from ditlab.analyses.attention.maps import AttentionConfig, attention_layers, attention_maps, measure_attention
 from ditlab.diffusion.network_denoisers import EDMDenoiser
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT, DiTConfig

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ditlab.analysis.complexity import complexity
+from ditlab.metrics.complexity import complexity
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import build_network

@@ -12,8 +12,8 @@ from typing import get_args
 import pytest
 import torch
 
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import NETWORKS, build_network

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditlab.analysis.complexity import complexity
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.improved_diffusion import UNetFacts, from_original, infer_config
+from ditlab.metrics.complexity import complexity
 from ditlab.networks.registry import build_network
 from ditlab.networks.unet import UNet, UNetConfig
 from ditlab.networks.unet_blocks import Downsample, ResidualBlock, Stage

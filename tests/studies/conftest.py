@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 
 TINY = Study(

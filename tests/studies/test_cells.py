@@ -81,7 +81,7 @@ def test_flags_of_train_give_the_cell(study, scale, digits):
 
 
 def plan_windows(plan: str) -> list[int]:
-    from ditlab.nn.placement import parse_plan
+    from ditlab.nn.attention_plan import parse_plan
 
     depth = 12 if plan == "local" else sum(int(e.partition("*")[2] or 1) for e in plan.split(",")) if "," in plan else 1
     return [getattr(pattern, "size", 0) for pattern in parse_plan(plan, depth)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditlab.analysis.paired import paired_difference
+from ditlab.metrics.paired import paired_difference
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.findings import seen
 from ditlab.studies.grid import Plan

@@ -15,7 +15,7 @@ from threading import Timer
 import numpy as np
 import pytest
 
-from ditlab.analysis.psnr import PSNRResult
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.config import RunConfig, from_json
 from ditlab.errors import DitlabError
 from ditlab.studies.cells import cell_hash

@@ -15,10 +15,11 @@ import test_loop
 import torch
 from torch import nn
 
-from ditlab.training import checkpoint, loop
+from ditlab.training import checkpoint
+from ditlab.training import trainer as loop
 from ditlab.training.distributed import Processes, processes
-from ditlab.training.loop import Interrupted, StopFlag
 from ditlab.training.sharding import checkpoint_activations, local
+from ditlab.training.trainer import Interrupted, StopFlag
 
 
 class Unblocked(nn.Module):

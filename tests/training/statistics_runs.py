@@ -14,8 +14,8 @@ import torch
 
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 from ditlab.training.distributed import Processes, processes
 
 

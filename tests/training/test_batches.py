@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, flip, prepare
-from ditlab.data.codecs import Codec, CodecRecord
+from ditlab.data.autoencoder import Codec, CodecRecord
 from ditlab.data.encode import EncodeConfig, Encoding
 from ditlab.diffusion.objectives import VPObjectiveConfig
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 from ditlab.training.distributed import Processes
-from ditlab.training.loop import Batches, TrainingConfig, image_order
+from ditlab.training.trainer import Batches, TrainingConfig, image_order
 
 CPU = torch.device("cpu")
 

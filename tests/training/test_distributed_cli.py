@@ -16,9 +16,9 @@ import torch
 from ditlab.cli.train import Train
 from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
-from ditlab.run import Run, start, train_run
+from ditlab.models.run import Run, start, train_run
 from ditlab.training.distributed import Processes, pick_device
-from ditlab.training.loop import TrainingConfig, check_batch
+from ditlab.training.trainer import TrainingConfig, check_batch
 
 TINY = [
     "--size",

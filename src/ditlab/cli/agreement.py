@@ -11,13 +11,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.agreement import check_agreement, measure_agreement
-from ditlab.analysis.agreement_result import AgreementConfig, AgreementResult
+from ditlab.analyses.agreement.measure import check_agreement, measure_agreement
+from ditlab.analyses.agreement.result import AgreementConfig, AgreementResult
 from ditlab.cli.common import counting, noting, use_threads
 from ditlab.cli.left import agreement_pictures
 from ditlab.cli.measuring import open_runs
-from ditlab.reference import ForeignConfig
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.models.opening import ExternalConfig
 from ditlab.training.distributed import pick_device
 
 
@@ -43,7 +43,7 @@ class Agreement:
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
-    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    foreign: Annotated[ExternalConfig, tyro.conf.arg(name="")] = field(default_factory=ExternalConfig)
     """Which of its images stand for the training images of such a model."""
     codec: str | None = None
     """Where the autoencoder of a run on latents lies now, if it was moved."""
@@ -60,7 +60,9 @@ class Agreement:
         use_threads(self.threads)
         device = pick_device(self.device)
         [run] = open_runs([self.reference], self.data, console, config=self.foreign, results=self.out, codec=self.codec)
-        denoiser, facts = run.denoiser_and_facts(step=self.step, ema=not self.raw, device=device, say=noting(console))
+        denoiser, facts = run.denoiser_and_provenance(
+            step=self.step, ema=not self.raw, device=device, say=noting(console)
+        )
         check_agreement(denoiser, self.settings)
         count = self.settings.training_images or run.split_record.train
         images, twins = run.pictures("train", count)[0], run.mirrored_twins(count)
@@ -79,9 +81,9 @@ class Agreement:
         console.print(f"wrote {', '.join(str(f) for f in files)}", markup=False)
         return {**result.to_json(), "files": [str(f) for f in files]}
 
-    def _draw(self, run: Trained, result: AgreementResult) -> list[Path]:
-        from ditlab.report.agreement_figures import agreement_curves, agreement_images
-        from ditlab.report.style import save
+    def _draw(self, run: Model, result: AgreementResult) -> list[Path]:
+        from ditlab.analyses.agreement.figures import agreement_curves, agreement_images
+        from ditlab.pages.theme import save
 
         out = self.out if self.out is not None else run.path / "analysis"
         pictures = agreement_pictures(run, result, hide_training_images=self.hide_training_images)

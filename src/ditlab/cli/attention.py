@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ditlab.analysis.attention_maps import (
+from ditlab.analyses.attention.comparison import LocalityComparison, check_groups, compare_locality, same_levels
+from ditlab.analyses.attention.maps import (
     AttentionConfig,
     AttentionLayer,
     AttentionMaps,
@@ -25,16 +26,15 @@ from ditlab.analysis.attention_maps import (
     measure_attention,
     noise_levels_of,
 )
-from ditlab.analysis.locality_comparison import LocalityComparison, check_groups, compare_locality, same_levels
-from ditlab.analysis.psnr import RunFacts
-from ditlab.analysis.store import write_json
 from ditlab.cli.common import counting, noting, use_threads
 from ditlab.cli.drawing import draw, guided_as, quick_sampler
 from ditlab.cli.measuring import chosen_labels, open_runs
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
-from ditlab.reference import ForeignConfig
-from ditlab.trained import Trained
+from ditlab.files import write_json
+from ditlab.models.model import Model
+from ditlab.models.opening import ExternalConfig
+from ditlab.provenance import Provenance
 from ditlab.training.distributed import pick_device
 
 Source = Literal["test", "train", "samples"]
@@ -76,7 +76,7 @@ class Attention:
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
-    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    foreign: Annotated[ExternalConfig, tyro.conf.arg(name="")] = field(default_factory=ExternalConfig)
     """Which of its images stand for the training images of such a model."""
     codec: str | None = None
     """Where the autoencoder of runs on latents lies now, if it was moved."""
@@ -119,9 +119,9 @@ class Attention:
         console.print(f"wrote {', '.join(str(f) for f in files)}")
         return {**comparison.to_json(), "files": [str(f) for f in files]}
 
-    def _open(self, run: Trained, label: str, device: torch.device, console: Console) -> _Looked:
+    def _open(self, run: Model, label: str, device: torch.device, console: Console) -> _Looked:
         """A run's denoiser, and the layers that are to be measured."""
-        denoiser, facts = run.denoiser_and_facts(
+        denoiser, facts = run.denoiser_and_provenance(
             step=self.step, ema=not self.raw, label=label, device=device, say=noting(console)
         )
         facts = replace(facts, settings={**facts.settings, "images_from": self.images_from})
@@ -185,7 +185,7 @@ class Attention:
 
     def _maps(self, one: _Looked, given: Given, sigma: float) -> AttentionMaps:
         """The maps of the layers that figures show, for the image that they show."""
-        from ditlab.report.attention_figures import layers_shown
+        from ditlab.analyses.attention.map_figures import layers_shown
 
         images, labels = given
         numbers = [layer.number for layer in one.layers]
@@ -207,9 +207,9 @@ class Attention:
         token: tuple[int, int],
     ) -> list[Path]:
         """Writes the comparison and the figures; returns their paths."""
-        from ditlab.report.attention_figures import attention_map_figure, patterns_figure
-        from ditlab.report.locality_figures import locality_by_n, locality_curves
-        from ditlab.report.style import save
+        from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
+        from ditlab.analyses.attention.map_figures import attention_map_figure, patterns_figure
+        from ditlab.pages.theme import save
 
         out.mkdir(parents=True, exist_ok=True)
         results = [result for group in comparison.groups for result in group.results]
@@ -240,9 +240,9 @@ class Attention:
 class _Looked:
     """A run that is looked at."""
 
-    run: Trained
+    run: Model
     denoiser: Denoiser
-    facts: RunFacts
+    facts: Provenance
     known: tuple[AttentionLayer, ...]
     layers: tuple[AttentionLayer, ...]
     """Those of `known` that are measured."""

@@ -12,10 +12,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.complexity import Complexity, complexity, match_width
-from ditlab.analysis.store import write_bytes, write_json
 from ditlab.config import Network, RunConfig
 from ditlab.errors import DitlabError
+from ditlab.files import write_bytes, write_json
+from ditlab.metrics.complexity import Complexity, complexity, match_width
 from ditlab.networks.dit_blocks import BlockKind
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset
@@ -220,8 +220,8 @@ class ComplexityOf:
         return f"linear: GMACs without attention matrices; {kept}training: GMACs x batch x steps x 3 ({which})"
 
     def _save(self, entries: list[Entry], result: dict[str, Any]) -> list[Path]:
-        from ditlab.report.complexity_figures import complexity_figure
-        from ditlab.report.style import png
+        from ditlab.analyses.complexity.figures import complexity_figure
+        from ditlab.pages.theme import png
 
         assert self.out is not None
         figure = complexity_figure([(e.name, e.cost) for e in entries], published=_published_fid(entries))

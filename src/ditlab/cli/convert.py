@@ -13,21 +13,21 @@ from rich.console import Console
 
 from ditlab.cli.common import noting
 from ditlab.cli.exporting import export_run
-from ditlab.converted import write_converted
-from ditlab.data.atomic import atomic_folder
-from ditlab.data.codecs import open_codec
+from ditlab.data.autoencoder import open_codec
 from ditlab.errors import DitlabError
+from ditlab.files import atomic_folder
 from ditlab.interop.checkpoints import open_checkpoint
+from ditlab.interop.converted import write_converted
 from ditlab.interop.diffusers_dit import convert_diffusers, write_diffusers
 from ditlab.interop.hub import upload
+from ditlab.interop.imported import ImportedModel, objective_of
 from ditlab.interop.improved_diffusion import UNetFile, write_improved
-from ditlab.interop.model import ForeignModel, objective_of
 from ditlab.interop.original_dit import write_original
 from ditlab.interop.original_files import SUFFIXES
+from ditlab.models.opening import ExternalModel, open_model
+from ditlab.models.run import Run
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.unet import UNet
-from ditlab.reference import Foreign, open_trained
-from ditlab.run import Run
 
 Format = Literal["ditlab", "diffusers", "original"]
 
@@ -126,7 +126,7 @@ class Convert:
         _print_notes(console, model)
         return _told(console, out, "ditlab", network, **({} if difference is None else {"difference": difference}))
 
-    def _foreign(self) -> Run | tuple[ForeignModel, float | None]:
+    def _foreign(self) -> Run | tuple[ImportedModel, float | None]:
         """The source: a run, or another model as ditlab's network with the difference that was measured."""
         if (self.heads is not None or self.unet != UNetFile()) and not self._original:
             raise DitlabError(
@@ -138,10 +138,10 @@ class Convert:
         if self.source.startswith("diffusers:"):
             self._check_averaged()
             return convert_diffusers(self.source.removeprefix("diffusers:"))
-        found = open_trained(self.source, codec=self.codec)
+        found = open_model(self.source, codec=self.codec)
         if isinstance(found, Run):
             return found
-        assert isinstance(found, Foreign)
+        assert isinstance(found, ExternalModel)
         self._check_averaged()
         if not isinstance(found.model.denoiser.network, DiT | UNet):  # a diffusers model on the hub
             return convert_diffusers(self.source.removeprefix("hub:"))
@@ -160,11 +160,11 @@ class Convert:
         if self.step is not None:
             raise DitlabError(f"convert --step: only a run has checkpoints to choose from, found {self.source}")
 
-    def _ours(self, console: Console) -> tuple[Run | ForeignModel, DiT | UNet, object]:
+    def _ours(self, console: Console) -> tuple[Run | ImportedModel, DiT | UNet, object]:
         """The source, its network, which is one of ditlab's, and how that was trained."""
         opened = self._foreign()
         if isinstance(opened, Run):
-            found: Run | ForeignModel = opened
+            found: Run | ImportedModel = opened
             network = opened.network(opened.checkpoint(self.step, noting(console)), ema=not self.raw)
             objective: object = opened.config.objective
         else:
@@ -173,13 +173,13 @@ class Convert:
             _print_notes(console, found)
         return found, _convertible(network), objective
 
-    def _autoencoder(self, found: Run | ForeignModel, to: Format, console: Console) -> Any:
+    def _autoencoder(self, found: Run | ImportedModel, to: Format, console: Console) -> Any:
         """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot.
 
         Raises:
             DitlabError: it is not where it should be, or a place was given for one that is not there.
         """
-        codec = open_codec(found.decoder) if isinstance(found, ForeignModel) and found.decoder is not None else None
+        codec = open_codec(found.decoder) if isinstance(found, ImportedModel) and found.decoder is not None else None
         record = found.record.codec if isinstance(found, Run) else codec and codec.record
         if self.codec is not None and (not isinstance(found, Run) or record is None or to != "diffusers"):
             raise DitlabError("convert --codec: expected a run on latents and --to diffusers, found another conversion")
@@ -204,7 +204,7 @@ class Convert:
                 "convert: a run goes to the hub as it is; expected no --to, --heads, --unet, --raw or --codec, found "
                 "some"
             )
-        run = open_trained(self.source)
+        run = open_model(self.source)
         if not isinstance(run, Run):
             raise DitlabError(f"convert: expected a run of ditlab to send to the hub, found {self.source}")
         repo = self.out.removeprefix("hub:")
@@ -230,7 +230,7 @@ def _convertible(network: object) -> DiT | UNet:
     return network
 
 
-def _print_notes(console: Console, model: ForeignModel) -> None:
+def _print_notes(console: Console, model: ImportedModel) -> None:
     for note in model.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ditlab.analysis.nearest import Nearest, nearest_in
-from ditlab.trained import Trained
+from ditlab.metrics.nearest import Nearest, nearest_in
+from ditlab.models.model import Model
 
 PART = 64
 """Training images that are decoded at once."""
@@ -17,7 +17,7 @@ BLANK = np.uint8(127)
 """What is shown in the place of an image that may not be."""
 
 
-def training_images(run: Trained, mirror: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def training_images(run: Model, mirror: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Parts of the training images as the denoiser knows them, with their mirrored twins where those count."""
     train = run.split.train
     for start in range(0, len(train), PART):
@@ -25,7 +25,7 @@ def training_images(run: Trained, mirror: bool) -> Iterator[tuple[np.ndarray, np
         yield run.decoded_at(part), run.decoded_at(part, mirrored=True) if mirror else None
 
 
-def nearest_training(run: Trained, images: np.ndarray) -> tuple[Nearest, Nearest | None]:
+def nearest_training(run: Model, images: np.ndarray) -> tuple[Nearest, Nearest | None]:
     """The nearest training images of pictures uint8 [n, C, H, W], and those of held-out images, where there are any."""
     held_out = run.decoded_at(run.split.test[:CONTROLS])
     # All at once, so that training images are decoded once.

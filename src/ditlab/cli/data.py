@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ditlab.data.codecs import reopen_codec
+from ditlab.data.autoencoder import reopen_codec
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.data.imageset import Progress as Told
 from ditlab.data.latents import LatentRecord
 from ditlab.data.pixels import to_uint8
 from ditlab.errors import DitlabError
-from ditlab.randomness import numpy_generator
+from ditlab.rng import numpy_generator
 from ditlab.training.distributed import pick_device
 
 

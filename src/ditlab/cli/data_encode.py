@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ditlab.cli.common import use_threads
 from ditlab.cli.data import print_summary, stage_bars, summary
-from ditlab.data.codecs import open_codec
+from ditlab.data.autoencoder import open_codec
 from ditlab.data.encode import EncodeConfig, Encoding
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError

@@ -24,7 +24,7 @@ from ditlab.diffusion.samplers import (
     sample,
 )
 from ditlab.errors import DitlabError
-from ditlab.trained import Trained
+from ditlab.models.model import Model
 
 SamplerName = Literal["run", "ddpm", "ddim", "euler", "heun", "dpm++2m"]
 
@@ -52,7 +52,7 @@ class GuidanceFlags:
 
 
 def sampler_config(
-    run: Trained, sampler: SamplerName = "run", steps: str | None = None, levels: Spacing | None = None
+    run: Model, sampler: SamplerName = "run", steps: str | None = None, levels: Spacing | None = None
 ) -> SamplerConfig:
     """The sampler that a user asked for.
 
@@ -94,13 +94,13 @@ def sampler_name(config: SamplerConfig) -> str:
     return "euler" if isinstance(config, HeunConfig) and not config.second_order else config.kind
 
 
-def quick_sampler(run: Trained) -> SamplerConfig:
+def quick_sampler(run: Model) -> SamplerConfig:
     """A sampler for pictures beside an analysis: the run's own where it takes few steps, else DDIM in 50."""
     config = sampler_config(run)
     return config if isinstance(config, HeunConfig | DPMSolverConfig) else sampler_config(run, "ddim", "50")
 
 
-def guided_as(run: Trained, denoiser: Denoiser, config: GuidanceConfig | None = None) -> Denoiser:
+def guided_as(run: Model, denoiser: Denoiser, config: GuidanceConfig | None = None) -> Denoiser:
     """The run's denoiser with guidance.
 
     Args:

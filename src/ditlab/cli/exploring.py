@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ditlab.analysis.locality_result import LocalityResult
+from ditlab.analyses.attention.result import LocalityResult
 from ditlab.cli.drawing import draw, quick_sampler
 from ditlab.cli.looking import Look, pickers
 from ditlab.cli.reporting import Drawn
 from ditlab.errors import DitlabError
-from ditlab.report.picker import AttentionPicker
-from ditlab.run import Run
+from ditlab.models.run import Run
+from ditlab.pages.token_picker import AttentionPicker
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store
 

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import ditlab
-from ditlab.analysis.attention_maps import LocalityResult
-from ditlab.analysis.comparison import compare
-from ditlab.analysis.psnr import PSNRResult, RunFacts
+from ditlab.analyses.attention.maps import LocalityResult
+from ditlab.analyses.psnr_gap.comparison import compare
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.cli.measuring import trajectories
 from ditlab.config import to_json
-from ditlab.data.atomic import atomic_folder
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.files import atomic_folder
+from ditlab.models.run import Run
+from ditlab.provenance import Provenance
 
 FIGURES = "figures"
 _RESULTS: Mapping[str, Any] = {"psnr-gap": PSNRResult, "attention": LocalityResult}
@@ -76,7 +77,7 @@ def export_run(
     return out
 
 
-def _tells_of(run: Run, step: int, about: RunFacts) -> bool:
+def _tells_of(run: Run, step: int, about: Provenance) -> bool:
     """Whether a result is of the averaged weights after this step, which a reader loads, and of the run's split."""
     return about.step == step and bool(about.ema) and about.split_hash == run.record.split.hash
 
@@ -172,10 +173,10 @@ def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
 
 def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Draws the results and the log; file -> what it shows."""
-    from ditlab.report.figures import psnr_curves
-    from ditlab.report.locality_figures import locality_curves
-    from ditlab.report.style import save
-    from ditlab.report.training_figures import gap_along_training, loss_curves
+    from ditlab.analyses.attention.locality_figures import locality_curves
+    from ditlab.analyses.psnr_gap.figures import psnr_curves
+    from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves
+    from ditlab.pages.theme import save
 
     drawn: dict[str, tuple[Any, str]] = {}
     if "psnr-gap" in results:

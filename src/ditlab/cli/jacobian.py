@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.jacobian_comparison import (
+from ditlab.analyses.attention.comparison import check_groups
+from ditlab.analyses.jacobian.comparison import (
     LEGEND,
     MATRIX,
     VECTORS,
@@ -21,16 +22,15 @@ from ditlab.analysis.jacobian_comparison import (
     compare_jacobians,
     same_noise,
 )
-from ditlab.analysis.jacobian_result import JacobianConfig
-from ditlab.analysis.locality_comparison import check_groups
-from ditlab.analysis.store import write_json
+from ditlab.analyses.jacobian.result import JacobianConfig
 from ditlab.cli.common import use_threads
 from ditlab.cli.jacobian_images import Shown, Side
 from ditlab.cli.jacobian_points import Looked, pixels_of
 from ditlab.cli.measuring import chosen_labels, open_runs
 from ditlab.errors import DitlabError
-from ditlab.reference import ForeignConfig
-from ditlab.trained import Trained
+from ditlab.files import write_json
+from ditlab.models.model import Model
+from ditlab.models.opening import ExternalConfig
 from ditlab.training.distributed import pick_device
 
 
@@ -70,7 +70,7 @@ class Jacobian:
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
-    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    foreign: Annotated[ExternalConfig, tyro.conf.arg(name="")] = field(default_factory=ExternalConfig)
     """Which of its images stand for the training images of such a model."""
     codec: str | None = None
     """Where the autoencoder of runs on latents lies now, if it was moved."""
@@ -119,10 +119,10 @@ class Jacobian:
         console.print(f"wrote {', '.join(str(f) for f in files)}", markup=False)
         return {**comparison.to_json(), "files": [str(f) for f in files]}
 
-    def _save(self, out: Path, comparison: JacobianComparison, run: Trained) -> list[Path]:
+    def _save(self, out: Path, comparison: JacobianComparison, run: Model) -> list[Path]:
         """Writes the comparison and the figures; returns their paths."""
-        from ditlab.report.jacobian_section import jacobian_drawings
-        from ditlab.report.style import LIGHT, save
+        from ditlab.analyses.jacobian.section import jacobian_drawings
+        from ditlab.pages.theme import LIGHT, save
 
         out.mkdir(parents=True, exist_ok=True)
         drawings = jacobian_drawings(comparison, pixels_of(run), right=self.right)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditlab.analysis.jacobian_result import JacobianConfig
-from ditlab.data.codecs import Codec
+from ditlab.analyses.jacobian.result import JacobianConfig
+from ditlab.data.autoencoder import Codec
 from ditlab.data.pixels import centre_crop, decode, planes, to_float
 from ditlab.errors import DitlabError
-from ditlab.randomness import numpy_generator
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.rng import numpy_generator
 
 Side = Literal["test", "train"]
 
@@ -52,7 +52,7 @@ class Shown:
         return replace(config, images=tuple(range(len(self.files))))
 
     def images(
-        self, run: Trained, config: JacobianConfig, shape: Sequence[int]
+        self, run: Model, config: JacobianConfig, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """The images as a denoiser sees them, their labels, and what a result keeps of where they came from.
 

@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ditlab.analysis.jacobian import check_differentiable, check_jacobian, jacobian_levels, measure_jacobian
-from ditlab.analysis.jacobian_comparison import JacobianComparison, compare_jacobians, differs
-from ditlab.analysis.jacobian_result import JacobianConfig, JacobianPoint, JacobianResult
-from ditlab.analysis.psnr import RunFacts
+from ditlab.analyses.jacobian.comparison import JacobianComparison, compare_jacobians, differs
+from ditlab.analyses.jacobian.measure import check_differentiable, check_jacobian, jacobian_levels, measure_jacobian
+from ditlab.analyses.jacobian.result import JacobianConfig, JacobianPoint, JacobianResult
 from ditlab.cli.common import counting, noting
 from ditlab.cli.jacobian_images import Shown
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.provenance import Provenance
 
 NAME = "jacobian"
 _UNFINISHED = "jacobian-unfinished"
@@ -30,10 +30,10 @@ _UNFINISHED = "jacobian-unfinished"
 class Looked:
     """A run whose Jacobians are to be taken, checked as far as can be before work starts."""
 
-    run: Trained
+    run: Model
     denoiser: Denoiser
     config: JacobianConfig
-    facts: RunFacts
+    facts: Provenance
     levels: tuple[float, ...]
     images: Tensor
     """The images as far as they are asked for, float32 [n, C, H, W], as the denoiser sees them."""
@@ -42,7 +42,7 @@ class Looked:
     @classmethod
     def open(
         cls,
-        run: Trained,
+        run: Model,
         config: JacobianConfig,
         console: Console,
         *,
@@ -59,7 +59,9 @@ class Looked:
         """
         shown = shown or Shown()
         config = shown.settings(config)
-        denoiser, facts = run.denoiser_and_facts(step=step, ema=ema, label=label, device=device, say=noting(console))
+        denoiser, facts = run.denoiser_and_provenance(
+            step=step, ema=ema, label=label, device=device, say=noting(console)
+        )
         images, labels, about = shown.images(run, config, denoiser.shape)
         facts = replace(facts, settings={**facts.settings, **about})
         try:
@@ -150,7 +152,7 @@ class Looked:
         )
 
 
-def kept_result(run: Trained, console: Console) -> JacobianResult | None:
+def kept_result(run: Model, console: Console) -> JacobianResult | None:
     """What `ditlab jacobian` left of the run's newest weights, measured in any way; None where there is nothing, or
     nothing that can be read, which is said."""
     path = run.path / "analysis" / f"{NAME}.json"
@@ -170,16 +172,16 @@ def _alike(config: JacobianConfig) -> JacobianConfig:
     return replace(config, images=(0,), levels=None, steps=None, mode="auto", chunk=1)
 
 
-def _same_weights(one: RunFacts, two: RunFacts) -> bool:
+def _same_weights(one: Provenance, two: Provenance) -> bool:
     """Whether results are of the same weights and images."""
 
-    def facts(about: RunFacts) -> list[object]:
+    def facts(about: Provenance) -> list[object]:
         return [about.n, about.seed, about.step, about.ema, about.split_hash, about.settings]
 
     return json.dumps(facts(one), sort_keys=True) == json.dumps(facts(two), sort_keys=True)
 
 
-def pixels_of(run: Trained) -> Callable[[np.ndarray], np.ndarray]:
+def pixels_of(run: Model) -> Callable[[np.ndarray], np.ndarray]:
     """How this run's images, float32 [N, C, H, W], become pictures, uint8 [N, 1 or 3, H, W]."""
     return lambda images: run.pixels(torch.from_numpy(np.ascontiguousarray(images)))
 
@@ -194,7 +196,7 @@ class Directions:
 
 
 def directions(
-    runs: Sequence[Trained],
+    runs: Sequence[Model],
     labels: Sequence[str],
     names: Sequence[str],
     console: Console,
@@ -212,7 +214,7 @@ def directions(
         measure: also measure runs of which nothing is there, with the default settings.
         device: where it is measured.
     """
-    alike: list[list[tuple[Trained, JacobianResult]]] = []
+    alike: list[list[tuple[Model, JacobianResult]]] = []
     for run, label, name in zip(runs, labels, names, strict=True):
         found = kept_result(run, console)
         if found is None and measure:

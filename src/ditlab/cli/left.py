@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditlab.analysis.agreement_result import AgreementResult
-from ditlab.analysis.psnr import RunFacts
-from ditlab.analysis.two_subsets import TwoSubsetsResult
+from ditlab.analyses.agreement.result import AgreementResult
+from ditlab.analyses.two_subsets.measure import TwoSubsetsResult
 from ditlab.cli.copies import blanked, nearest_training, telling
 from ditlab.data.pixels import to_uint8
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.provenance import Provenance
 
 SHOWN = 8
 """Images that figures show, at most."""
@@ -25,7 +25,7 @@ TELLING = ("empirical-bayes", "wiener-locality")
 
 
 def agreement_pictures(
-    run: Trained, result: AgreementResult, *, hide_training_images: bool = False
+    run: Model, result: AgreementResult, *, hide_training_images: bool = False
 ) -> dict[str, np.ndarray]:
     """What the images of a result look like, uint8 [n, C, H, W] by name, n at most `SHOWN`; the noise in its own space.
 
@@ -52,12 +52,12 @@ def agreement_pictures(
     return {"noise": np.broadcast_to(large, pictures["network"].shape), **pictures}
 
 
-def closest_pictures(one: Trained, two: Trained, result: TwoSubsetsResult) -> tuple[np.ndarray, np.ndarray]:
+def closest_pictures(one: Model, two: Model, result: TwoSubsetsResult) -> tuple[np.ndarray, np.ndarray]:
     """The training images that are most like the kept samples of both runs, uint8 [k, C, H, W] each."""
     assert result.pictures is not None
     count = result.pictures.shape[1]
 
-    def pictures(run: Trained, side: int) -> np.ndarray:
+    def pictures(run: Model, side: int) -> np.ndarray:
         found = result.nearest[side]
         images = run.pixels_at(run.split.train[found.index[:count]])
         return np.where(found.mirrored[:count, None, None, None], images[..., ::-1], images)
@@ -76,14 +76,14 @@ def without_copies(result: TwoSubsetsResult) -> TwoSubsetsResult:
 class Left:
     """Results of the newest checkpoints of the runs on a page."""
 
-    agreements: Sequence[tuple[Trained, AgreementResult]] = ()
+    agreements: Sequence[tuple[Model, AgreementResult]] = ()
     subsets: Sequence[TwoSubsetsResult] = ()
     """Of runs on the page and others that are not: a page compares no runs of one N and seed on different images."""
 
     def drawings(self, *, hide_training_images: bool) -> dict[str, tuple[Any, str, str]]:
         """File name -> (drawing of a theme, alt text, caption)."""
-        from ditlab.report.agreement_figures import agreement_curves, agreement_images
-        from ditlab.report.two_subsets_figures import two_subsets_histograms, two_subsets_pairs
+        from ditlab.analyses.agreement.figures import agreement_curves, agreement_images
+        from ditlab.analyses.two_subsets.figures import two_subsets_histograms, two_subsets_pairs
 
         found: dict[str, tuple[Any, str, str]] = {}
         for number, (run, result) in enumerate(self.agreements, 1):
@@ -118,7 +118,7 @@ class Left:
         return found
 
 
-def left_behind(runs: Sequence[Trained], labels: Sequence[str], names: Sequence[str]) -> Left:
+def left_behind(runs: Sequence[Model], labels: Sequence[str], names: Sequence[str]) -> Left:
     """Reads the results that belong to the newest checkpoints of these runs; others are passed over.
 
     Args:
@@ -127,7 +127,7 @@ def left_behind(runs: Sequence[Trained], labels: Sequence[str], names: Sequence[
         names: what the page calls them.
     """
 
-    def called(facts: RunFacts, place: int) -> RunFacts:
+    def called(facts: Provenance, place: int) -> Provenance:
         return replace(facts, name=names[place], label=labels[place])
 
     agreements, subsets = [], []
@@ -150,6 +150,6 @@ def _read(kind: Any, path: Any) -> Any:
         return None
 
 
-def _newest(facts: RunFacts, run: Trained) -> bool:
+def _newest(facts: Provenance, run: Model) -> bool:
     """Whether these facts are of the newest averaged weights of a run."""
     return bool(facts.ema) and facts.split_hash == run.split_record.hash and facts.step == run.newest_step

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ditlab.analysis.attention_maps import (
+from ditlab.analyses.attention.comparison import LocalityComparison, compare_locality
+from ditlab.analyses.attention.maps import (
     AttentionConfig,
     AttentionMaps,
     LocalityResult,
@@ -20,14 +21,13 @@ from ditlab.analysis.attention_maps import (
     attention_maps,
     measure_attention,
 )
-from ditlab.analysis.denoising import level_noise
-from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
-from ditlab.analysis.psnr import PSNRResult
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.cli.common import counting, noting
 from ditlab.diffusion.denoisers import Denoiser
+from ditlab.metrics.denoising_errors import level_noise
+from ditlab.models.model import Model
 from ditlab.nn.attention import attention_modules
-from ditlab.report.picker import AttentionPicker, PickerRun, frame_size, pack_run
-from ditlab.trained import Trained
+from ditlab.pages.token_picker import AttentionPicker, PickerRun, frame_size, pack_run
 
 PICKERS = 6
 """At most so many pickers on a page, the first numbers of training images first."""
@@ -39,7 +39,7 @@ ROWS = 4
 class Look:
     """The attention of one run."""
 
-    run: Trained
+    run: Model
     label: str
     denoiser: Denoiser
     result: LocalityResult
@@ -58,7 +58,7 @@ class Look:
         return (facts.n, facts.seed, result.grid, tuple(f"{sigma:.5g}" for sigma in result.levels))
 
 
-def holds(run: Trained, found: Any, settings: Any) -> bool:
+def holds(run: Model, found: Any, settings: Any) -> bool:
     """Whether a kept result is of the run's newest weights and split, and was measured with these settings, on held-out
     images where there is a choice."""
     step, about = run.newest_step, found.about
@@ -72,7 +72,7 @@ _OWN = "report-"
 """How the names of results start that a report measured because what lay there was measured otherwise."""
 
 
-def recall(run: Trained, name: str, kind: type[Result], settings: Any) -> Result | None:
+def recall(run: Model, name: str, kind: type[Result], settings: Any) -> Result | None:
     """The result that was kept in a run's folder under this name, or by a report, if it `holds`; else None."""
     for path in (run.path / "analysis" / f"{begins}{name}.json" for begins in ("", _OWN)):
         if path.is_file():
@@ -82,14 +82,14 @@ def recall(run: Trained, name: str, kind: type[Result], settings: Any) -> Result
     return None
 
 
-def keep(run: Trained, name: str, result: PSNRResult | LocalityResult) -> None:
+def keep(run: Model, name: str, result: PSNRResult | LocalityResult) -> None:
     """Saves what a report has measured, under a name of its own where a result lies already: that is its maker's."""
     folder = run.path / "analysis"
     result.save(folder, f"{_OWN}{name}" if (folder / f"{name}.json").exists() else name)
 
 
 def look_at(
-    runs: Sequence[Trained],
+    runs: Sequence[Model],
     labels: Sequence[str],
     settings: AttentionConfig,
     console: Console,
@@ -109,7 +109,7 @@ def look_at(
     """
     found = []
     for run, label, name in zip(runs, labels, names or [run.name for run in runs], strict=True):
-        denoiser, facts = run.denoiser_and_facts(label=label, device=device, say=noting(console))
+        denoiser, facts = run.denoiser_and_provenance(label=label, device=device, say=noting(console))
         if denoiser.module is None or not attention_modules(denoiser.module):
             continue
         chosen = settings if settings.layers else replace(settings, layers=alike_layers(attention_layers(denoiser)))
@@ -187,7 +187,7 @@ def map_rows(
     classes: Mapping[str, torch.Tensor] | None = None,
 ) -> MapRows | None:
     """The maps of at most `ROWS` runs on one grid, at the middle noise level, on the image of their picker."""
-    from ditlab.report.attention_figures import layers_shown
+    from ditlab.analyses.attention.map_figures import layers_shown
 
     groups = _groups(looks)
     alike = [members for members in groups if members[0].kind[2:] == groups[0][0].kind[2:]]

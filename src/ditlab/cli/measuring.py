@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ditlab.analysis.matched import Trajectory
-from ditlab.analysis.psnr import PSNRConfig, PSNRResult, RunFacts, psnr_gap
+from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult, psnr_gap
+from ditlab.analyses.trajectory.comparison import Trajectory
 from ditlab.cli.common import check_out, counting, is_source, noting, open_images
 from ditlab.config import differing_settings
+from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.references import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.errors import DitlabError
-from ditlab.reference import Foreign, ForeignConfig, open_trained
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.models.opening import ExternalConfig, ExternalModel, open_model
+from ditlab.provenance import Provenance
 
 _NOT_A_LABEL = ("data.", "training.seed", "training.keep", "training.save_every", "training.log_every", "evaluation.")
 """Settings by which runs of one kind may differ: the images, the seeds, and what does not touch the weights."""
 
 
-def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Trained]) -> list[str]:
+def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Model]) -> list[str]:
     """The labels that a user gave, one a run, or those found by `run_labels`.
 
     Raises:
@@ -34,7 +35,7 @@ def chosen_labels(verb: str, given: Sequence[str], runs: Sequence[Trained]) -> l
     return list(given) or run_labels(runs)
 
 
-def run_labels(runs: Sequence[Trained]) -> list[str]:
+def run_labels(runs: Sequence[Model]) -> list[str]:
     """A short name of what kind of run each is: the settings in which the kinds differ.
 
     Runs that differ only in their images, N and seeds are of one kind. Where the attention is all that differs, a label
@@ -55,7 +56,7 @@ def run_labels(runs: Sequence[Trained]) -> list[str]:
     if len(names) > 3 and by_preset:
         names = ["preset", *(["network.attention"] if "network.attention" in names else [])]
 
-    def value(run: Trained, name: str) -> str:
+    def value(run: Model, name: str) -> str:
         text = str(run.settings.get(name, "-"))
         return text if name in ("network.attention", "preset") else f"{name.rpartition('.')[2]} {text}"
 
@@ -63,7 +64,7 @@ def run_labels(runs: Sequence[Trained]) -> list[str]:
 
 
 def measure_run(
-    run: Trained,
+    run: Model,
     config: PSNRConfig,
     console: Console,
     *,
@@ -73,12 +74,12 @@ def measure_run(
     device: torch.device | str = "cpu",
 ) -> PSNRResult:
     """The PSNR gap of one run, on its own split, checked against the image set."""
-    denoiser, facts = run.denoiser_and_facts(step=step, ema=ema, label=label, device=device, say=noting(console))
+    denoiser, facts = run.denoiser_and_provenance(step=step, ema=ema, label=label, device=device, say=noting(console))
     return _measure(run, denoiser, config, facts, console)
 
 
 def measure_references(
-    run: Trained, config: PSNRConfig, levels: Sequence[float], console: Console, *, device: torch.device | str = "cpu"
+    run: Model, config: PSNRConfig, levels: Sequence[float], console: Console, *, device: torch.device | str = "cpu"
 ) -> list[PSNRResult]:
     """The empirical-Bayes and the Wiener denoiser of a run's training images, measured like the run itself."""
     images, _ = run.pictures("train", run.split_record.train)
@@ -92,7 +93,7 @@ def measure_references(
 
 
 def _measure(
-    run: Trained, denoiser: Denoiser, config: PSNRConfig, facts: RunFacts, console: Console, *, labels: bool = True
+    run: Model, denoiser: Denoiser, config: PSNRConfig, facts: Provenance, console: Console, *, labels: bool = True
 ) -> PSNRResult:
     (train, train_labels), (test, test_labels) = (run.pictures(s, config.images) for s in ("train", "test"))
     with counting(console, f"PSNR gap of {facts.name}") as progress:
@@ -108,7 +109,7 @@ def _measure(
         )
 
 
-def trajectories(runs: Sequence[Trained], labels: Sequence[str]) -> list[Trajectory]:
+def trajectories(runs: Sequence[Model], labels: Sequence[str]) -> list[Trajectory]:
     """What the logs of the runs say of PSNR along training; runs without such lines are left out."""
     found = []
     for run, label in zip(runs, labels, strict=True):
@@ -124,14 +125,14 @@ def open_runs(
     data: str | None,
     console: Console,
     *,
-    config: ForeignConfig | None = None,
+    config: ExternalConfig | None = None,
     results: Path | None = None,
     codec: str | None = None,
-) -> list[Trained]:
+) -> list[Model]:
     """Opens runs and other models that are to stand side by side; says what a reader must know of the latter.
 
     Args:
-        references: as a user typed them (`ditlab.reference`).
+        references: as a user typed them (`ditlab.models.opening`).
         data: where the runs' image set lies now, and the set (or the source of one) to look at other models with.
         console: where notes are printed.
         config: which images stand for the training images of models that are not runs.
@@ -151,13 +152,13 @@ def open_runs(
     places = [run.path.resolve() for run in runs]
     for place, run in zip(places, runs, strict=True):
         if places.count(place) > 1:
-            if isinstance(run, Foreign):
+            if isinstance(run, ExternalModel):
                 raise DitlabError(
                     f"model {run.name}: named twice, or two models have this name and would share the results in "
                     f"{run.path}"
                 )
             raise DitlabError(f"run {place}: named twice")
-    families: dict[int, Trained] = {}
+    families: dict[int, Model] = {}
     first = runs[0]
     for run in runs:
         if run.split_record.imageset != first.split_record.imageset:
@@ -181,15 +182,15 @@ def _open(
     reference: str,
     data: str | None,
     console: Console,
-    config: ForeignConfig | None,
+    config: ExternalConfig | None,
     results: Path | None,
     codec: str | None,
-) -> Trained:
+) -> Model:
     """Opens one of them; a source of images is prepared at the model's size."""
     if data is None or not is_source(data):
-        return open_trained(reference, data, config=config, results=results, codec=codec)
-    found = open_trained(reference, config=config, results=results, codec=codec)
-    if not isinstance(found, Foreign):
+        return open_model(reference, data, config=config, results=results, codec=codec)
+    found = open_model(reference, config=config, results=results, codec=codec)
+    if not isinstance(found, ExternalModel):
         raise DitlabError(
             f"--data: expected the folder of the image set of run {found.name}, found the source '{data}'"
         )

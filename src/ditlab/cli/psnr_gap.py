@@ -10,12 +10,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.comparison import PSNRComparison, compare
-from ditlab.analysis.psnr import PSNRConfig, PSNRResult
-from ditlab.analysis.store import write_json
+from ditlab.analyses.psnr_gap.comparison import PSNRComparison, compare
+from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
 from ditlab.cli.common import use_threads
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
-from ditlab.reference import ForeignConfig
+from ditlab.files import write_json
+from ditlab.models.opening import ExternalConfig
 from ditlab.training.distributed import pick_device
 
 
@@ -46,7 +46,7 @@ class PSNRGap:
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
-    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    foreign: Annotated[ExternalConfig, tyro.conf.arg(name="")] = field(default_factory=ExternalConfig)
     """Which of its images stand for the training images of such a model."""
     device: str | None = None
     """cpu, cuda or cuda:N; CUDA where there is one."""
@@ -83,8 +83,8 @@ class PSNRGap:
 
 def save_comparison(out: Path, comparison: PSNRComparison, references: list[PSNRResult]) -> list[Path]:
     """Writes comparison.json and the figures; returns their paths."""
-    from ditlab.report.figures import gap_bars, psnr_curves
-    from ditlab.report.style import save
+    from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
+    from ditlab.pages.theme import save
 
     out.mkdir(parents=True, exist_ok=True)
     for reference in references:

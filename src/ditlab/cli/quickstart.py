@@ -14,7 +14,7 @@ from ditlab.cli.common import open_images, use_threads
 from ditlab.cli.report import write_report
 from ditlab.data.imageset import prepare
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.models.run import Run
 from ditlab.studies.pipeline import training_progress
 from ditlab.studies.runner import Job, Slot, Stage, run_jobs
 from ditlab.training.distributed import pick_device

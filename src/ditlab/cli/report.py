@@ -11,9 +11,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from ditlab.analysis.attention_maps import AttentionConfig
-from ditlab.analysis.comparison import compare
-from ditlab.analysis.psnr import PSNRConfig, PSNRResult
+from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.psnr_gap.comparison import compare
+from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
 from ditlab.cli.drawing import draw, guided_as, sampler_config
 from ditlab.cli.jacobian_points import directions
@@ -22,8 +22,8 @@ from ditlab.cli.looking import keep, look_at, recall
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.cli.reporting import Drawn, Material, draw_all, figures, run_names, save_figures, save_report
 from ditlab.errors import DitlabError
-from ditlab.reference import ForeignConfig
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.models.opening import ExternalConfig
 from ditlab.training.distributed import pick_device
 
 KINDS = 12
@@ -61,7 +61,7 @@ class Report:
     data: str | None = None
     """Where the image set lies now, if it was moved. For a model that is not a run: the set, or the source of one, to
     look at it with."""
-    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
+    foreign: Annotated[ExternalConfig, tyro.conf.arg(name="")] = field(default_factory=ExternalConfig)
     """Which of its images stand for the training images of such a model."""
     codec: str | None = None
     """Where the autoencoder of runs on latents lies now, if it was moved."""
@@ -107,7 +107,7 @@ class Report:
 
 
 def write_report(
-    runs: Sequence[Trained],
+    runs: Sequence[Model],
     labels: Sequence[str],
     out: Path,
     console: Console,
@@ -149,7 +149,7 @@ def write_report(
 
 
 def _samples(
-    runs: Sequence[Trained], labels: Sequence[str], names: Sequence[str], count: int, console: Console, device: str
+    runs: Sequence[Model], labels: Sequence[str], names: Sequence[str], count: int, console: Console, device: str
 ) -> list[Drawn]:
     """Samples of each kind of run at each N, of its first shuffle; of conditional runs of each class in turn."""
     found: dict[tuple[str, int], Drawn] = {}
@@ -164,7 +164,7 @@ def _samples(
     return list(found.values())
 
 
-def _result(run: Trained, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
+def _result(run: Model, settings: PSNRConfig, console: Console, device: str) -> PSNRResult:
     """The kept result of the newest checkpoint, if it was measured with these settings; else a new one, now kept."""
     found = recall(run, "psnr-gap", PSNRResult, settings)
     if found is None:

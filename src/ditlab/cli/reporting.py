@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ditlab.analysis.comparison import PSNRComparison
-from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
-from ditlab.analysis.nearest import NearestResult
-from ditlab.analysis.psnr import PSNRResult
-from ditlab.analysis.store import write_bytes
+from ditlab.analyses.agreement import section as closed_forms
+from ditlab.analyses.jacobian.section import NAMES, jacobian_drawings, jacobian_section, of_number
+from ditlab.analyses.psnr_gap.comparison import PSNRComparison
+from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_kinds
 from ditlab.cli import scaling
 from ditlab.cli.copies import blanked, nearest_training, telling
 from ditlab.cli.jacobian_points import Directions
 from ditlab.cli.left import Left
 from ditlab.cli.looking import Look, localities, map_rows, pickers
 from ditlab.cli.measuring import trajectories
-from ditlab.report import agreement_section as closed_forms
-from ditlab.report.jacobian_section import NAMES, jacobian_drawings, jacobian_section, of_number
-from ditlab.trained import Trained
+from ditlab.files import write_bytes
+from ditlab.metrics.nearest import NearestResult
+from ditlab.models.model import Model
 
 if TYPE_CHECKING:
-    from ditlab.report.page import Picture
+    from ditlab.pages.page import Picture
 
 _CURVES = (
     "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser knows "
@@ -49,7 +49,7 @@ _MAPS = (
 class Drawn:
     """Samples of a run, and the training images nearest to them."""
 
-    run: Trained
+    run: Model
     label: str
     seen: torch.Tensor
     """float32 [count, C, H, W], as the denoiser sees images; drawn from the same noise for every run."""
@@ -61,7 +61,7 @@ class Drawn:
 
     @classmethod
     def of(
-        cls, run: Trained, label: str, seen: torch.Tensor, *, name: str = "", classes: torch.Tensor | None = None
+        cls, run: Model, label: str, seen: torch.Tensor, *, name: str = "", classes: torch.Tensor | None = None
     ) -> Drawn:
         """Finds the nearest training images, and those of held-out images as a control.
 
@@ -113,7 +113,7 @@ FIGURES = (
 class Material:
     """Everything that was measured, before it is laid out."""
 
-    runs: Sequence[Trained]
+    runs: Sequence[Model]
     labels: Sequence[str]
     comparison: PSNRComparison
     references: Sequence[PSNRResult]
@@ -166,7 +166,7 @@ class Material:
         return compare_kinds(self.trajectories)
 
 
-def run_names(runs: Sequence[Trained]) -> list[str]:
+def run_names(runs: Sequence[Model]) -> list[str]:
     """A name for each run, no two alike: its folder's, with those above it where several folders have one name."""
     paths = [run.path.resolve() for run in runs]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
@@ -178,8 +178,8 @@ def run_names(runs: Sequence[Trained]) -> list[str]:
 
 def figures(material: Material, matched: Sequence[MatchedComparison]) -> dict[str, tuple[Any, str, str]]:
     """File name -> (drawing of a theme, alt text, caption); drawings of parts that were not measured are left out."""
-    from ditlab.report.figures import gap_bars, psnr_curves
-    from ditlab.report.style import assign
+    from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
+    from ditlab.pages.theme import assign
 
     comparison, slots = material.comparison, assign(material.comparison.labels)
     names = " and ".join(comparison.labels)
@@ -212,7 +212,7 @@ def _training_figures(
     material: Material, matched: Sequence[MatchedComparison], n: int | None, slots: Mapping[str, int]
 ) -> dict[str, tuple[Any, str, str]]:
     """Those along training, of the runs with this N; where a report has several N, their names end in it."""
-    from ditlab.report.training_figures import gap_along_training, loss_curves, matched_psnr
+    from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves, matched_psnr
 
     several = len(material.comparison.counts) > 1
     ending, which = (f"-n{n}", f"N = {n}. ") if several else ("", "")
@@ -254,8 +254,8 @@ def _drawn_logs(material: Material, n: int | None) -> dict[str, list[dict[str, A
 
 
 def _attention_figures(material: Material, slots: Mapping[str, int]) -> dict[str, tuple[Any, str, str]]:
-    from ditlab.report.attention_figures import attention_map_figure
-    from ditlab.report.locality_figures import locality_by_n, locality_curves
+    from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
+    from ditlab.analyses.attention.map_figures import attention_map_figure
 
     found: dict[str, tuple[Any, str, str]] = {}
     rows = map_rows(
@@ -288,7 +288,7 @@ def _attention_figures(material: Material, slots: Mapping[str, int]) -> dict[str
 
 
 def _samples_figure(material: Material) -> tuple[Any, str, str]:
-    from ditlab.report.sample_figures import SampleRow, samples_with_nearest
+    from ditlab.analyses.samples.figures import SampleRow, samples_with_nearest
 
     hide = material.hide_training_images
     rows, count = [], min(SHOWN, SHEET // len(material.samples))
@@ -322,7 +322,7 @@ def save_figures(pictures: Mapping[str, Picture], folder: Path) -> list[Path]:
 
 def draw_all(drawings: Mapping[str, tuple[Any, str, str]]) -> dict[str, Picture]:
     """File name -> the figure in both themes."""
-    from ditlab.report.page import Picture
+    from ditlab.pages.page import Picture
 
     photographs = re.compile(r"samples|jacobian-denoised(-\d+)?|(agreement-images|two-subsets-pairs)-\d+")
     return {
@@ -340,8 +340,8 @@ def save_report(
     foreword: Sequence[str] = (),
 ) -> list[str]:
     """Writes report.html and returns its sentences."""
-    from ditlab.report.page import PAGE_BYTES, PageData, RunCard, fit_page, page_size, save_page
-    from ditlab.report.picker import BUDGET
+    from ditlab.pages.page import PAGE_BYTES, PageData, RunCard, fit_page, page_size, save_page
+    from ditlab.pages.token_picker import BUDGET
     from ditlab.report.sections import (
         attention_section,
         gap_section,

@@ -21,7 +21,7 @@ from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.sampler_configs import Spacing
 from ditlab.diffusion.samplers import SamplerConfig, evaluations
 from ditlab.errors import DitlabError
-from ditlab.reference import open_trained
+from ditlab.models.opening import open_model
 from ditlab.training.distributed import Processes, processes
 
 MOST = 10_000_000
@@ -135,8 +135,8 @@ class Sample:
         if not 0 <= self.strip <= len(seeds):
             raise DitlabError(f"sample --strip: expected 0 to {len(seeds)}, the number of images, found {self.strip}")
         self._check_sweep(len(seeds))
-        run = open_trained(self.reference, codec=self.codec)
-        denoiser, facts = run.denoiser_and_facts(
+        run = open_model(self.reference, codec=self.codec)
+        denoiser, facts = run.denoiser_and_provenance(
             step=self.step, ema=not self.raw, device=here.device, say=noting(console)
         )
         config = sampler_config(run, self.sampler, self.steps, self.levels)

@@ -18,18 +18,17 @@ import torch
 from torch import Tensor
 
 import ditlab
-from ditlab.analysis.store import write_json
 from ditlab.cli.drawing import draw_batch
 from ditlab.cli.sample_parts import Part, Parts, write_pngs, writing
 from ditlab.config import differing_settings
-from ditlab.data.atomic import flush
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.levels import DiscreteLevels
+from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
 from ditlab.errors import DitlabError
-from ditlab.trained import Trained
+from ditlab.files import flush, write_json
+from ditlab.models.model import Model
 
 COLUMNS = 8
 """Steps that `--strip` shows, before the image itself."""
@@ -39,7 +38,7 @@ COLUMNS = 8
 class Job:
     """Images of some seeds, with one guidance or several (a sweep), and where they go."""
 
-    run: Trained
+    run: Model
     denoisers: Sequence[Denoiser]
     """The run's denoiser, once for each guidance."""
     guidances: Sequence[GuidanceConfig]
@@ -197,8 +196,8 @@ class Job:
         return {**dict(enumerate(names)), self.denoisers[0].num_classes: "no class"}
 
     def _save_sweep(self, path: Path) -> None:
-        from ditlab.report.labelled_grid import labelled_grid
-        from ditlab.report.style import save
+        from ditlab.pages.grids import labelled_grid
+        from ditlab.pages.theme import save
 
         images = self.parts.first(self.count).transpose(0, 3, 1, 2)
         table = images.reshape(len(self.guidances), len(self.seeds), *images.shape[1:])
@@ -206,8 +205,8 @@ class Job:
         save(labelled_grid(table, rows, [self._words(i) for i in range(len(self.seeds))]), path)
 
     def _save_strip(self, path: Path) -> None:
-        from ditlab.report.labelled_grid import labelled_grid
-        from ditlab.report.style import save
+        from ditlab.pages.grids import labelled_grid
+        from ditlab.pages.theme import save
 
         states, estimates, images = [], [], []
         sigmas = np.empty(0)
@@ -227,7 +226,7 @@ class Job:
 class _Path:
     """What `--strip` keeps of the first images of a batch, while they are drawn."""
 
-    def __init__(self, run: Trained, count: int) -> None:
+    def __init__(self, run: Model, count: int) -> None:
         self._run, self._count = run, count
         self._sigmas: list[float] = []
         self._kept: dict[str, list[np.ndarray]] = {"states": [], "estimates": []}
@@ -257,7 +256,7 @@ def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:
         )
 
 
-def fingerprint(run: Trained, denoiser: Denoiser) -> str:
+def fingerprint(run: Model, denoiser: Denoiser) -> str:
     """16 hexadecimal digits of what makes the images: the network's weights and process, the codec's weights and scale.
 
     Args:

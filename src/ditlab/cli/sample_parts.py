@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ditlab.data.atomic import flush, lock_folder, sync_folder
 from ditlab.errors import DitlabError
+from ditlab.files import flush, lock_folder, sync_folder
 
 Part = tuple[int, int]
 """A batch: the place of its first image among those of the job, and how many it holds."""

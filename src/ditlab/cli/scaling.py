@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ditlab.analysis.complexity import complexity
-from ditlab.analysis.scaling import ScalingPoint, by_sampling, measured, read_evaluations, scaling_points
+from ditlab.analyses.scaling.points import ScalingPoint, by_sampling, measured, read_evaluations, scaling_points
+from ditlab.metrics.complexity import complexity
+from ditlab.models.model import Model
+from ditlab.models.run import Run
 from ditlab.networks.registry import build_network
-from ditlab.run import Run
-from ditlab.trained import Trained
 
 Scaling = Mapping[int, Sequence[ScalingPoint]]
 """Number of training images -> the points of its runs."""
@@ -20,7 +20,7 @@ NAMES = r"scaling(-n\w+)?|sampling-compute(-n\w+)?"
 """The names of its figures, as a regular expression."""
 
 
-def gather(runs: Sequence[Trained], labels: Sequence[str], names: Sequence[str]) -> Scaling:
+def gather(runs: Sequence[Model], labels: Sequence[str], names: Sequence[str]) -> Scaling:
     """The points of the runs by N, where networks of several sizes (numbers of parameters) were trained on as many.
 
     Attention plans alone make no other size. Runs of ditlab alone: what another's checkpoint cost is not known.
@@ -58,7 +58,7 @@ def drawings(scaling: Scaling, slots: Mapping[str, int], *, several: bool) -> di
         slots: colours of the labels.
         several: whether the report has several N, so that names and captions say which.
     """
-    from ditlab.report.scaling_figures import sampling_figure, scaling_figure
+    from ditlab.analyses.scaling.figures import sampling_figure, scaling_figure
 
     found: dict[str, tuple[Any, str, str]] = {}
     for n, points in scaling.items():

@@ -12,10 +12,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.store import write_bytes
 from ditlab.cli.common import command_line, noting, open_images
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.files import write_bytes
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.cells import Cell
 from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, merged, overridden, resolve

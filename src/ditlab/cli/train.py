@@ -36,11 +36,11 @@ from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDPMConfig
 from ditlab.errors import DitlabError
+from ditlab.models.run import Run, start, train_run
 from ditlab.networks.dit import DiTConfig
 from ditlab.presets import PRESETS, preset
-from ditlab.run import Run, start, train_run
 from ditlab.training.distributed import pick_device, processes
-from ditlab.training.loop import Interrupted, StopFlag, TrainingConfig, check_batch
+from ditlab.training.trainer import Interrupted, StopFlag, TrainingConfig, check_batch
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analysis.two_subsets import TwoSubsetsResult, check_disjoint, check_facts, compare_subsets
+from ditlab.analyses.two_subsets.measure import TwoSubsetsResult, check_disjoint, check_facts, compare_subsets
 from ditlab.cli.common import counting, noting, use_threads
 from ditlab.cli.copies import training_images
 from ditlab.cli.drawing import SamplerName, draw, guided_as, sampler_config
@@ -24,8 +24,8 @@ from ditlab.cli.sample_job import about_sampler
 from ditlab.config import differing_settings
 from ditlab.diffusion.samplers import evaluations
 from ditlab.errors import DitlabError
-from ditlab.run import Run
-from ditlab.trained import Trained
+from ditlab.models.model import Model
+from ditlab.models.run import Run
 from ditlab.training.distributed import pick_device
 
 CONTROLS = 1000
@@ -84,7 +84,9 @@ class TwoSubsets:
         one, two = (_a_run(run) for run in runs)
         _check(one, two)
         config = sampler_config(one, self.sampler, self.sampler_steps)
-        opened = [run.denoiser_and_facts(ema=not self.raw, device=device, say=noting(console)) for run in (one, two)]
+        opened = [
+            run.denoiser_and_provenance(ema=not self.raw, device=device, say=noting(console)) for run in (one, two)
+        ]
         (first, about), (second, about_second) = opened
         for denoiser in (first, second):
             evaluations(config, denoiser)  # refuses steps that the sampler cannot take
@@ -119,8 +121,8 @@ class TwoSubsets:
         return {**result.to_json(), "files": [str(f) for f in files]}
 
     def _draw(self, one: Run, two: Run, result: TwoSubsetsResult, out: Path) -> Iterator[Path]:
-        from ditlab.report.style import save
-        from ditlab.report.two_subsets_figures import two_subsets_histograms, two_subsets_pairs
+        from ditlab.analyses.two_subsets.figures import two_subsets_histograms, two_subsets_pairs
+        from ditlab.pages.theme import save
 
         hide = self.hide_training_images
         nearest = None if hide else closest_pictures(one, two, result)
@@ -130,7 +132,7 @@ class TwoSubsets:
         )
 
 
-def _a_run(run: Trained) -> Run:
+def _a_run(run: Model) -> Run:
     if not isinstance(run, Run):
         raise DitlabError(
             f"two-subsets: nobody knows which images the model {run.name} was trained on; expected a run's folder"

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 import ditlab
-from ditlab.data.atomic import appear, atomic_folder, lock_folder
-from ditlab.data.codecs import Codec
+from ditlab.data.autoencoder import Codec
 from ditlab.data.imageset import LABELS, POOL, ImageSet, require_space
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord, Store
 from ditlab.data.manifest import LATENT_VERSION, content_hash, hash_file
 from ditlab.errors import DitlabError
-from ditlab.randomness import torch_generator
+from ditlab.files import appear, atomic_folder, lock_folder
+from ditlab.rng import torch_generator
 
 PART = 64
 """Pictures in one part file: what a kill may lose."""

@@ -23,15 +23,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 import ditlab
-from ditlab.data.atomic import atomic_folder
 from ditlab.data.augment import flip
 from ditlab.data.duplicates import NearDuplicates, find_near_duplicates
 from ditlab.data.latents import Latents
 from ditlab.data.manifest import Manifest, content_hash, hash_file, read_manifest
 from ditlab.data.pixels import Color, channels, to_float
-from ditlab.data.source import TEST, TRAIN, Skipped, Source
-from ditlab.data.sources import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Skipped, Source
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
+from ditlab.files import atomic_folder
 
 IMAGES, LABELS, POOL = "images.npy", "labels.npy", "pool.npy"
 

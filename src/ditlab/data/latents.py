@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ditlab.data.codecs import CodecRecord
+from ditlab.data.autoencoder import CodecRecord
 from ditlab.errors import DitlabError
 
 LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD = "latents.npy", "latents_std.npy", "mirrored.npy", "mirrored_std.npy"

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.imageset import ImageSet
-from ditlab.data.source import TEST, TRAIN
+from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.errors import DitlabError
-from ditlab.randomness import numpy_generator
+from ditlab.rng import numpy_generator
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ditlab.diffusion.levels import LevelRange
 from ditlab.diffusion.network_denoisers import BlindDenoiser
+from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.objectives import Draws, Objective
 from ditlab.errors import DitlabError
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ditlab.diffusion.levels import LevelRange, Levels
+from ditlab.diffusion.noise_levels import LevelRange, Levels
 from ditlab.errors import DitlabError, unknown_name
 
 PredictionTarget = Literal["epsilon", "x0"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
-from ditlab.diffusion.levels import DiscreteLevels
+from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 

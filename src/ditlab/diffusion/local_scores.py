@@ -30,8 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
-from ditlab.diffusion.levels import LevelRange
-from ditlab.diffusion.posterior_means import SoftmaxMean, by_level, check_images
+from ditlab.diffusion.noise_levels import LevelRange
+from ditlab.diffusion.softmax_mean import SoftmaxMean, by_level, check_images
 from ditlab.errors import DitlabError
 
 Border = Literal["circular", "broken"]

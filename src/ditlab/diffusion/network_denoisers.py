@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction, PredictionTarget, Variance, complete
-from ditlab.diffusion.levels import BetweenSteps, DiscreteLevels, LevelRange, Levels
+from ditlab.diffusion.noise_levels import BetweenSteps, DiscreteLevels, LevelRange, Levels
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
 from ditlab.errors import DitlabError, unknown_name
 

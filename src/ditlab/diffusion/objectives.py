@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ditlab.diffusion.denoisers import Denoiser, PredictionTarget, Variance
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
-from ditlab.diffusion.levels import BetweenSteps
 from ditlab.diffusion.network_denoisers import EDMDenoiser, Preconditioning, VPDenoiser
+from ditlab.diffusion.noise_levels import BetweenSteps
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
 from ditlab.diffusion.time_sampling import LossSecondMoment
 from ditlab.errors import DitlabError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.levels import DiscreteLevels
+from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
 from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, Flow, VPSchedule, noise_levels
 

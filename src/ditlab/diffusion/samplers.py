@@ -29,7 +29,7 @@ from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig
 from ditlab.diffusion.sampler_plans import Step, make_plan
 from ditlab.errors import DitlabError
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 __all__ = [
     "Callback",

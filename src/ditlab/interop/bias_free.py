@@ -19,10 +19,10 @@ from ditlab.data.manifest import hash_file
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.model import ForeignModel, frozen
+from ditlab.interop.imported import ImportedModel, frozen
 from ditlab.interop.original_files import filled
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 
 _PARALLEL = "module."
 _CNN, _UNET = "conv_layers.0.weight", "encoder.0.0.weight"
@@ -92,7 +92,7 @@ def _convs(state: Mapping[str, Tensor], stage: str) -> int:
     return sum(key.startswith(stage) and key.endswith(".weight") for key in state)
 
 
-def bias_free_of(path: Path, state: Mapping[str, Tensor]) -> ForeignModel:
+def bias_free_of(path: Path, state: Mapping[str, Tensor]) -> ImportedModel:
     """A published bias-free network as a denoiser.
 
     Args:
@@ -121,4 +121,4 @@ def bias_free_of(path: Path, state: Mapping[str, Tensor]) -> ForeignModel:
     digest = hash_file(path).sha256
     source: dict[str, Any] = {"format": f"published {kind}", "file": path.name, "sha256": digest, "notes": notes}
     objective = BlindObjectiveConfig(max_level=highest).build()
-    return ForeignModel(path.stem, objective.denoiser(frozen(network)), HeunConfig(), source, digest, any_size=True)
+    return ImportedModel(path.stem, objective.denoiser(frozen(network)), HeunConfig(), source, digest, any_size=True)

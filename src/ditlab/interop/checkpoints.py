@@ -6,15 +6,15 @@ from pathlib import Path
 
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import bias_free_of, is_bias_free
+from ditlab.interop.imported import ImportedModel
 from ditlab.interop.improved_diffusion import UNetFile, is_unet, unet_of
-from ditlab.interop.model import ForeignModel
 from ditlab.interop.original_dit import dit_of, is_dit
 from ditlab.interop.original_files import read_state
 
 
 def open_checkpoint(
     path: Path, *, ema: bool = True, heads: int | None = None, unet: UNetFile | None = None
-) -> ForeignModel:
+) -> ImportedModel:
     """A checkpoint of the original DiT, of improved-diffusion's UNet, or of a published bias-free network.
 
     Args:

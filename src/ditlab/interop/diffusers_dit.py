@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlab.data.atomic import atomic_folder
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.errors import DitlabError
+from ditlab.files import atomic_folder
 from ditlab.interop.diffusers_models import described, find_folder, library, load_module, load_scheduler, make_denoiser
-from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
+from ditlab.interop.imported import ImportedModel, check_portable, frozen, state_on_cpu
 from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.randomness import torch_generator
+from ditlab.rng import torch_generator
 
 _NAMES = {
     "embed": "pos_embed.proj",
@@ -50,7 +50,7 @@ _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample"}
 
 
-def convert_diffusers(reference: str) -> tuple[ForeignModel, float]:
+def convert_diffusers(reference: str) -> tuple[ImportedModel, float]:
     """A DiT of diffusers as ditlab's own network, with the process of its scheduler.
 
     Args:

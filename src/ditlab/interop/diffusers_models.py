@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlab.data.codecs import weights_hash
+from ditlab.data.autoencoder import weights_hash
 from ditlab.diffusion.denoisers import Prediction, PredictionTarget, Variance
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.hub import download
-from ditlab.interop.model import ForeignModel, frozen, known_schedule
-from ditlab.nn.foreign import Scores, show_attention
+from ditlab.interop.imported import ImportedModel, frozen, known_schedule
+from ditlab.nn.attention_adapters import Scores, show_attention
 
 _PARTS = ("transformer", "unet")
 _WEIGHTS = ("*.json", "*.safetensors")
@@ -95,7 +95,7 @@ _PREDICTIONS: dict[str, tuple[type[VPDenoiser], PredictionTarget]] = {
 """What a scheduler calls the prediction -> the denoiser that is made of it."""
 
 
-def open_diffusers(reference: str) -> ForeignModel:
+def open_diffusers(reference: str) -> ImportedModel:
     """A diffusers model as a denoiser.
 
     Args:
@@ -116,7 +116,7 @@ def open_diffusers(reference: str) -> ForeignModel:
 
 def described(
     denoiser: VPDenoiser, module: nn.Module, scheduler: Any, folder: Path, reference: str, name: str
-) -> ForeignModel:
+) -> ImportedModel:
     """A denoiser with all else that a folder of diffusers says.
 
     Args:
@@ -135,7 +135,7 @@ def described(
         "scheduler": type(scheduler).__name__,
         **({"notes": notes} if notes else {}),
     }
-    return ForeignModel(
+    return ImportedModel(
         name=name.replace("/", "--"),
         denoiser=denoiser,
         sampler=_sampler(scheduler, latent=vae.is_dir()),

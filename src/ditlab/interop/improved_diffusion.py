@@ -27,7 +27,7 @@ from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.diffusion.schedules import ScheduleName
 from ditlab.errors import DitlabError, unknown_name
-from ditlab.interop.model import ForeignModel, frozen, state_on_cpu
+from ditlab.interop.imported import ImportedModel, frozen, state_on_cpu
 from ditlab.interop.original_files import filled, read_state, whole, write_state
 from ditlab.networks.unet import CONDITION, UNet, UNetConfig
 
@@ -380,7 +380,7 @@ def _published(state: Mapping[str, Tensor], where: str) -> UNetFacts:
 
 def open_improved(
     path: str | Path, *, ema: bool = True, heads: int | None = None, told: UNetFile | None = None
-) -> ForeignModel:
+) -> ImportedModel:
     """A checkpoint of the original code as a denoiser.
 
     Args:
@@ -403,7 +403,7 @@ def unet_of(
     *,
     heads: int | None = None,
     told: UNetFile | None = None,
-) -> ForeignModel:
+) -> ImportedModel:
     """The same, of what `read_state` found in the file."""
     where = str(path)
     if not is_unet(state):
@@ -436,7 +436,7 @@ def unet_of(
     note = _note(path.name, config, facts, {*said, *wanted})
     if note:
         source["notes"] = [note]
-    return ForeignModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
 
 
 def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:

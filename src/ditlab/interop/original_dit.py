@@ -21,7 +21,7 @@ from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.model import ForeignModel, check_portable, frozen, state_on_cpu
+from ditlab.interop.imported import ImportedModel, check_portable, frozen, state_on_cpu
 from ditlab.interop.original_files import filled, read_state, whole, write_state
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.embeddings import position_table
@@ -281,7 +281,7 @@ def _usual_heads(width: int, where: str) -> int:
     return heads
 
 
-def open_original(path: str | Path, *, ema: bool = True, heads: int | None = None) -> ForeignModel:
+def open_original(path: str | Path, *, ema: bool = True, heads: int | None = None) -> ImportedModel:
     """A checkpoint of the original code as a denoiser: linear schedule, 1,000 steps, learned variance (spec: DiT).
 
     Args:
@@ -298,7 +298,7 @@ def open_original(path: str | Path, *, ema: bool = True, heads: int | None = Non
 
 def dit_of(
     path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], *, ema: bool = True, heads: int | None = None
-) -> ForeignModel:
+) -> ImportedModel:
     """The same, of what `read_original` found in the file."""
     config = infer_config(state, args, str(path), heads=heads)
     network = frozen(from_original({key: value.float() for key, value in state.items()}, config))
@@ -315,4 +315,4 @@ def dit_of(
             "--heads H)."
         )
         source["notes"] = [note]
-    return ForeignModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditlab.networks.bias_free import BFCNN, BFCNNConfig
-from ditlab.networks.bias_free_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.unet import UNet, UNetConfig
-from ditlab.randomness import key
+from ditlab.rng import key
 
 NetworkConfig = DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig
 """The configs that a run can hold, told apart by `kind`."""

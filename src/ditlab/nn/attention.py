@@ -2,7 +2,7 @@
 
 The layer is multi-head attention as in the ViT and DiT (Vaswani et al., 1706.03762; Peebles and Xie, 2212.09748): one
 fused projection to queries, keys and values, attention under a pattern (`ditlab.nn.patterns`), one projection back.
-How it is computed is a matter of `ditlab.nn.kernels`; which layer gets which pattern, of `ditlab.nn.placement`.
+How it is computed is a matter of `ditlab.nn.kernels`; which layer gets which pattern, of `ditlab.nn.attention_plan`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.nn.foreign import Scores, View, show_attention, view_of
+from ditlab.nn.attention_adapters import Scores, View, show_attention, view_of
+from ditlab.nn.attention_plan import NAMED_WINDOWS, Scheme, parse_plan, placement
 from ditlab.nn.kernels import Kernel, Strips, attend, attention_kernel, attention_weights, packed_strips
 from ditlab.nn.kernels_flex import prepare_flex
 from ditlab.nn.kernels_packed import apart, packed_attention
 from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
-from ditlab.nn.placement import NAMED_WINDOWS, Scheme, parse_plan, placement
 
 
 class SelfAttention(nn.Module):
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
         return F.linear(out.transpose(1, 2).flatten(2), back, self.proj.bias)
 
     def view(self) -> View:
-        """How its maps are made (`ditlab.nn.foreign`)."""
+        """How its maps are made (`ditlab.nn.attention_adapters`)."""
 
         def read(args: tuple[Any, ...], named: Mapping[str, Any]) -> Scores:
             q, k, _ = self.split(args[0] if args else named["x"])
@@ -137,7 +137,7 @@ def _untouched(projection: nn.Module) -> bool:
 def attention_views(network: nn.Module) -> list[tuple[nn.Module, View]]:
     """The attention layers inside a module that can be looked into, each once, in the order of `network.modules()`.
 
-    These are `SelfAttention` layers and those given to `ditlab.nn.foreign.show_attention`; empty without any.
+    These are `SelfAttention` layers and those given to `attention_adapters.show_attention`; empty without any.
     """
     views = [(m, m.view() if isinstance(m, SelfAttention) else view_of(m)) for m in network.modules()]
     return [(module, view) for module, view in views if view is not None]

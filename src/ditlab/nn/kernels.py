@@ -8,7 +8,7 @@ softmax(q k^T / sqrt(head_dim) + bias) v, each query over the keys that its patt
 - `sdpa` is torch's own kernel, masked where needed;
 - `strips` (`ditlab.nn.kernels_cpu`) computes tiles of queries over the keys they reach, on the CPU;
 - `flex` (`ditlab.nn.kernels_flex`) is FlexAttention with a cached block mask, on CUDA;
-- `auto` takes what `ditlab.nn.policy` says is fastest.
+- `auto` takes what `ditlab.nn.kernel_choice` says is fastest.
 
 All but `math` are differentiable once, backward. Tokens are the grid's, row by row, then `extra` off-grid tokens that
 see all and are seen by all.
@@ -27,10 +27,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.nn.kernel_choice import Choice, choose_kernel, strips_way
 from ditlab.nn.kernels_cpu import tiled_attention
 from ditlab.nn.kernels_flex import attend_flex
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
-from ditlab.nn.policy import Choice, choose_kernel, strips_way
 
 Kernel = Literal["auto", "math", "sdpa", "strips", "flex"]
 

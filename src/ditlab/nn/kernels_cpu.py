@@ -11,7 +11,8 @@ wide as the grid is a strip, whose keys lie together in memory. Two engines comp
 
 Global attention is the case of tiles that reach everything, or of one tile, which needs no sums: "plain" then stands in
 for torch's bfloat16 kernels, which are slow at short sequences. Which engine and tile serve which processor,
-`ditlab.nn.policy` says. The operators are registered with torch, so that a compiled graph holds each of them whole.
+`ditlab.nn.kernel_choice` says. The operators are registered with torch, so that a compiled graph holds each of them
+whole.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.analysis.comparison import PSNRComparison
-from ditlab.analysis.locality_comparison import LocalityComparison
-from ditlab.analysis.matched import MatchedComparison
-from ditlab.analysis.nearest import NearestResult
-from ditlab.analysis.scaling import ScalingPoint, along_training, measured
-from ditlab.report.page import Picture, Section, Table
-from ditlab.report.picker import AttentionPicker
-from ditlab.report.scaling_figures import WORDS
+from ditlab.analyses.attention.comparison import LocalityComparison
+from ditlab.analyses.psnr_gap.comparison import PSNRComparison
+from ditlab.analyses.scaling.figures import WORDS
+from ditlab.analyses.scaling.points import ScalingPoint, along_training, measured
+from ditlab.analyses.trajectory.comparison import MatchedComparison
+from ditlab.metrics.nearest import NearestResult
+from ditlab.pages.page import Picture, Section, Table
+from ditlab.pages.token_picker import AttentionPicker
 
 
 def samples_section(pictures: Sequence[Picture], nearest: Sequence[NearestResult] = ()) -> Section:
@@ -200,7 +200,7 @@ def locality_section(
 
     Args:
         comparison: runs that were measured alike.
-        pictures: of `ditlab.report.locality_figures`.
+        pictures: of `ditlab.analyses.attention.locality_figures`.
         number: where a page has several such sections, which one this is.
         data: files behind it, beside the comparison itself.
     """

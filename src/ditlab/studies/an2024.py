@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ditlab.analysis.locality_result import AttentionConfig
-from ditlab.analysis.psnr import PSNRConfig
+from ditlab.analyses.attention.result import AttentionConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 
 SMOKE = Scale(

@@ -13,12 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ditlab.analysis.locality_result import AttentionConfig
-from ditlab.analysis.psnr import PSNRConfig
-from ditlab.analysis.store import read_json, write_json
+from ditlab.analyses.attention.result import AttentionConfig
+from ditlab.analyses.psnr_gap.result import PSNRConfig
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.files import read_json, write_json
 from ditlab.presets import PRESETS
 from ditlab.studies.cells import Cell, cell_config, cell_hash
 

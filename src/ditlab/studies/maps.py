@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.analysis.attention_maps import AttentionMaps, attention_layers, attention_maps
-from ditlab.analysis.locality_result import LocalityResult
-from ditlab.analysis.store import read_json, write_bytes, write_json
+from ditlab.analyses.attention.map_figures import attention_map_figure, layers_shown
+from ditlab.analyses.attention.maps import AttentionMaps, attention_layers, attention_maps
+from ditlab.analyses.attention.result import LocalityResult
 from ditlab.errors import DitlabError
-from ditlab.report.attention_figures import attention_map_figure, layers_shown
-from ditlab.report.page import Picture
-from ditlab.run import Run
+from ditlab.files import read_json, write_bytes, write_json
+from ditlab.models.run import Run
+from ditlab.pages.page import Picture
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError
+from ditlab.models.run import Run
 from ditlab.networks.dit import DiTConfig
-from ditlab.run import Run
 from ditlab.studies.cells import Cell, train_words
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import Job, Outcome, Progress, Slot, Spent, Stage
@@ -58,7 +58,7 @@ def _stages(cell: Cell, plan: Plan, store: Store, images: ImageSet, slot: Slot) 
     finished = (run / "config.json").is_file() and Run.open(run).finished
     facts = plan.images[cell.data]
     if finished and not store.trained(cell.hash):
-        # Trained, and killed before it was recorded.
+        # Model, and killed before it was recorded.
         store.record_training(cell, facts, None)
     if not finished:
         fresh = not (run / "config.json").is_file()

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from ditlab.config import flat
-from ditlab.nn.placement import parse_plan
+from ditlab.nn.attention_plan import parse_plan
 from ditlab.presets import preset
 from ditlab.studies.grid import Plan
 

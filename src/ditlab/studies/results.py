@@ -2,8 +2,8 @@
 
 A panel is one image set and one network: within it kinds of attention are compared at each N, paired by seed. The full
 measurement (psnr-gap.json) gives one comparison. The points along training (trajectory.json) give three, all by one
-coarser instrument, so that they can be held against each other (`ditlab.analysis.matched` says why three). A grid that
-is partly empty gives the comparisons that its cells allow.
+coarser instrument, so that they can be held against each other (`ditlab.analyses.trajectory.comparison` says why
+three). A grid that is partly empty gives the comparisons that its cells allow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ditlab.analysis.comparison import PSNRComparison, compare
-from ditlab.analysis.locality_comparison import LocalityComparison, compare_locality
-from ditlab.analysis.locality_result import LocalityResult
-from ditlab.analysis.matched import MatchedComparison, Trajectory, compare_kinds
-from ditlab.analysis.paired import PairedDifference, paired_difference
-from ditlab.analysis.psnr import PSNRResult, RunFacts
+from ditlab.analyses.attention.comparison import LocalityComparison, compare_locality
+from ditlab.analyses.attention.result import LocalityResult
+from ditlab.analyses.psnr_gap.comparison import PSNRComparison, compare
+from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_kinds
 from ditlab.errors import DitlabError
+from ditlab.metrics.paired import PairedDifference, paired_difference
+from ditlab.provenance import Provenance
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Standing, Store
 
@@ -204,7 +205,7 @@ def _read(place: Mapping[str, Any], plan: Plan, store: Store) -> CellResults:
 def _named(result: _Result, place: Mapping[str, Any]) -> _Result:
     """The result under the plan's name for its kind; a cell that studies share may have another in each."""
     name = f"{place['attention']} N={place['n']} seed {place['seed']}"
-    about: RunFacts = replace(result.about, name=name, label=place["attention"])
+    about: Provenance = replace(result.about, name=name, label=place["attention"])
     return replace(result, about=about)
 
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ditlab.analysis.store import read_json, write_json
 from ditlab.config import to_json
 from ditlab.errors import DitlabError
-from ditlab.run import Run
+from ditlab.files import read_json, write_json
+from ditlab.models.run import Run
 from ditlab.studies.cells import Cell, cell_hash
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import Spent

@@ -15,19 +15,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analysis.matched import MatchedComparison
-from ditlab.analysis.paired import PairedDifference
-from ditlab.analysis.store import write_bytes, write_json, write_text
-from ditlab.nn.placement import parse_plan
-from ditlab.report.attention_figures import patterns_figure
-from ditlab.report.figures import gap_bars, psnr_curves
-from ditlab.report.locality_figures import locality_by_n, locality_curves
-from ditlab.report.page import PAGE_BYTES, PageData, Picture, Section, Table, page_size, save_page
-from ditlab.report.picker import AttentionPicker
+from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
+from ditlab.analyses.attention.map_figures import patterns_figure
+from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
+from ditlab.analyses.trajectory.comparison import MatchedComparison
+from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
+from ditlab.files import write_bytes, write_json, write_text
+from ditlab.metrics.paired import PairedDifference
+from ditlab.nn.attention_plan import parse_plan
+from ditlab.pages.page import PAGE_BYTES, PageData, Picture, Section, Table, page_size, save_page
+from ditlab.pages.theme import Theme, assign
+from ditlab.pages.token_picker import AttentionPicker
 from ditlab.report.sections import locality_section, matched_table
-from ditlab.report.study_figures import differences_figure
-from ditlab.report.style import Theme, assign
-from ditlab.report.training_figures import gap_along_training, matched_psnr
+from ditlab.studies.figures import differences_figure
 from ditlab.studies.findings import findings, said, seen, ways_of
 from ditlab.studies.grid import Study
 from ditlab.studies.published import Published, differing, published, settings_here

@@ -3,7 +3,7 @@
     checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 A checkpoint is written into a hidden folder beside its final place, flushed to the disk and renamed
-(`ditlab.data.atomic`): a process that is killed at any moment leaves the older checkpoints as they were. `state.json`
+(`ditlab.files`): a process that is killed at any moment leaves the older checkpoints as they were. `state.json`
 lists the size and SHA-256 of the other files, so a damaged checkpoint is recognised. Nothing is pickled.
 """
 
@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditlab.data.atomic import atomic_folder
 from ditlab.errors import DitlabError
+from ditlab.files import atomic_folder
 from ditlab.training.sharding import placed_like
 
 FORMAT = 1

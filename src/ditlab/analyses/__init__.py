@@ -1,0 +1,1 @@
+"""Analyses: one folder for each question asked of models."""

@@ -1,0 +1,1 @@
+"""Agreement of a model's samples with those of closed-form denoisers."""

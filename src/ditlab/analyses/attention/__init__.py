@@ -1,0 +1,1 @@
+"""Attention maps and how local they are."""

@@ -1,0 +1,300 @@
+"""What is kept of a locality measurement: `attention.json`, made to be read alone, and single images' values beside it.
+
+Layers and heads count from 1, as in the paper. Every value is a mean over images and queries; there is one for each
+(noise level, layer, head). Means over heads, levels and layers weigh all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ditlab.analyses.attention.locality import (
+    mass_within,
+    masses_within,
+    pattern_distance,
+    pattern_weights,
+    uniform_distance,
+)
+from ditlab.errors import DitlabError, unknown_name
+from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.metrics.denoising_errors import check_levels
+from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
+from ditlab.provenance import Provenance
+
+Quantity = Literal[
+    "distance", "entropy", "normalized_entropy", "position_invariance", "consistency", "consistency_control"
+]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+RADII = (0, 1, 2, 3, 4, 5, 6)
+"""Chebyshev radii at which mass is measured: the token itself, and the windows 3, 5, ..., 13."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What is looked at. The paper names layers 2, 4, ..., 12 and no noise level."""
+
+    images: int = 16
+    """Images, at least 2 (consistency compares images)."""
+    levels: tuple[float, ...] | None = None
+    """Noise levels (sigma), ascending; those of steps 100, 300 and 500 of the DDPM process where not given."""
+    steps: tuple[int, ...] | None = None
+    """Noise levels as steps of the run's own process, ascending, instead of --levels."""
+    layers: tuple[int, ...] = ()
+    """Layers, from 1; all where not given."""
+    noise_seed: int = 0
+    """Seed of the noise. Equal seeds give every denoiser the same noise."""
+    batch_size: int = 4
+    """Images at once. Does not change the result beyond float rounding."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise DitlabError(f"attention: {name} must be at least {least}, found {getattr(self, name)}")
+        if self.levels is not None and self.steps is not None:
+            raise DitlabError("attention: expected levels or steps, found both")
+        if self.levels is not None:
+            check_levels(self.levels, "attention")
+        if self.steps is not None and (not self.steps or list(self.steps) != sorted(set(self.steps))):
+            raise DitlabError(f"attention: expected ascending steps without repeats, found {list(self.steps)}")
+        if len(set(self.layers)) < len(self.layers) or any(layer < 1 for layer in self.layers):
+            raise DitlabError(f"attention: expected different layers, counted from 1, found {list(self.layers)}")
+
+
+@dataclass(frozen=True, eq=False)
+class LocalityResult:
+    """Locality of a denoiser's attention by noise level, layer and head. Arrays are float64 [levels, layers, heads]."""
+
+    about: Provenance
+    config: AttentionConfig
+    levels: tuple[float, ...]
+    """Noise levels sigma, ascending."""
+    timesteps: tuple[int, ...] | None
+    """The denoiser's own steps with these levels, or None where it has no numbered ones."""
+    layers: tuple[int, ...]
+    """Which layers, from 1."""
+    depth: int
+    """How many attention layers the network has."""
+    heads: int
+    grid: Grid
+    """(rows, columns) of tokens."""
+    patch: float
+    """Pixels along a token's side."""
+    patterns: tuple[Pattern, ...]
+    """One a measured layer."""
+    images: int
+    """How many were measured."""
+    distance: np.ndarray
+    """Mean attention distance, in tokens."""
+    entropy: np.ndarray
+    """Of a row, in nats."""
+    normalized_entropy: np.ndarray
+    """Of a row, over the log of the number of keys that its query may see; in [0, 1]."""
+    position_invariance: np.ndarray
+    """Mean cosine between rows of different queries, in [0, 1]: 1 where all queries see the same keys."""
+    consistency: np.ndarray
+    """Mean cosine between the maps of different images, in [0, 1]."""
+    consistency_control: np.ndarray
+    """The same with the rows of one map in each pair permuted."""
+    mass: Mapping[int, np.ndarray]
+    """Chebyshev radius -> share of attention within it, in [0, 1]."""
+    extra: int = 0
+    """Off-grid tokens of the network; they are left out, and rows renormalized over the grid."""
+    by_image: Mapping[str, np.ndarray] | None = None
+    """Distance, entropy and position invariance of each image, float32 [images, levels, layers, heads]; None where only
+    the JSON was kept."""
+
+    kind = "attention-locality"
+    version = 1
+
+    @property
+    def uniform_distance(self) -> float:
+        """Mean distance of uniform attention over the grid, in tokens."""
+        return uniform_distance(self.grid)
+
+    @property
+    def pattern_distance(self) -> np.ndarray:
+        """Mean distance of uniform attention over what each layer's pattern allows, in tokens, float64 [layers]."""
+        return np.array([pattern_distance(pattern, self.grid) for pattern in self.patterns])
+
+    def uniform_mass(self) -> np.ndarray:
+        """Mass of uniform attention over the grid, at the measured radii ascending, float64 [radii]."""
+        weights = pattern_weights(Global(), self.grid)
+        return masses_within(weights, self.grid, sorted(self.mass)).numpy()
+
+    def pattern_mass(self, radius: int) -> np.ndarray:
+        """Mass within a radius of uniform attention over what each layer's pattern allows, float64 [layers]."""
+        weights = [pattern_weights(pattern, self.grid) for pattern in self.patterns]
+        return np.array([float(mass_within(w, self.grid, radius)) for w in weights])
+
+    def values(self, what: str | int) -> np.ndarray:
+        """A quantity by name, or the mass within a radius, float64 [levels, layers, heads].
+
+        Raises:
+            DitlabError: an unknown quantity, or a radius that was not measured.
+        """
+        if isinstance(what, int):
+            if what not in self.mass:
+                raise DitlabError(f"attention mass: expected a radius of {sorted(self.mass)}, found {what}")
+            return self.mass[what]
+        if what not in QUANTITIES:
+            raise unknown_name("attention quantity", what, QUANTITIES)
+        return getattr(self, what)
+
+    def by_layer(self, what: Quantity | int, level: int | None = None) -> np.ndarray:
+        """Means over heads, and over levels unless the index of one is given, float64 [layers]."""
+        values = self.values(what)
+        return values.mean(axis=(0, 2)) if level is None else values[level].mean(axis=-1)
+
+    def average(self, what: Quantity | int, level: int | None = None) -> float:
+        """Mean over heads and layers, and over levels unless the index of one is given."""
+        return float(self.by_layer(what, level).mean())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know about how this was measured, one sentence each."""
+        notes = []
+        if self.images < self.config.images:
+            notes.append(f"Only {self.images} images exist where {self.config.images} were asked for.")
+        if self.extra:
+            notes.append(
+                f"The network has {self.extra} tokens off the grid: they are left out, and what remains of each row "
+                "was brought to the sum 1."
+            )
+        return tuple(notes)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What was measured, one sentence each."""
+        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
+        by_layer = self.by_layer("distance")
+        near, far = int(by_layer.argmin()), int(by_layer.argmax())
+        over = f"{len(self.layers)} layers, {self.heads} heads, {len(self.levels)} levels and {self.images} images"
+        uniform, allowed = self.uniform_distance, self.pattern_distance.mean()
+        lines = [
+            f"{name}: mean attention distance {self.average('distance'):.2f} tokens, over {over}.",
+            f"{name}: uniform attention would have {uniform:.2f} over the grid, {allowed:.2f} over what they may see.",
+        ]
+        if near != far:
+            nearest = (
+                f"layer {self.layers[near]} ({self.patterns[near].name}) looks nearest, {by_layer[near]:.2f} tokens"
+            )
+            farthest = f"layer {self.layers[far]} ({self.patterns[far].name}) farthest, {by_layer[far]:.2f}"
+            lines.append(f"{name}: {nearest}, {farthest}.")
+        mass = f"{self.average(1):.0%} of attention stays within 3x3 tokens, {self.average(3):.0%} within 7x7"
+        lines.append(f"{name}: {mass}.")
+        same, permuted = self.average("consistency"), self.average("consistency_control")
+        lines.append(
+            f"{name}: maps of different images have a mean cosine of {same:.2f} (rows permuted: {permuted:.2f})."
+        )
+        lines.append(
+            f"{name}: rows of different queries have a mean cosine of {self.average('position_invariance'):.2f}."
+        )
+        return tuple(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single images' values."""
+        names = [*QUANTITIES, *sorted(self.mass)]
+        return {
+            "kind": self.kind,
+            "version": self.version,
+            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
+            "config": asdict(self.config),
+            "levels": list(self.levels),
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
+            "layers": list(self.layers),
+            "depth": self.depth,
+            "heads": self.heads,
+            "grid": list(self.grid),
+            "patch": self.patch,
+            "patterns": [pattern_to_json(pattern) for pattern in self.patterns],
+            "images": self.images,
+            "extra": self.extra,
+            "notes": list(self.notes),
+            "uniform_distance": self.uniform_distance,
+            "pattern_distance": self.pattern_distance.tolist(),
+            "pattern_mass": {str(radius): self.pattern_mass(radius).tolist() for radius in sorted(self.mass)},
+            "averages": {_name(what): self.average(what) for what in names},
+            "by_layer": {_name(what): self.by_layer(what).tolist() for what in names},
+            "values": {_name(what): self.values(what).tolist() for what in names},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], by_image: Mapping[str, np.ndarray] | None = None) -> LocalityResult:
+        """The result again, from `to_json()`.
+
+        Raises:
+            DitlabError: a field is missing or unknown, or a value does not belong to the levels, layers and heads.
+        """
+        try:
+            config: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v for name, v in record["config"].items()
+            }
+            values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
+            shape = (len(record["levels"]), len(record["layers"]), record["heads"])
+            for name, array in values.items():
+                if array.shape != shape:
+                    raise DitlabError(f"attention result: expected {name} of shape {shape}, found {array.shape}")
+            steps = record["timesteps"]
+            return cls(
+                about=Provenance(**record["about"]),
+                config=AttentionConfig(**config),
+                levels=tuple(record["levels"]),
+                timesteps=None if steps is None else tuple(steps),
+                layers=tuple(record["layers"]),
+                depth=record["depth"],
+                heads=record["heads"],
+                grid=(record["grid"][0], record["grid"][1]),
+                patch=record["patch"],
+                patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
+                images=record["images"],
+                **{name: values[name] for name in QUANTITIES},
+                mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
+                extra=record["extra"],
+                by_image=by_image,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DitlabError(f"attention result: a field is missing or unknown ({error})") from error
+
+    def save(self, folder: Path | str, name: str = "attention") -> Path:
+        """Writes NAME.npz (where there are single images' values) and then NAME.json; returns the JSON's path."""
+        folder = Path(folder)
+        if self.by_image is not None:
+            write_arrays(folder / f"{name}.npz", self.by_image)
+        return write_json(folder / f"{name}.json", self.to_json())
+
+    @classmethod
+    def load(cls, path: Path | str) -> LocalityResult:
+        """Reads what `save` wrote, from the JSON's path; the .npz need not lie beside it.
+
+        Raises:
+            DitlabError: a file is damaged, or is another kind of result.
+        """
+        path = Path(path)
+        record = read_json(path, cls.kind, cls.version)
+        beside = path.with_suffix(".npz")
+        return cls.from_json(record, read_arrays(beside, BY_IMAGE) if beside.exists() else None)
+
+
+BY_IMAGE = ("distance", "entropy", "position_invariance")
+"""What is kept of every single image."""
+
+
+def _name(what: Quantity | int) -> str:
+    return f"mass {what}" if isinstance(what, int) else what
+
+
+def pattern_to_json(pattern: Pattern) -> dict[str, Any]:
+    """A pattern as JSON: its kind, and its size and border where it has them."""
+    return {"kind": type(pattern).__name__.lower(), **asdict(pattern)}
+
+
+def pattern_from_json(record: Mapping[str, Any]) -> Pattern:
+    """The pattern again. Raises DitlabError for an unknown kind."""
+    kinds = {"global": Global, "window": Window, "partition": Partition}
+    if record["kind"] not in kinds:
+        raise unknown_name("attention pattern", str(record["kind"]), kinds)
+    return kinds[record["kind"]](**{name: value for name, value in record.items() if name != "kind"})

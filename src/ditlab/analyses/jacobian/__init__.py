@@ -1,0 +1,1 @@
+"""The Jacobian of a denoiser at an image."""

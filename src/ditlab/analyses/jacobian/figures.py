@@ -1,0 +1,312 @@
+"""Figures of a denoiser's Jacobian as pictures: its vectors, what it denoised, what a pixel depends on.
+
+Galleries are in the manner of An et al. (2410.21273), Figs. 1-3: a vector is reshaped to the image and drawn channel by
+channel with red, green and blue frames, zero white. `ditlab.analyses.jacobian.curves` draws the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ditlab.analyses.jacobian.result import SHARES, Decomposition, JacobianPoint, Sensitivity
+from ditlab.errors import DitlabError
+from ditlab.pages.theme import LIGHT, Theme, canvas, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[str, JacobianPoint]
+"""What a run is called, and one Jacobian of it."""
+
+_DIVERGING = ("#0a2f6b", "#2f77b8", "#a9cde6", "#ffffff", "#f4b59b", "#cf4a3e", "#6f0a20")
+"""Least to largest value; zero is white, on a dark page too."""
+_CHANNELS = ("#e5322d", "#17a34a", "#2f6bff")
+"""Frames of the red, green and blue channel: told apart by their order as well, for readers with a colour-vision
+deficiency."""
+_SENSITIVE = "magma"
+_SPAN = 1e-3
+"""Sensitivities below so much of a map's largest look alike."""
+PER_LINE = 4
+"""Runs beside each other, at most; others follow below."""
+_SQUARES = ("solid", "dashed", "dotted")
+_SQUARE = "#38d3ff"
+"""Squares over maps of sensitivity: seen on all of their colours and in both themes."""
+
+
+def vector_gallery(
+    points: Sequence[Point],
+    decomposition: Decomposition,
+    *,
+    right: bool = False,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """The kept vectors, a row each, and a column a run (An et al. Figs. 1-3); of a single run in several columns.
+
+    Above each run's stand its r_hom and r_lin, without which its vectors are not to be read.
+
+    Each vector has colours of its own, from minus to plus its largest entry over all channels, so that channels may be
+    compared; the panels of a colour image are framed red, green and blue, in this order.
+
+    Args:
+        points: (label, Jacobian) pairs of one image size; vectors that one of them lacks stay blank there.
+        decomposition: that the vectors are of.
+        right: the right singular vectors, directions of the input, instead of the left ones, of the output.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no Jacobian, none of its vectors was kept, or images of several sizes.
+    """
+    shape = _one_shape("vector gallery", points)
+    shown = sorted({int(k) for _, point in points for k in point.shown})
+    if not shown:
+        raise DitlabError("vector gallery: expected a Jacobian with kept vectors, found none")
+    panel = 0.74 if shape[0] > 1 else 0.95
+    wide = panel * shape[0] + 0.22
+    lines = [points[start : start + PER_LINE] for start in range(0, len(points), PER_LINE)]
+    # A single run has the page to itself, so its vectors go on in further columns.
+    across = 1 if len(points) > 1 else min(len(shown), max(1, int(6.6 / wide)))
+    rows = -(-len(shown) // across)
+    across = -(-len(shown) // rows)
+    names = [wrapped(label, max(10, int(wide * 11))) for label, _ in points]
+    gaps = [wrapped(_gaps(point), max(11, int(wide * 14))) for _, point in points]
+    rise = 10 * (1 + max(text.count("\n") for text in gaps))
+    head = 0.3 + 0.2 * (1 + max(name.count("\n") for name in names)) + rise / 72
+    high = panel * shape[1] / shape[2] + 0.26
+    with canvas(wide * across * len(lines[0]) + 0.2, (high * rows + head + 0.1) * len(lines), theme) as figure:
+        grid = figure.subplots(rows * len(lines), across * len(lines[0]), squeeze=False)
+        for cell in grid.flat:
+            cell.axis("off")
+        for place, (_, point) in enumerate(points):
+            line, run = divmod(place, PER_LINE)
+            block = grid[line * rows : (line + 1) * rows, run * across : (run + 1) * across]
+            for cell, k in zip(block.T.flat, shown, strict=False):
+                _draw_vector(cell, point, k, decomposition, right, theme)
+            for text, up, look in (
+                (gaps[place], 17, {"fontsize": 7.5, "color": theme.muted}),
+                (names[place], 17 + rise, {"fontsize": 9, "fontweight": "bold", "color": theme.ink}),
+            ):
+                block[0, 0].annotate(
+                    text, (0.0, 1.0), (0, up), "axes fraction", "offset points", ha="left", va="bottom", **look
+                )
+    return figure
+
+
+def _gaps(point: JacobianPoint) -> str:
+    """r_hom and r_lin, which say how far the vectors can be trusted."""
+    return ", ".join(f"{name} {_number(point.numbers.get(name))}" for name in ("r_hom", "r_lin"))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _one_shape(what: str, points: Sequence[Point]) -> tuple[int, int, int]:
+    if not points:
+        raise DitlabError(f"{what}: expected at least one Jacobian, found none")
+    shape = points[0][1].clean.shape
+    for label, point in points:
+        if point.clean.shape != shape:
+            raise DitlabError(
+                f"{what}: expected images of one size, found {list(shape)} and {list(point.clean.shape)} ('{label}')"
+            )
+    return shape
+
+
+def _draw_vector(
+    axes: Axes, point: JacobianPoint, k: int, decomposition: Decomposition, right: bool, theme: Theme
+) -> None:
+    """One vector's panels, with its index and value above; nothing where it was not kept."""
+    found = np.flatnonzero(point.shown == k)
+    if not len(found):
+        return
+    vector = (point.right if right else point.left)[found[0]]
+    axes.imshow(_panels(vector, theme), interpolation="nearest")
+    words = f"k = {k}, {_symbol(decomposition)} = {value_text(point.values[k])}"
+    axes.set_title(words, fontsize=7.5, fontweight="normal", loc="left", pad=2.5, color=theme.ink)
+
+
+def _panels(vector: np.ndarray, theme: Theme) -> np.ndarray:
+    """A vector [C, H, W] as its channels side by side, float64 [h, w, 4]; pixels are enlarged, to stay sharp."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    colours = LinearSegmentedColormap.from_list("zero is white", _DIVERGING)
+    largest = max(float(np.abs(vector).max()), 1e-30)
+    scale = max(1, round(96 / vector.shape[2]))
+    edge, gap = 4, 7
+    frames = _CHANNELS if len(vector) == 3 else (theme.muted,) * len(vector)
+    panels = []
+    for channel, frame in zip(vector, frames, strict=True):
+        inside = colours(0.5 + channel / (2 * largest)).repeat(scale, 0).repeat(scale, 1)
+        panel = np.empty((inside.shape[0] + 2 * edge, inside.shape[1] + 2 * edge, 4))
+        panel[:] = to_rgba(frame)
+        panel[edge:-edge, edge:-edge] = inside
+        panels += [panel, np.zeros((len(panel), gap, 4))]
+    return np.concatenate(panels[:-1], axis=1)
+
+
+def _symbol(decomposition: Decomposition) -> str:
+    return "s" if decomposition == "svd" else "λ"
+
+
+def value_text(value: complex | float) -> str:
+    """A singular value or eigenvalue with three significant digits: "0.834", "0.71 - 0.02i"."""
+    if abs(value.imag) <= 5e-4 * abs(value):
+        return f"{value.real:.3g}"
+    return f"{value.real:.2g} {'-' if value.imag < 0 else '+'} {abs(value.imag):.2g}i"
+
+
+Pixels = Callable[[np.ndarray], np.ndarray]
+"""From images as denoisers see them, float32 [N, C, H, W], to pictures, uint8 [N, 1 or 3, H, W]."""
+
+
+def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = LIGHT) -> Figure:
+    """What went in and what came out: clean, noisy, and what each run made of it, each with its PSNR.
+
+    Args:
+        points: (label, Jacobian) pairs of one image size. Runs that were shown the same share their clean and noisy
+            image; others get a line of their own.
+        pixels: how images as the denoisers see them become pictures.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no Jacobian, or images of several sizes.
+    """
+    shape = _one_shape("denoising strip", points)
+    lines: list[list[Point]] = []
+    for label, point in points:
+        for line in lines:
+            if np.array_equal(line[0][1].noisy, point.noisy) and len(line) < PER_LINE:
+                line.append((label, point))
+                break
+        else:
+            lines.append([(label, point)])
+    columns = 2 + max(len(line) for line in lines)
+    side = 1.35
+    titles = {label: wrapped(label, 18) for label, _ in points}
+    high = side * shape[1] / shape[2] + 0.15 * (2 + max(title.count("\n") for title in titles.values()))
+    with canvas(side * columns + 0.1, (high + 0.08) * len(lines), theme) as figure:
+        axes = figure.subplots(len(lines), columns, squeeze=False)
+        for line, row in zip(lines, axes, strict=True):
+            point = line[0][1]
+            shown = [("clean\n", point.clean)]
+            shown.append((f"noisy, σ = {point.sigma:.3g}\n{psnr_noisy(point):.1f} dB", point.noisy))
+            shown += [(f"{titles[label]}\n{psnr_denoised(one):.1f} dB", one.denoised) for label, one in line]
+            for cell in row:
+                cell.axis("off")
+            for cell, (words, image) in zip(row, shown, strict=False):
+                picture = pixels(image[None])[0].transpose(1, 2, 0)
+                cell.imshow(picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture, interpolation="nearest")
+                cell.set_title(words, fontsize=8, fontweight="normal", loc="left", pad=3, color=theme.ink)
+    return figure
+
+
+def psnr_noisy(point: JacobianPoint) -> float:
+    """PSNR of the noisy image in dB, of an intensity range of 2."""
+    return _psnr(point.noisy, point.clean)
+
+
+def psnr_denoised(point: JacobianPoint) -> float:
+    """PSNR of the denoised image in dB, of an intensity range of 2."""
+    return _psnr(point.denoised, point.clean)
+
+
+def _psnr(image: np.ndarray, clean: np.ndarray) -> float:
+    error = np.square(image.astype(np.float64) - clean).mean()
+    return float(10 * np.log10(4 / max(error, 1e-10)))
+
+
+def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure:
+    """What output pixels depend on: the mean map about the output pixel and maps of single pixels, Wiener's below.
+
+    Colours are logarithmic over three decades below each map's largest value. Squares hold 50, 75 and 95 % of a map: in
+    the mean map those of mean side over all output pixels.
+
+    Args:
+        points: (label, Jacobian) pairs of one image size with sensitivities; others are left out. The Wiener denoisers
+            of equal training images are drawn once.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no Jacobian with a sensitivity, or images of several sizes.
+    """
+    _one_shape("sensitivity maps", points)
+    rows = [(label, point.sensitivity) for label, point in points if point.sensitivity is not None]
+    if not rows:
+        raise DitlabError("sensitivity maps: expected a whole Jacobian of the target x0, found none")
+    rows += _wiener_rows(points)
+    columns = 1 + max(len(found.pixels) for _, found in rows)
+    side = 1.75
+    with canvas(side * columns + 2.3, side * len(rows) + 0.75, theme) as figure:
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        shown: Any = None
+        for cell in axes.flat:
+            cell.axis("off")
+        for number, (line, (label, found)) in enumerate(zip(axes, rows, strict=True)):
+            shown = _draw_mean(line[0], found)
+            for cell, (row, column), values in zip(line[1:], found.pixels, found.maps, strict=False):
+                sizes = [float(size[row, column]) for size in found.sizes]
+                _draw_sensitivity(cell, values, (row, column), sizes)
+                if number == 0:
+                    cell.set_title(f"pixel {row}, {column}", fontsize=8.5, fontweight="normal", loc="left", pad=4)
+            words = "  ".join(f"{share:.0%}: {size:.1f}" for share, size in zip(SHARES, found.locality, strict=True))
+            line[0].annotate(
+                words, (0.0, 0.0), (0, -3), "axes fraction", "offset points", ha="left", va="top", fontsize=7.5,
+                color=theme.ink,
+            )  # fmt: skip
+            line[0].annotate(
+                wrapped(label, 15), (0.0, 0.5), (-8, 0), "axes fraction", "offset points",
+                ha="right", va="center", fontsize=9, fontweight="bold", color=theme.ink,
+            )  # fmt: skip
+        axes[0, 0].set_title("mean, centred", fontsize=8.5, fontweight="normal", loc="left", pad=4)
+        bar = figure.colorbar(shown, ax=list(axes[:, -1]), shrink=min(0.9, 1.6 / len(rows)), aspect=25, extend="min")
+        bar.set_label("share of the largest", fontsize=8, color=theme.ink)
+        bar.ax.tick_params(labelsize=7.5)
+        words = (
+            "Sensitivity of an output pixel to the input; squares: 50 % solid, 75 % dashed, 95 % dotted; "
+            "sides in pixels"
+        )
+        figure.suptitle(
+            wrapped(words, int((side * columns + 2.3) * 15)), fontsize=8.5, x=0.01, ha="left",
+            color=theme.ink,
+        )  # fmt: skip
+    return figure
+
+
+def _wiener_rows(points: Sequence[Point]) -> list[tuple[str, Sensitivity]]:
+    """The Wiener denoisers' sensitivities; the training images whose they are, where there are several."""
+    found: list[tuple[str, Sensitivity]] = []
+    for label, point in points:
+        if point.wiener is not None and not any(np.array_equal(point.wiener.centred, w.centred) for _, w in found):
+            found.append((label, point.wiener))
+    return [("Wiener" if len(found) == 1 else f"Wiener, images of {label}", one) for label, one in found]
+
+
+def _draw_mean(axes: Axes, found: Sensitivity) -> Any:
+    """The middle of the mean map, as large as an image, so that its pixels are as large as those of the other maps."""
+    height, width = found.sizes.shape[1:]
+    top, left = (height - 1) // 2, (width - 1) // 2
+    middle = found.centred[top : top + height, left : left + width]
+    return _draw_sensitivity(axes, middle, (height - 1 - top, width - 1 - left), found.locality)
+
+
+def _draw_sensitivity(axes: Axes, values: np.ndarray, centre: tuple[int, int], sizes: Sequence[float]) -> Any:
+    """A map with its squares about the output pixel, cut at the border; returns what a colour bar stands for."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    largest = max(float(values.max()), 1e-30)
+    shown = axes.imshow(
+        np.maximum(values / largest, _SPAN / 10), cmap=_SENSITIVE, norm=LogNorm(_SPAN, 1.0), interpolation="nearest"
+    )
+    rows, columns = values.shape
+    for size, dashes in zip(sizes, _SQUARES, strict=True):
+        top, left = (max(at - size / 2, -0.5) for at in centre)
+        bottom, right = (min(at + size / 2, end - 0.5) for at, end in zip(centre, (rows, columns), strict=True))
+        axes.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, ec=_SQUARE, lw=1.3, ls=dashes, clip_on=False)
+        )
+    return shown

@@ -1,0 +1,205 @@
+"""Several PSNR-gap results side by side: means and spreads over shuffles, and differences paired by shuffle.
+
+Results are comparable where they were measured on the same test images with the same noise at the same levels, and
+where trained on the same number of images, on the same ones. Anything else is refused here, before a figure shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from ditlab.analyses.psnr_gap.result import PSNRResult, Side
+from ditlab.errors import DitlabError
+from ditlab.metrics.paired import PairedDifference, paired_difference
+from ditlab.metrics.psnr import Reduction
+from ditlab.provenance import Provenance
+
+
+@dataclass(frozen=True, eq=False)
+class PSNRGroup:
+    """Results that differ only in their seed: one kind of run at one N over several shuffles."""
+
+    label: str
+    n: int | None
+    results: tuple[PSNRResult, ...]
+    """One per seed, in ascending order of the seeds."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The shuffles, ascending."""
+        return tuple(r.about.seed for r in self.results)
+
+    def curve(self, what: Side | Literal["gap"]) -> np.ndarray:
+        """Mean over shuffles of a curve in dB, float64 [L]."""
+        return np.mean([r.gap() if what == "gap" else r.curve(what) for r in self.results], axis=0)
+
+    def averages(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> dict[int, float]:
+        """The average over levels in dB, by seed."""
+        return {r.about.seed: r.average(what) for r in self.results}
+
+    def mean(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float:
+        """Mean over shuffles of the average over levels, in dB."""
+        return float(np.mean(list(self.averages(what).values())))
+
+    def std(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float | None:
+        """Standard deviation over shuffles (n - 1) of the average over levels, in dB; None with one shuffle."""
+        values = list(self.averages(what).values())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class PSNRComparison:
+    """Groups in the order in which their labels were first given, N ascending within a label."""
+
+    groups: tuple[PSNRGroup, ...]
+    differences: tuple[tuple[int | None, PairedDifference], ...]
+    """For each N, the difference of the average gap between each two labels: (N, second - first)."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The kinds of runs, each once."""
+        return tuple(dict.fromkeys(g.label for g in self.groups))
+
+    @property
+    def counts(self) -> tuple[int | None, ...]:
+        """The numbers of training images, ascending, each once."""
+        return tuple(sorted({g.n for g in self.groups}, key=lambda n: -1 if n is None else n))
+
+    @property
+    def reduction(self) -> Reduction:
+        """The reduction that all results report."""
+        return self.groups[0].results[0].config.reduction
+
+    def group(self, label: str, n: int | None) -> PSNRGroup | None:
+        """The group of this label and N, or None."""
+        return next((g for g in self.groups if g.label == label and g.n == n), None)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What was measured, one sentence a group and one a difference; none claims more than its interval allows."""
+        lines = []
+        for g in self.groups:
+            std, seeds = g.std(), g.seeds
+            spread = f"one shuffle (seed {seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} shuffles"
+            name = g.label if g.n is None else f"{g.label}, N = {g.n}"
+            sides = f"train {g.mean('train'):.2f} dB, test {g.mean('test'):.2f} dB, gap {g.mean():.2f} dB"
+            lines.append(f"{name}: {sides}, {spread}.")
+        for n, difference in self.differences:
+            lines.append(difference.sentence("Average PSNR gap" if n is None else f"Average PSNR gap at N = {n}"))
+        return tuple(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers of every group and difference (the results have their own files)."""
+        sides = ("train", "test", "gap", "gap_untruncated")
+        return {
+            "kind": "psnr-comparison",
+            "version": 1,
+            "reduction": self.reduction,
+            "groups": [
+                {
+                    "label": g.label,
+                    "n": g.n,
+                    "seeds": list(g.seeds),
+                    "runs": [r.about.name for r in g.results],
+                    "mean": {w: g.mean(w) for w in sides},
+                    "std": {w: g.std(w) for w in sides},
+                    "by_seed": {w: {str(s): v for s, v in g.averages(w).items()} for w in sides},
+                }
+                for g in self.groups
+            ],
+            "differences": [{"n": n, **asdict(d), "seen": d.seen, "similar": d.similar} for n, d in self.differences],
+            "sentences": list(self.sentences()),
+        }
+
+
+def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PSNRComparison:
+    """Groups results by label and N, over seeds, after checking that they may stand side by side.
+
+    Args:
+        results: one a run.
+        margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
+
+    Raises:
+        DitlabError: no result, different levels, noise, images a side or reduction; one seed with two different test
+            sets, or two training sets at one N; two results of one label, N and seed; labels without a common seed.
+    """
+    if not results:
+        raise DitlabError("comparison: expected at least one psnr-gap result, found none")
+    for other in results[1:]:
+        check_comparable(results[0], other)
+    groups: dict[tuple[str, int | None], dict[int, PSNRResult]] = {}
+    for r in results:
+        seeds = groups.setdefault((r.about.group, r.about.n), {})
+        if r.about.seed in seeds:
+            raise DitlabError(
+                f"comparison: '{seeds[r.about.seed].about.name}' and '{r.about.name}' are both '{r.about.group}' with "
+                f"N = {r.about.n} and seed {r.about.seed}; give them different labels"
+            )
+        seeds[r.about.seed] = r
+    check_splits([r.about for r in results])
+    labels = list(dict.fromkeys(label for label, _ in groups))
+    ordered = sorted(groups, key=lambda key: (labels.index(key[0]), -1 if key[1] is None else key[1]))
+    made = tuple(
+        PSNRGroup(label, n, tuple(groups[label, n][seed] for seed in sorted(groups[label, n]))) for label, n in ordered
+    )
+    differences = []
+    for n in dict.fromkeys(g.n for g in made):
+        for first, second in combinations([g for g in made if g.n == n], 2):
+            pair = paired_difference(first.label, second.label, first.averages(), second.averages(), margin=margin)
+            differences.append((n, pair))
+    return PSNRComparison(made, tuple(differences))
+
+
+def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
+    """Raises DitlabError unless both results were measured alike (levels, noise, images a side, reduction, range)."""
+    names = f"'{first.about.name}' and '{second.about.name}'"
+    if len(first.levels) != len(second.levels) or not np.allclose(first.levels, second.levels, rtol=1e-6, atol=0):
+        raise DitlabError(
+            f"comparison: {names} were measured at different noise levels ({len(first.levels)} from "
+            f"{first.levels[0]:.4g} to {first.levels[-1]:.4g}, {len(second.levels)} from {second.levels[0]:.4g} to "
+            f"{second.levels[-1]:.4g}); measure both at the same levels"
+        )
+    for what in ("reduction", "noise_seed", "images", "clip"):
+        one, two = getattr(first.config, what), getattr(second.config, what)
+        if one != two:
+            raise DitlabError(f"comparison: {names} were measured with different {what} ({one} and {two})")
+    if first.peak != second.peak:
+        raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")
+
+
+def check_splits(runs: Sequence[Provenance]) -> None:
+    """Refuses runs that may not stand side by side, whatever was measured on them.
+
+    Raises:
+        DitlabError: one seed with two different test sets, or with two training sets at one N; labels without a common
+            seed.
+    """
+    families: dict[int, Provenance] = {}
+    trained: dict[tuple[int, int | None], Provenance] = {}
+    for r in runs:
+        same_seed = families.setdefault(r.seed, r)
+        if same_seed.split_family != r.split_family:
+            raise DitlabError(
+                f"comparison: '{same_seed.name}' and '{r.name}' have different splits (family "
+                f"{same_seed.split_family[:12]} and {r.split_family[:12]}): they were not held back the "
+                "same test images, so they cannot be compared"
+            )
+        same_n = trained.setdefault((r.seed, r.n), r)
+        if same_n.split_hash != r.split_hash:
+            raise DitlabError(
+                f"comparison: '{same_n.name}' and '{r.name}' have different training images at equal N and "
+                f"seed (split {same_n.split_hash[:12]} and {r.split_hash[:12]})"
+            )
+    seeds_of: dict[str, dict[int, str]] = {}
+    for r in runs:
+        seeds_of.setdefault(r.group, {})[r.seed] = r.name
+    for (_, first), (_, second) in combinations(seeds_of.items(), 2):
+        if not set(first) & set(second):
+            raise DitlabError(
+                f"comparison: '{next(iter(first.values()))}' and '{next(iter(second.values()))}' have different splits "
+                f"(seeds {sorted(first)} and {sorted(second)}): compare runs trained with the same seed"
+            )

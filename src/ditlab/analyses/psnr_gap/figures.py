@@ -1,0 +1,250 @@
+"""Figures of PSNR-gap results, in the style of An et al. (2410.21273): Fig. 2 (curves) and Fig. 6 (bars).
+
+Each function takes results and returns a matplotlib Figure; `ditlab.pages.theme.save` writes it. Give all figures of a
+report the same `slots` (`style.assign`), so that a run keeps its colour. `ditlab.analyses.trajectory.figures` has those
+along training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ditlab.analyses.psnr_gap.comparison import PSNRComparison, PSNRGroup
+from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.errors import DitlabError
+from ditlab.pages.grids import montage
+from ditlab.pages.theme import LIGHT, REFERENCE_DASHES, Slots, Theme, assign, canvas, legend_below
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Axis = Literal["auto", "step", "sigma"]
+
+
+def psnr_curves(
+    comparison: PSNRComparison,
+    references: Sequence[PSNRResult] = (),
+    *,
+    axis: Axis = "auto",
+    slots: Slots | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Train and test PSNR by noise level, the gap under them, and their averages in the legend (An et al. Fig. 2).
+
+    One column a number of training images. Means over shuffles; the band around a gap is their standard deviation.
+
+    Args:
+        comparison: runs, from `ditlab.analyses.psnr_gap.comparison.compare`.
+        references: closed-form denoisers measured at the same levels; with an `about.n` one stands only in the column
+            of that N, without one in all of them.
+        axis: "step" for the diffusion step, "sigma" for the noise level, "auto" for steps where all results have them.
+        slots: colours of the labels.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: steps are asked for and a result has none; a reference was measured at other levels.
+    """
+    slots = slots or assign(comparison.labels)
+    x, name = _axis(comparison, axis)
+    for reference in references:
+        if not np.allclose(reference.levels, _first(comparison).levels, rtol=1e-6, atol=0):
+            raise DitlabError(f"figure: the reference '{reference.about.name}' was measured at other noise levels")
+    counts = comparison.counts
+    columns = {
+        n: ([g for g in comparison.groups if g.n == n], [r for r in references if r.about.n in (None, n)])
+        for n in counts
+    }
+    rows = max(len(groups) + len(mine) for groups, mine in columns.values()) + 3
+    heights = [3.3, 1.5, 0.19 * rows]
+    with canvas(max(7.2, 4.9 * len(counts)), sum(heights) + 1.3, theme) as figure:
+        grid = figure.subplots(3, len(counts), squeeze=False, height_ratios=heights, sharey="row")
+        for column, (n, (groups, mine)) in enumerate(columns.items()):
+            top, below, key = grid[:, column]
+            _draw_curves(top, x, groups, mine, slots, theme)
+            _draw_gaps(below, x, groups, slots, theme)
+            _finish_axes(top, below, x, name, _first(comparison), first=column == 0)
+            top.set_title("Train and test PSNR" + ("" if n is None else f", N = {n:,} training images"), pad=10)
+            legend_below(
+                key, _curve_keys(groups, mine, slots, theme), title="Average over levels: train / test, gap in dB"
+            )
+    return figure
+
+
+def _first(comparison: PSNRComparison) -> PSNRResult:
+    return comparison.groups[0].results[0]
+
+
+def _axis(comparison: PSNRComparison, axis: Axis) -> tuple[np.ndarray, Literal["step", "sigma"]]:
+    steps = {r.timesteps for g in comparison.groups for r in g.results}
+    common = next(iter(steps)) if len(steps) == 1 else None
+    if axis == "step" and common is None:
+        raise DitlabError("figure: the runs have no diffusion steps in common; draw them by noise level instead")
+    if axis == "sigma" or common is None:
+        return np.asarray(_first(comparison).levels), "sigma"
+    return np.asarray(common, dtype=np.float64), "step"
+
+
+def _draw_curves(
+    axes: Axes, x: np.ndarray, groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme
+) -> None:
+    axes.plot(x, groups[0].results[0].input_psnr, color=theme.muted, lw=1.1, ls=(0, (1, 2)), zorder=1.5)
+    for i, reference in enumerate(references):
+        color = theme.references[i % len(theme.references)]
+        axes.plot(x, reference.curve("train"), color=color, lw=1.2, zorder=1.8)
+        axes.plot(x, reference.curve("test"), color=color, lw=1.2, ls=REFERENCE_DASHES[i % 3], zorder=1.8)
+    for group in groups:
+        color, train, test = theme.run(slots[group.label]), group.curve("train"), group.curve("test")
+        axes.fill_between(x, test, train, where=(train > test).tolist(), color=color, alpha=0.10, lw=0)
+        axes.plot(x, train, color=color, zorder=2.5)
+        axes.plot(x, test, color=color, ls=(0, (3.5, 1.6)), zorder=2.5)
+    # The axis follows the runs and the input: empirical Bayes leaves it where it returns a stored image exactly.
+    curves = [g.curve(side) for g in groups for side in ("train", "test")] + [groups[0].results[0].input_psnr]
+    low, high = min(c.min() for c in curves), max(c.max() for c in curves)
+    shown = [c[c > low - 25] for r in references for c in (r.curve("train"), r.curve("test"))]
+    low = min([low, *(c.min() for c in shown if len(c))])
+    low = max(low, min(g.curve("test").min() for g in groups) - 8)
+    axes.set_ylim(low - 1.5, high + 0.08 * (high - low))
+
+
+def _draw_gaps(axes: Axes, x: np.ndarray, groups: list[PSNRGroup], slots: Slots, theme: Theme) -> None:
+    for group in groups:
+        color, gap = theme.run(slots[group.label]), group.curve("gap")
+        if len(group.results) > 1:
+            spread = np.std([r.gap() for r in group.results], axis=0, ddof=1)
+            axes.fill_between(x, np.maximum(gap - spread, 0), gap + spread, color=color, alpha=0.18, lw=0)
+        axes.plot(x, gap, color=color)
+    axes.set_ylim(bottom=0)
+
+
+def _finish_axes(
+    top: Axes, below: Axes, x: np.ndarray, name: Literal["step", "sigma"], result: PSNRResult, *, first: bool
+) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for axes in (top, below):
+        if name == "sigma":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if len(x) > 1:
+            axes.set_xlim(x[0], x[-1])
+        else:  # a line through one point shows nothing; a ring stands for a broken one
+            for line in axes.get_lines():
+                line.set_marker("o")
+                line.set_markerfacecolor("none" if line.is_dashed() else line.get_color())
+    top.tick_params(labelbottom=False)
+    below.set_xlabel("noise level σ" if name == "sigma" else "diffusion step t")
+    below.yaxis.set_major_locator(MaxNLocator(4))
+    if first:
+        top.set_ylabel("PSNR of latents (dB)" if result.latents else "PSNR (dB)")
+        below.set_ylabel("gap (dB)")
+    if name == "step":
+        upper = top.secondary_xaxis("top")
+        marks = np.unique(np.linspace(0, len(x) - 1, 6).round().astype(int))
+        upper.set_xticks(x[marks], [_level(result.levels[i]) for i in marks])
+        upper.set_xlabel("noise level σ", fontsize=9, labelpad=3)
+        upper.tick_params(labelsize=8, length=3)
+        upper.spines["top"].set_visible(False)
+
+
+def _level(sigma: float) -> str:
+    return f"{sigma:.0f}" if sigma >= 9.5 else f"{sigma:.2g}"
+
+
+def _numbers(train: float, test: float, gap: float, exact: bool = False) -> str:
+    return f"{'≥ ' if exact else ''}{train:.2f} / {test:.2f}, gap {'≥ ' if exact else ''}{gap:.2f}"
+
+
+def _curve_keys(groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    keys = []
+    for group in groups:
+        std = group.std()
+        spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} shuffles"
+        text = _numbers(group.mean("train"), group.mean("test"), group.mean()) + spread
+        keys.append(Line2D([], [], color=theme.run(slots[group.label]), label=f"{group.label}: {text}"))
+    for i, reference in enumerate(references):
+        color = theme.references[i % len(theme.references)]
+        numbers = _numbers(*(reference.average(w) for w in ("train", "test", "gap")), exact=reference.bounded)
+        dashes = REFERENCE_DASHES[i % 3]
+        keys.append(Line2D([], [], color=color, lw=1.2, ls=dashes, label=f"{reference.about.name}: {numbers}"))
+    keys.append(Line2D([], [], color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="noisy input"))
+    keys.append(Line2D([], [], color=theme.ink, lw=1.2, label="solid: train images; broken: test images"))
+    return keys
+
+
+def gap_bars(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
+    """Average PSNR gap by number of training images, one bar a label (An et al. Fig. 6).
+
+    The value stands on each bar. With several shuffles each is a dot, and the error bar is their standard deviation.
+    """
+    slots = slots or assign(comparison.labels)
+    counts, labels = comparison.counts, comparison.labels
+    width = 0.8 / len(labels)
+    with canvas(max(4.6, 1.3 + 0.95 * len(counts) * len(labels)), 3.6, theme) as figure:
+        axes = figure.subplots()
+        for i, label in enumerate(labels):
+            for column, n in enumerate(counts):
+                group = comparison.group(label, n)
+                if group is not None:
+                    _draw_bar(axes, column + (i - (len(labels) - 1) / 2) * width, width, group, slots, theme)
+        axes.set_xticks(range(len(counts)), ["all runs" if n is None else f"N = {n:,}" for n in counts])
+        axes.set_xlim(-0.6, len(counts) - 0.4)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("average PSNR gap (dB)")
+        axes.set_ylim(0, max(axes.dataLim.ymax * 1.14, 0.05))
+        axes.set_title("PSNR gap between train and test images", pad=10)
+        _label_legend(figure, labels, slots, theme)
+    return figure
+
+
+def _draw_bar(axes: Axes, x: float, width: float, group: PSNRGroup, slots: Slots, theme: Theme) -> None:
+    value, std, color = group.mean(), group.std(), theme.run(slots[group.label])
+    axes.bar(x, value, width * 0.9, color=color)
+    top = value
+    if std is not None:
+        axes.errorbar(x, value, std, color=theme.ink, lw=1.1, capsize=3)
+        dots = list(group.averages().values())
+        shifts = np.linspace(-0.22, 0.22, len(dots)) * width
+        axes.scatter(x + shifts, dots, s=14, color=theme.background, edgecolor=theme.ink, lw=0.8, zorder=3)
+        top = max(value + std, *dots)
+    axes.annotate(f"{value:.2f}", (x, top), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+
+
+def _label_legend(figure: Figure, labels: Sequence[str], slots: Slots, theme: Theme) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=theme.run(slots[label]), label=label) for label in labels]
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(labels)), handlelength=1.2)
+
+
+def sample_grid(
+    rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 10, inches: float = 0.62, theme: Theme = LIGHT
+) -> Figure:
+    """Small images in captioned rows, e.g. the samples of each run and training images beneath.
+
+    Args:
+        rows: (caption, uint8 [N, C, H, W]) pairs; each continues on further lines after `columns` images.
+        columns: images in a line.
+        inches: width of one image in the figure.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no row, or one that is not uint8 [N, C, H, W] with C 1 or 3 and N at least 1.
+    """
+    if not rows:
+        raise DitlabError("sample grid: expected at least one row of images, found none")
+    sheets = [montage(caption, images, columns) for caption, images in rows]
+    lines = [sheet.shape[0] / sheet.shape[1] * columns for sheet in sheets]
+    with canvas(columns * inches + 0.2, sum(lines) * inches + 0.34 * len(rows) + 0.1, theme) as figure:
+        grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=lines)
+        for axes, (caption, _), sheet in zip(grid[:, 0], rows, sheets, strict=True):
+            axes.imshow(sheet, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=9, fontweight="normal", pad=3)
+    return figure

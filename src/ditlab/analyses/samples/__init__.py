@@ -1,0 +1,1 @@
+"""Samples beside their nearest training images."""

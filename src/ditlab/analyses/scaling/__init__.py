@@ -1,0 +1,1 @@
+"""What is measured, against parameters and compute."""

@@ -1,0 +1,148 @@
+"""How a run's quality goes with what it cost: operations of the network, training steps, training and sampling compute.
+
+The quantities of Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), figures 2, 6, 8, 9 and 10. What
+is measured comes from a run's log (losses and PSNR along training) and from its evaluations (FID and the like). An
+evaluation is a file evaluation/NAME.json in the run's folder, of the form
+
+    {"step": 400000, "sampler_steps": 250, "nfe": 250, "metrics": {"fid": 12.3, "is": 98.7}}
+
+No verb writes one yet: what lies there is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditlab.errors import DitlabError
+from ditlab.metrics.complexity import training_compute
+
+METRICS = ("loss", "test_loss", "test_psnr", "fid", "sfid", "is", "precision", "recall")
+"""What is drawn, in this order: the losses of the log, the mean PSNR on test images, and the evaluators' numbers."""
+
+_PARTS = 20
+"""The batches' loss is averaged over as many parts of the training: each line of a log is noisy."""
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """What was measured of one run at one training step, with one sampler where it took samples."""
+
+    run: str
+    label: str
+    """What runs that differ only in seed and N share."""
+    parameters: int
+    gmacs: float
+    """Of a forward pass, one image (`analysis.complexity`)."""
+    batch_size: int
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Some of `METRICS`, by name."""
+    nfe: int | None = None
+    """Network calls that a sample took, for metrics of samples."""
+
+    @property
+    def training_gmacs(self) -> float:
+        """Training compute until this step."""
+        return training_compute(self.gmacs, self.batch_size, self.step)
+
+    @property
+    def sampling_gmacs(self) -> float | None:
+        """Compute of one sample: GMACs times network calls; None without samples."""
+        return None if self.nfe is None else self.gmacs * self.nfe
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        derived = {"training_gmacs": self.training_gmacs, "sampling_gmacs": self.sampling_gmacs}
+        return {**asdict(self), "metrics": dict(self.metrics), **derived}
+
+
+def scaling_points(
+    about: ScalingPoint, log: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()
+) -> list[ScalingPoint]:
+    """The points of one run.
+
+    Args:
+        about: the run, with any step.
+        log: lines of log.jsonl.
+        evaluations: of `read_evaluations`.
+
+    Returns:
+        One point for each part of the log with its mean loss, for each line with measurements, and each evaluation.
+    """
+    found = []
+    losses = [(int(line["step"]), float(line["loss"])) for line in log if line.get("loss") is not None]
+    for part in np.array_split(np.array(losses, float).reshape(-1, 2), min(_PARTS, len(losses)) or 1):
+        if len(part) and np.isfinite(part[:, 1]).all():
+            found.append(_at(about, int(part[-1, 0]), {"loss": float(part[:, 1].mean())}))
+    for line in log:
+        metrics = {name: float(line[name]) for name in ("test_loss", "test_psnr") if line.get(name) is not None}
+        if metrics:
+            found.append(_at(about, int(line["step"]), metrics))
+    for one in evaluations:
+        metrics = {name: float(one["metrics"][name]) for name in METRICS if one["metrics"].get(name) is not None}
+        found.append(_at(about, int(one["step"]), metrics, one.get("nfe")))
+    return [point for point in found if point.step > 0 and point.metrics]
+
+
+def _at(about: ScalingPoint, step: int, metrics: Mapping[str, float], nfe: int | None = None) -> ScalingPoint:
+    return ScalingPoint(about.run, about.label, about.parameters, about.gmacs, about.batch_size, step, metrics, nfe=nfe)
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What lies in a run's evaluation folder, by file name; empty where there is none.
+
+    Raises:
+        DitlabError: a file that is not of the form that this module's head describes.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DitlabError(f"{path}: expected an evaluation as JSON, found something else") from None
+        whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+        metrics = record.get("metrics") if whole else None
+        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+            raise DitlabError(f"{path}: expected an evaluation with a step and metrics (numbers by name), found none")
+        if not isinstance(record.get("nfe"), int | None):
+            raise DitlabError(f"{path}: expected nfe to be a whole number, found {record['nfe']!r}")
+        found.append(record)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def measured(points: Sequence[ScalingPoint]) -> tuple[str, ...]:
+    """Those of `METRICS` that some point has."""
+    return tuple(name for name in METRICS if any(name in point.metrics for point in points))
+
+
+def along_training(points: Sequence[ScalingPoint], metric: str) -> dict[str, list[ScalingPoint]]:
+    """Run -> its points with this metric by step, of several evaluations at a step the one with most network calls."""
+    found: dict[str, dict[int, ScalingPoint]] = {}
+    for point in points:
+        if metric in point.metrics:
+            steps = found.setdefault(point.run, {})
+            if point.step not in steps or (point.nfe or 0) > (steps[point.step].nfe or 0):
+                steps[point.step] = point
+    return {run: [steps[step] for step in sorted(steps)] for run, steps in found.items()}
+
+
+def by_sampling(points: Sequence[ScalingPoint], metric: str) -> dict[str, list[ScalingPoint]]:
+    """Run -> its points with this metric at the last step where samples were taken, by network calls."""
+    found: dict[str, list[ScalingPoint]] = {}
+    for run in dict.fromkeys(point.run for point in points):
+        mine = [p for p in points if p.run == run and p.nfe is not None and metric in p.metrics]
+        last = [p for p in mine if p.step == max(q.step for q in mine)]
+        if last:
+            found[run] = sorted(last, key=lambda p: p.nfe or 0)
+    return found

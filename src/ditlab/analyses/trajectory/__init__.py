@@ -1,0 +1,1 @@
+"""Train and test PSNR along training."""

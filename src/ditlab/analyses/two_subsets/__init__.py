@@ -1,0 +1,1 @@
+"""Two models trained on disjoint images, sampled from the same noise."""

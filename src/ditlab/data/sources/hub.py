@@ -1,0 +1,149 @@
+"""Images from the Hugging Face hub, or from a local folder in the hub's layout, by the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ditlab.data.pixels import decode
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.errors import DitlabError, unknown_name
+
+
+class Hub(Source):
+    """A dataset of the hub: its first image column, and its first class column where it has one.
+
+    With one split the pools are free. With several, `train` is the train pool and the others are the test pool.
+
+    Args:
+        fit: size and colour.
+        where: the dataset's id, e.g. `uoft-cs/cifar10`, or a local folder that `datasets.load_dataset` understands.
+        image_column: the column of images; the first one where None.
+        label_column: the column of classes (`ClassLabel`, or integers from 0); the first `ClassLabel` where None.
+        config: which configuration of the dataset, where it has several.
+        splits: which splits to read; where None: `train` and `test` (or `validation`), or the only one.
+
+    Raises:
+        DitlabError: `datasets` is not installed, the dataset cannot be reached, or a column or split does not exist.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        where: str,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        config: str | None = None,
+        splits: tuple[str, ...] | None = None,
+    ) -> None:
+        self.fit = fit
+        self.where = where
+        found = _load(where, config)
+        names = splits or _usual_splits(list(found))
+        for name in names:
+            if name not in found:
+                raise unknown_name(f"split of '{where}':", name, found)
+        self.splits = {name: found[name] for name in names}
+        features = next(iter(self.splits.values())).features
+        self.image_column = _image_column(where, features, image_column)
+        self.label_column = _label_column(where, features, label_column)
+        self.class_names = self._class_names(features)
+        self.count = sum(len(rows) for rows in self.splits.values())
+        if self.count == 0:
+            raise DitlabError(f"hub source '{where}': its splits {', '.join(names)} hold no rows")
+
+    def _class_names(self, features: Any) -> tuple[str, ...]:
+        from datasets import ClassLabel
+
+        if self.label_column is None:
+            return ()
+        feature = features[self.label_column]
+        if isinstance(feature, ClassLabel):
+            return tuple(feature.names)
+        highest = max(
+            max((label for label in rows[self.label_column] if label is not None), default=-1)
+            for rows in self.splits.values()
+        )
+        return tuple(str(index) for index in range(highest + 1))
+
+    def __iter__(self) -> Iterator[Item | Skipped]:
+        from datasets import Image
+
+        for name, rows in self.splits.items():
+            pool = None if len(self.splits) == 1 else TRAIN if name == "train" else TEST
+            columns = [self.image_column] + ([self.label_column] if self.label_column else [])
+            # Undecoded: one damaged file is then named and skipped instead of ending the whole reading.
+            rows = rows.select_columns(columns).cast_column(self.image_column, Image(decode=False))
+            for index, row in enumerate(rows):
+                cell = row[self.image_column] or {}
+                where = f"{name} row {index}" + (f" ({Path(cell['path']).name})" if cell.get("path") else "")
+                label = row[self.label_column] if self.label_column else None
+                try:
+                    if not cell.get("bytes") and not cell.get("path"):
+                        raise DitlabError("no image in this row")
+                    data = cell["bytes"] if cell.get("bytes") else Path(cell["path"])
+                    pixels = self.fit(decode(data, self.fit.color))
+                    # The hub's convention for an unknown class is -1.
+                    yield Item(pixels, where, None if label is None or label < 0 else int(label), pool)
+                except DitlabError as error:
+                    yield Skipped(where, str(error))
+
+    def origin(self) -> dict[str, Any]:
+        """The dataset's columns, splits and the fingerprints that `datasets` gives them."""
+        prints = {name: getattr(rows, "_fingerprint", "") for name, rows in self.splits.items()}
+        return {"image_column": self.image_column, "label_column": self.label_column, "splits": prints}
+
+
+def _load(where: str, config: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DitlabError("hub source: needs the package `datasets` (pip install 'ditlab[hub]')") from None
+
+    if where.startswith((".", "/", "~")):
+        path = Path(where).expanduser()
+        if not path.is_dir():
+            raise DitlabError(f"hub source: expected a dataset folder at {path}, found none")
+        where = str(path)
+    try:
+        return datasets.load_dataset(where, config)
+    except Exception as error:  # Loaders, download layers and file systems raise types that share no base class.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DitlabError(f"hub source '{where}': could not be loaded (is the network reachable?): {first}") from None
+
+
+def _usual_splits(found: list[str]) -> tuple[str, ...]:
+    if len(found) == 1 or "train" not in found:
+        return tuple(found)
+    held_out = next((name for name in ("test", "validation") if name in found), None)
+    return ("train", held_out) if held_out else ("train",)
+
+
+def _image_column(where: str, features: Any, given: str | None) -> str:
+    from datasets import Image
+
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if given is not None and given not in images:
+        raise DitlabError(
+            f"hub source '{where}': expected an image column '{given}', found columns {_listed(features)}"
+        )
+    if not images:
+        raise DitlabError(f"hub source '{where}': expected an image column, found columns {_listed(features)}")
+    return given or images[0]
+
+
+def _label_column(where: str, features: Any, given: str | None) -> str | None:
+    from datasets import ClassLabel
+
+    if given is None:
+        return next((name for name, feature in features.items() if isinstance(feature, ClassLabel)), None)
+    feature = features.get(given)
+    if isinstance(feature, ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        return given
+    raise DitlabError(f"hub source '{where}': expected a class column '{given}', found columns {_listed(features)}")
+
+
+def _listed(features: Any) -> str:
+    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())

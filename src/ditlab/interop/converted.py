@@ -1,0 +1,121 @@
+"""Converted models: somebody else's weights in ditlab's own network, in a folder that every verb reads.
+
+    OUT/
+      model.json          what it is: network, process, sampler, where the weights came from
+      model.safetensors   the weights
+      vae/                the diffusers autoencoder of a model of latents, where one lay beside it
+
+Unlike a run it has no image set, no split and no log, for nobody knows them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+
+from ditlab.config import Network, Sampler, from_json
+from ditlab.data.manifest import hash_file
+from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.errors import DitlabError
+from ditlab.files import atomic_folder
+from ditlab.interop.imported import ImportedModel, frozen, objective_of, state_on_cpu
+from ditlab.networks.registry import NETWORKS, build_network
+from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
+
+FORMAT = 1
+"""Version of model.json's layout; a newer one is refused."""
+
+RECORD, WEIGHTS, DECODER = "model.json", "model.safetensors", "vae"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What model.json holds."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    network: Network
+    """Its shape."""
+    objective: VPObjectiveConfig
+    """The process that it was trained on."""
+    sampler: Sampler
+    """How samples are drawn by default."""
+    source: dict[str, Any]
+    """Where the weights came from."""
+    weights: str
+    """SHA-256 of model.safetensors."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a converted model."""
+    return (folder / RECORD).is_file()
+
+
+def write_converted(model: ImportedModel, out: Path) -> None:
+    """Writes a converted model; the folder appears whole or not at all.
+
+    Args:
+        model: whose network is one of ditlab's, trained on a VP process.
+        out: a folder that does not exist yet.
+
+    Raises:
+        DitlabError: the folder exists already, or cannot be written, or the process has no name in ditlab.
+    """
+    network: Any = model.denoiser.network
+    assert type(network.config) in NETWORKS
+    objective = objective_of(model.denoiser, f"model {model.name}")
+    try:
+        with atomic_folder(out) as folder:
+            write_tensors(folder / WEIGHTS, state_on_cpu(network))
+            if model.decoder is not None:
+                shutil.copytree(model.decoder, folder / DECODER)
+            digest = hash_file(folder / WEIGHTS).sha256
+            record = ModelRecord(network.config, objective, model.sampler, dict(model.source), digest)
+            values = pydantic.TypeAdapter(ModelRecord).dump_python(record, mode="json")
+            (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n")
+    except FileExistsError:
+        raise DitlabError(f"{out}: expected a new folder, found something there") from None
+    except OSError as error:
+        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
+
+
+def open_converted(folder: Path) -> ImportedModel:
+    """Reads a converted model.
+
+    Raises:
+        DitlabError: model.json cannot be used, or the weights are not those that it names.
+    """
+    file = folder / RECORD
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise DitlabError(f"{file}: expected a converted model's record as JSON, found something else") from None
+    version = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise DitlabError(f"{file}: expected a converted model's record with a 'format', found none")
+    if version > FORMAT:
+        raise DitlabError(f"{file}: its format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it")
+    record: ModelRecord = from_json(ModelRecord, values, str(file))
+    weights = folder / WEIGHTS
+    tensors = read_tensors(weights)
+    if hash_file(weights).sha256 != record.weights:
+        raise DitlabError(f"{weights}: its SHA-256 is not the one in {RECORD}; the file was changed or damaged")
+    network = build_network(record.network)
+    load_network(network, tensors, weights)
+    denoiser = record.objective.build().denoiser(frozen(network))
+    decoder = folder / DECODER
+    return ImportedModel(
+        name=folder.resolve().name,
+        denoiser=denoiser,
+        sampler=record.sampler,
+        source=record.source,
+        digest=hash_file(file).sha256,
+        decoder=decoder if decoder.is_dir() else None,
+    )

@@ -1,0 +1,177 @@
+"""What every analysis by noise level stands on: the grid, the noise, and a denoiser's errors on a set of images.
+
+Everything is done in variance-exploding coordinates, y = x0 + sigma n, where An et al.'s (2410.21273) Eq. 3 is exact
+for every kind of diffusion model, and every denoiser sees the same noise: it is a function of (seed, image, level,
+draw) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.noise_levels import DiscreteLevels
+from ditlab.diffusion.schedules import make_schedule
+from ditlab.errors import DitlabError
+from ditlab.rng import torch_generator
+
+
+def check_levels(levels: Sequence[float], what: str = "psnr-gap") -> None:
+    """Raises DitlabError (in the name of `what`) unless levels are positive, finite and ascending without repeats."""
+    if not levels or any(not math.isfinite(s) or s <= 0 for s in levels):
+        raise DitlabError(f"{what}: noise levels must be positive and at least one, found {list(levels)[:5]}")
+    if any(b <= a for a, b in pairwise(levels)):
+        raise DitlabError(f"{what}: noise levels must be ascending without repeats")
+
+
+def chosen_levels(
+    what: str,
+    denoiser: Denoiser,
+    levels: Sequence[float] | None,
+    steps: Sequence[int] | None,
+    default_steps: Sequence[int],
+) -> tuple[float, ...]:
+    """The noise levels that settings stand for on a denoiser, ascending.
+
+    Args:
+        what: the analysis that asks, for errors.
+        denoiser: a denoiser with numbered steps is given its own levels nearest to the default ones.
+        levels: the levels, where the settings name them.
+        steps: the steps of the denoiser's own process, where they name those.
+        default_steps: steps of the DDPM process (T = 1000, linear) whose levels are taken where neither is given.
+
+    Raises:
+        DitlabError: steps that it does not have, or levels outside its range.
+    """
+    known = denoiser.levels
+    if steps is not None:
+        if not isinstance(known, DiscreteLevels):
+            raise DitlabError(f"{what}: expected levels, for this denoiser has no numbered steps, found steps")
+        place = {int(step): float(sigma) for step, sigma in zip(known.steps, known.sigmas, strict=True)}
+        for step in steps:
+            if step not in place:
+                raise DitlabError(f"{what}: expected steps from {min(place)} to {max(place)}, found {step}")
+        return tuple(place[step] for step in steps)
+    if levels is not None:
+        denoiser.check_levels(np.asarray(levels))
+        return tuple(levels)
+    wanted = make_schedule("linear", 1000).sigmas[list(default_steps)]
+    if isinstance(known, DiscreteLevels):
+        nearest = {int(np.abs(np.log(known.sigmas / sigma)).argmin()) for sigma in wanted}
+        return tuple(float(known.sigmas[i]) for i in sorted(nearest))
+    inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
+    if not inside:
+        raise DitlabError(f"{what}: none of the default noise levels lies in the denoiser's range; give levels")
+    return inside
+
+
+def grid_levels(denoiser: Denoiser, points: int = 50) -> tuple[float, ...]:
+    """The default grid: `points` levels spread evenly over the steps of the denoiser's own process, both ends included
+    (0, 20, 41, ..., 979, 999 for 50 of 1000), or all of them where it has fewer.
+
+    A denoiser that knows a continuous range gets the grid of the DDPM process (T = 1000, linear), as far as it lies
+    inside its range, so that its curve shares the axis of the paper.
+    """
+    if isinstance(denoiser.levels, DiscreteLevels):
+        return tuple(denoiser.levels.grid(min(points, len(denoiser.levels))).tolist())
+    reference = DiscreteLevels(make_schedule("linear", 1000).sigmas).grid(min(points, 1000))
+    return tuple(s for s in reference.tolist() if denoiser.levels.min <= s <= denoiser.levels.max)
+
+
+def own_steps(denoiser: Denoiser, levels: Sequence[float]) -> tuple[int, ...] | None:
+    """The numbered steps of the denoiser's own process with these levels [L], or None where it has none with them."""
+    if not isinstance(denoiser.levels, DiscreteLevels):
+        return None
+    sigmas = denoiser.levels.sigmas
+    nearest = [int(np.abs(sigmas - s).argmin()) for s in levels]
+    if not np.allclose(sigmas[nearest], levels, rtol=1e-6, atol=0.0):
+        return None
+    return tuple(denoiser.levels.steps[nearest].tolist())
+
+
+def level_noise(
+    noise_seed: int, sigma: float, images: Sequence[int], draws: Sequence[int], shape: tuple[int, int, int]
+) -> Float[Tensor, "b c h w"]:
+    """Unit-normal noise for (image, draw) pairs at one level, float32 [B, C, H, W] on the CPU.
+
+    Each is a pure function of (noise_seed, sigma, image's place on its side, draw), whatever the grid, the batch and
+    the denoiser. The k-th training and the k-th test image share theirs, which lowers the variance of the gap.
+    """
+    level = f"{sigma:.6g}"
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch_generator(noise_seed, "psnr", level, image, draw))
+            for image, draw in zip(images, draws, strict=True)
+        ]
+    )
+
+
+@torch.inference_mode()
+def denoising_errors(
+    denoiser: Denoiser,
+    images: Float[Tensor, "n c h w"],
+    levels: Sequence[float],
+    *,
+    noise_seed: int = 0,
+    draws: int = 1,
+    labels: Int64[Tensor, " n"] | None = None,
+    clip: bool = False,
+    batch_size: int = 100,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Mean squared errors of the estimates at every level, for every image and noise draw.
+
+    Args:
+        denoiser: the contract; a network inside must be in evaluation mode.
+        images: float32 [N, C, H, W] in [-1, 1], or scaled latents.
+        levels: noise levels sigma [L].
+        noise_seed: see `level_noise`.
+        draws: noise draws per image and level.
+        labels: int64 [N], or None for no label.
+        clip: clip estimates to [-1, 1] first; not for latents.
+        batch_size: images at once.
+        progress: called with the number of images denoised so far.
+
+    Returns:
+        float64 [L, N, draws].
+
+    Raises:
+        DitlabError: an estimate has another shape than its image, or is not finite; latents are to be clipped.
+    """
+    if clip:
+        denoiser.require_bounded("psnr-gap: clip")
+    if tuple(images.shape[1:]) != tuple(denoiser.shape):
+        raise DitlabError(
+            f"psnr-gap: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"
+        )
+    count = len(images) * draws
+    errors = np.empty((len(levels), count))
+    for row, sigma in enumerate(levels):
+        for start in range(0, count, batch_size):
+            # Pairs in row-major order of (image, draw), so that a batch may span several draws of few images.
+            which, draw = np.divmod(np.arange(start, min(start + batch_size, count)), draws)
+            x0 = images[which].to(denoiser.device)
+            noise = level_noise(noise_seed, sigma, which.tolist(), draw.tolist(), denoiser.shape)
+            label = None if labels is None else labels[which].to(denoiser.device)
+            estimate = denoiser(x0 + sigma * noise.to(x0), sigma, label)
+            if estimate.shape != x0.shape:
+                raise DitlabError(
+                    f"psnr-gap: expected estimates of shape {tuple(x0.shape)}, found {tuple(estimate.shape)}"
+                )
+            if clip:
+                estimate = estimate.clamp(-denoiser.peak / 2, denoiser.peak / 2)
+            errors[row, start : start + len(which)] = (
+                (estimate.double() - x0.double()).square().flatten(1).mean(1).cpu().numpy()
+            )
+            if progress is not None:
+                progress(row * count + start + len(which))
+        if not np.isfinite(errors[row]).all():
+            raise DitlabError(f"psnr-gap: the denoiser's estimates at noise level {sigma:.4g} are not finite")
+    return errors.reshape(len(levels), len(images), draws)

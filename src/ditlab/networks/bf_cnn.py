@@ -1,0 +1,109 @@
+"""Bias-free networks: denoisers without one additive constant, so that scaling the input scales the output.
+
+BF-CNN is the plain stack of convolutions of Mohan et al., "Robust and Interpretable Blind Image Denoising via Bias-Free
+Convolutional Neural Networks" (2020): the first layer conv-ReLU, then conv, bias-free batch norm, ReLU, and a last bare
+conv. It sees the noisy image alone (it is blind) and puts out the noise. Its parameter names are those of the published
+weights, which load with `load_state_dict` as they are.
+
+The bias-free UNet is in `ditlab.networks.bf_unet`, the normalization of both in `bias_free_norm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ditlab.errors import DitlabError
+from ditlab.networks.bf_norm import bias_free_norm, initial_gamma
+
+
+@dataclass(frozen=True)
+class BFCNNConfig:
+    """Everything that fixes the shape of a BF-CNN."""
+
+    kind: Literal["bf-cnn"] = "bf-cnn"
+    """Names this network in config.json."""
+    image_size: tuple[int, int] = (32, 32)
+    """Height and width of the image; it runs at any other too."""
+    channels: int = 3
+    """Channels of the image."""
+    width: int = 64
+    """Channels inside."""
+    depth: int = 20
+    """Number of convolutions (20 in the published weights, 21 in Kadkhodaie et al.'s paper)."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built."""
+        if min(*self.image_size, self.channels, self.width) < 1 or self.depth < 2:
+            raise DitlabError(
+                "BF-CNN config: expected sizes, channels and width of at least 1 and depth of at least 2, found "
+                f"{tuple(self.image_size)}, {self.channels}, {self.width}, {self.depth}"
+            )
+
+
+class BFCNN(nn.Module):
+    """The bias-free CNN: noisy image -> noise, in whatever units the image has.
+
+    Example:
+        >>> network = BFCNN(BFCNNConfig(channels=1, width=8, depth=4)).eval()
+        >>> y = torch.ones(1, 1, 5, 5)
+        >>> torch.allclose(network(3 * y), 3 * network(y), atol=1e-5)
+        True
+    """
+
+    num_classes = 0
+    """It takes no label."""
+
+    def __init__(self, config: BFCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.channels, *[config.width] * (config.depth - 1), config.channels]
+        self.conv_layers = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)
+        )
+        normed = range(config.depth - 2)
+        self.gammas = nn.ParameterList(initial_gamma(config.width) for _ in normed)
+        # A module only for the sake of the names: running_sd.0, running_sd.1, ...
+        self.running_sd = nn.Module()
+        for layer in normed:
+            self.running_sd.register_buffer(str(layer), torch.ones(1, config.width, 1, 1))
+        for conv in self.conv_layers:
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.kaiming_normal_(conv.weight)
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the input."""
+        return self.config.channels, *self.config.image_size
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Tensor | None = None,
+        label: Tensor | None = None,
+        *,
+        augment: Tensor | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Runs the network.
+
+        Args:
+            x: noisy images [B, C, H, W], zero being the network's own zero.
+            t: ignored: the network is blind.
+            label: ignored.
+            augment: not supported; must be None.
+
+        Raises:
+            DitlabError: when `augment` is given.
+        """
+        if augment is not None:
+            raise DitlabError("BF-CNN: expected no augmentation labels, found some")
+        x = torch.relu(self.conv_layers[0](x))
+        for layer, conv in enumerate(self.conv_layers[1:-1]):
+            running = self.running_sd.get_buffer(str(layer))
+            x = torch.relu(bias_free_norm(conv(x), self.gammas[layer], running, self.training))
+        return self.conv_layers[-1](x)

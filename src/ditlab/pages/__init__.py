@@ -1,0 +1,1 @@
+"""The toolkit of pages: themed figures, grids, token picker, templates."""

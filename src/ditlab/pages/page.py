@@ -1,0 +1,432 @@
+"""The report page: one HTML file with its style, pictures, script and result files inside, which opens anywhere.
+
+A page is a summary and a sequence of sections; a section holds words, tables, pictures, attention pickers and the JSON
+behind them. `ditlab.report.sections` makes the standard sections from results; a study adds its own. `build_page` only
+lays out what it is given, and `save_page` makes a page that would be too large smaller. The page asks nothing of the
+network and runs no script but its own (its content-security policy names that script's hash), follows the reader's
+light or dark setting, and can be read on a phone and on paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ditlab
+from ditlab.errors import DitlabError
+from ditlab.files import write_text
+from ditlab.pages.theme import DARK, DPI, LIGHT, Theme, assign, png
+from ditlab.pages.token_picker import AttentionPicker
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+PAGE_BYTES = 9_500_000
+"""A report stays below this size: many mail servers refuse 10 MB."""
+
+EXACT_BYTES = 1_000_000
+"""A figure of photographs keeps all its colours up to this size."""
+_SMALLEST = 4
+"""Figures lose at most so much of their resolution, in each direction, where a page would be too large."""
+_NOT_HERE = "The page would be too large with the files behind this; they lie beside the results that it was made of."
+
+_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
+"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure for both themes, with what it shows in words."""
+
+    light: bytes
+    """PNG."""
+    dark: bytes
+    """PNG; the same as `light` where it needs no other."""
+    alt: str
+    """What is to be seen, for a reader who does not see it."""
+    caption: str
+    shrunk: int = 1
+    """Of how many pixels of the drawing, in each direction, one is kept."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page."""
+        return sum(-(-len(content) // 3) * 4 for content in {self.light, self.dark})
+
+    @property
+    def width(self) -> int:
+        """Width on the page in CSS pixels, so that text has the same size in all figures."""
+        # The width in pixels stands in bytes 16 to 19 of every PNG.
+        return round(int.from_bytes(self.light[16:20], "big") * self.shrunk / DPI * 108)
+
+    @classmethod
+    def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str, *, exact: bool = False) -> Picture:
+        """Draws a figure in both themes.
+
+        A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
+        photographs, up to `EXACT_BYTES`.
+
+        Example:
+            >>> picture = Picture.draw(lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ...")
+        """
+        light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
+        exact = exact and len(light) <= EXACT_BYTES
+        return cls(light, dark, alt, caption) if exact else cls(_smaller(light), _smaller(dark), alt, caption)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; the first column names the row.
+
+    A cell may be None (shown as "–"), a number, a truth value or words. Columns of numbers stand to the right. A cell
+    that is the name of a kind of run (`PageData.labels`) carries its colour. `words in backticks` are set as code.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    digits: int = 2
+    """Decimals of floats."""
+    folded: str = ""
+    """Where given, the table lies folded away under these words."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise DitlabError(
+                    f"report table '{self.caption or ', '.join(self.columns)}': expected {len(self.columns)} cells in "
+                    f"each row, found {len(row)}"
+                )
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The cells as a reader sees them."""
+        return [[_value(cell, self.digits) for cell in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column, whether all that stands in it are numbers (at least one)."""
+        found = []
+        for column in range(len(self.columns)):
+            cells = [row[column] for row in self.rows if row[column] is not None]
+            found.append(bool(cells) and all(_is_number(cell) for cell in cells))
+        return found
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading. What is empty is left out; the order on the page is that of the fields."""
+
+    id: str
+    """Its anchor: letters, digits and hyphens, once on a page."""
+    title: str
+    paragraphs: Sequence[str] = ()
+    points: Sequence[str] = ()
+    """Sentences in a list."""
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    """Small print: what a reader must know about how it was measured."""
+    code: Sequence[tuple[str, str]] = ()
+    """(what it does, the exact command line)."""
+    pickers: Sequence[AttentionPicker] = ()
+    pictures: Sequence[Picture] = ()
+    parts: Sequence[Section] = ()
+    """Sections within this one."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """File name -> the JSON behind this section, offered as a download."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        own = (self.paragraphs, self.points, self.tables, self.code, self.pickers, self.pictures, self.data)
+        return not any(own) and all(part.empty for part in self.parts)
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """One run on the page."""
+
+    name: str
+    label: str
+    """By which curves and bars show it."""
+    settings: Mapping[str, Any]
+    """Every setting, by a dotted name ("network.attention"); the page sets apart those that differ between runs."""
+
+
+@dataclass(frozen=True)
+class PageData:
+    """All that a page shows. A part that is empty is left out."""
+
+    title: str
+    summary: Sequence[str]
+    """Sentences with the numbers, the most important first."""
+    sections: Sequence[Section] = ()
+    """After the runs and their settings, in this order."""
+    runs: Sequence[RunCard] = ()
+    labels: Sequence[str] = ()
+    """The kinds of runs in the order of their colours (as `style.assign`); those of `runs` where empty."""
+    commands: Sequence[tuple[str, str]] = ()
+    """(what it does, the exact command line)."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Versions and machine."""
+    downloads: Mapping[str, Any] = field(default_factory=dict)
+    """File name -> JSON that stands behind the whole page; what stands behind a section is in its `data`."""
+
+
+def build_page(data: PageData) -> str:
+    """The page as HTML.
+
+    Raises:
+        DitlabError: there is neither a summary nor a run nor a section, two sections have one id, or a file is not
+            JSON.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    sections = page_sections(data)
+    if not data.summary and not sections:
+        raise DitlabError("report: expected at least one sentence or one run to show, found neither")
+    ids = Counter(part.id for section in sections for part in _all_parts(section))
+    for name, count in ids.items():
+        if count > 1 or not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            raise DitlabError(f"report: expected one section with a plain id, found {count} with the id '{name}'")
+    pages = Environment(
+        loader=PackageLoader("ditlab.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"base64": _base64, "words": _words, "file": _file, "inline_json": _inline_json}
+    assert pages.loader is not None
+    script = pages.loader.get_source(pages, "page.js")[0].strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return pages.get_template("report.html.j2").render(
+        page=data,
+        sections=sections,
+        slots=assign(data.labels or [run.label for run in data.runs]),
+        light=LIGHT,
+        dark=DARK,
+        script=_safe(script),
+        digest=digest,
+        version=ditlab.__version__,
+    )
+
+
+def save_page(data: PageData, path: Path | str) -> Path:
+    """Writes the page, whole or not at all, and returns its path; what would be too large is made smaller (`fit_page`).
+
+    Raises:
+        DitlabError: as `build_page`; the page is too large even so.
+    """
+    data = fit_page(data)
+    html = build_page(data)
+    if (size := len(html.encode())) > PAGE_BYTES:
+        raise DitlabError(
+            f"report {path}: expected a page of at most {PAGE_BYTES:,} bytes, found {size:,} with its figures as small "
+            "as they can be; show fewer runs"
+        )
+    return write_text(Path(path), html)
+
+
+def page_size(data: PageData) -> int:
+    """Bytes of the page; raises as `build_page`."""
+    return len(build_page(data).encode())
+
+
+def fit_page(data: PageData, spare: int = 0) -> PageData:
+    """The page with what it takes to stay below `PAGE_BYTES`, if that can be had.
+
+    In this order, as far as needed: the files behind sections are left out, then those behind the whole page (a note
+    says so); figures, the largest first, get 256 colours, then one theme, then half and a quarter of their resolution.
+
+    Args:
+        data: the page.
+        spare: bytes to keep free for what is still to come.
+
+    Raises:
+        DitlabError: as `build_page`.
+    """
+    limit = PAGE_BYTES - spare
+    if page_size(data) <= limit:
+        return data
+    data = replace(data, sections=[_without_files(section) for section in data.sections])
+    if data.downloads and page_size(data) > limit:
+        data = replace(data, sections=[*data.sections, Section("files", "Results as files", [_NOT_HERE])], downloads={})
+    excess = page_size(data) - limit
+    pictures = {id(p): p for section in data.sections for part in _all_parts(section) for p in part.pictures}
+    for smaller in (_few_colours, _one_theme, *(partial(_shrink, by=by) for by in range(2, _SMALLEST + 1, 2))):
+        for key in sorted(pictures, key=lambda key: -pictures[key].size):
+            if excess > 0:
+                made = smaller(pictures[key])
+                excess -= pictures[key].size - made.size
+                pictures[key] = made
+    return replace(data, sections=[_with_pictures(section, pictures) for section in data.sections])
+
+
+def _without_files(section: Section) -> Section:
+    parts = [_without_files(part) for part in section.parts]
+    notes = [*section.notes, _NOT_HERE] if section.data else section.notes
+    return replace(section, data={}, notes=notes, parts=parts)
+
+
+def _with_pictures(section: Section, pictures: Mapping[int, Picture]) -> Section:
+    """The section with each of its pictures, by its id, in the form that is given."""
+    parts = [_with_pictures(part, pictures) for part in section.parts]
+    return replace(section, pictures=[pictures[id(picture)] for picture in section.pictures], parts=parts)
+
+
+def _few_colours(picture: Picture) -> Picture:
+    return replace(picture, light=_smaller(picture.light, 0), dark=_smaller(picture.dark, 0))
+
+
+def _one_theme(picture: Picture) -> Picture:
+    return replace(picture, dark=picture.light)
+
+
+def _shrink(picture: Picture, by: int) -> Picture:
+    """With one pixel in `by` times `by` of the drawing."""
+    from PIL import Image
+
+    if picture.shrunk >= by:
+        return picture
+
+    def shrunk(content: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(content)) as image:
+            image.convert("RGB").reduce(by // picture.shrunk).save(buffer, format="PNG", optimize=True)
+        return _smaller(buffer.getvalue(), 0)
+
+    light = shrunk(picture.light)
+    dark = light if picture.dark == picture.light else shrunk(picture.dark)
+    return replace(picture, light=light, dark=dark, shrunk=by)
+
+
+def page_sections(data: PageData) -> list[Section]:
+    """All sections of a page in order: settings, the page's own, commands, environment, files; none of them empty."""
+    found = [
+        _settings_section(data.runs),
+        *data.sections,
+        Section("commands", "Commands", code=data.commands),
+        Section("environment", "Environment", tables=_two_columns(data.environment)),
+        Section("files", "Results as files", data=data.downloads),
+    ]
+    return [_without_empty(section) for section in found if not section.empty]
+
+
+def _without_empty(section: Section) -> Section:
+    return replace(section, parts=[_without_empty(part) for part in section.parts if not part.empty])
+
+
+def _all_parts(section: Section) -> Iterator[Section]:
+    yield section
+    for part in section.parts:
+        yield from _all_parts(part)
+
+
+def _two_columns(values: Mapping[str, Any], folded: str = "") -> list[Table]:
+    rows = [(f"`{name}`", _value(value)) for name, value in values.items()]
+    return [Table(("name", "value"), rows, folded=folded)] if rows else []
+
+
+def _settings_section(runs: Sequence[RunCard]) -> Section:
+    """What differs between the runs in a table, and folded away what they share."""
+    differing, shared = _settings(runs)
+    if len(runs) == 1:
+        return Section("settings", "Run and settings", [runs[0].name], tables=_two_columns(shared))
+    names = ", ".join(run.name for run in runs)
+    words = ["What differs between the runs:"] if differing else [f"No setting differs between the runs: {names}."]
+    tables = []
+    if differing:
+        rows = [
+            (run.name, run.label, *(_value(values[i]) for values in differing.values())) for i, run in enumerate(runs)
+        ]
+        tables.append(Table(("run", "kind", *(f"`{name}`" for name in differing)), rows))
+    tables += _two_columns(shared, f"Settings that all runs share ({len(shared)})")
+    return Section("settings", "Runs and settings", words if runs else (), tables=tables)
+
+
+def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """(name -> its value in each run) for settings that differ, (name -> value) for those that do not."""
+    differing, shared = {}, {}
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = [run.settings.get(name, "") for run in runs]
+        if all(value == values[0] for value in values):
+            shared[name] = values[0]
+        else:
+            differing[name] = values
+    return differing, shared
+
+
+def _smaller(content: bytes, large: int = 30_000) -> bytes:
+    """A large PNG with 256 colours; others as they are."""
+    from PIL import Image
+
+    if len(content) < large:
+        return content
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        few = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(buffer, format="PNG", optimize=True)
+    return min(content, buffer.getvalue(), key=len)
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _safe(html: str) -> Markup:
+    from markupsafe import Markup
+
+    return Markup(html)
+
+
+def _words(text: str) -> Markup:
+    """Text as HTML, `words in backticks` as code."""
+    from markupsafe import escape
+
+    return _safe(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _file(record: Any, name: str) -> bytes:
+    """A result as the bytes of a JSON file."""
+    try:
+        return json.dumps(record, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DitlabError(f"report: the download '{name}' is not JSON ({error})") from error
+
+
+def _inline_json(record: Any) -> Markup:
+    """JSON for a script element that the browser does not run; nothing in it can end the element."""
+    return _safe(json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _is_number(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return bool(_NUMBER.match(cell)) or cell == "–"
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
+
+
+def _value(value: Any, digits: int | None = None) -> str:
+    """A value as a reader would write it; floats with this many decimals, or as short as they are."""
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if digits is None else f"{value:,.{digits}f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(v) for v in value)
+    return str(value)
