@@ -267,6 +267,8 @@ def from_json(kind: type, values: Any, where: str) -> Any:
         raise DitlabError(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), DitlabError):  # a config's own check
+            raise DitlabError(f"{where}: {cause}") from None
         # The tag of a union's member stands in the location; the key in the file has no such step.
         tags = {"dit", "unet", "bf-cnn", "bf-unet", "vp", "edm", "blind", "ddpm", "ddim", "heun", "dpm++2m"}
         place = ".".join(str(part) for part in first["loc"] if part not in tags)

@@ -178,6 +178,8 @@ def panels(plan: Plan, store: Store) -> list[Panel]:
 def _checked(place: Mapping[str, Any], plan: Plan, store: Store) -> CellResults:
     try:
         return _read(place, plan, store)
+    except DitlabError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         folder = store.cell(place["hash"])
         raise DitlabError(f"{folder}: a recorded result is damaged ({type(error).__name__}: {error})") from error

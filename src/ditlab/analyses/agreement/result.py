@@ -202,6 +202,8 @@ class AgreementResult:
                 notes=tuple(record["notes"]),
                 images=kept.get("network"),
             )
+        except DitlabError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise DitlabError(f"agreement result: a field is missing or unknown ({error})") from error
 

@@ -256,6 +256,8 @@ class LocalityResult:
                 extra=record["extra"],
                 by_image=by_image,
             )
+        except DitlabError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise DitlabError(f"attention result: a field is missing or unknown ({error})") from error
 

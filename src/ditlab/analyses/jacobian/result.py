@@ -219,6 +219,8 @@ class JacobianResult:
                     for place, point in enumerate(record["points"])
                 ),
             )
+        except DitlabError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise DitlabError(f"jacobian result: a field is missing or unknown ({error})") from error
 

@@ -202,6 +202,8 @@ class TwoSubsetsResult:
                 settings=record["settings"],
                 pictures=pictures,
             )
+        except DitlabError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise DitlabError(f"two-subsets result: a field is missing or unknown ({error})") from error
 

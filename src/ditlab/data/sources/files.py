@@ -206,6 +206,8 @@ class Mosaic(Source):
             self.parts = [(part, int(entry[part]["count"]), int(entry[part]["mosaics"])) for part in ("train", "test")]
             self.labels = {part: entry[part].get("labels") for part in ("train", "test")}
             self.class_names = tuple(entry.get("label_names", ()))
+        except DitlabError:
+            raise
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DitlabError(
                 f"{manifest}: expected a manifest of mosaics, found {error!r} in set {self.name}"
