@@ -69,7 +69,7 @@ class Done:
 @pytest.fixture
 def in_process(capsys, monkeypatch) -> Callable[..., Done]:
     """`in_process("train", ...)` runs a command line of ditlab in this process."""
-    from ditlab.cli import main
+    from ditlab.cli.main import main
 
     def run(*words: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["ditlab", *map(str, words)])

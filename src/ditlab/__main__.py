@@ -1,6 +1,6 @@
 """`python -m ditlab` is `ditlab`."""
 
-from ditlab.cli import main
+from ditlab.cli.main import main
 
 if __name__ == "__main__":
     main()

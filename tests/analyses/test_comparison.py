@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ditlab.analyses.psnr_gap.comparison import compare
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.errors import DitlabError
 from ditlab.metrics.paired import paired_difference
 from ditlab.provenance import Provenance

@@ -27,7 +27,7 @@ from ditlab.analyses.jacobian.section import NAMES, jacobian_drawings, jacobian_
 from ditlab.diffusion.baselines import WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
-from ditlab.pages.page import Picture
+from ditlab.pages.page import ThemedFigure
 from ditlab.pages.theme import DARK, LIGHT, png, wrapped
 from ditlab.provenance import Provenance
 
@@ -251,7 +251,7 @@ def test_more_groups_than_colours_have_lines_of_their_own():
 
 def test_the_section(three):
     comparison = compare_jacobians([one for _, one in three])
-    picture = Picture(b"", b"", "alt", "caption")
+    picture = ThemedFigure(b"", b"", "alt", "caption")
     section = jacobian_section(comparison, [picture], number=2, data={"a.json": {}})
     assert section.id == "jacobian-2"
     assert list(section.paragraphs) == [CAUTION]
@@ -259,7 +259,7 @@ def test_the_section(three):
     assert list(vectors.columns)[-2:] == ["r_hom", "r_lin"]
     assert [row[0] for row in vectors.rows] == [label for label, _ in three]
     assert set(section.data) == {"jacobian-2.json", "a.json"}
-    drawn: dict[str, Picture] = dict.fromkeys(
+    drawn: dict[str, ThemedFigure] = dict.fromkeys(
         ("jacobian-spectra-1", "jacobian-vectors-image1-2", "psnr-curves"), picture
     )
     assert (len(of_number(drawn, 1, 2)), len(of_number(drawn, 2, 2)), len(of_number(drawn, 1, 1))) == (1, 1, 2)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult, psnr_gap
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult, psnr_gap
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ditlab.nn.patterns import Global, Window
-from ditlab.pages.page import PageData, Picture, RunCard, Section, Table, save_page
+from ditlab.pages.page import PageData, ThemedFigure, RunCard, Section, Table, save_page
 from ditlab.pages.theme import DARK, LIGHT
 from ditlab.pages.token_picker import AttentionPicker, pack_run
 
@@ -54,7 +54,7 @@ def path(tmp_path_factory) -> Path:
     ]
     picker = AttentionPicker("N = 10", image, [image, 255 - image], ["σ = 0.5", "σ = 2"], GRID, runs)
     wide = Table(("run", *(f"{WORDS} {i}" for i in range(12))), [("global", *range(12))], "A table wider than a phone")
-    picture = Picture(png(LIGHT.background), png(DARK.background), "An empty figure", "Nothing to see.")
+    picture = ThemedFigure(png(LIGHT.background), png(DARK.background), "An empty figure", "Nothing to see.")
     data = PageData(
         "A page",
         ["It is shown."],

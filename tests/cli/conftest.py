@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ditlab.cli import main
+from ditlab.cli.main import main
 
 TINY = [
     "--test",

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import ditlab as library
 from ditlab.analyses.attention.maps import AttentionConfig
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli.report import write_report
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.interop.original_dit import to_original

@@ -19,14 +19,14 @@ from ditlab.analyses.attention.maps import AttentionConfig
 from ditlab.analyses.jacobian.comparison import CAUTION
 from ditlab.analyses.jacobian.measure import measure_jacobian
 from ditlab.analyses.jacobian.result import JacobianConfig, JacobianResult
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli import jacobian_points, report
 from ditlab.cli.report import write_report
 from ditlab.data.pixels import centre_crop, planes, to_float
 from ditlab.files import write_bytes
 from ditlab.models.run import Run
 from ditlab.pages import theme as style
-from ditlab.pages.page import Picture
+from ditlab.pages.page import ThemedFigure
 from ditlab.pages.theme import LIGHT, png
 
 QUICK = ["--show", 0, 1, 4, "--levels", 0.5]
@@ -57,7 +57,7 @@ def undrawn(monkeypatch):
     dot = png(Figure(figsize=(0.1, 0.1)))
     monkeypatch.setattr(style, "save", lambda figure, path: write_bytes(path, dot))
     monkeypatch.setattr(
-        Picture, "draw", lambda drawing, alt, caption, **_: drawing(LIGHT) and Picture(dot, dot, alt, caption)
+        ThemedFigure, "draw", lambda drawing, alt, caption, **_: drawing(LIGHT) and ThemedFigure(dot, dot, alt, caption)
     )
 
 

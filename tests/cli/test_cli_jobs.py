@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 import ditlab as package
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli import quickstart, report
 from ditlab.cli.report import write_report
 from ditlab.models.run import Run

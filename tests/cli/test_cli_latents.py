@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from ditlab.analyses.jacobian.result import JacobianResult
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli import copies, reporting
 from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ditlab.analyses.attention import map_figures as attention_figures
 from ditlab.analyses.attention.maps import AttentionConfig
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.samples import figures as sample_figures
 from ditlab.cli import looking, report, reporting
 from ditlab.cli.drawing import draw, sampler_config
@@ -28,7 +28,7 @@ from ditlab.data.pixels import to_float
 from ditlab.models.run import Run
 from ditlab.pages import page as page_module
 from ditlab.pages import token_picker as picker_module
-from ditlab.pages.page import PAGE_BYTES, Picture
+from ditlab.pages.page import PAGE_BYTES, ThemedFigure
 from ditlab.pages.theme import LIGHT
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
@@ -41,15 +41,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(report, "write_report", few)
 
 
-def unrendered(drawing, alt: str, caption: str, **_) -> Picture:
+def unrendered(drawing, alt: str, caption: str, **_) -> ThemedFigure:
     """Puts a figure together but does not render it, which takes most of a report's time."""
     drawing(LIGHT)
-    return Picture(PIXEL, PIXEL, alt, caption)
+    return ThemedFigure(PIXEL, PIXEL, alt, caption)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(Picture, "draw", unrendered)
+    monkeypatch.setattr(ThemedFigure, "draw", unrendered)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_everything_is_on_the_page_and_measured_once(ditlab, runs, quick, tmp_pa
     assert all("N = " in sentence for sentence in json.loads(done.out)["sentences"])
     kept = [run / "analysis" / name for run in runs for name in ("psnr-gap.json", "attention.json")]
     before = [path.stat().st_mtime_ns for path in kept]
-    monkeypatch.setattr(Picture, "draw", unrendered)
+    monkeypatch.setattr(ThemedFigure, "draw", unrendered)
     assert ditlab("report", *runs, "--samples", 0, "--out", out).status == 0
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert "samples" not in sections(out.read_text(encoding="utf-8"))
@@ -205,16 +205,16 @@ def test_a_run_without_attention_has_no_such_sections(ditlab, runs, quick, undra
     assert not {"attention", "locality"} & set(sections(out.read_text(encoding="utf-8")))
 
 
-def noise_picture(side: int) -> Picture:
+def noise_picture(side: int) -> ThemedFigure:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
-    return Picture(buffer.getvalue(), buffer.getvalue(), "a", "b")
+    return ThemedFigure(buffer.getvalue(), buffer.getvalue(), "a", "b")
 
 
 @pytest.mark.slow
 def test_a_page_that_would_be_too_large_is_made_smaller(ditlab, runs, quick, tmp_path, monkeypatch):
     """With figures of real size: first files go, then figures lose colours and resolution, then pickers."""
-    monkeypatch.setattr(Picture, "draw", lambda *_, **__: noise_picture(300))
+    monkeypatch.setattr(ThemedFigure, "draw", lambda *_, **__: noise_picture(300))
     out = tmp_path / "report.html"
     words = ("report", runs[0], "--samples", 0, "--out", out)
     assert ditlab(*words).status == 0

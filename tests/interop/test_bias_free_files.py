@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditlab.analyses.psnr_gap.result import PSNRConfig, psnr_gap
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.measure import measure_gap as psnr_gap
 from ditlab.data import prepare
 from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.errors import DitlabError

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import ditlab
-from ditlab.analyses.psnr_gap.result import PSNRConfig, psnr_gap
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.measure import measure_gap as psnr_gap
 from ditlab.data.autoencoder import open_codec
 from ditlab.data.encode import Encoding
 from ditlab.data.imageset import ImageSet, prepare

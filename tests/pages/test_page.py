@@ -15,7 +15,8 @@ from PIL import Image
 
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.figures import gap_bars, sample_grid
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import Trajectory, compare_trajectories
 from ditlab.errors import DitlabError
 from ditlab.metrics.nearest import NearestResult, nearest
@@ -25,7 +26,7 @@ from ditlab.pages.page import (
     EXACT_BYTES,
     PAGE_BYTES,
     PageData,
-    Picture,
+    ThemedFigure,
     RunCard,
     Section,
     Table,
@@ -75,7 +76,7 @@ def data() -> PageData:
         [Trajectory.from_points(k, s, [(100, 10.0, 9.5), (200, top + s / 10, 12.0)], n=50) for s in (0, 1)]
         for k, top in (("global", 20.0), ("local", 18.0))
     ]
-    picture = Picture.draw(
+    picture = ThemedFigure.draw(
         lambda theme: gap_bars(comparison, theme=theme), "Two bars <of> gap", "The gap & its spread."
     )
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4), np.uint8)
@@ -248,32 +249,32 @@ def test_large_figures_shrink_and_those_of_photographs_stay_exact(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [("noise", rng.integers(0, 256, (80, 3, 32, 32), np.uint8))]
     exact, small = (
-        Picture.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=exact) for exact in (True, False)
+        ThemedFigure.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=exact) for exact in (True, False)
     )
     assert len(exact.light) > 200_000
     assert len(small.light) < 0.6 * len(exact.light)
     assert small.width == exact.width
     assert len(exact.light) < EXACT_BYTES
     monkeypatch.setattr(page_module, "EXACT_BYTES", len(exact.light) - 1)
-    large = Picture.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=True)
+    large = ThemedFigure.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=True)
     for picture in (small, large):
         with Image.open(io.BytesIO(picture.light)) as image:
             assert image.mode == "P"
 
 
-def noise(side: int, seed: int = 0) -> Picture:
+def noise(side: int, seed: int = 0) -> ThemedFigure:
     """A figure of photographs at its worst: nothing of it can be compressed."""
     themes = np.random.default_rng(seed).integers(0, 256, (2, side, side, 3), np.uint8)
     buffers = []
     for pixels in themes:
         buffers.append(io.BytesIO())
         Image.fromarray(pixels).save(buffers[-1], "PNG")
-    return Picture(buffers[0].getvalue(), buffers[1].getvalue(), "a", "b")
+    return ThemedFigure(buffers[0].getvalue(), buffers[1].getvalue(), "a", "b")
 
 
 def test_a_page_that_is_too_large_is_made_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "PAGE_BYTES", 1_000_000)
-    plain = Picture.draw(lambda theme: sample_grid([("x", np.zeros((2, 3, 4, 4), np.uint8))], theme=theme), "a", "b")
+    plain = ThemedFigure.draw(lambda theme: sample_grid([("x", np.zeros((2, 3, 4, 4), np.uint8))], theme=theme), "a", "b")
     inner = Section("inner", "Inner", pictures=[noise(430)], data={"c.json": {"c": "x" * 1000}})
     sections = [Section("a", "A", pictures=[plain, noise(160)], data={"a.json": {"a": "x" * 1000}}, parts=[inner])]
     data = PageData("x", ["y"], sections, downloads={"all.json": {"a": 1}})

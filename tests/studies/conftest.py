@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 
 TINY = Study(
@@ -53,7 +53,7 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from conftest import TINY
 from ditlab.studies.an2024 import STUDIES
-from ditlab.cli import main
+from ditlab.cli.main import main
 STUDIES[TINY.name] = TINY
 main()
 """

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.errors import DitlabError
 from ditlab.studies.an2024 import FIG4, FIG6, STUDIES

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ditlab.analyses.attention.result import AttentionConfig
-from ditlab.cli import main
+from ditlab.cli.main import main
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.grid import Study
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ditlab.analyses.attention.comparison import LocalityComparison, check_groups, compare_locality, same_levels
+from ditlab.analyses.attention.comparison import LocalityComparison, compare_locality, same_levels
 from ditlab.analyses.attention.maps import (
     AttentionConfig,
     AttentionLayer,
@@ -34,7 +34,7 @@ from ditlab.errors import DitlabError
 from ditlab.files import write_json
 from ditlab.models.model import Model
 from ditlab.models.opening import ExternalConfig
-from ditlab.provenance import Provenance
+from ditlab.provenance import Provenance, check_groups
 from ditlab.training.distributed import pick_device
 
 Source = Literal["test", "train", "samples"]
@@ -135,7 +135,7 @@ class Attention:
 
     def _check(self, looked: Sequence[_Looked]) -> tuple[int, int]:
         """The token that figures show, after checking everything that must hold for all runs before work starts."""
-        check_groups([one.facts for one in looked])
+        check_groups([one.facts for one in looked], "attention")
         first = looked[0].layers
         for one in looked:
             if not same_levels(one.levels, looked[0].levels):

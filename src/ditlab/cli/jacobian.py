@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ditlab.analyses.attention.comparison import check_groups
 from ditlab.analyses.jacobian.comparison import (
     LEGEND,
     MATRIX,
@@ -31,6 +30,7 @@ from ditlab.errors import DitlabError
 from ditlab.files import write_json
 from ditlab.models.model import Model
 from ditlab.models.opening import ExternalConfig
+from ditlab.provenance import check_groups
 from ditlab.training.distributed import pick_device
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult, psnr_gap
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult, psnr_gap
 from ditlab.analyses.trajectory.comparison import Trajectory
 from ditlab.cli.common import check_out, counting, is_source, noting, open_images
 from ditlab.config import differing_settings

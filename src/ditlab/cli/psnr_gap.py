@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ditlab.analyses.psnr_gap.comparison import PSNRComparison, compare
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.cli.common import use_threads
 from ditlab.cli.measuring import chosen_labels, measure_references, measure_run, open_runs
 from ditlab.files import write_json

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from ditlab.analyses.attention.maps import AttentionConfig
 from ditlab.analyses.psnr_gap.comparison import compare
-from ditlab.analyses.psnr_gap.result import PSNRConfig, PSNRResult
+from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.cli.common import command_line, counting, use_threads
 from ditlab.cli.drawing import draw, guided_as, sampler_config
 from ditlab.cli.jacobian_points import directions

@@ -28,7 +28,7 @@ from ditlab.metrics.nearest import NearestResult
 from ditlab.models.model import Model
 
 if TYPE_CHECKING:
-    from ditlab.pages.page import Picture
+    from ditlab.pages.page import ThemedFigure
 
 _CURVES = (
     "Solid lines: training images; broken lines: held-out images of the same kind. The empirical-Bayes denoiser knows "
@@ -309,7 +309,7 @@ def _samples_figure(material: Material) -> tuple[Any, str, str]:
     )
 
 
-def save_figures(pictures: Mapping[str, Picture], folder: Path) -> list[Path]:
+def save_figures(pictures: Mapping[str, ThemedFigure], folder: Path) -> list[Path]:
     """Writes each figure as NAME.png, as it looks on a light page.
 
     An earlier report's figures that this one has not are deleted: they may show images that this one hides.
@@ -320,20 +320,20 @@ def save_figures(pictures: Mapping[str, Picture], folder: Path) -> list[Path]:
     return [write_bytes(folder / f"{name}.png", picture.light) for name, picture in pictures.items()]
 
 
-def draw_all(drawings: Mapping[str, tuple[Any, str, str]]) -> dict[str, Picture]:
+def draw_all(drawings: Mapping[str, tuple[Any, str, str]]) -> dict[str, ThemedFigure]:
     """File name -> the figure in both themes."""
-    from ditlab.pages.page import Picture
+    from ditlab.pages.page import ThemedFigure
 
     photographs = re.compile(r"samples|jacobian-denoised(-\d+)?|(agreement-images|two-subsets-pairs)-\d+")
     return {
-        name: Picture.draw(*drawing, exact=photographs.fullmatch(name) is not None)
+        name: ThemedFigure.draw(*drawing, exact=photographs.fullmatch(name) is not None)
         for name, drawing in drawings.items()
     }
 
 
 def save_report(
     material: Material,
-    drawn: Mapping[str, Picture],
+    drawn: Mapping[str, ThemedFigure],
     path: Path,
     *,
     title: str,
@@ -355,7 +355,7 @@ def save_report(
 
     comparison, matched = material.comparison, material.matched()
 
-    def pictures(*names: str) -> list[Picture]:
+    def pictures(*names: str) -> list[ThemedFigure]:
         ends = ["", *(f"-n{n}" for n in comparison.counts)]
         return [drawn[name + end] for end in ends for name in names if name + end in drawn]
 

@@ -7,9 +7,7 @@ draw) alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,14 +19,6 @@ from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.rng import torch_generator
-
-
-def check_levels(levels: Sequence[float], what: str = "psnr-gap") -> None:
-    """Raises DitlabError (in the name of `what`) unless levels are positive, finite and ascending without repeats."""
-    if not levels or any(not math.isfinite(s) or s <= 0 for s in levels):
-        raise DitlabError(f"{what}: noise levels must be positive and at least one, found {list(levels)[:5]}")
-    if any(b <= a for a, b in pairwise(levels)):
-        raise DitlabError(f"{what}: noise levels must be ascending without repeats")
 
 
 def chosen_levels(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.metrics.denoising_errors import denoising_errors
-
-Reduction = Literal["mse_mean", "psnr_mean"]
-REDUCTIONS: tuple[Reduction, ...] = ("mse_mean", "psnr_mean")
+from ditlab.metrics.reduction import Reduction
 
 EXACT_DB = 100.0
 """An estimate nearer than this many dB is counted as exactly this near. Only a denoiser that returns a stored training

@@ -1,14 +1,16 @@
-"""What verbs and analyses ask of a trained denoiser, whoever trained it: `ditlab.models.run.Run` is one of them.
+"""A model: a denoiser with its images, the split of them, and a folder for what is measured.
 
-It is a denoiser with the images it is looked at with, the split that says which of them it was trained on, and a folder
-for what is measured.
+`Model` is one of a user's own denoiser; `ditlab.models.run.Run` is one that ditlab trained, and
+`ditlab.models.external.ExternalModel` one that was read from somebody else's checkpoint. Sampling, every analysis and
+the report take any of them.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,72 +23,191 @@ from ditlab.config import SplitRecord
 from ditlab.data.autoencoder import Codec, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
-from ditlab.data.splits import Split, verify
+from ditlab.data.splits import Split, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.samplers import SamplerConfig
+from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
+from ditlab.errors import Incompatible, NotFound
+from ditlab.models.split_config import SplitConfig
+from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
 
+__all__ = ["Model", "hash_of_weights"]
 
-class Model(ABC):
-    """A trained denoiser, its images and its folder. What comes from images is read when it is first asked for."""
+RESULTS = Path("external")
+"""The folder for results of models that do not lie in a folder of the user's own: RESULTS/NAME-DIGEST."""
+
+Side = Literal["train", "test"]
+
+
+class Model:
+    """A denoiser with its images, split and results folder. What comes from images is read when it is first needed.
+
+    Example:
+        >>> denoiser = ditlab.Denoiser.wrap(network, shape=(3, 32, 32))  # doctest: +SKIP
+        >>> mine = ditlab.Model(denoiser, "sets/faces", n=1000, name="mine")  # doctest: +SKIP
+        >>> ditlab.psnr_gap([mine, "runs/global"]).table()  # doctest: +SKIP
+    """
 
     path: Path
     """The folder for what is measured: analysis/, samples/, report.html."""
     device: torch.device | str = "cpu"
     """Where its denoiser was last put; latents are decoded there too."""
+    held_out: ImageSet | None = None
+    """Images of a set of their own that take the place of the split's test images; see `use_held_out`."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: ImageSet | str | Path | None = None,
+        *,
+        n: int | None = None,
+        test: int = 300,
+        seed: int = 0,
+        own_split: bool = False,
+        name: str = "model",
+        out: str | Path | None = None,
+        sampler: SamplerConfig | None = None,
+        autoencoder: Codec | None = None,
+        mirrored: bool = False,
+    ) -> None:
+        """Makes a model of a denoiser.
+
+        Args:
+            denoiser: ditlab's, or a user's own from `Denoiser.wrap`.
+            images: the image set, or its folder; None for a model that only samples.
+            n: number of training images; all but the test images where None.
+            test: number of test images.
+            seed: of the split; the same as a run's `seed` gives the same images.
+            own_split: whether the denoiser was trained on exactly these training images. If not, results note that its
+                training images are unknown.
+            name: what results call it.
+            out: the folder for results; `external/NAME-DIGEST` in the current folder where None.
+            sampler: how samples are drawn by default; DDIM in 50 steps, or Heun's method on a continuous range of
+                levels, where None.
+            autoencoder: what turns latents into pictures; that of the image set where None.
+            mirrored: whether training mirrored images left to right.
+        """
+        self.source_denoiser, self._name, self._mirrored = denoiser, name, mirrored
+        self._images = images
+        self.split_config = SplitConfig(n, test, seed, own_split)
+        self._sampler, self._autoencoder = sampler, autoencoder
+        digest = hash_of_weights(denoiser)
+        self.path = Path(out) if out is not None else RESULTS / (f"{name}-{digest[:8]}" if digest else name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, results in {str(self.path)!r})"
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """What results call it."""
-
-    @property
-    @abstractmethod
-    def split_record(self) -> SplitRecord:
-        """Which images were trained on and which were held out."""
+        return self._name
 
     @cached_property
-    @abstractmethod
     def images(self) -> ImageSet:
-        """The image set of the split."""
+        """The image set of the split.
+
+        Raises:
+            DitlabError: none is known, or its images have another shape than the denoiser takes.
+        """
+        if self._images is None:
+            raise NotFound(f"model {self.name}: training images unknown; pass an image set as `data`")
+        images = self._images if isinstance(self._images, ImageSet) else ImageSet.open(self._images)
+        self._check_images(images)
+        return images
+
+    def _check_images(self, images: ImageSet) -> None:
+        """Raises Incompatible where the denoiser cannot take these images."""
+        shape = tuple(self.source_denoiser.shape)
+        if images.shape != shape:
+            raise Incompatible(
+                f"model {self.name}: expected images {_dims(shape)}, found {_dims(images.shape)} in {images.path}"
+            )
+
+    @cached_property
+    def split_record(self) -> SplitRecord:
+        """Which images were trained on and which were held out."""
+        config = self.split_config
+        return SplitRecord(**make_split(self.images, config.n, config.test, config.split_seed).to_json())
+
+    @cached_property
+    def split(self) -> Split:
+        """The train and test images, made again and checked against the recorded hash."""
+        return verify(asdict(self.split_record), self.images)
 
     @property
-    @abstractmethod
+    def test_hash(self) -> str:
+        """Hash of the test images: equal for models that are measured on the same ones."""
+        if self.held_out is None:
+            return self.split_record.family
+        return hashlib.sha256(f"held out {self.held_out.hash}".encode()).hexdigest()
+
+    def use_held_out(self, images: ImageSet) -> None:
+        """Takes the test images from a set of their own, whatever the split held out.
+
+        Raises:
+            Incompatible: its images have another shape.
+        """
+        if images.shape != self.images.shape:
+            raise Incompatible(
+                f"model {self.name}: expected held-out images {_dims(self.images.shape)}, found "
+                f"{_dims(images.shape)} in {images.path}"
+            )
+        self.held_out = images
+
+    @property
     def conditional(self) -> bool:
         """Whether the network takes class labels."""
+        return bool(self.source_denoiser.num_classes)
 
     @property
-    @abstractmethod
     def sampler(self) -> SamplerConfig:
         """How samples are drawn by default."""
+        if self._sampler is not None:
+            return self._sampler
+        discrete = hasattr(self.source_denoiser.levels, "steps")
+        return DDIMConfig(steps="50") if discrete else HeunConfig(sigma_min=0.02, sigma_max=80.0)
 
     @property
     def guidance(self) -> GuidanceConfig:
-        """How strongly samples are pulled towards their class by default; not at all where nothing is known of it."""
+        """How strongly samples are pulled towards their class by default: not at all."""
         return GuidanceConfig()
 
     @property
-    @abstractmethod
     def settings(self) -> Mapping[str, Any]:
-        """Every known setting by its dotted name ("network.attention"), as JSON values: kinds are told apart by it."""
+        """Every known setting by its dotted name ("network.attention"), as JSON values; kinds are told apart by it."""
+        return {"preset": self.name}
 
     @property
-    @abstractmethod
     def newest_step(self) -> int | None:
         """Training step of the newest weights; None where there are none, or the step is not known."""
+        return None
 
-    @abstractmethod
-    def facts(self, step: int | None, *, ema: bool = True, label: str = "") -> Provenance:
-        """What a result keeps about it.
+    def provenance(self, step: int | None = None, *, ema: bool = True, label: str = "") -> Provenance:
+        """Returns what a result keeps about the model.
 
         Args:
             step: training step of the weights.
             ema: whether they are the averaged ones.
-            label: what kind it is.
+            label: the kind of model.
         """
+        about = Provenance(self.name, label, step=step, ema=ema, settings={"model": self._source})
+        if self._images is None:
+            return about
+        settings = {**about.settings, "image_set": self.split_record.imageset, "notes": list(self.notes)}
+        return self._with_split(replace(about, settings=settings))
 
-    @abstractmethod
+    def _with_split(self, about: Provenance) -> Provenance:
+        split = self.split_record
+        if self.held_out is not None:
+            about = replace(about, settings={**about.settings, "held_out": self.held_out.hash})
+        return replace(about, n=split.train, seed=split.seed, split_family=self.test_hash, split_hash=split.hash)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """Where the denoiser comes from, as JSON values."""
+        return {"format": "python"}
+
     def denoiser_and_provenance(
         self,
         *,
@@ -94,17 +215,41 @@ class Model(ABC):
         ema: bool = True,
         label: str = "",
         device: torch.device | str = "cpu",
-        say: Callable[[str], None] | None = None,
+        reporter: Reporter = SILENT,
     ) -> tuple[Denoiser, Provenance]:
-        """What an analysis needs: the denoiser, and what its result keeps about these weights.
+        """Returns what an analysis needs: the denoiser, and what its result keeps about these weights.
 
         Args:
             step: of which checkpoint; the newest whole one where None.
             ema: the averaged weights (usual), or the raw ones.
-            label: what kind it is.
+            label: the kind of model.
             device: where it computes.
-            say: told when a damaged checkpoint is passed over.
+            reporter: told when a damaged checkpoint is passed over.
+
+        Raises:
+            DitlabError: a checkpoint or raw weights that are not there.
         """
+        if step is not None:
+            raise NotFound(f"model {self.name}: expected no `checkpoint`, for it has one set of weights, found {step}")
+        if not ema:
+            raise NotFound(f"model {self.name}: expected raw weights beside averaged ones, found one set only")
+        denoiser = self.source_denoiser
+        if denoiser.module is not None:
+            denoiser.module.to(device)
+            denoiser.device = torch.device(device)
+        self.device = denoiser.device
+        return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
+
+    def denoiser(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        device: torch.device | str = "cpu",
+        reporter: Reporter = SILENT,
+    ) -> Denoiser:
+        """Returns the denoiser alone; arguments as for `denoiser_and_provenance`."""
+        return self.denoiser_and_provenance(step=step, ema=ema, device=device, reporter=reporter)[0]
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -113,13 +258,23 @@ class Model(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the images that it is looked at with, one sentence each."""
-        return ()
+        """What a reader must know of the images that the model is measured on, one sentence each."""
+        if self._images is None or self.split_config.own_split:
+            return ()
+        return (self._unknown_training_images(),)
+
+    def _unknown_training_images(self) -> str:
+        split = self.split_record
+        return (
+            f"The training images of this model are unknown: the {split.train} training and {split.test} test images "
+            f"of {self.images.path} are a split that ditlab made (seed {split.seed}), so a gap of 0 does not show that "
+            "it does not memorize."
+        )
 
     @property
     def mirrored(self) -> bool:
         """Whether training mirrored images left to right."""
-        return bool(self.settings.get("training.flip", False))
+        return self._mirrored
 
     @property
     def command(self) -> str:
@@ -131,71 +286,89 @@ class Model(ABC):
         """Versions and machine of the training, where they are known."""
         return {}
 
-    @cached_property
-    def split(self) -> Split:
-        """The train and test images, made again and checked against the recorded hash."""
-        return verify(asdict(self.split_record), self.images)
+    def batch(self, side: Side, count: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the first train or test images as the denoiser sees them, and their labels.
 
-    def pictures(self, side: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor | None]:
-        """The first `count` train or test images `[B, C, H, W]` as the denoiser sees them, and their labels."""
-        indices = getattr(self.split, side)[:count]
-        labels = self.images.batch_labels(indices) if self.conditional else None
-        return self.images.batch(indices), labels
+        Args:
+            side: "train" or "test".
+            count: how many, at most.
 
-    def mirrored_twins(self, count: int) -> Tensor | None:
-        """The first `count` train images `[B, C, H, W]` as the denoiser saw them mirrored; None where it never did.
+        Returns:
+            float32 [B, C, H, W]; int64 [B], or None where the model takes no labels.
+        """
+        images, indices = self.images, getattr(self.split, side)[:count]
+        if side == "test" and self.held_out is not None:
+            images, indices = self.held_out, np.arange(min(count, len(self.held_out)))
+        labels = images.batch_labels(indices) if self.conditional else None
+        return images.batch(indices), labels
+
+    def mirrored_batch(self, count: int) -> Tensor | None:
+        """Returns the first train images mirrored, float32 [B, C, H, W]; None where training never mirrored them.
 
         Raises:
-            DitlabError: latents of mirrored pictures that are not there.
+            DitlabError: mirrored latents are needed and were not stored.
         """
         if not self.mirrored:
             return None
         indices = self.split.train[:count]
         return self.images.batch(indices, mirrored=torch.ones(len(indices), dtype=torch.bool))
 
-    def denoiser(
-        self,
-        *,
-        step: int | None = None,
-        ema: bool = True,
-        device: torch.device | str = "cpu",
-        say: Callable[[str], None] | None = None,
-    ) -> Denoiser:
-        """The denoiser alone; arguments as for `denoiser_and_provenance`."""
-        return self.denoiser_and_provenance(step=step, ema=ema, device=device, say=say)[0]
-
     @cached_property
     def codec(self) -> Codec:
-        """What stands between pictures and the images as the denoiser sees them; the identity for pixels."""
-        return Identity()
+        """What turns images as the denoiser sees them into pictures: an autoencoder, or the identity for pixels."""
+        return self._autoencoder or Identity(self.source_denoiser.shape[0])
 
-    def pixels(self, images: Tensor) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` to look at, of images `[B, c, h, w]` as the denoiser sees them."""
+    def decode(self, images: Tensor) -> np.ndarray:
+        """Returns pictures, uint8 [B, C, H, W], of images [B, c, h, w] as the denoiser sees them."""
         return to_uint8(self.codec.to(self.device).decode(images)).numpy()
 
-    def decoded_at(self, indices: Sequence[int] | np.ndarray, *, mirrored: bool = False) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` of what the denoiser sees of the images at these places of the image set.
+    def decoded(self, indices: Sequence[int] | np.ndarray, *, mirrored: bool = False) -> np.ndarray:
+        """Returns pictures, uint8 [B, C, H, W], of what the denoiser sees of some images of the set.
 
-        Samples are compared with these: for latents, what the autoencoder makes of them, as it does of samples.
+        Samples are compared with these: for latents, with what the autoencoder makes of them.
 
         Args:
             indices: places in the image set.
-            mirrored: what it sees of them mirrored left to right.
+            mirrored: mirrored left to right.
 
         Raises:
-            DitlabError: latents of mirrored pictures that are not there.
+            DitlabError: mirrored latents are needed and were not stored.
         """
-        coins = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
-        return self.pixels(self.images.batch(indices, mirrored=coins))
+        flips = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
+        return self.decode(self.images.batch(indices, mirrored=flips))
 
-    def pixels_at(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set, to look at.
+    def decoded_held_out(self, count: int) -> np.ndarray:
+        """Returns pictures, uint8 [B, C, H, W], of what the denoiser sees of the first test images."""
+        if self.held_out is None:
+            return self.decoded(self.split.test[:count])
+        return self.decode(self.batch("test", count)[0])
 
-        For latents the pictures themselves, where their set still lies where it lay; else the decoded latents.
+    def originals(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Returns pictures, uint8 [B, C, H, W], of some images of the set, to look at.
+
+        For latents these are the pictures that were encoded, where their set is still there; else the decoded latents.
         """
-        pictures = self._pictures
-        return self.pixels(self.images.batch(indices)) if pictures is None else pictures.take(indices)
+        pictures = self._original_images
+        return self.decode(self.images.batch(indices)) if pictures is None else pictures.take(indices)
 
     @cached_property
-    def _pictures(self) -> ImageSet | None:
+    def _original_images(self) -> ImageSet | None:
         return self.images.pictures()
+
+
+def hash_of_weights(denoiser: Denoiser) -> str:
+    """Returns the SHA-256 of everything that decides a denoiser's estimates; "" where that cannot be known.
+
+    A function of a user's own has no weights to hash, so results about it are never taken from a cache.
+    """
+    if denoiser.module is None:
+        return ""
+    digest = hashlib.sha256(json.dumps(denoiser.identity, sort_keys=True, default=str).encode())
+    for name, value in sorted(denoiser.module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

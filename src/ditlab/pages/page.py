@@ -46,7 +46,7 @@ _NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ThemedFigure:
     """A figure for both themes, with what it shows in words."""
 
     light: bytes
@@ -71,14 +71,16 @@ class Picture:
         return round(int.from_bytes(self.light[16:20], "big") * self.shrunk / DPI * 108)
 
     @classmethod
-    def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str, *, exact: bool = False) -> Picture:
+    def draw(cls, drawing: Callable[[Theme], Figure], alt: str, caption: str, *, exact: bool = False) -> ThemedFigure:
         """Draws a figure in both themes.
 
         A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
         photographs, up to `EXACT_BYTES`.
 
         Example:
-            >>> picture = Picture.draw(lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ...")
+            >>> picture = ThemedFigure.draw(
+            ...     lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ..."
+            ... )
         """
         light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
         exact = exact and len(light) <= EXACT_BYTES
@@ -108,6 +110,18 @@ class Table:
                     f"report table '{self.caption or ', '.join(self.columns)}': expected {len(self.columns)} cells in "
                     f"each row, found {len(row)}"
                 )
+
+    def __str__(self) -> str:
+        rows = [list(self.columns), *self.texts]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        from ditlab.pages.notebook import table_html
+
+        return table_html(self)
 
     @property
     def texts(self) -> list[list[str]]:
@@ -140,7 +154,7 @@ class Section:
     code: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command line)."""
     pickers: Sequence[AttentionPicker] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[ThemedFigure] = ()
     parts: Sequence[Section] = ()
     """Sections within this one."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -280,21 +294,21 @@ def _without_files(section: Section) -> Section:
     return replace(section, data={}, notes=notes, parts=parts)
 
 
-def _with_pictures(section: Section, pictures: Mapping[int, Picture]) -> Section:
+def _with_pictures(section: Section, pictures: Mapping[int, ThemedFigure]) -> Section:
     """The section with each of its pictures, by its id, in the form that is given."""
     parts = [_with_pictures(part, pictures) for part in section.parts]
     return replace(section, pictures=[pictures[id(picture)] for picture in section.pictures], parts=parts)
 
 
-def _few_colours(picture: Picture) -> Picture:
+def _few_colours(picture: ThemedFigure) -> ThemedFigure:
     return replace(picture, light=_smaller(picture.light, 0), dark=_smaller(picture.dark, 0))
 
 
-def _one_theme(picture: Picture) -> Picture:
+def _one_theme(picture: ThemedFigure) -> ThemedFigure:
     return replace(picture, dark=picture.light)
 
 
-def _shrink(picture: Picture, by: int) -> Picture:
+def _shrink(picture: ThemedFigure, by: int) -> ThemedFigure:
     """With one pixel in `by` times `by` of the drawing."""
     from PIL import Image
 

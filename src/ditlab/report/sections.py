@@ -18,11 +18,11 @@ from ditlab.analyses.scaling.figures import WORDS
 from ditlab.analyses.scaling.points import ScalingPoint, along_training, measured
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.metrics.nearest import NearestResult
-from ditlab.pages.page import Picture, Section, Table
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.pages.token_picker import AttentionPicker
 
 
-def samples_section(pictures: Sequence[Picture], nearest: Sequence[NearestResult] = ()) -> Section:
+def samples_section(pictures: Sequence[ThemedFigure], nearest: Sequence[NearestResult] = ()) -> Section:
     """Samples, and how far each lies from its nearest training image."""
     rows = [
         (
@@ -59,7 +59,7 @@ def samples_section(pictures: Sequence[Picture], nearest: Sequence[NearestResult
 
 
 def psnr_section(
-    comparison: PSNRComparison, pictures: Sequence[Picture] = (), data: Mapping[str, Any] | None = None
+    comparison: PSNRComparison, pictures: Sequence[ThemedFigure] = (), data: Mapping[str, Any] | None = None
 ) -> Section:
     """Train and test PSNR: a row a kind of run and N, what must be said about the measurement, and the curves."""
     rows = [
@@ -77,7 +77,7 @@ def psnr_section(
     )
 
 
-def gap_section(comparison: PSNRComparison, pictures: Sequence[Picture] = ()) -> Section:
+def gap_section(comparison: PSNRComparison, pictures: Sequence[ThemedFigure] = ()) -> Section:
     """The differences of the gap between kinds of runs, and the bars."""
     # The comparison's sentences are one a group, then one a difference.
     differences = comparison.sentences()[len(comparison.groups) :]
@@ -85,12 +85,12 @@ def gap_section(comparison: PSNRComparison, pictures: Sequence[Picture] = ()) ->
     return Section("gap", "PSNR gap", points=differences, pictures=pictures, data=record)
 
 
-def training_section(pictures: Sequence[Picture], data: Mapping[str, Any] | None = None) -> Section:
+def training_section(pictures: Sequence[ThemedFigure], data: Mapping[str, Any] | None = None) -> Section:
     """The gap and the losses against training steps."""
     return Section("training", "Along training", pictures=pictures, data=data or {})
 
 
-def matched_section(matched: Sequence[MatchedComparison], pictures: Sequence[Picture] = ()) -> Section:
+def matched_section(matched: Sequence[MatchedComparison], pictures: Sequence[ThemedFigure] = ()) -> Section:
     """Equal steps, equal train PSNR, best test PSNR: a part for each two kinds of runs at each N."""
     why = (
         "A gap at equal steps cannot tell a network that generalizes better from one that fits more slowly. So the "
@@ -145,7 +145,7 @@ def matched_table(comparison: MatchedComparison) -> Table:
     return Table(columns, rows)
 
 
-def scaling_section(points: Sequence[ScalingPoint], pictures: Sequence[Picture] = ()) -> Section:
+def scaling_section(points: Sequence[ScalingPoint], pictures: Sequence[ThemedFigure] = ()) -> Section:
     """What networks of several sizes cost and reached: a row a run with its last values, and the figures."""
     metrics = measured(points)
     last = {metric: {run: mine[-1] for run, mine in along_training(points, metric).items()} for metric in metrics}
@@ -178,7 +178,7 @@ def scaling_section(points: Sequence[ScalingPoint], pictures: Sequence[Picture] 
 
 
 def attention_section(
-    pickers: Sequence[AttentionPicker], pictures: Sequence[Picture] = (), *, instead: str = ""
+    pickers: Sequence[AttentionPicker], pictures: Sequence[ThemedFigure] = (), *, instead: str = ""
 ) -> Section:
     """Where tokens attend: pickers, or the words to show instead of any, and figures for paper."""
     what = (
@@ -191,7 +191,7 @@ def attention_section(
 
 def locality_section(
     comparison: LocalityComparison,
-    pictures: Sequence[Picture] = (),
+    pictures: Sequence[ThemedFigure] = (),
     *,
     number: int = 1,
     data: Mapping[str, Any] | None = None,

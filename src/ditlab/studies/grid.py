@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.analyses.attention.result import AttentionConfig
-from ditlab.analyses.psnr_gap.result import PSNRConfig
+from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.errors import DitlabError, unknown_name

@@ -18,7 +18,7 @@ from ditlab.analyses.attention.result import LocalityResult
 from ditlab.errors import DitlabError
 from ditlab.files import read_json, write_bytes, write_json
 from ditlab.models.run import Run
-from ditlab.pages.page import Picture
+from ditlab.pages.page import ThemedFigure
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store
 
@@ -32,7 +32,7 @@ def map_pictures(
     *,
     hide_images: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
-) -> list[Picture]:
+) -> list[ThemedFigure]:
     """For each image set, network and kind of attention of the first seed: maps, one pair of lines a number of images.
 
     The image is the first held-out one, which all N share, at the middle one of the measured noise levels.
@@ -75,7 +75,7 @@ def _picture(
     place: tuple[str, str, str],
     hide_images: bool,
     say: Callable[[str], None],
-) -> Picture | None:
+) -> ThemedFigure | None:
     data, network, label = place
     seed = plan.axes["seed"][0]
     names = {
@@ -102,13 +102,13 @@ def _picture(
     try:
         lines, image = _maps({n: (names[n], result) for n, result in recorded.items()}, store)
         shown = None if hide_images else image
-        made = Picture.draw(lambda theme: attention_map_figure(lines, picture=shown, theme=theme), alt, caption)
+        made = ThemedFigure.draw(lambda theme: attention_map_figure(lines, picture=shown, theme=theme), alt, caption)
     except DitlabError as error:
         if not _kept(about, drawn_from, hide_images) or not all(file.is_file() for file in files):
             say(f"no attention maps of {label} attention: {error}")
             return None
         say(f"attention maps of {label} attention are those drawn before: {error}")
-        return Picture(files[0].read_bytes(), files[1].read_bytes(), alt, caption)
+        return ThemedFigure(files[0].read_bytes(), files[1].read_bytes(), alt, caption)
     about.unlink(missing_ok=True)  # so that a kill before the end leaves none that speaks of other pictures
     for file, content in zip(files, (made.light, made.dark), strict=True):
         write_bytes(file, content)

@@ -23,7 +23,7 @@ from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
 from ditlab.files import write_bytes, write_json, write_text
 from ditlab.metrics.paired import PairedDifference
 from ditlab.nn.attention_plan import parse_plan
-from ditlab.pages.page import PAGE_BYTES, PageData, Picture, Section, Table, page_size, save_page
+from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
 from ditlab.pages.theme import Theme, assign
 from ditlab.pages.token_picker import AttentionPicker
 from ditlab.report.sections import locality_section, matched_table
@@ -61,13 +61,13 @@ _MAPS = "maps"
 class StudyPage:
     """The page of one study, at one or several scales."""
 
-    def __init__(self, study: Study, plans: Sequence[Plan], store: Store, maps: Sequence[Picture] = ()) -> None:
+    def __init__(self, study: Study, plans: Sequence[Plan], store: Store, maps: Sequence[ThemedFigure] = ()) -> None:
         self.study, self.plans, self.store = study, plans, store
         self.panels: list[Panel] = [panel for plan in plans for panel in panels(plan, store)]
         self.paper = published(study.published) if study.published else None
         self.slots = assign(label for panel in self.panels for label in panel.labels)
         self._maps = maps
-        self._figures: dict[str, Picture] = {}
+        self._figures: dict[str, ThemedFigure] = {}
 
     def save(
         self, folder: Path, pickers: Callable[[int], Sequence[AttentionPicker]] = lambda room: ()
@@ -131,8 +131,8 @@ class StudyPage:
         found.append(self._costs())
         return found
 
-    def _picture(self, name: str, drawing: Callable[[Theme], Figure], alt: str, caption: str) -> Picture:
-        self._figures[name] = Picture.draw(drawing, alt, caption)
+    def _picture(self, name: str, drawing: Callable[[Theme], Figure], alt: str, caption: str) -> ThemedFigure:
+        self._figures[name] = ThemedFigure.draw(drawing, alt, caption)
         return self._figures[name]
 
     def _grid(self, panel: Panel, tail: str, name: str) -> Section:
@@ -162,7 +162,7 @@ class StudyPage:
             tables=[Table(columns, rows, f"Each cell's {what}, or how far it is; {len(panel.cells)} cells: {words}")],
         )
 
-    def _patterns(self, panel: Panel, tail: str) -> list[Picture]:
+    def _patterns(self, panel: Panel, tail: str) -> list[ThemedFigure]:
         """What each plan with windows lets a token see (An et al., Fig. 5)."""
         settings = settings_here(panel.plan, panel.network)
         side = int(panel.plan.images[panel.data]["size"]) // settings["network.patch"]
@@ -299,7 +299,7 @@ class StudyPage:
         note = "Averaged weights, a coarse grid of noise levels, the same images and noise each time."
         return Section(f"along{tail}", f"Along training{name}", notes=[note] if parts else (), parts=parts)
 
-    def _along_pictures(self, panel: Panel, n: int, tail: str, one: MatchedComparison | None) -> list[Picture]:
+    def _along_pictures(self, panel: Panel, n: int, tail: str, one: MatchedComparison | None) -> list[ThemedFigure]:
         runs, names = panel.trajectories(n), " and ".join(panel.labels)
         return [
             self._picture(

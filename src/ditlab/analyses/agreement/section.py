@@ -11,13 +11,13 @@ import numpy as np
 
 from ditlab.analyses.agreement.result import AgreementResult
 from ditlab.analyses.two_subsets.measure import TwoSubsetsResult
-from ditlab.pages.page import Picture, Section, Table
+from ditlab.pages.page import Section, Table, ThemedFigure
 
 NAMES = r"agreement(-images)?-\d+|two-subsets(-pairs)?-\d+"
 """The names of these figures, as a regular expression."""
 
 
-def agreement_section(results: Sequence[AgreementResult], pictures: Sequence[Picture] = ()) -> Section:
+def agreement_section(results: Sequence[AgreementResult], pictures: Sequence[ThemedFigure] = ()) -> Section:
     """What runs draw beside what closed-form references draw from the same noise: a row a run and reference."""
     rows = [
         (
@@ -49,7 +49,7 @@ def agreement_section(results: Sequence[AgreementResult], pictures: Sequence[Pic
     )
 
 
-def two_subsets_section(results: Sequence[TwoSubsetsResult], pictures: Sequence[Picture] = ()) -> Section:
+def two_subsets_section(results: Sequence[TwoSubsetsResult], pictures: Sequence[ThemedFigure] = ()) -> Section:
     """What runs on disjoint training sets draw from equal noise: a row a pair of runs."""
     rows = [
         (

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from ditlab.analyses.attention.result import LocalityResult, Quantity
-from ditlab.analyses.psnr_gap.comparison import check_splits
 from ditlab.errors import DitlabError
 from ditlab.metrics.paired import PairedDifference, paired_difference
-from ditlab.provenance import Provenance
+from ditlab.provenance import check_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +167,7 @@ def compare_locality(results: Sequence[LocalityResult]) -> LocalityComparison:
         raise DitlabError("attention: expected at least one result to compare, found none")
     for other in results[1:]:
         _check_alike(results[0], other)
-    check_groups([r.about for r in results])
+    check_groups([r.about for r in results], "attention")
     groups: dict[tuple[str, int | None], dict[int, LocalityResult]] = {}
     for r in results:
         groups.setdefault((r.about.group, r.about.n), {})[r.about.seed] = r
@@ -180,27 +179,6 @@ def compare_locality(results: Sequence[LocalityResult]) -> LocalityComparison:
             for label, n in ordered
         )
     )
-
-
-def check_groups(runs: Sequence[Provenance], what: str = "attention") -> None:
-    """Refuses runs that cannot be grouped by label, N and seed; a command asks before it measures anything.
-
-    Args:
-        runs: what is to stand side by side.
-        what: the analysis that asks, for errors.
-
-    Raises:
-        DitlabError: two runs of one label, N and seed, or runs of different splits.
-    """
-    seen: dict[tuple[str, int | None, int], Provenance] = {}
-    for r in runs:
-        other = seen.setdefault((r.group, r.n, r.seed), r)
-        if other is not r:
-            raise DitlabError(
-                f"{what}: '{other.name}' and '{r.name}' are both '{r.group}' with N = {r.n} and seed {r.seed}; give "
-                "them different labels"
-            )
-    check_splits(runs)
 
 
 def same_levels(first: Sequence[float], second: Sequence[float]) -> bool:

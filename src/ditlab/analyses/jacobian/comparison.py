@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.analyses.attention.comparison import check_groups, same_levels
+from ditlab.analyses.attention.comparison import same_levels
 from ditlab.analyses.jacobian.measure import noise_level
 from ditlab.analyses.jacobian.measures import LEADING, spectral_distance
 from ditlab.analyses.jacobian.result import SHARES, JacobianPoint, JacobianResult
 from ditlab.errors import DitlabError
+from ditlab.provenance import check_groups
 
 FAR_FROM_HOMOGENEOUS = 0.1
 """r_hom from which on the sentences say that the vectors do not describe the computation. A bias-free network has 1e-6;

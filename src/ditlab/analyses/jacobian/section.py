@@ -14,7 +14,7 @@ from ditlab.analyses.jacobian.comparison import CAUTION, LEGEND, MATRIX, VECTORS
 from ditlab.analyses.jacobian.curves import TARGETS, by_vector_curves, shrinkage_and_image, spectra
 from ditlab.analyses.jacobian.figures import Pixels, denoising_strip, sensitivity_maps, vector_gallery
 from ditlab.analyses.jacobian.result import JacobianPoint
-from ditlab.pages.page import Picture, Section, Table
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.pages.theme import LIGHT, RUN_DASHES, Slots, Theme, assign
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _galleries(
 
 def jacobian_section(
     comparison: JacobianComparison,
-    pictures: Sequence[Picture] = (),
+    pictures: Sequence[ThemedFigure] = (),
     *,
     number: int = 1,
     data: Mapping[str, Any] | None = None,
@@ -201,7 +201,7 @@ def jacobian_section(
     )
 
 
-def of_number(drawn: Mapping[str, Picture], number: int, count: int) -> list[Picture]:
+def of_number(drawn: Mapping[str, ThemedFigure], number: int, count: int) -> list[ThemedFigure]:
     """The figures of one of `count` comparisons, in order; where there are several their names end in its number."""
     ending = f"-{number}" if count > 1 else ""
     return [p for name, p in drawn.items() if re.fullmatch(NAMES, name) and name.endswith(ending)]

@@ -1,1 +1,122 @@
 """The PSNR gap: how much better a denoiser is on its training images than on held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ditlab.analyses.base import Analysis, Comparison
+from ditlab.analyses.psnr_gap.config import PSNRConfig, PSNROptions
+from ditlab.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ditlab.analyses.psnr_gap.comparison import PSNRComparison
+    from ditlab.analyses.psnr_gap.result import PSNRResult
+    from ditlab.models.comparing import ModelSet
+    from ditlab.pages.drawing import Drawing
+    from ditlab.pages.page import Section, Table, ThemedFigure
+
+__all__ = ["PSNRConfig", "PSNRGap", "PSNROptions"]
+
+
+class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
+    """Measures train and test PSNR by noise level, and their gap (An et al. 2410.21273, Eqs. 2-4).
+
+    Writes psnr-gap.json, .csv and .npz into each model's analysis folder, and the comparison with its figures into
+    `out`. Runs that differ only in seed are averaged. Models with different test images are refused.
+    """
+
+    name = "psnr-gap"
+    question = "How much better is a denoiser on its training images than on held-out ones?"
+    Config, Options = PSNRConfig, PSNROptions
+    Result = "ditlab.analyses.psnr_gap.result:PSNRResult"
+    report = "measure"
+    comparison_file = "comparison.json"
+
+    def measure(
+        self, models: ModelSet, config: PSNRConfig, options: PSNROptions, reporter: Reporter = SILENT
+    ) -> list[PSNRResult]:
+        """Returns the result of each model, then those of the baselines at each N."""
+        from ditlab.analyses.psnr_gap.measure import measure_baselines, measure_model
+
+        results = []
+        for opened in models.open(reporter):
+            measured = self.cached(
+                opened, config, lambda opened=opened: measure_model(opened, config, reporter), reporter
+            )
+            results.append(measured)
+        if options.baselines:
+            results += measure_baselines(models, config, results[0].levels, reporter)
+        return results
+
+    def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
+        """Groups results by kind and N, over seeds."""
+        from ditlab.analyses.psnr_gap.comparison import compare
+
+        return compare(results)
+
+    def save(self, results: Sequence[PSNRResult], models: ModelSet, out: Path) -> list[Path]:
+        """Writes the models' results into their folders, and the baselines' into `out`."""
+        for result in results:
+            if result.baseline:
+                result.save(out, f"{result.about.name.replace(' ', '-').lower()}-n{result.about.n}")
+        return super().save([result for result in results if not result.baseline], models, out)
+
+    def tables(self, comparison: Comparison) -> list[Table]:
+        """Returns one row for each kind of model and N, then one for each baseline."""
+        from ditlab.pages.page import Table
+
+        gap: PSNRComparison = comparison.detail
+        levels = len(gap.groups[0].results[0].levels)
+        rows: list[tuple[Any, ...]] = [
+            (g.label, g.n, len(g.seeds), g.mean("train"), g.mean("test"), g.mean("gap"), g.std()) for g in gap.groups
+        ]
+        for r in gap.baselines:
+            sign = "≥ " if r.bounded else ""
+            train, test, difference = (r.average(what) for what in ("train", "test", "gap"))
+            row = (f"{sign}{train:.2f}", f"{test:.2f}", f"{sign}{difference:.2f}")
+            rows.append((r.about.name, r.about.n, None, *row, None))
+        columns = ("denoiser", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "std of gap")
+        return [Table(columns, rows, f"PSNR averaged over {levels} noise levels")]
+
+    def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
+        """Returns the curves by noise level, and bars of the average gap."""
+        from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
+        from ditlab.pages.drawing import Drawing
+
+        gap, slots = comparison.detail, comparison.slots
+        names = " and ".join(gap.labels)
+        return {
+            "psnr-curves": Drawing(
+                lambda theme: psnr_curves(gap, gap.baselines, slots=slots, theme=theme),
+                f"Curves of train and test PSNR by diffusion step for {names}, with the gap below.",
+                "Solid lines: training images. Dashed lines: held-out images of the same kind. The empirical-Bayes "
+                "denoiser knows only the training images (the limit of memorization). The Wiener denoiser knows their "
+                "mean and covariance.",
+            ),
+            "gap-bars": Drawing(
+                lambda theme: gap_bars(gap, slots=slots, theme=theme),
+                f"Bars of the average PSNR gap of {names}.",
+                "The average over noise levels of the gap, truncated at zero at each level.",
+            ),
+        }
+
+    def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
+        """Returns the section: differences between kinds, the table, the curves and bars."""
+        from ditlab.pages.page import Section
+
+        gap: PSNRComparison = comparison.detail
+        results = {f"{r.about.name}-psnr-gap.json": r.to_json() for g in gap.groups for r in g.results}
+        for r in gap.baselines:
+            results[f"{r.about.name.replace(' ', '-').lower()}-n{r.about.n}-psnr-gap.json"] = r.to_json()
+        return Section(
+            "psnr",
+            "Train and test PSNR, and the gap between them",
+            points=gap.sentences()[len(gap.groups) :],
+            tables=self.tables(comparison),
+            notes=self.notes(comparison),
+            pictures=list(figures.values()),
+            data={"comparison.json": gap.to_json(), **results},
+        )

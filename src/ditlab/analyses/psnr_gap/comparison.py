@@ -16,8 +16,8 @@ import numpy as np
 from ditlab.analyses.psnr_gap.result import PSNRResult, Side
 from ditlab.errors import DitlabError
 from ditlab.metrics.paired import PairedDifference, paired_difference
-from ditlab.metrics.psnr import Reduction
-from ditlab.provenance import Provenance
+from ditlab.metrics.reduction import Reduction
+from ditlab.provenance import check_splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,14 @@ class PSNRComparison:
     groups: tuple[PSNRGroup, ...]
     differences: tuple[tuple[int | None, PairedDifference], ...]
     """For each N, the difference of the average gap between each two labels: (N, second - first)."""
+    baselines: tuple[PSNRResult, ...] = ()
+    """Closed-form denoisers of the training images, measured alike."""
+
+    @property
+    def average_gap(self) -> float | list[float]:
+        """Mean over seeds of the average gap in dB: a number for one kind of model, else one for each group."""
+        gaps = [group.mean("gap") for group in self.groups]
+        return gaps[0] if len(gaps) == 1 else gaps
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -120,13 +128,15 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
     """Groups results by label and N, over seeds, after checking that they may stand side by side.
 
     Args:
-        results: one a run.
+        results: one for each run; those of baselines stand apart.
         margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
 
     Raises:
         DitlabError: no result, different levels, noise, images a side or reduction; one seed with two different test
             sets, or two training sets at one N; two results of one label, N and seed; labels without a common seed.
     """
+    baselines = tuple(r for r in results if r.baseline)
+    results = [r for r in results if not r.baseline]
     if not results:
         raise DitlabError("comparison: expected at least one psnr-gap result, found none")
     for other in results[1:]:
@@ -151,7 +161,7 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
         for first, second in combinations([g for g in made if g.n == n], 2):
             pair = paired_difference(first.label, second.label, first.averages(), second.averages(), margin=margin)
             differences.append((n, pair))
-    return PSNRComparison(made, tuple(differences))
+    return PSNRComparison(made, tuple(differences), baselines)
 
 
 def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
@@ -169,37 +179,3 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
             raise DitlabError(f"comparison: {names} were measured with different {what} ({one} and {two})")
     if first.peak != second.peak:
         raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")
-
-
-def check_splits(runs: Sequence[Provenance]) -> None:
-    """Refuses runs that may not stand side by side, whatever was measured on them.
-
-    Raises:
-        DitlabError: one seed with two different test sets, or with two training sets at one N; labels without a common
-            seed.
-    """
-    families: dict[int, Provenance] = {}
-    trained: dict[tuple[int, int | None], Provenance] = {}
-    for r in runs:
-        same_seed = families.setdefault(r.seed, r)
-        if same_seed.split_family != r.split_family:
-            raise DitlabError(
-                f"comparison: '{same_seed.name}' and '{r.name}' have different splits (family "
-                f"{same_seed.split_family[:12]} and {r.split_family[:12]}): they were not held back the "
-                "same test images, so they cannot be compared"
-            )
-        same_n = trained.setdefault((r.seed, r.n), r)
-        if same_n.split_hash != r.split_hash:
-            raise DitlabError(
-                f"comparison: '{same_n.name}' and '{r.name}' have different training images at equal N and "
-                f"seed (split {same_n.split_hash[:12]} and {r.split_hash[:12]})"
-            )
-    seeds_of: dict[str, dict[int, str]] = {}
-    for r in runs:
-        seeds_of.setdefault(r.group, {})[r.seed] = r.name
-    for (_, first), (_, second) in combinations(seeds_of.items(), 2):
-        if not set(first) & set(second):
-            raise DitlabError(
-                f"comparison: '{next(iter(first.values()))}' and '{next(iter(second.values()))}' have different splits "
-                f"(seeds {sorted(first)} and {sorted(second)}): compare runs trained with the same seed"
-            )

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 import ditlab
-from ditlab.cli.drawing import draw_batch
-from ditlab.cli.sample_parts import Part, Parts, write_pngs, writing
 from ditlab.config import differing_settings
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.diffusion.denoisers import Denoiser
@@ -28,7 +26,9 @@ from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
 from ditlab.errors import DitlabError
 from ditlab.files import flush, write_json
-from ditlab.models.model import Model
+from ditlab.sampling.batch_store import Part, Parts, write_pngs, writing
+from ditlab.sampling.draw import draw_batch
+from ditlab.sampling.model import Sampled
 
 COLUMNS = 8
 """Steps that `--strip` shows, before the image itself."""
@@ -38,7 +38,7 @@ COLUMNS = 8
 class Job:
     """Images of some seeds, with one guidance or several (a sweep), and where they go."""
 
-    run: Model
+    run: Sampled
     denoisers: Sequence[Denoiser]
     """The run's denoiser, once for each guidance."""
     guidances: Sequence[GuidanceConfig]
@@ -136,7 +136,7 @@ class Job:
             began = time.perf_counter()
             drawn = draw_batch(self.denoisers[which], self.config, seeds, label=label, callback=after)
             _check_finite(drawn, seeds)
-            images = np.ascontiguousarray(self.run.pixels(drawn).transpose(0, 2, 3, 1))
+            images = np.ascontiguousarray(self.run.decode(drawn).transpose(0, 2, 3, 1))
             seconds = np.asarray(time.perf_counter() - began)
             with writing(self.parts):
                 if self.pngs:
@@ -226,7 +226,7 @@ class Job:
 class _Path:
     """What `--strip` keeps of the first images of a batch, while they are drawn."""
 
-    def __init__(self, run: Model, count: int) -> None:
+    def __init__(self, run: Sampled, count: int) -> None:
         self._run, self._count = run, count
         self._sigmas: list[float] = []
         self._kept: dict[str, list[np.ndarray]] = {"states": [], "estimates": []}
@@ -236,7 +236,7 @@ class _Path:
         if self._count and step.index in np.linspace(0, step.steps - 1, min(COLUMNS, step.steps)).round():
             self._sigmas.append(step.sigma)
             for name, images in (("states", step.y / math.sqrt(1 + step.sigma**2)), ("estimates", step.x0)):
-                pictures = self._run.pixels(images[: self._count].float())
+                pictures = self._run.decode(images[: self._count].float())
                 self._kept[name].append(pictures.transpose(0, 2, 3, 1))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -256,7 +256,7 @@ def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:
         )
 
 
-def fingerprint(run: Model, denoiser: Denoiser) -> str:
+def fingerprint(run: Sampled, denoiser: Denoiser) -> str:
     """16 hexadecimal digits of what makes the images: the network's weights and process, the codec's weights and scale.
 
     Args:

@@ -1,0 +1,448 @@
+"""What every analysis has: a name, a question, settings, results on disk, a comparison, figures, a section.
+
+A room subclasses `Analysis` and gives what is its own. The base gives caching, saving, the verb of the command line
+(from the fields of `Config` and `Options`), the call `ditlab.analyze(name, models, ...)`, `--json`, and the section of
+a report.
+
+This module, and the `__init__` and `config` modules of rooms, import neither torch nor numpy, so that help texts are
+instant; methods import what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from ditlab.errors import DitlabError, Incompatible
+from ditlab.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ditlab.models.comparing import ModelSet, OpenedModel
+    from ditlab.pages.drawing import Drawing
+    from ditlab.pages.page import Section, Table, ThemedFigure
+
+__all__ = ["Analysis", "Comparison", "NoOptions", "ReportContext", "Result", "find_results", "save_result"]
+
+
+class Result(Protocol):
+    """The numbers of one model: JSON, with arrays beside it."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    about: Any
+    config: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON values of the result."""
+        ...
+
+    def save(self, folder: Path, name: str) -> Path:
+        """Writes NAME.json and the files beside it, and returns the path of the JSON."""
+        ...
+
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        """Reads what `save` wrote."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """An analysis without options beside its settings."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReportContext:
+    """What a report tells the analyses about itself."""
+
+    hide_training_images: bool = False
+    """Show no picture of a real image, neither of training nor of held-out ones."""
+    samples: int = 16
+    """Images to draw of each kind of model."""
+    measure: frozenset[str] = frozenset()
+    """Analyses that are measured although a report only shows what is cached of them."""
+    configs: Mapping[str, Any] = field(default_factory=dict)
+    """Analysis -> settings to measure it with, instead of its defaults."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What an analysis leaves for those after it, e.g. samples that attention maps are shown on."""
+    slots: Mapping[str, int] = field(default_factory=dict)
+    """Kind of model -> its colour, the same in all figures of the page."""
+    picker_bytes: int = 0
+    """Bytes of the page that are left for token pickers; known when sections are made."""
+
+
+ConfigT = TypeVar("ConfigT")
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What an analysis found about one or several models; a notebook shows its table, sentences and figures.
+
+    Attributes of the room's own comparison (`detail`) can be read from it directly, e.g. `gap.groups`.
+    """
+
+    analysis: Analysis[Any, Any]
+    detail: Any
+    """The room's own comparison of the results."""
+    results: Sequence[Any]
+    """One for each model; what else there is, is in `detail`."""
+    models: ModelSet | None = None
+    """The models, where they are at hand: some figures need them."""
+    config: Any = None
+    options: Any = None
+    context: ReportContext = field(default_factory=ReportContext)
+    files: list[Path] = field(default_factory=list)
+    """Files that were written."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "detail":
+            raise AttributeError(name)
+        return getattr(self.detail, name)
+
+    def __repr__(self) -> str:
+        return f"<{self.analysis.name} of {len(self.results)} models: {' '.join(self.sentences()[:2])}>"
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Kind of model -> its colour."""
+        from ditlab.pages.theme import assign
+
+        return self.context.slots or assign(self.detail.labels)
+
+    def table(self) -> Table:
+        """Returns the table of the numbers."""
+        return self.analysis.tables(self)[0]
+
+    def tables(self) -> Sequence[Table]:
+        """Returns all tables, the most important first."""
+        return self.analysis.tables(self)
+
+    def sentences(self) -> Sequence[str]:
+        """Returns what was found, the most important first; no sentence claims more than its interval allows."""
+        return self.analysis.sentences(self)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know about how it was measured."""
+        return self.analysis.notes(self)
+
+    def drawings(self) -> Mapping[str, Drawing]:
+        """Returns file name -> a figure that can be drawn in any theme."""
+        return self.analysis.figures(self)
+
+    def figures(self) -> dict[str, Figure]:
+        """Returns file name -> matplotlib figure."""
+        return {name: drawing.figure() for name, drawing in self.drawings().items()}
+
+    def section(self, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
+        """Returns the section of a page.
+
+        Args:
+            figures: those of `drawings`, drawn.
+            number: which one this is, where a page has several of this analysis.
+        """
+        return self.analysis.section(self, figures, number)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the numbers as JSON values."""
+        return self.analysis.to_json(self)
+
+    def save(self, out: Path) -> list[Path]:
+        """Writes the comparison and its figures into a folder; returns the paths."""
+        from ditlab.files import write_json
+        from ditlab.pages.drawing import save_drawings
+
+        written = []
+        if self.analysis.comparison_file:
+            written.append(write_json(out / self.analysis.comparison_file, self.to_json()))
+        return [*written, *save_drawings(self.drawings(), out)]
+
+    def _repr_html_(self) -> str:
+        from ditlab.pages.notebook import comparison_html
+
+        return comparison_html(self)
+
+
+class Analysis(Generic[ConfigT, OptionsT]):
+    """One question asked of models."""
+
+    name: ClassVar[str]
+    """The verb, the kind of its results, and the file name of a result."""
+    question: ClassVar[str]
+    """One sentence: the help text, the docs, the head of the section."""
+    Config: type[Any]
+    """Its settings, a frozen dataclass: flags and JSON."""
+    Options: type[Any] = NoOptions
+    """What else a call may say, such as what figures show; not part of the cached settings."""
+    Result: ClassVar[str]
+    """Where the class of its results is, "package.module:Class"."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """The fewest and the most models it takes."""
+    verb: ClassVar[bool] = True
+    """Whether the command line has it; an analysis that only makes sense on a page has no verb."""
+    report: ClassVar[Literal["measure", "cached"]] = "cached"
+    """Whether a report measures it, or shows what is cached of it."""
+    comparison_file: ClassVar[str] = ""
+    """The file of the comparison; "" where the results say it all."""
+
+    # -- what a room gives ------------------------------------------------------------------------------------------
+
+    def measure(
+        self, models: ModelSet, config: ConfigT, options: OptionsT, reporter: Reporter = SILENT
+    ) -> Sequence[Any]:
+        """Measures models, taking from the cache what was measured before.
+
+        Returns:
+            One result for each model, then those of baselines, if there are any (`result.baseline`).
+        """
+        raise NotImplementedError
+
+    def compare(self, results: Sequence[Any]) -> Any:
+        """Returns the room's own comparison; raises Incompatible for results that cannot be compared."""
+        raise NotImplementedError
+
+    def tables(self, comparison: Comparison) -> Sequence[Table]:
+        """Returns the tables of a comparison, the most important first."""
+        raise NotImplementedError
+
+    def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
+        """Returns file name -> figure."""
+        return {}
+
+    def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
+        """Returns the section of a page: verdict, table, figures, details."""
+        from ditlab.pages.page import Section
+
+        name = self.name if number == 1 else f"{self.name}-{number}"
+        return Section(
+            name,
+            self.question,
+            points=self.sentences(comparison),
+            tables=self.tables(comparison),
+            notes=self.notes(comparison),
+            pictures=list(figures.values()),
+            data={f"{r.about.name}-{self.name}.json": r.to_json() for r in comparison.results},
+        )
+
+    # -- what may be changed ----------------------------------------------------------------------------------------
+
+    def sentences(self, comparison: Comparison) -> Sequence[str]:
+        """Returns the sentences of the room's own comparison."""
+        return comparison.detail.sentences()
+
+    def notes(self, comparison: Comparison) -> list[str]:
+        """Returns each note of the results once."""
+        notes = (f"{r.about.name}: {note}" for r in comparison.results for note in getattr(r, "notes", ()))
+        return list(dict.fromkeys(notes))
+
+    def legend(self, comparison: Comparison) -> str:
+        """Returns what the columns of the tables are, for a reader of the command line."""
+        return ""
+
+    def to_json(self, comparison: Comparison) -> dict[str, Any]:
+        """Returns the numbers of a comparison."""
+        return comparison.detail.to_json()
+
+    def save(self, results: Sequence[Any], models: ModelSet, out: Path) -> list[Path]:
+        """Writes each result into its model's folder; returns the paths.
+
+        Args:
+            results: as `measure` gave them.
+            models: the models, in the same order.
+            out: where what belongs to none of them goes.
+        """
+        return [save_result(r, m.path / "analysis", self.name) for r, m in zip(results, models, strict=True)]
+
+    def group_key(self, result: Any) -> Any:
+        """Returns what results must share to be compared on a page; results of other keys get sections of their own."""
+        return None
+
+    def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
+        """Returns the comparisons that a report shows: what is cached of the models, or measured where it is missing.
+
+        Args:
+            models: the models of the page, with their newest averaged weights.
+            context: what the page shows.
+            reporter: shows progress.
+        """
+        config = context.configs.get(self.name)
+        settings = self.Config() if config is None else config
+        groups: dict[Any, list[tuple[int, Any]]] = {}
+        for place, name in enumerate(models.names):
+            result = self.report_result(models, place, settings, context, reporter)
+            if result is not None:
+                about = replace(result.about, name=name, label=models.kinds[place])
+                result = replace(result, about=about)
+                groups.setdefault(self.group_key(result), []).append((place, result))
+        comparisons = []
+        for members in groups.values():
+            chosen = replace(
+                models,
+                models=tuple(models[place] for place, _ in members),
+                kinds=tuple(models.kinds[place] for place, _ in members),
+            )
+            results = [result for _, result in members]
+            comparisons.append(
+                Comparison(self, self.compare(results), results, chosen, settings, self.Options(), context)
+            )
+        return comparisons
+
+    def report_result(
+        self, models: ModelSet, place: int, config: Any, context: ReportContext, reporter: Reporter
+    ) -> Any | None:
+        """Returns the result of one model that a report shows; None where there is none."""
+        single = replace(models, models=(models[place],), kinds=(models.kinds[place],))
+        if self.report == "measure" or self.name in context.measure:
+            return self.measure(single, config, self.Options(), reporter)[0]
+        opened = single.open_one(0, reporter)
+        matching = (
+            r for r in find_results(self, opened.model, reporter) if r.about.weights == opened.provenance.weights
+        )
+        return next((r for r in matching if r.about.split_hash == opened.provenance.split_hash), None)
+
+    # -- what the base gives ----------------------------------------------------------------------------------------
+
+    def result_class(self) -> Any:
+        """Returns the class of the results."""
+        from importlib import import_module
+
+        module, _, name = self.Result.partition(":")
+        return getattr(import_module(module), name)
+
+    def check_count(self, count: int) -> None:
+        """Raises DitlabError for fewer or more models than the analysis takes."""
+        least, most = self.models
+        if count < least or (most is not None and count > most):
+            wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+            raise DitlabError(f"{self.name}: expected {wanted} models, found {count}")
+
+    def cached(
+        self, opened: OpenedModel, config: ConfigT, measure: Callable[[], Any], reporter: Reporter = SILENT
+    ) -> Any:
+        """Returns the cached result of a model, or measures it and saves the result.
+
+        A result is found again by the hashes of the weights and of the images, and by the settings.
+
+        Args:
+            opened: the model.
+            config: the settings.
+            measure: measures it.
+            reporter: told of files that cannot be read.
+        """
+        for result in find_results(self, opened.model, reporter):
+            if result.about.same_measurement(opened.provenance) and same_config(result.config, config):
+                about = replace(opened.provenance, settings=result.about.settings)
+                return replace(result, about=about)
+        result = measure()
+        save_result(result, opened.model.path / "analysis", self.name)
+        return result
+
+    def run(
+        self,
+        models: ModelSet,
+        config: ConfigT,
+        options: OptionsT,
+        *,
+        out: Path | None = None,
+        reporter: Reporter = SILENT,
+    ) -> Comparison:
+        """Measures models, writes the results and the comparison with its figures, and returns the comparison."""
+        self.check_count(len(models))
+        results = self.measure(models, config, options, reporter)
+        own = [result for result in results if not getattr(result, "baseline", False)]
+        comparison = Comparison(self, self.compare(results), own, models, config, options)
+        folder = models.folder if out is None else out
+        written = self.save(results, models, folder)
+        comparison.files = [*written, *comparison.save(folder)] if not self.comparison_file else comparison.save(folder)
+        return comparison
+
+
+_NOT_COMPARED = ("batch_size", "chunk")
+"""Settings that do not change a number beyond rounding."""
+
+
+def same_config(first: Any, second: Any) -> bool:
+    """Returns whether two settings measure the same."""
+    mine, theirs = asdict(first), asdict(second)
+    return all(mine[name] == theirs[name] for name in mine if name not in _NOT_COMPARED)
+
+
+def find_results(analysis: Analysis[Any, Any], model: Any, reporter: Reporter = SILENT) -> list[Any]:
+    """Returns the results of an analysis in a model's folder that can be read, the last one that was saved first."""
+    folder, kind, results = model.path / "analysis", analysis.result_class(), []
+    names = [f"{analysis.name}.json", f"report-{analysis.name}.json"]  # the second: of earlier versions
+    paths = [folder / name for name in names] + sorted(folder.glob(f"{analysis.name}.????????.json"))
+    for path in paths:
+        if not path.is_file():
+            continue
+        try:
+            results.append(kind.load(path))
+        except DitlabError as error:
+            reporter.note(f"not used: {error}")
+    return results
+
+
+def save_result(result: Any, folder: Path, name: str) -> Path:
+    """Writes a result as NAME.json; one of other weights, images or settings that is there is kept as NAME.HASH.json.
+
+    Raises:
+        DitlabError: the folder cannot be written to.
+    """
+    path = folder / f"{name}.json"
+    if path.is_file() and (key := _stored_key(path)) != _key(result.to_json()):
+        for file in folder.glob(f"{name}.*"):
+            if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
+                file.replace(file.with_name(f"{name}.{key}{file.suffix}"))
+    return result.save(folder, name)
+
+
+def _stored_key(path: Path) -> str:
+    import json
+
+    try:
+        return _key(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return "damaged0"
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of what a result was measured on and how."""
+    import hashlib
+    import json
+
+    about = record.get("about")
+    parts = [
+        {k: v for k, v in part.items() if k not in ("name", "label")} if isinstance(part, dict) else part
+        for part in (about if isinstance(about, list) else [about])
+    ]
+    text = json.dumps([parts, record.get("config", record.get("settings"))], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def settings_of(kind: type[Any], values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """Returns a config made of those values that are its fields, and the values that are left.
+
+    Args:
+        kind: a frozen dataclass.
+        values: by name.
+        where: the call, for errors.
+
+    Raises:
+        Incompatible: a value cannot be what the field takes.
+    """
+    names = set(kind.__dataclass_fields__)
+    mine = {name: _as_tuple(value) for name, value in values.items() if name in names}
+    try:
+        made = kind(**mine)
+    except TypeError as error:
+        raise Incompatible(f"{where}: a setting has the wrong type ({error})") from None
+    return made, {name: value for name, value in values.items() if name not in names}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | range) else value

@@ -1,0 +1,24 @@
+"""Checks of noise levels that a user gives to an analysis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ditlab.errors import InvalidConfig
+
+__all__ = ["check_sigmas"]
+
+
+def check_sigmas(sigmas: Sequence[float], analysis: str) -> None:
+    """Raises InvalidConfig unless noise levels are positive, finite and ascending without repeats.
+
+    Args:
+        sigmas: noise levels.
+        analysis: its name, for the error.
+    """
+    if not sigmas or any(not math.isfinite(s) or s <= 0 for s in sigmas):
+        raise InvalidConfig(f"{analysis}: `sigmas` must be positive and at least one, found {list(sigmas)[:5]}")
+    if any(b <= a for a, b in pairwise(sigmas)):
+        raise InvalidConfig(f"{analysis}: `sigmas` must be ascending without repeats, found {list(sigmas)[:5]}")

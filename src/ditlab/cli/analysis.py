@@ -1,0 +1,64 @@
+"""The verbs of analyses, each made from the settings and options of its room."""
+
+from __future__ import annotations
+
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ditlab.cli.console import Output
+from ditlab.cli.options import ComputeFlags, ComputeOptions, ModelFlags, ModelOptions, Models, keywords
+
+
+def verb_of(analysis: Any) -> type[Any]:
+    """Returns the dataclass of an analysis's verb: models, settings, options, and the flags that all verbs share."""
+
+    def run(self: Any, output: Output) -> dict[str, Any]:
+        from ditlab import api
+
+        comparison = api.analyze(
+            analysis.name,
+            self.models,
+            config=self.settings,
+            options=self.options,
+            out=self.out,
+            reporter=output.reporter,
+            **keywords(self.model, self.compute),
+        )
+        for table in comparison.tables():
+            output.table(table)
+        if legend := analysis.legend(comparison):
+            output.line(legend)
+        for sentence in comparison.sentences():
+            output.line(sentence)
+        for note in comparison.notes:
+            output.note(note)
+        output.wrote(comparison.files)
+        return {**comparison.to_json(), "files": [str(file) for file in comparison.files]}
+
+    def shared(kind: type[Any], default: Any = None) -> Any:
+        return field(default_factory=kind) if default is None else field(default=default)
+
+    settings = Annotated[analysis.Config, tyro.conf.arg(name="")]
+    options = Annotated[analysis.Options, tyro.conf.arg(name="")]
+    out_help = (
+        "The folder for figures and the comparison; the first model's analysis folder if not given. Results of models "
+        "without a folder of their own also go there, each under its name."
+    )
+    made = make_dataclass(
+        "Verb",
+        [
+            ("models", Models),
+            ("settings", settings, shared(analysis.Config)),
+            ("options", options, shared(analysis.Options)),
+            ("out", Annotated[Path | None, tyro.conf.arg(help=out_help)], field(default=None)),
+            ("model", ModelOptions, shared(ModelFlags)),
+            ("compute", ComputeOptions, shared(ComputeFlags)),
+        ],
+        frozen=True,
+        namespace={"run": run},
+    )
+    made.__doc__ = type(analysis).__doc__
+    return made

@@ -1,0 +1,207 @@
+"""Models that ditlab did not train: read from somebody else's checkpoint, or handed over in memory.
+
+Such a model has no images and no split of its own: it is given an image set, and a split of it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditlab.data.autoencoder import Codec, Identity, open_codec, reopen_codec
+from ditlab.data.imageset import ImageSet
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.samplers import SamplerConfig
+from ditlab.errors import DitlabError, Incompatible, NotFound
+from ditlab.interop.imported import ImportedModel
+from ditlab.models.model import RESULTS, Model, Side
+from ditlab.models.split_config import SplitConfig
+from ditlab.progress import SILENT, Reporter
+from ditlab.provenance import Provenance
+
+__all__ = ["ExternalModel", "only_averaged"]
+
+
+class ExternalModel(Model):
+    """A model that ditlab did not train, with an image set to measure it on."""
+
+    def __init__(
+        self,
+        read: Callable[[bool], ImportedModel],
+        path: Path | None = None,
+        *,
+        data: ImageSet | str | Path | None = None,
+        codec: str | Path | None = None,
+        split: SplitConfig | None = None,
+        out: Path | None = None,
+    ) -> None:
+        """Reads the model itself; all else is read when it is first needed.
+
+        Args:
+            read: reads the model, with its averaged weights (True) or the raw ones.
+            path: the folder for results, where the model has one.
+            data: the image set.
+            codec: the autoencoder of a model of latents, where none lies beside it.
+            split: which images stand for its training images.
+            out: where a folder NAME-DIGEST for results is made, if there is no `path`.
+        """
+        self._read, self.model = read, read(True)
+        self.source_denoiser = self.model.denoiser
+        base = RESULTS if out is None else out
+        self.path = base / f"{self.name}-{self.model.digest[:8]}" if path is None else path
+        self._images, self._codec = data, codec
+        self.split_config = split or SplitConfig()
+
+    @property
+    def name(self) -> str:
+        """The name of its checkpoint."""
+        return self.model.name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The format, and the network's config where it is one of ditlab's; `preset` is its name."""
+        network = getattr(self.model.denoiser.network, "config", None)
+        known = isinstance(network, object) and hasattr(network, "__dataclass_fields__")
+        shape = {f"network.{name}": value for name, value in asdict(network).items()} if known else {}
+        return {"preset": self.name, "format": self.model.source.get("format"), **shape}
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """That of its scheduler, or DDPM's."""
+        return self.model.sampler
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return dict(self.model.source)
+
+    def _check_images(self, images: ImageSet) -> None:
+        self.model.fit(images.shape)
+        super()._check_images(images)
+        if self._own_codec is None:
+            return
+        own = self._own_codec.record
+        if images.latents is None:
+            raise Incompatible(
+                f"model {self.name}: expected latents of the autoencoder '{own.source}', found pixels in "
+                f"{images.path}; make latents of them with `ditlab data encode`"
+            )
+        theirs = images.latents.record.codec
+        if (wrong := own.difference(theirs)) is not None:
+            name, expected, found = wrong
+            raise Incompatible(
+                f"model {self.name}: expected latents of its own autoencoder '{own.source}', with {name} {expected}, "
+                f"found latents of '{theirs.source}' with {name} {found} in {images.path}"
+            )
+
+    @cached_property
+    def _own_codec(self) -> Codec | None:
+        """The autoencoder that was given, or that lies beside the model."""
+        place = self.model.decoder if self._codec is None else self._codec
+        return None if place is None else open_codec(place)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The autoencoder that was given, that lies beside the model, or that its images were encoded with.
+
+        Raises:
+            NotFound: a model of latents without any.
+        """
+        if self._own_codec is not None:
+            return self._own_codec
+        channels = self.model.denoiser.shape[0]
+        if self._images is not None and (latents := self.images.latents) is not None:
+            return reopen_codec(latents.record.codec, self.images.path)
+        if channels not in (1, 3):
+            raise NotFound(
+                f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder lies "
+                "beside it to make pictures of them; give one as `codec`, such as stabilityai/sd-vae-ft-ema"
+            )
+        return Identity(channels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how it was read, and of the images that it is measured on."""
+        notes = list(self.model.notes)
+        if self._images is None:
+            return tuple(notes)
+        if not self.split_config.own_split:
+            notes.append(self._unknown_training_images())
+        if self.conditional and not self._labelled:
+            notes.append(
+                f"It has {self.model.denoiser.num_classes} classes and the set {self.images.num_classes or 'none'}, so "
+                "it got no class labels."
+            )
+        if self._own_codec is None and (latents := self.images.latents) is not None:
+            codec = latents.record.codec
+            notes.append(
+                f"No autoencoder lies beside this model, so it is assumed to work on the latents of '{codec.source}' "
+                f"(scale {codec.scale:g}, shift {codec.shift:g}) that {self.images.path} holds; with those of another "
+                "its numbers would mean nothing."
+            )
+        return tuple(notes)
+
+    def batch(self, side: Side, count: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the first train or test images, and their labels where set and model have as many classes.
+
+        Raises:
+            Incompatible: the classes differ, and the model needs labels.
+        """
+        images, labels = super().batch(side, count)
+        denoiser = self.model.denoiser
+        if self.conditional and not self._labelled:
+            if not denoiser.null_class:
+                raise Incompatible(
+                    f"model {self.name}: expected images of its {denoiser.num_classes} classes, for it has no null "
+                    f"class, found {self.images.num_classes or 'no'} classes in {self.images.path}"
+                )
+            labels = None
+        return images, labels
+
+    @property
+    def _labelled(self) -> bool:
+        return self.images.num_classes == self.model.denoiser.num_classes
+
+    def denoiser_and_provenance(
+        self,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        label: str = "",
+        device: torch.device | str = "cpu",
+        reporter: Reporter = SILENT,
+    ) -> tuple[Denoiser, Provenance]:
+        """See `Model.denoiser_and_provenance`.
+
+        Raises:
+            NotFound: a step was asked for, or raw weights that are not there.
+        """
+        if step is not None:
+            raise NotFound(f"model {self.name}: expected no `checkpoint`, for it has one set of weights, found {step}")
+        model = self.model if ema else self._read(False)
+        if self._images is not None:
+            model.fit(self.images.shape)
+        denoiser = model.denoiser
+        denoiser.network.to(device)
+        latent = self.model.decoder is not None or self._codec is not None
+        latent = latent or (self._images is not None and self.images.latents is not None)
+        denoiser.bounded = denoiser.shape[0] in (1, 3) and not latent
+        self.device = device
+        return denoiser, replace(self.provenance(ema=ema, label=label), weights=model.digest)
+
+
+def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], ImportedModel]:
+    """Returns a reader of a model with one set of weights, which count as averaged ones."""
+
+    def either(ema: bool) -> ImportedModel:
+        model = read()
+        if not ema:
+            raise DitlabError(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
+        return model
+
+    return either

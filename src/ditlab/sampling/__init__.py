@@ -1,0 +1,1 @@
+"""Drawing samples: seeds, samplers by name, resumable jobs, the files they write."""

@@ -1,0 +1,62 @@
+"""What sampling needs of a model; `ditlab.models.model.Model` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ditlab.data.autoencoder import Codec
+    from ditlab.data.imageset import ImageSet
+    from ditlab.diffusion.guidance import GuidanceConfig
+    from ditlab.diffusion.sampler_configs import SamplerConfig
+
+__all__ = ["Sampled"]
+
+
+class Sampled(Protocol):
+    """A model that images are drawn from."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How samples are drawn by default."""
+        ...
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """How strongly samples are pulled towards their class by default."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Every known setting by its dotted name."""
+        ...
+
+    @property
+    def images(self) -> ImageSet:
+        """The image set, for the names of classes."""
+        ...
+
+    @property
+    def codec(self) -> Codec:
+        """What turns images as the denoiser sees them into pictures."""
+        ...
+
+    def decode(self, images: Tensor) -> np.ndarray:
+        """Returns pictures, uint8 [B, C, H, W], of images as the denoiser sees them."""
+        ...
+
+    def denoiser_and_provenance(self, **keywords: Any) -> Any:
+        """Returns the denoiser, and what a result keeps about its weights."""
+        ...
