@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ditlab.config import differing_settings
-from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
+from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
@@ -204,7 +204,11 @@ def _open(
     reporter: Reporter,
 ) -> Model:
     """Opens one of them; a source of images is prepared at the model's size."""
-    if not isinstance(data, str) or not is_source(data):
+    if not isinstance(data, str):
+        return open_model(source, data, codec=codec, split=split, out=out)
+    from ditlab.data import is_source, prepare
+
+    if not is_source(data):
         return open_model(source, data, codec=codec, split=split, out=out)
     model = open_model(source, codec=codec, split=split, out=out)
     if isinstance(model, Run):
@@ -220,6 +224,8 @@ def _open(
 def _held_out_images(held_out: ImageSet | str | Path, model: Model, reporter: Reporter) -> ImageSet:
     if isinstance(held_out, ImageSet):
         return held_out
+    from ditlab.data import prepare_held_out
+
     return prepare_held_out(model.images, str(held_out), reporter=reporter)
 
 
