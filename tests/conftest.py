@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+GOLDENS = Path(__file__).parent / "data" / "goldens"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -36,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--goldens",
         metavar="DIR",
-        default=str(Path(__file__).parent / "data" / "goldens"),
+        default=str(GOLDENS),
         help="folder of golden numbers, NAME.json and NAME.safetensors (default: tests/data/goldens)",
     )
 
@@ -138,7 +139,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         mark = next(metafunc.definition.iter_markers(marker))
         if argument == "golden_name":
             cases = _matching_names(folder, *mark.args, **mark.kwargs)
-            missing = f"no golden {mark.args[0]}.json in {folder}"
+            tensor = f" with a tensor {mark.kwargs['having']}" if mark.kwargs else ""
+            missing = f"no golden {mark.args[0]}.json{tensor} in {folder}"
         else:
             name, pattern = mark.args
             cases = [key for key in golden_tensors(folder, name) if re.fullmatch(pattern, key)]
@@ -159,27 +161,40 @@ def golden(request) -> Callable[[str], Golden]:
 
 
 @pytest.fixture(scope="session")
-def dit_of() -> Callable[[Golden], Any]:
-    """`dit_of(fixture)` is the DiT of a golden 01, with its weights, in evaluation mode."""
-    from ditlab.interop.original_dit import from_original
+def committed_golden() -> Callable[[str], Golden]:
+    """Reads a golden of this repository, whatever `--goldens` says: for tests of the mechanism itself."""
+    return lambda name: read_golden(GOLDENS, name)
+
+
+@pytest.fixture(scope="session")
+def dit_config() -> Callable[..., Any]:
+    """`dit_config(settings)` is the config of a DiT in ditlab's words; what is not set is the original's default."""
     from ditlab.networks.dit import DiTConfig
 
-    def build(fixture: Golden):
-        settings = fixture.config
-        config = DiTConfig(
-            image_size=(settings["input_size"], settings["input_size"]),
-            channels=settings["in_channels"],
-            patch=settings["patch_size"],
-            width=settings["hidden_size"],
-            depth=settings["depth"],
-            heads=settings["num_heads"],
-            mlp_ratio=settings["mlp_ratio"],
-            num_classes=settings["num_classes"],
-            learn_sigma=settings["learn_sigma"],
+    def build(settings: Mapping[str, Any]) -> DiTConfig:
+        side = settings.get("input_size", 32)
+        return DiTConfig(
+            image_size=(side, side),
+            channels=settings.get("in_channels", 4),
+            patch=settings.get("patch_size", 2),
+            width=settings.get("hidden_size", 1152),
+            depth=settings.get("depth", 28),
+            heads=settings.get("num_heads", 16),
+            mlp_ratio=settings.get("mlp_ratio", 4.0),
+            num_classes=settings.get("num_classes", 1000),
+            null_class=settings.get("class_dropout_prob", 0.1) > 0,
+            learn_sigma=settings.get("learn_sigma", True),
         )
-        return from_original(fixture.weights(), config).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def dit_of(dit_config) -> Callable[[Golden], Any]:
+    """`dit_of(fixture)` is the DiT of a golden 01, with its weights, in evaluation mode."""
+    from ditlab.interop.original_dit import from_original
+
+    return lambda fixture: from_original(fixture.weights(), dit_config(fixture.config)).eval()
 
 
 @pytest.fixture(scope="session")
