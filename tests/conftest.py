@@ -29,7 +29,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # ---- golden numbers: outputs of the original implementations, NAME.json beside NAME.safetensors ----
 #
-# Tests read shapes, settings, names of cases and tolerances from the fixture, so that `pytest -m golden --goldens DIR`
+# Tests read shapes, settings, names of cases and tolerances from the fixture, so that `pytest -m golden --goldens=DIR`
 # runs them on another set of the same form.
 
 

@@ -1,4 +1,4 @@
-"""`pytest --goldens DIR`: another set of golden numbers is read and followed, and a wrong number in it is noticed.
+"""`pytest --goldens=DIR`: another set of golden numbers is read and followed, and a wrong number in it is noticed.
 
 The second set is made of the first by changes whose effect is known without the original code: images in another order
 and number, more classes, a further layer that adds nothing, scaled inputs of a homogeneous network, fewer cases.
