@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +20,251 @@ from jaxtyping import install_import_hook
 install_import_hook("ditlab", "beartype.beartype")
 
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# ---- golden numbers: outputs of the original implementations, NAME.json beside NAME.safetensors ----
+#
+# Tests read shapes, settings, names of cases and tolerances from the fixture, so that `pytest -m golden --goldens=DIR`
+# runs them on another set of the same form.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--goldens",
+        metavar="DIR",
+        default=str(GOLDENS),
+        help="folder of golden numbers, NAME.json and NAME.safetensors (default: tests/data/goldens)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "golden: compares with golden numbers (set by itself on tests that read them)",
+        "goldens(pattern, having=''): one case, `golden_name`, for each golden of such a name with a tensor of such a key",
+        "golden_keys(name, pattern): one case, `golden_key`, for each tensor of a golden whose key matches the pattern",
+    ):
+        config.addinivalue_line("markers", line)
+    folder = Path(config.invocation_params.dir, config.option.goldens).resolve()
+    if not folder.is_dir():
+        raise pytest.UsageError(f"--goldens: expected a folder, found none at {folder}")
+    config.option.goldens = str(folder)  # absolute also for worker processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+
+
 @dataclass(frozen=True)
 class Golden:
-    """Outputs of an original implementation: its config, notes, and tensors by key."""
+    """Outputs of an original implementation: its JSON (config, mapping, tolerances, values) and tensors by key."""
 
+    name: str
     about: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.tensors[key]
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the original's code."""
+        return self.about["config"]
+
+    @property
+    def values(self) -> Any:
+        """Recorded numbers that are not tensors."""
+        return self.about["values"]
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The original's state dict."""
         return {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
 
+    def matches(self, pattern: str) -> list[re.Match[str]]:
+        """Tensors whose whole key matches a regular expression."""
+        return [match for key in self.tensors if (match := re.fullmatch(pattern, key))]
+
+    def tolerance(self, key: str, place: int = 0) -> float:
+        """The number at `place` in the sentence `tolerances[key]`: `1e-4` is at 1 in "1e-5 (forward), 1e-4 x max"."""
+        return numbers(self.about["tolerances"][key])[place]
+
+    def mapped(self, key: str) -> list[float]:
+        """The numbers in the sentence `mapping[key]`."""
+        return numbers(self.about["mapping"][key])
+
+
+def numbers(sentence: str) -> list[float]:
+    """The numbers of a sentence, without digits that belong to a word such as float32."""
+    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", sentence)]
+
+
+def missing_golden(folder: Path, name: str) -> str | None:
+    """Which file of a golden is not there, as a reason to skip."""
+    path = folder / f"{name}.json"
+    # Goldens without a list of tensors are a JSON alone.
+    if path.is_file() and "tensors" in json.loads(path.read_text()):
+        path = path.with_suffix(".safetensors")
+    return None if path.is_file() else f"golden {path.name} is not in {folder}"
+
+
+def read_golden(folder: Path, name: str) -> Golden:
+    """Reads a golden, or skips the test where a file is missing."""
+    if missing := missing_golden(folder, name):
+        pytest.skip(missing)
+    tensors = folder / f"{name}.safetensors"
+    about = json.loads((folder / f"{name}.json").read_text())
+    return Golden(name, about, load_file(tensors) if tensors.is_file() else {})
+
+
+def golden_tensors(folder: Path, name: str) -> list[str]:
+    """Keys of a golden's tensors, without reading them."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        return []
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder = Path(metafunc.config.option.goldens)
+    for argument, marker in (("golden_name", "goldens"), ("golden_key", "golden_keys")):
+        if argument not in metafunc.fixturenames:
+            continue
+        mark = next(metafunc.definition.iter_markers(marker))
+        if argument == "golden_name":
+            cases = _matching_names(folder, *mark.args, **mark.kwargs)
+            tensor = f" with a tensor {mark.kwargs['having']}" if mark.kwargs else ""
+            missing = f"no golden {mark.args[0]}.json{tensor} in {folder}"
+        else:
+            name, pattern = mark.args
+            cases = [key for key in golden_tensors(folder, name) if re.fullmatch(pattern, key)]
+            missing = missing_golden(folder, name) or f"golden {name}.safetensors in {folder} has no tensor {pattern}"
+        metafunc.parametrize(argument, sorted(cases) or [pytest.param("", marks=pytest.mark.skip(reason=missing))])
+
+
+def _matching_names(folder: Path, pattern: str, having: str = "") -> list[str]:
+    names = [path.stem for path in folder.glob("*.json") if fnmatch(path.stem, pattern)]
+    return [name for name in names if not having or any(fnmatch(key, having) for key in golden_tensors(folder, name))]
+
 
 @pytest.fixture(scope="session")
-def golden():
-    """`golden("01_dit_a")` reads a fixture."""
+def golden(request) -> Callable[[str], Golden]:
+    """`golden("01_dit_a")` reads a fixture from the folder of `--goldens`."""
+    folder = Path(request.config.option.goldens)
+    return lambda name: read_golden(folder, name)
 
-    def read(name: str) -> Golden:
-        return Golden(json.loads((GOLDENS / f"{name}.json").read_text()), load_file(GOLDENS / f"{name}.safetensors"))
 
-    return read
+@pytest.fixture(scope="session")
+def committed_golden() -> Callable[[str], Golden]:
+    """Reads a golden of this repository, whatever `--goldens` says: for tests of the mechanism itself."""
+    return lambda name: read_golden(GOLDENS, name)
+
+
+@pytest.fixture(scope="session")
+def dit_config() -> Callable[..., Any]:
+    """`dit_config(settings)` is the config of a DiT in ditlab's words; what is not set is the original's default."""
+    from ditlab.networks.dit import DiTConfig
+
+    def build(settings: Mapping[str, Any]) -> DiTConfig:
+        side = settings.get("input_size", 32)
+        return DiTConfig(
+            image_size=(side, side),
+            channels=settings.get("in_channels", 4),
+            patch=settings.get("patch_size", 2),
+            width=settings.get("hidden_size", 1152),
+            depth=settings.get("depth", 28),
+            heads=settings.get("num_heads", 16),
+            mlp_ratio=settings.get("mlp_ratio", 4.0),
+            num_classes=settings.get("num_classes", 1000),
+            null_class=settings.get("class_dropout_prob", 0.1) > 0,
+            learn_sigma=settings.get("learn_sigma", True),
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def dit_of(dit_config) -> Callable[[Golden], Any]:
+    """`dit_of(fixture)` is the DiT of a golden 01, with its weights, in evaluation mode."""
+    from ditlab.interop.original_dit import from_original
+
+    return lambda fixture: from_original(fixture.weights(), dit_config(fixture.config)).eval()
+
+
+@pytest.fixture(scope="session")
+def bf_unet_config() -> Callable[..., Any]:
+    """`bf_unet_config(settings)` is the config of a bias-free UNet in ditlab's words."""
+    from ditlab.networks.bf_unet import BFUNetConfig
+
+    def build(settings: Mapping[str, Any]) -> BFUNetConfig:
+        assert not settings["bias"]
+        assert settings["padding"] == settings["kernel_size"] // 2
+        return BFUNetConfig(
+            image_size=tuple(settings["image"][1:]) if "image" in settings else (0, 0),
+            channels=settings["num_channels"],
+            width=settings["num_kernels"],
+            blocks=settings["num_blocks"],
+            encoder_convs=settings["num_enc_conv"],
+            middle_convs=settings["num_mid_conv"],
+            decoder_convs=settings["num_dec_conv"],
+            kernel=settings["kernel_size"],
+            pool_window=settings["pool_window"],
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def bf_unet_of(bf_unet_config) -> Callable[[Golden], Any]:
+    """`bf_unet_of(fixture)` is the bias-free UNet of a golden 04, with its weights, in evaluation mode."""
+    from ditlab.networks.bf_unet import BFUNet
+
+    def build(fixture: Golden):
+        network = BFUNet(bf_unet_config(fixture.config))
+        network.load_state_dict(fixture.weights())  # every name is the published one
+        return network.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def original_frequencies() -> Callable[..., torch.Tensor]:
+    """`original_frequencies(t, waves)`: the float32 frequencies on the machine that recorded these sinusoids.
+
+    float32 `exp` differs in the last bit between processors. Of our frequency and its two neighbours, the one whose
+    angles give the recorded cosines and sines is the one that was used there.
+    """
+    from ditlab.nn.embeddings import frequencies
+
+    def recover(t: torch.Tensor, waves: torch.Tensor, spacing: str = "original") -> torch.Tensor:
+        half = waves.shape[1] // 2
+        ours = frequencies(half, spacing=spacing)
+        up, down = torch.full_like(ours, 2.0), torch.zeros_like(ours)
+        candidates = torch.stack([ours, ours.nextafter(up), ours.nextafter(down)])
+        angles = (t.float()[:, None] * candidates[:, None]).double()  # candidate, step, frequency
+        waves = waves.double()
+        errors = (angles.cos() - waves[:, :half]).abs() + (angles.sin() - waves[:, half:]).abs()
+        return candidates.gather(0, errors.sum(1).argmin(0)[None])[0]
+
+    return recover
+
+
+@pytest.fixture
+def use_frequencies(monkeypatch, original_frequencies) -> Callable[..., None]:
+    """`use_frequencies(fixture)`: networks use those of the fixture's machine, so that no tolerance needs slack."""
+    from ditlab.nn import embeddings
+
+    def use(fixture: Golden, key: str = "out.t_freq", spacing: str = "original") -> None:
+        theirs = original_frequencies(fixture["in.t"], fixture[key], spacing)
+        monkeypatch.setattr(embeddings, "frequencies", lambda *_, **__: theirs)
+
+    return use
 
 
 @pytest.fixture(scope="session")

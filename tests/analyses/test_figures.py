@@ -7,8 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ditlab.analyses.psnr_gap.comparison import compare
-from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves, sample_grid
 from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves, sample_grid
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import Trajectory, compare_trajectories
 from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves, matched_psnr

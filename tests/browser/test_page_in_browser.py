@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ditlab.nn.patterns import Global, Window
-from ditlab.pages.page import PageData, ThemedFigure, RunCard, Section, Table, save_page
+from ditlab.pages.page import PageData, RunCard, Section, Table, ThemedFigure, save_page
 from ditlab.pages.theme import DARK, LIGHT
 from ditlab.pages.token_picker import AttentionPicker, pack_run
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ditlab.cli.drawing import draw, sampler_config
 from PIL import Image
 from rich.console import Console
 
@@ -22,7 +23,6 @@ from ditlab.analyses.attention.maps import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.samples import figures as sample_figures
 from ditlab.cli import looking, report, reporting
-from ditlab.cli.drawing import draw, sampler_config
 from ditlab.cli.report import write_report
 from ditlab.data.pixels import to_float
 from ditlab.models.run import Run

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ditlab.cli.drawing import draw
+from ditlab.cli.sample_parts import Parts
 from PIL import Image
 
 import ditlab as package
-from ditlab.cli.drawing import draw
 from ditlab.cli.sample import parse_seeds, seeds_text
-from ditlab.cli.sample_parts import Parts
 from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.samplers import DDIMConfig
 from ditlab.errors import DitlabError

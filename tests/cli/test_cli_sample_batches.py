@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from ditlab.cli.drawing import draw_batch
+from PIL import Image
 
 
 def interrupted(*args: object, **more: object) -> None:

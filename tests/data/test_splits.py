@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ditlab.data.sources.files.base import TEST, TRAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import image_grid
 from ditlab.data.imageset import ImageSet, prepare
-from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.data.splits import Split, make_split, verify
 from ditlab.errors import DitlabError
 

@@ -220,30 +220,32 @@ def test_labels_reach_the_network():
     torch.testing.assert_close(denoiser(y, 0.3), denoiser(y, 0.3, torch.tensor([4, 4, 4])))
 
 
-@pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
-def test_preconditioning_equals_the_published_one(golden, precond):
-    fixture = golden("05_edm_nets")
-    y, sigma = fixture[f"in.{precond}.x"], fixture[f"in.{precond}.sigma"]
-    seen = {}
+@pytest.mark.golden_keys("05_edm_nets", r"in\.(edm|vp|ve)\.sigma")
+def test_preconditioning_equals_the_published_one(golden, golden_key):
+    fixture, precond = golden("05_edm_nets"), golden_key.split(".")[1]
+    y, sigma = fixture[f"in.{precond}.x"], fixture[golden_key]
+    data = fixture.config["EDMPrecond"]["sigma_data"]
+    inputs = {}
 
     class Echo(torch.nn.Module):
         def forward(self, x, t, label=None):
-            seen["x"], seen["t"] = x, t
+            inputs["x"], inputs["t"] = x, t
             return torch.ones_like(x)
 
-    denoiser = EDMDenoiser(Echo(), precond, shape=(3, 16, 16))
+    denoiser = EDMDenoiser(Echo(), precond, data, shape=tuple(y.shape[1:]))
     # The fixture also visits levels beyond the ones that this preconditioning was made for.
     each = sigma.reshape(-1, 1, 1, 1)
-    found = denoiser.estimate(y, each).x0
-    torch.testing.assert_close(seen["x"][:1], fixture[f"out.{precond}.net_input_sample0"], rtol=1e-5, atol=1e-5)
+    result = denoiser.estimate(y, each).x0
+    first = fixture[f"out.{precond}.net_input_sample0"]
+    torch.testing.assert_close(inputs["x"][: len(first)], first, rtol=1e-5, atol=1e-5)
     # The original's own distance from float64, where ours is: its ln(1 + sigma^2) cancels in float32 at low VP levels.
-    slack = 1.1 * max(fixture.about["values"][f"{precond}: |c_noise - float64 c_noise|"])
-    torch.testing.assert_close(seen["t"], fixture[f"out.{precond}.c_noise"], rtol=1e-6, atol=slack)
-    skip = 0.25 / (each**2 + 0.25) if precond == "edm" else torch.ones_like(each)
-    out = {"edm": each * 0.5 / (each**2 + 0.25).sqrt(), "vp": -each, "ve": each}[precond]
-    torch.testing.assert_close(found, skip * y + out, rtol=1e-5, atol=1e-5)
-    number = float(sigma[2])
-    torch.testing.assert_close(denoiser.estimate(y, number).x0[2], found[2], rtol=1e-4, atol=1e-5)
+    slack = 1.1 * max(fixture.values[f"{precond}: |c_noise - float64 c_noise|"])
+    torch.testing.assert_close(inputs["t"], fixture[f"out.{precond}.c_noise"], rtol=1e-6, atol=slack)
+    skip = data**2 / (each**2 + data**2) if precond == "edm" else torch.ones_like(each)
+    out = {"edm": each * data / (each**2 + data**2).sqrt(), "vp": -each, "ve": each}[precond]
+    torch.testing.assert_close(result, skip * y + out, rtol=1e-5, atol=1e-5)
+    alone = denoiser.estimate(y, float(sigma[-1])).x0[-1]
+    torch.testing.assert_close(alone, result[-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("low", "high", "origin"), [(0.0, 1.0, -1.0), (-1.0, 1.0, 0.0), (-0.5, 0.5, 0.0)])

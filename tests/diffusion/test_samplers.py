@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -36,14 +36,15 @@ LINEAR = make_schedule("linear", 1000)
 class Blend(torch.nn.Module):
     """The golden's better-behaved network, made of its DiT."""
 
-    def __init__(self, dit):
+    def __init__(self, dit, schedule):
         super().__init__()
         self.dit, self.in_shape, self.num_classes = dit, dit.in_shape, dit.num_classes
+        self.noise = torch.from_numpy(np.sqrt(1 - schedule.alphas_cumprod))
 
     def forward(self, x, t, label=None):
-        output = self.dit(x, t, label)
-        noise = torch.from_numpy(np.sqrt(1 - LINEAR.alphas_cumprod))[t.long()].float().reshape(-1, 1, 1, 1)
-        return torch.cat([0.1 * output[:, :4] + noise * x, 0.3 * output[:, 4:]], 1)
+        output, channels = self.dit(x, t, label), self.in_shape[0]
+        noise = self.noise[t.long()].float().reshape(-1, 1, 1, 1)
+        return torch.cat([0.1 * output[:, :channels] + noise * x, 0.3 * output[:, channels:]], 1)
 
 
 @pytest.fixture(scope="module")
@@ -52,61 +53,75 @@ def recorded(golden):
 
 
 @pytest.fixture(scope="module")
-def denoisers(golden_dit):
-    return {"dit": VPDenoiser(golden_dit, LINEAR), "blend": VPDenoiser(Blend(golden_dit), LINEAR)}
+def denoiser_of(golden_dit, recorded):
+    def build(schedule: str, network: str) -> VPDenoiser:
+        full = make_schedule(schedule, recorded.config["T"])
+        return VPDenoiser(Blend(golden_dit, full) if network == "blend" else golden_dit, full)
+
+    return build
 
 
-def loops():
-    for network in ("dit", "blend"):
-        for clip in (True, False):
-            yield network, "ddpm_zero", clip, DDPMConfig(steps="10", clip=clip)
-            yield network, "ddpm_noise", clip, DDPMConfig(steps="10", clip=clip)
-            yield network, "ddim", clip, DDIMConfig(steps="ddim10", clip=clip)
-    for clip in (True, False):
-        yield "blend", "ddim_on_10", clip, DDIMConfig(steps="10", clip=clip)
-        yield "blend", "ddim_eta1_on_10", clip, DDIMConfig(steps="10", eta=1.0, clip=clip)
+def loop_config(recorded, loop: str, clip: bool):
+    """The sampler of the part of a key that names the loop, such as "ddim_eta1_on_10"."""
+    name, _, spec = loop.partition("_on_")
+    if name.startswith("ddpm"):
+        return DDPMConfig(steps=recorded.config["respacing"], clip=clip)
+    eta = float(name.removeprefix("ddim").removeprefix("_eta") or 0)
+    return DDIMConfig(steps=spec or recorded.config["respacing_ddim"], eta=eta, clip=clip)
 
 
-def near(recorded, key, found):
-    error, largest = recorded.about["values"]["float32_vs_float64"][key][:2]
-    assert (found - recorded[key]).abs().max().item() <= 20 * error + 1e-4 * largest
+def near(recorded, key, result):
+    error, largest = recorded.values["float32_vs_float64"][key][:2]
+    factor, share = recorded.tolerance("all"), recorded.tolerance("all", 1)
+    assert (result - recorded[key]).abs().max().item() <= factor * error + share * largest
 
 
-@pytest.mark.parametrize(("network", "loop", "clip", "config"), list(loops()))
-def test_loops_go_through_the_published_states(recorded, denoisers, network, loop, clip, config):
+@pytest.mark.golden_keys("02_sampling", r"\w+\.(dit|blend)\.(ddpm_zero|ddpm_noise|ddim.*)\.clip_(True|False)\.traj")
+def test_loops_go_through_the_published_states(recorded, denoiser_of, golden_key):
+    schedule, network, loop, clip = re.fullmatch(r"(\w+)\.(\w+)\.(.+)\.clip_(\w+)\.traj", golden_key).groups()
     states = []
     zero = torch.zeros_like(recorded["in.x_T"])
     sample(
-        denoisers[network],
-        config,
+        denoiser_of(schedule, network),
+        loop_config(recorded, loop, clip == "True"),
         recorded["in.x_T"],
         label=recorded["in.y"],
         noise=lambda k: zero if loop == "ddpm_zero" else recorded["in.noise_seq"][k],
         callback=lambda step: states.append(step.x_next),
     )
-    key = f"linear.{network}.{loop}.clip_{clip}.traj"
-    found = torch.stack(states if len(recorded[key]) == 10 else [states[0], states[5], states[9]])
-    near(recorded, key, found)
+    if len(recorded[golden_key]) != len(states):
+        states = [states[0], states[len(states) // 2], states[-1]]
+    near(recorded, golden_key, torch.stack(states))
 
 
-def test_ddim_backwards(recorded, denoisers):
+@pytest.mark.golden_keys("02_sampling", r"\w+\.\w+\.ddim_reverse\.clip_(True|False)\.sample")
+def test_ddim_backwards(recorded, denoiser_of, golden_key):
+    schedule, network, _, clip, _ = golden_key.split(".")
     start = 0.5 * recorded["in.x_T"].clamp(-1, 1)
-    found = invert(denoisers["blend"], DDIMConfig(steps="10", clip=True), start, label=recorded["in.y"])
-    near(recorded, "linear.blend.ddim_reverse.clip_True.sample", found)
+    config = DDIMConfig(steps=recorded.config["respacing"], clip=clip == "clip_True")
+    near(recorded, golden_key, invert(denoiser_of(schedule, network), config, start, label=recorded["in.y"]))
 
 
-def test_bits_per_dimension(recorded, denoisers):
+@pytest.mark.golden_keys("02_sampling", r"\w+\.\w+\.bpd\.total_bpd")
+def test_bits_per_dimension(recorded, denoiser_of, golden_key):
     images, noise = recorded["in.x_T"].clamp(-1, 1), recorded["in.noise_seq"]
-    found = bits_per_dimension(denoisers["blend"], images, lambda k: noise[k], steps="10", label=recorded["in.y"])
+    schedule, network, *_ = golden_key.split(".")
+    result = bits_per_dimension(
+        denoiser_of(schedule, network),
+        images,
+        lambda k: noise[k],
+        steps=recorded.config["respacing"],
+        label=recorded["in.y"],
+    )
     for name, value in (
-        ("total_bpd", found.total),
-        ("prior_bpd", found.prior),
-        ("vb", found.terms),
-        ("xstart_mse", found.x0_mse),
-        ("mse", found.eps_mse),
+        ("total_bpd", result.total),
+        ("prior_bpd", result.prior),
+        ("vb", result.terms),
+        ("xstart_mse", result.x0_mse),
+        ("mse", result.eps_mse),
     ):
-        expected = recorded[f"linear.blend.bpd.{name}"]
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-7, msg=name)
+        expected = recorded[f"{schedule}.{network}.bpd.{name}"]
+        torch.testing.assert_close(value, expected, rtol=recorded.tolerance("bpd"), atol=1e-7, msg=name)
 
 
 # ---- golden 05: the EDM samplers, on a denoiser in closed form ----
@@ -115,9 +130,9 @@ def test_bits_per_dimension(recorded, denoisers):
 class Shrink(Denoiser):
     """D(y) = y k / (k + sigma^2), and the levels it was asked for."""
 
-    def __init__(self, k, levels=None):
+    def __init__(self, k, levels=None, shape=(2, 4, 4)):
         self.k, self.calls = k, []
-        self.shape, self.levels = (2, 4, 4), levels or LevelRange(0.0, math.inf)
+        self.shape, self.levels = shape, levels or LevelRange(0.0, math.inf)
 
     def estimate(self, y, sigma, label=None):
         self.calls.append(sigma)
@@ -130,60 +145,75 @@ def edm(golden):
     return golden("05_edm_samplers")
 
 
-CHURN = HeunConfig(churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
+def edm_case(edm, name: str):
+    """The sampler and the levels of a key such as "ablation_sampler.vp_heun.18"."""
+    code, details, steps = re.fullmatch(r"(\w+)(?:\.(.+))?\.(\d+)", name).groups()
+    words = (details or "").split("_")
+    settings, levels = {"steps": int(steps)}, None
+    if code == "edm_sampler":
+        settings |= edm.config["edm_kwargs"]
+    if "churn" in words:
+        churn = edm.config["churn"]
+        settings |= {"churn": float(churn["S_churn"]), "churn_noise": churn["S_noise"]}
+        settings |= {"churn_min": float(churn["S_min"]), "churn_max": float(churn["S_max"])}
+    if "limits" in words:
+        levels = LevelRange(*edm.mapped("edm_sampler.limits.<n>"))
+    for word in words:
+        if word in ("vp", "ve"):
+            settings |= {"levels": word, "flow": word}
+        elif word in ("edm", "iddpm"):
+            settings["levels"] = word
+        elif word == "euler":
+            settings["second_order"] = False
+        elif word.startswith("alpha"):
+            settings["alpha"] = float(word.removeprefix("alpha"))
+    return HeunConfig(**settings), levels
 
 
-@pytest.mark.parametrize("k", ["1.0", "0.3"])
-@pytest.mark.parametrize(
-    ("name", "config", "levels"),
-    [
-        ("edm_sampler.18", HeunConfig(), None),
-        ("edm_sampler.40", HeunConfig(steps=40), None),
-        ("edm_sampler.churn.18", CHURN, None),
-        ("edm_sampler.limits.18", HeunConfig(), LevelRange(0.01, 30.0)),
-        ("ablation_sampler.edm_heun.18", HeunConfig(), None),
-        ("ablation_sampler.edm_euler.18", HeunConfig(second_order=False), None),
-        ("ablation_sampler.iddpm_heun.18", HeunConfig(levels="iddpm"), None),
-        ("ablation_sampler.iddpm_euler.18", HeunConfig(levels="iddpm", second_order=False), None),
-        ("ablation_sampler.vp_heun.18", HeunConfig(levels="vp", flow="vp"), None),
-        ("ablation_sampler.vp_euler.18", HeunConfig(levels="vp", flow="vp", second_order=False), None),
-        ("ablation_sampler.churn_vp.18", replace(CHURN, levels="vp", flow="vp"), None),
-        ("ablation_sampler.ve_heun.18", HeunConfig(levels="ve", flow="ve"), None),
-        ("ablation_sampler.ve_euler.18", HeunConfig(levels="ve", flow="ve", second_order=False), None),
-        ("ablation_sampler.edm_heun_alpha0.8.18", HeunConfig(alpha=0.8), None),
-    ],
-)
-def test_heun_equals_the_published_sampler(edm, name, k, config, levels):
-    denoiser = Shrink(float(k), levels)
-    found = sample(denoiser, config, edm["in.latents"].double(), noise=lambda step: edm["in.noise_seq"][step])
-    torch.testing.assert_close(found, edm[f"k{k}.{name}"], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(denoiser.calls, edm[f"sigma_calls.{name}"].numpy(), rtol=1e-9)
+@pytest.mark.golden_keys("05_edm_samplers", r"k[\d.]+\.(edm|ablation)_sampler\..+")
+def test_heun_equals_the_published_sampler(edm, golden_key):
+    k, name = re.fullmatch(r"k([\d.]+)\.([a-z].+)", golden_key).groups()
+    config, levels = edm_case(edm, name)
+    latents, rtol = edm["in.latents"].double(), edm.tolerance("samplers, t_steps")
+    denoiser = Shrink(float(k), levels, tuple(latents.shape[1:]))
+    result = sample(denoiser, config, latents, noise=lambda step: edm["in.noise_seq"][step])
+    torch.testing.assert_close(result, edm[golden_key], rtol=rtol, atol=1e-12)
+    np.testing.assert_allclose(denoiser.calls, edm[f"sigma_calls.{name}"].numpy(), rtol=rtol)
 
 
 @pytest.mark.parametrize(("name", "second_order"), [("euler", False), ("heun", True)])
 def test_heun_equals_another_implementation(edm, name, second_order):
-    found = sample(Shrink(0.3), HeunConfig(second_order=second_order), edm["in.latents"].double())
+    settings, latents = edm.config["kdiff"], edm["in.latents"].double()
+    limits = {"sigma_min": settings["sigma_min"], "sigma_max": settings["sigma_max"]}
+    config = HeunConfig(steps=settings["n"], second_order=second_order, **limits)
+    result = sample(Shrink(edm.config["ks"][1], shape=tuple(latents.shape[1:])), config, latents)
     # Its levels were rounded to float32.
-    torch.testing.assert_close(found, edm[f"kdiff.sample_{name}"], rtol=1e-5, atol=1e-6)
+    expected = edm[f"kdiff.sample_{name}"]
+    torch.testing.assert_close(result, expected, rtol=edm.tolerance("kdiff schedules"), atol=1e-6)
 
 
-@pytest.mark.parametrize("levels", ["vp", "ve"])
-def test_heun_runs_on_the_other_grids_at_the_published_levels(edm, levels):
-    denoiser = Shrink(1.0)
-    found = sample(denoiser, HeunConfig(levels=levels, steps=40), edm["in.latents"].double())
-    np.testing.assert_allclose(denoiser.calls[::2], edm[f"t_steps.{levels}.40"].numpy(), rtol=1e-9)
-    # The exact solution of the flow: y is scaled by sqrt((k + 0) / (k + sigma_max^2)).
-    highest = denoiser.calls[0]
-    exact = edm["in.latents"].double() * highest / math.sqrt(1 + highest**2)
-    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+@pytest.mark.golden_keys("05_edm_samplers", r"t_steps\.(vp|ve)\.\d+")
+def test_heun_runs_on_the_other_grids_at_the_published_levels(edm, golden_key):
+    _, levels, steps = golden_key.split(".")
+    latents = edm["in.latents"].double()
+    denoiser = Shrink(1.0, shape=tuple(latents.shape[1:]))
+    result = sample(denoiser, HeunConfig(levels=levels, steps=int(steps)), latents)
+    np.testing.assert_allclose(denoiser.calls[::2], edm[golden_key].numpy(), rtol=edm.tolerance("samplers, t_steps"))
+    if int(steps) >= 40:
+        # The exact solution of the flow: y is scaled by sqrt((k + 0) / (k + sigma_max^2)).
+        highest = denoiser.calls[0]
+        torch.testing.assert_close(result, latents * highest / math.sqrt(1 + highest**2), rtol=0.05, atol=0.05)
 
 
-def test_heun_keeps_float64_inside_and_gives_back_the_dtype_of_the_noise(edm):
-    seen = []
-    found = sample(Shrink(1.0), HeunConfig(), edm["in.latents"], callback=lambda step: seen.append(step.y_next.dtype))
-    assert found.dtype == torch.float32
-    assert set(seen) == {torch.float64}
-    torch.testing.assert_close(found, edm["k1.0.edm_sampler.18"].float())
+@pytest.mark.golden_keys("05_edm_samplers", r"k[\d.]+\.edm_sampler\.\d+")
+def test_heun_keeps_float64_inside_and_gives_back_the_dtype_of_the_noise(edm, golden_key):
+    k, name = re.fullmatch(r"k([\d.]+)\.([a-z].+)", golden_key).groups()
+    dtypes, latents = set(), edm["in.latents"]
+    denoiser = Shrink(float(k), shape=tuple(latents.shape[1:]))
+    result = sample(denoiser, edm_case(edm, name)[0], latents, callback=lambda step: dtypes.add(step.y_next.dtype))
+    assert result.dtype == torch.float32
+    assert dtypes == {torch.float64}
+    torch.testing.assert_close(result, edm[golden_key].float())
 
 
 # ---- what holds for any sampler ----
@@ -280,10 +310,11 @@ def test_order_of_convergence(make, order):
     assert errors[-1] < (2e-3 if order == 2 else 5e-2)
 
 
-def test_euler_on_the_own_grid_is_ddim(denoisers, recorded):
+def test_euler_on_the_own_grid_is_ddim(denoiser_of, recorded):
     """To the last bit, when both keep their state in float64."""
+    blend = denoiser_of("linear", "blend")
     start, label = recorded["in.x_T"].double(), recorded["in.y"]
-    for denoiser, labels in ((denoisers["blend"], label), (Shrink(0.5, denoisers["dit"].levels), None)):
+    for denoiser, labels in ((blend, label), (Shrink(0.5, blend.levels), None)):
         start = start if labels is not None else ImageNoise(range(2), (2, 4, 4)).initial().double()
         ddim = sample(denoiser, DDIMConfig(steps="13"), start, label=labels)
         euler = sample(denoiser, HeunConfig(steps=13, levels="grid", second_order=False), start, label=labels)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -27,36 +29,38 @@ class Silent(torch.nn.Module):
         return torch.zeros(len(x), 2, 2, 2)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize(
-    "table",
-    [
-        "betas",
-        "alphas_cumprod",
-        "posterior_variance",
-        "posterior_log_variance_clipped",
-        "posterior_mean_coef1",
-        "posterior_mean_coef2",
-    ],
-)
-def test_tables_equal_the_published_ones(golden, name, table):
-    expected = golden("02_schedules")[f"{name}1000.{table}"].numpy()
-    np.testing.assert_allclose(getattr(make_schedule(name, 1000), table), expected, rtol=1e-10)
+@pytest.mark.golden_keys("02_schedules", r"[a-z]+\d+\.\w+")
+def test_tables_equal_the_published_ones(golden, golden_key):
+    fixture = golden("02_schedules")
+    name, steps, table = re.fullmatch(r"([a-z]+)(\d+)\.(\w+)", golden_key).groups()
+    result = getattr(make_schedule(name, int(steps)), table)
+    np.testing.assert_allclose(result, fixture[golden_key].numpy(), rtol=fixture.tolerance("arrays"))
 
 
 def test_respacing_keeps_the_published_steps(golden):
-    values = golden("02_schedules").about["values"]
-    for steps, expected in ((1000, values["space_timesteps"]), (300, values["space_timesteps_300"])):
-        for spec, kept in expected.items():
-            assert respace(steps, spec) == kept, spec
-    assert respace(1000, [10, 15, 20]) == values["space_timesteps"]["10,15,20"]
-    assert respace(1000, 250) == values["space_timesteps"]["250"]
-    for spec, (outcome, detail) in values["odd_specs"].items():
-        if outcome == "ok":
-            assert len(respace(1000, spec)) == detail
-        else:
-            with pytest.raises(DitlabError, match="at most 500 steps in section 0, found 600"):
-                respace(1000, spec)
+    fixture = golden("02_schedules")
+    full = int(fixture.mapped("values.space_timesteps")[0])
+    for name, cases in fixture.values.items():
+        steps = int(name.removeprefix("space_timesteps_")) if name.startswith("space_timesteps_") else full
+        for spec, expected in cases.items():
+            if name == "odd_specs" and expected[0] == "ok":
+                assert len(respace(steps, spec)) == expected[1], spec
+            elif name == "odd_specs":
+                with pytest.raises(DitlabError, match=refusal(expected[1])):
+                    respace(steps, spec)
+            else:
+                assert respace(steps, spec) == expected, spec
+                if not spec.startswith("ddim"):
+                    counts = [int(count) for count in spec.split(",")]
+                    assert (
+                        respace(steps, counts) == respace(steps, counts if len(counts) > 1 else counts[0]) == expected
+                    )
+
+
+def refusal(sentence: str) -> str:
+    """What ditlab says where the original says this."""
+    section = re.search(r"section of (\d+) steps into (\d+)", sentence)
+    return rf"at most {section[1]} steps in section \d+, found {section[2]}" if section else "no integer stride"
 
 
 @pytest.mark.parametrize("spec", ["", "ten", "ddim", "0", "-5", "1001", "ddim999", "10,,3", []])
@@ -65,22 +69,24 @@ def test_a_respacing_that_cannot_be_read_is_refused(spec):
         respace(1000, spec)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("spec", ["ddim50", "10,15,20", "10", "ddim10", "ddim25", "27", "1"])
-def test_respaced_betas_equal_the_published_ones(golden, name, spec):
-    short = make_schedule(name, 1000).respaced(spec)
-    np.testing.assert_allclose(short.betas, golden("02_schedules")[f"respaced.{spec}.{name}.betas"].numpy(), rtol=1e-10)
-    np.testing.assert_allclose(short.sigmas, make_schedule(name, 1000).sigmas[short.timesteps], rtol=1e-9)
+@pytest.mark.golden_keys("02_schedules", r"respaced\..+\.betas")
+def test_respaced_betas_equal_the_published_ones(golden, golden_key):
+    fixture = golden("02_schedules")
+    spec, name = re.fullmatch(r"respaced\.(.+)\.(\w+)\.betas", golden_key).groups()
+    full = make_schedule(name, int(fixture.mapped("values.space_timesteps")[0]))
+    short = full.respaced(spec)
+    np.testing.assert_allclose(short.betas, fixture[golden_key].numpy(), rtol=fixture.tolerance("arrays"))
+    np.testing.assert_allclose(short.sigmas, full.sigmas[short.timesteps], rtol=1e-9)
     assert np.isfinite(short.posterior_log_variance_clipped).all()
 
 
-@pytest.mark.parametrize("steps", [1000, 4000])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_a_network_is_told_the_steps_of_the_full_process(golden, steps, rescale):
-    full = make_schedule("cosine", steps)
-    denoiser = VPDenoiser(Silent(), full, rescale_time=rescale)
-    expected = golden("02_schedules")[f"model_t.steps{steps}.10.rescale_{rescale}"]
-    sigmas = full.respaced("10").sigmas
+@pytest.mark.golden_keys("02_schedules", r"model_t\..+")
+def test_a_network_is_told_the_steps_of_the_full_process(golden, golden_key):
+    steps, spec, rescale = re.fullmatch(r"model_t\.steps(\d+)\.(.+)\.rescale_(\w+)", golden_key).groups()
+    full = make_schedule("cosine", int(steps))
+    denoiser = VPDenoiser(Silent(), full, rescale_time=rescale == "True")
+    expected = golden("02_schedules")[golden_key]
+    sigmas = full.respaced(spec).sigmas
     assert [denoiser.time(float(sigma)) for sigma in sigmas] == pytest.approx(expected.tolist(), rel=1e-6)
     in_float32 = denoiser.time(torch.from_numpy(sigmas).float())
     assert isinstance(in_float32, torch.Tensor)
@@ -93,24 +99,27 @@ def test_a_schedule_comes_back_from_its_levels(name):
     np.testing.assert_allclose(VPSchedule.from_sigmas(full.sigmas).betas, full.betas, rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [18, 40])
-@pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
-def test_discretizations_equal_the_published_ones(golden, name, steps):
-    np.testing.assert_allclose(
-        noise_levels(name, steps), golden("05_edm_samplers")[f"t_steps.{name}.{steps}"].numpy(), rtol=1e-9
-    )
+@pytest.mark.golden_keys("05_edm_samplers", r"t_steps\..+")
+def test_discretizations_equal_the_published_ones(golden, golden_key):
+    fixture = golden("05_edm_samplers")
+    _, name, steps = golden_key.split(".")
+    settings = fixture.config["edm_kwargs"] if name == "edm" else {}
+    levels = noise_levels(name, int(steps), **settings)
+    np.testing.assert_allclose(levels, fixture[golden_key].numpy(), rtol=fixture.tolerance("samplers, t_steps"))
 
 
 def test_continuous_levels_equal_the_published_ones(golden):
     fixture = golden("05_edm_samplers")
-    time = fixture["vp.t"].numpy()
-    np.testing.assert_allclose(vp_sigma(time), fixture["vp.sigma(t)"].numpy(), rtol=1e-9)
-    np.testing.assert_allclose(
-        vp_sigma_inverse(fixture["vp.sigma(t)"].numpy()), fixture["vp.sigma_inv(sigma(t))"].numpy(), rtol=1e-9
-    )
+    rtol = fixture.tolerance("samplers, t_steps")
+    time, sigma = fixture["vp.t"].numpy(), fixture["vp.sigma(t)"].numpy()
+    np.testing.assert_allclose(vp_sigma(time), sigma, rtol=rtol)
+    np.testing.assert_allclose(vp_sigma_inverse(sigma), fixture["vp.sigma_inv(sigma(t))"].numpy(), rtol=rtol)
     # The recorded ones were summed in float32, which costs most at the lowest levels.
-    np.testing.assert_allclose(cosine_levels(), fixture["iddpm.u"].numpy(), rtol=1e-4)
-    np.testing.assert_allclose(noise_levels("edm", 18), fixture["kdiff.karras"].numpy()[:-1], rtol=1e-5)
+    u = fixture["iddpm.u"].numpy()
+    np.testing.assert_allclose(cosine_levels(len(u) - 1), u, rtol=1e-4)
+    steps, low, high = (fixture.config["kdiff"][key] for key in ("n", "sigma_min", "sigma_max"))
+    karras = noise_levels("edm", steps, low, high)
+    np.testing.assert_allclose(karras, fixture["kdiff.karras"].numpy()[:-1], rtol=fixture.tolerance("kdiff schedules"))
 
 
 def test_a_single_level_and_a_single_step_work():

@@ -165,3 +165,29 @@ def test_the_whole_depth():
     assert isinstance(config, DiTConfig)
     with torch.device("meta"):
         assert sum(p.numel() for p in DiT(config).parameters()) == parameter_count(config)
+
+
+NAMED = {
+    name: {"depth": depth, "hidden_size": width, "num_heads": heads}
+    for name, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
+}
+"""Sizes of the paper's Table 1, as the original's settings."""
+
+
+def test_counts_of_the_original(golden, dit_config):
+    """By the closed forms, which the tests above hold against the networks; small networks are counted themselves."""
+    for case in golden("01_dit_counts").values:
+        settings = case["kwargs"]
+        if case["model"] != "DiT":
+            size, patch = case["model"].removeprefix("DiT-").split("/")
+            settings = NAMED[size] | {"patch_size": int(patch)} | settings
+        config = dit_config(settings)
+        counts = [(parameter_count(config), mac_count(config)[0])]
+        if case["params_trainable"] < 40e6:
+            measured = complexity(on_meta(config), (config.channels, *config.image_size), memory=False)
+            counts.append((measured.parameters, measured.macs))
+        # The original counts its fixed position table among the parameters, and not among the trainable ones.
+        table = config.width * config.grid[0] * config.grid[1]
+        for parameters, macs in counts:
+            assert parameters == case["params_trainable"] == case["params_total"] - table, case
+            assert macs == case["macs"], case

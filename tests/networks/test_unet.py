@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,14 +26,16 @@ from ditlab.training.sharding import checkpoint_activations
 TINY = UNetConfig(image_size=(8, 12), width=8, groups=2, res_blocks=1, multipliers=(1, 2), attention_at=(4,), heads=2)
 
 
-@pytest.fixture(params=["03_iddpm_unet_a", "03_iddpm_unet_b"])
-def fixture(golden, request):
-    return golden(request.param)
+pytestmark = pytest.mark.goldens("03_iddpm_unet_?")
+
+
+@pytest.fixture
+def fixture(golden, golden_name):
+    return golden(golden_name)
 
 
 def imported(fixture) -> UNet:
-    config = fixture.about["config"]
-    facts = UNetFacts(num_heads=config["num_heads"], image_size=config["image_size"])
+    facts = UNetFacts(**{key: fixture.config[key] for key in ("num_heads", "num_heads_upsample", "image_size")})
     weights = fixture.weights()
     return from_original(weights, infer_config(weights, facts, "golden")).eval()
 
@@ -59,28 +60,30 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) ->
 
 
 @torch.no_grad()
-def test_outputs_of_the_original(fixture):
-    network = imported(fixture)
+def test_outputs_of_the_original(fixture, use_frequencies):
+    use_frequencies(fixture)
+    network, tolerance, wide = imported(fixture), fixture.tolerance("out.*"), fixture.tolerance("out64.y")
     x, t, label = fixture["in.x"], fixture["in.t"], fixture.tensors.get("in.y")
-    close(sinusoid(t, network.config.width), fixture["out.t_freq"])
-    close(network.time(t), fixture["out.t_emb"])
-    close(network(x, t, label), fixture["out.y"])
-    close(network(x, fixture["in.t_float"], label), fixture["out.y_tfloat"])
+    close(sinusoid(t, network.config.width), fixture["out.t_freq"], tolerance)
+    close(network.time(t), fixture["out.t_emb"], tolerance)
+    close(network(x, t, label), fixture["out.y"], tolerance)
+    close(network(x, fixture["in.t_float"], label), fixture["out.y_tfloat"], tolerance)
     network.double()
-    close(network(x.double(), t, label), fixture["out64.y"], 2e-6)
-    close(network(x.double(), fixture["in.t_float"].double(), label), fixture["out64.y_tfloat"], 2e-6)
+    close(network(x.double(), t, label), fixture["out64.y"], wide)
+    close(network(x.double(), fixture["in.t_float"].double(), label), fixture["out64.y_tfloat"], wide)
 
 
 @torch.no_grad()
-def test_feature_maps_of_the_original(fixture):
-    network = imported(fixture)
-    kept: dict[int, torch.Tensor] = {}
+def test_feature_maps_of_the_original(fixture, use_frequencies):
+    use_frequencies(fixture)
+    network, tolerance = imported(fixture), fixture.tolerance("out.*")
+    maps: dict[int, torch.Tensor] = {}
     for number, block in enumerate(network.blocks):
-        block.register_forward_hook(lambda module, args, output, number=number: kept.__setitem__(number, output[:1]))
+        block.register_forward_hook(lambda module, args, output, number=number: maps.__setitem__(number, output))
     network(fixture["in.x"], fixture["in.t"], fixture.tensors.get("in.y"))
-    close(kept[0], fixture["out.down1"])
-    close(kept[network.skips + 1], fixture["out.middle"])
-    close(kept[network.skips + 2], fixture["out.up0"])
+    for name, number in (("down1", 0), ("middle", network.skips + 1), ("up0", network.skips + 2)):
+        expected = fixture[f"out.{name}"]
+        close(maps[number][: len(expected)], expected, tolerance)
 
 
 def parameters(config: UNetConfig) -> int:
@@ -88,17 +91,33 @@ def parameters(config: UNetConfig) -> int:
         return sum(p.numel() for p in UNet(config).parameters())
 
 
-def test_sizes_of_the_original():
-    path = Path(__file__).parents[1] / "data" / "goldens" / "03_iddpm_counts.json"
-    wanted = json.loads(path.read_text())["values"]["cifar10_uncond"]
-    network, flags = PRESETS["unet-cifar10"].network, wanted["create_model_args"]
-    assert isinstance(network, UNetConfig)
-    assert parameters(network) == wanted["params"]
-    with torch.device("meta"):
-        assert len(UNet(network).state_dict()) == wanted["state_dict_entries"]
-    assert (network.image_size, network.width, network.heads) == ((32, 32), flags["num_channels"], flags["num_heads"])
-    assert (network.dropout, network.learn_sigma) == (flags["dropout"], flags["learn_sigma"])
-    assert ",".join(map(str, network.attention_at)) == flags["attention_resolutions"]
+LEVELS = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
+"""Image size -> multipliers of the levels, in the scripts of the original."""
+CLASSES = 1000
+"""Of the original's conditional networks."""
+
+
+def test_sizes_of_the_original(golden):
+    for name, expected in golden("03_iddpm_counts").values.items():
+        flags = expected["create_model_args"]
+        config = UNetConfig(
+            image_size=(flags["image_size"],) * 2,
+            width=flags["num_channels"],
+            res_blocks=flags["num_res_blocks"],
+            multipliers=LEVELS[flags["image_size"]],
+            attention_at=tuple(int(side) for side in flags["attention_resolutions"].split(",")),
+            heads=flags["num_heads"],
+            heads_up=None if flags["num_heads_upsample"] == -1 else flags["num_heads_upsample"],
+            dropout=flags["dropout"],
+            scale_shift=flags["use_scale_shift_norm"],
+            learn_sigma=flags["learn_sigma"],
+            num_classes=CLASSES if flags["class_cond"] else 0,
+        )
+        assert parameters(config) == expected["params"], name
+        with torch.device("meta"):
+            assert len(UNet(config).state_dict()) == expected["state_dict_entries"], name
+        if name == "cifar10_uncond":
+            assert PRESETS["unet-cifar10"].network == config
 
 
 @pytest.mark.parametrize(

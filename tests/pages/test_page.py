@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from ditlab.analyses.psnr_gap.comparison import compare
-from ditlab.analyses.psnr_gap.figures import gap_bars, sample_grid
 from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.psnr_gap.figures import gap_bars, sample_grid
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import Trajectory, compare_trajectories
 from ditlab.errors import DitlabError
@@ -26,10 +26,10 @@ from ditlab.pages.page import (
     EXACT_BYTES,
     PAGE_BYTES,
     PageData,
-    ThemedFigure,
     RunCard,
     Section,
     Table,
+    ThemedFigure,
     build_page,
     fit_page,
     page_size,
