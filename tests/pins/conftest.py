@@ -90,8 +90,10 @@ def load_result(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 FREE = frozenset(
-    ("environment", "command", "seconds", "cpu_seconds", "step_seconds", "training_seconds", "memory_bytes")
-    + ("weights", "sha256", "sentences", "notes")
+    (
+        *("environment", "command", "seconds", "cpu_seconds", "step_seconds", "training_seconds", "memory_bytes"),
+        *("weights", "sha256", "sentences", "notes"),
+    )
 )
 """Keys whose values depend on the machine, or are prose: pinned is only that they are there, and their types."""
 
