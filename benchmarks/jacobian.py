@@ -45,8 +45,8 @@ from torch.func import jvp, vmap
 from clocks import clock
 from ditlab.analyses.jacobian.decomposition import decompose, decompose_top
 from ditlab.analyses.jacobian.operator import JacobianOperator, plain_attention
-from ditlab.data.sources.files.base import Fit, Item
-from ditlab.data.sources.files.photos import Photos
+from ditlab.data.sources.base import Fit, Item
+from ditlab.data.sources.photos import Photos
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.schedules import make_schedule

@@ -85,8 +85,8 @@ def test_the_commands_of_the_docs_run(tmp_path, monkeypatch):
 
 
 def test_the_table_of_photographs_in_the_docs_is_true(tmp_path):
-    from ditlab.data.sources.files.base import TEST, TRAIN, Fit
-    from ditlab.data.sources.files.photos import Photos
+    from ditlab.data.sources.base import TEST, TRAIN, Fit
+    from ditlab.data.sources.photos import Photos
 
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)

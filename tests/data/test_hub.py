@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 import pytest
-from ditlab.data.sources.files.base import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources.files.files import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
+from ditlab.data.sources.files import read_source
 from PIL import Image as Pictures
 
 from ditlab.errors import DitlabError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ditlab.data.sources.files.base import TEST, TRAIN, Fit, Item
-from ditlab.data.sources.files.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item
+from ditlab.data.sources.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ditlab.data.sources.files.base import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources.files.files import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
+from ditlab.data.sources.files import read_source
 from PIL import Image
 
 from ditlab.errors import DitlabError

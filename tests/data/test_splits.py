@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ditlab.data.sources.files.base import TEST, TRAIN
+from ditlab.data.sources.base import TEST, TRAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

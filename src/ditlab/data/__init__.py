@@ -4,8 +4,8 @@ from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.data.imageset import ImageSet, prepare
 from ditlab.data.pixels import to_float, to_uint8
-from ditlab.data.sources.files.base import Fit, Item, Skipped, Source
-from ditlab.data.sources.files.files import read_source
+from ditlab.data.sources.base import Fit, Item, Skipped, Source
+from ditlab.data.sources.files import read_source
 from ditlab.data.splits import Split, make_split, verify
 
 __all__ = [

@@ -28,8 +28,8 @@ from ditlab.data.duplicates import NearDuplicates, find_near_duplicates
 from ditlab.data.latents import Latents
 from ditlab.data.manifest import Manifest, content_hash, hash_file, read_manifest
 from ditlab.data.pixels import Color, channels, to_float
-from ditlab.data.sources.files.base import TEST, TRAIN, Skipped, Source
-from ditlab.data.sources.files.files import read_source
+from ditlab.data.sources.base import TEST, TRAIN, Skipped, Source
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder
 

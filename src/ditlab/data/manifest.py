@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ditlab.data.duplicates import NearDuplicates
 from ditlab.data.latents import LatentRecord
-from ditlab.data.sources.files.base import Skipped
+from ditlab.data.sources.base import Skipped
 from ditlab.errors import DitlabError
 
 FORMAT, VERSION, LATENT_VERSION = "ditlab-image-set", 1, 2

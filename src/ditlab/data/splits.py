@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.imageset import ImageSet
-from ditlab.data.sources.files.base import TEST, TRAIN
+from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.errors import DitlabError
 from ditlab.rng import numpy_generator
 

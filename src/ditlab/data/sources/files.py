@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.pixels import Color, decode
-from ditlab.data.sources.files.base import TEST, TRAIN, Fit, Item, Skipped, Source
-from ditlab.data.sources.files.hub import Hub
-from ditlab.data.sources.files.photos import Photos
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.sources.hub import Hub
+from ditlab.data.sources.photos import Photos
 from ditlab.errors import DitlabError, unknown_name
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.data.pixels import decode
-from ditlab.data.sources.files.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
 from ditlab.errors import DitlabError, unknown_name
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.pixels import decode, planes
-from ditlab.data.sources.files.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
 from ditlab.errors import DitlabError
 
 PHOTOGRAPHS = {
