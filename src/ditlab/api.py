@@ -17,6 +17,8 @@ from ditlab.models.split_config import SplitConfig
 from ditlab.progress import Reporter, default_reporter
 
 if TYPE_CHECKING:
+    from ditlab.analyses.complexity.config import ComplexityConfig
+    from ditlab.analyses.complexity.measure import Costs
     from ditlab.data.imageset import ImageSet
     from ditlab.models.comparing import ModelSet, Source
     from ditlab.models.model import Model
@@ -25,6 +27,7 @@ __all__ = [
     "agreement",
     "analyze",
     "attention",
+    "complexity",
     "jacobian",
     "open",
     "psnr_gap",
@@ -201,6 +204,38 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
         settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig`, and the keywords of `analyze`.
     """
     return analyze("two-subsets", [first, second], **settings)
+
+
+def complexity(
+    presets: str | Sequence[str],
+    *,
+    config: ComplexityConfig | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Costs:
+    """Counts what networks cost: parameters, operations, memory, training compute.
+
+    Args:
+        presets: one or several, e.g. "dit-s/2".
+        config: the images, and changes of the networks; or give them one by one as keywords.
+        out: a folder for complexity.json and complexity.png; nothing is written if None.
+        settings: fields of `ditlab.analyses.complexity.config.ComplexityConfig`.
+
+    Raises:
+        DitlabError: an unknown preset, or settings that a network does not have.
+    """
+    from ditlab.analyses.complexity.config import ComplexityConfig
+    from ditlab.analyses.complexity.measure import measure_costs
+    from ditlab.studies.published import published_fid
+
+    if config is None:
+        config, settings = settings_of(ComplexityConfig, settings, "complexity")
+    if settings:
+        raise unknown_name("setting of complexity", next(iter(settings)), ComplexityConfig.__dataclass_fields__)
+    costs = measure_costs([presets] if isinstance(presets, str) else presets, config, published_fid)
+    if out is not None:
+        costs.files.extend(costs.save(Path(out)))
+    return costs
 
 
 def _several(models: Source | Sequence[Source]) -> list[Source]:
