@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditlab.api import agreement, analyze, attention, complexity, jacobian, open, psnr_gap, two_subsets
+    from ditlab.api import agreement, analyze, attention, complexity, jacobian, open, psnr_gap, report, two_subsets
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
     from ditlab.models.model import Model
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "open",
     "psnr_gap",
+    "report",
     "two_subsets",
 ]
 

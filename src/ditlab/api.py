@@ -6,7 +6,7 @@ and raise `DitlabError` for input that cannot be used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ditlab.data.imageset import ImageSet
     from ditlab.models.comparing import ModelSet, Source
     from ditlab.models.model import Model
+    from ditlab.report.report import ReportResult
 
 __all__ = [
     "agreement",
@@ -31,6 +32,7 @@ __all__ = [
     "jacobian",
     "open",
     "psnr_gap",
+    "report",
     "two_subsets",
 ]
 
@@ -204,6 +206,81 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
         settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig`, and the keywords of `analyze`.
     """
     return analyze("two-subsets", [first, second], **settings)
+
+
+def report(
+    models: Source | Sequence[Source],
+    *,
+    out: str | Path | None = None,
+    title: str | None = None,
+    samples: int = 16,
+    hide_training_images: bool = False,
+    jacobian: bool = False,
+    configs: Mapping[str, Any] | None = None,
+    commands: Sequence[tuple[str, str]] = (),
+    foreword: Sequence[str] = (),
+    data: ImageSet | str | Path | None = None,
+    held_out: ImageSet | str | Path | None = None,
+    split: SplitConfig | None = None,
+    names: Sequence[str] = (),
+    checkpoint: int | None = None,
+    raw: bool = False,
+    codec: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> ReportResult:
+    """Writes one HTML page about models: a verdict, a table and a figure, then a section for each analysis.
+
+    What was measured before is used; the PSNR gap and attention are measured where they are missing.
+
+    Args:
+        models: models, or strings that name them; one or several.
+        out: the page; report.html in the first model's folder if None. Its figures go into figures/ beside it.
+        title: the model's name, or the names of the kinds, if None.
+        samples: images to draw of each kind of model at each N, at most 64.
+        hide_training_images: show no picture of a real image, nor a sample that is nearly one.
+        jacobian: also measure Jacobians of models that have none, which takes minutes.
+        configs: analysis -> the settings to measure it with, instead of its defaults.
+        commands: (what it does, the exact command line), shown before the commands that trained the models.
+        foreword: sentences under the verdict.
+        data: as for `analyze`, like all that follow.
+
+    Example:
+        >>> ditlab.report(["runs/global", "runs/local"], out="report.html")  # doctest: +SKIP
+
+    Raises:
+        DitlabError: models that cannot be opened or compared, or a page that cannot be written.
+    """
+    from ditlab.report.report import write_report
+
+    place, reporter = None if out is None else Path(out), _reporter(reporter)
+    opened = _open_set(
+        _several(models),
+        data,
+        held_out=held_out,
+        split=split,
+        names=names,
+        step=checkpoint,
+        ema=not raw,
+        codec=codec,
+        device=device,
+        threads=threads,
+        out=None if place is None else place.parent,
+        reporter=reporter,
+    )
+    return write_report(
+        opened,
+        opened[0].path / "report.html" if place is None else place,
+        title=title,
+        samples=samples,
+        hide_training_images=hide_training_images,
+        jacobian=jacobian,
+        configs=configs,
+        commands=commands,
+        foreword=foreword,
+        reporter=reporter,
+    )
 
 
 def complexity(

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from ditlab.cli.common import noting
-from ditlab.cli.exporting import export_run
+from ditlab.report.hub_export import export_run
 from ditlab.data.autoencoder import open_codec
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder

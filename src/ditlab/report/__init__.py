@@ -1,1 +1,1 @@
-"""Drawing results: figures and the report page. Nothing is computed here (DESIGN 3)."""
+"""Composes the sections that the analyses give into one page; model cards for the hub."""

@@ -26,7 +26,8 @@ from ditlab.nn.attention_plan import parse_plan
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
 from ditlab.pages.theme import Theme, assign
 from ditlab.pages.token_picker import AttentionPicker
-from ditlab.report.sections import locality_section, matched_table
+from ditlab.analyses.attention.section import locality_section
+from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.studies.figures import differences_figure
 from ditlab.studies.findings import findings, said, seen, ways_of
 from ditlab.studies.grid import Study
