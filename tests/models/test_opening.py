@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 import ditlab
 from ditlab.analyses.psnr_gap.result import PSNRConfig, psnr_gap
-from ditlab.data.autoencoder import open_codec
-from ditlab.data.encode import Encoding
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.autoencoder import open_autoencoder
+from ditlab.data.encode import LatentEncoder
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.converted import open_converted, write_converted
@@ -204,8 +205,8 @@ def latents(sets, tmp_path_factory, write_kl):
                 place / "diffusion_pytorch_model.safetensors",
                 metadata={"format": "pt"},
             )
-        work = Encoding(pictures, folder / name, open_codec(place))
-        with work.taken():
+        work = LatentEncoder(pictures, folder / name, open_autoencoder(place))
+        with work.locked():
             work.encode()
             work.finish()
     return folder

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ditlab.config import SplitRecord
-from ditlab.data.autoencoder import Codec, Identity
+from ditlab.data.autoencoder import Autoencoder, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
 from ditlab.data.splits import Split, verify
@@ -165,7 +165,7 @@ class Model(ABC):
         return self.denoiser_and_provenance(step=step, ema=ema, device=device, say=say)[0]
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """What stands between pictures and the images as the denoiser sees them; the identity for pixels."""
         return Identity()
 
@@ -185,8 +185,8 @@ class Model(ABC):
         Raises:
             DitlabError: latents of mirrored pictures that are not there.
         """
-        coins = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
-        return self.pixels(self.images.batch(indices, mirrored=coins))
+        flip_mask = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
+        return self.pixels(self.images.batch(indices, mirrored=flip_mask))
 
     def pixels_at(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Pictures uint8 `[B, C, H, W]` of the images at these places of the image set, to look at.
@@ -198,4 +198,4 @@ class Model(ABC):
 
     @cached_property
     def _pictures(self) -> ImageSet | None:
-        return self.images.pictures()
+        return self.images.original

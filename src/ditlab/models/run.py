@@ -27,7 +27,7 @@ from torch import nn
 
 import ditlab
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, flat, read_record, to_json
-from ditlab.data.autoencoder import Codec, CodecRecord, Identity, reopen_codec
+from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.diffusion.denoisers import Denoiser
@@ -191,7 +191,7 @@ class Run(Model):
         return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """Its autoencoder, loaded when first asked for; the identity for a run on pixels.
 
         Raises:
@@ -199,7 +199,7 @@ class Run(Model):
         """
         if self.record.codec is None:
             return Identity()
-        return reopen_codec(self.record.codec, self.home, self._codec)
+        return reopen_autoencoder(self.record.codec, self.home, self._codec)
 
     @property
     def conditional(self) -> bool:
@@ -350,7 +350,7 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
     return Run(path, record, images.path)
 
 
-def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> CodecRecord | None:
+def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> AutoencoderRecord | None:
     """What a run's record keeps of the codec of its images; None for pixels."""
     if images.latents is None:
         return None
@@ -426,7 +426,7 @@ class _Unlabelled:
     """An image set whose labels an unconditional network does not get."""
 
     def __init__(self, images: ImageSet) -> None:
-        self.shape, self.sampled, self.batch = images.shape, images.sampled, images.batch
+        self.shape, self.stochastic, self.batch = images.shape, images.stochastic, images.batch
 
     def batch_labels(self, indices: np.ndarray) -> None:
         """None."""
