@@ -46,7 +46,7 @@ class Latents:
     """Random latents with labels."""
 
     shape = (4, 32, 32)
-    sampled = False
+    stochastic = False
 
     def batch(self, indices: np.ndarray, noise: object = None, mirrored: object = None) -> torch.Tensor:
         """Latents `[B, 4, 32, 32]`, unit normal, the same for the same indices."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from ditlab.data.autoencoder import CodecRecord
+from ditlab.data.autoencoder import AutoencoderRecord
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
@@ -217,7 +217,7 @@ class RunRecord:
     """Versions and machine at the start."""
     format: int = FORMAT
     """Version of this layout."""
-    codec: CodecRecord | None = None
+    codec: AutoencoderRecord | None = None
     """The autoencoder of a run on latents, its place relative to the run's folder; None for a run on pixels."""
 
 

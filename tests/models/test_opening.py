@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import ditlab
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.measure import measure_gap as psnr_gap
-from ditlab.data.autoencoder import open_codec
-from ditlab.data.encode import Encoding
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.autoencoder import open_autoencoder
+from ditlab.data.encode import LatentEncoder
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.converted import open_converted, write_converted
@@ -205,8 +206,8 @@ def latents(sets, tmp_path_factory, write_kl):
                 place / "diffusion_pytorch_model.safetensors",
                 metadata={"format": "pt"},
             )
-        work = Encoding(pictures, folder / name, open_codec(place))
-        with work.taken():
+        work = LatentEncoder(pictures, folder / name, open_autoencoder(place))
+        with work.locked():
             work.encode()
             work.finish()
     return folder

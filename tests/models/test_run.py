@@ -12,7 +12,8 @@ import torch
 
 import ditlab
 from ditlab.config import DataConfig, RunConfig, fit_to_images
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run, environment, start, train_run

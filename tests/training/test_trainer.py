@@ -30,7 +30,7 @@ class Noise:
     """Thirty random images in two classes, the same every time."""
 
     shape = (3, 4, 4)
-    sampled = False
+    stochastic = False
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ditlab.data.autoencoder import reopen_codec
+from ditlab.cli.common import noting
+from ditlab.data.autoencoder import reopen_autoencoder
 from ditlab.data.contact_sheet import fitting_scale, image_grid
-from ditlab.data.imageset import ImageSet, prepare
-from ditlab.data.imageset import Progress as Told
+from ditlab.data.imageset import ImageSet
 from ditlab.data.latents import LatentRecord
 from ditlab.data.pixels import to_uint8
+from ditlab.data.preparing import default_folder, prepare
+from ditlab.data.sources.base import SkippedItem
 from ditlab.errors import DitlabError
+from ditlab.progress import Bar, Reporter
 from ditlab.rng import numpy_generator
 from ditlab.training.distributed import pick_device
 
@@ -34,9 +37,11 @@ class Prepare:
     """
 
     source: tyro.conf.Positional[str]
-    """photos, digits, folder:PATH, hub:ID, array:PATH or mosaic:PATH."""
-    out: tyro.conf.Positional[Path]
-    """The folder to make; it appears whole or not at all."""
+    """photos, digits, a folder of images (PATH or folder:PATH), hub:ID, array:PATH or mosaic:PATH."""
+    out: tyro.conf.Positional[Path | None] = None
+    """The folder to make; it appears whole or not at all (image-sets/SOURCE-SIZE if not given)."""
+    held_out: str | None = None
+    """A second source, of the images to test on; those of the first are then only trained on."""
     size: int = 32
     """Height and width of the images, in pixels."""
     color: Literal["rgb", "grey"] = "rgb"
@@ -72,22 +77,22 @@ class Prepare:
         """Makes the set, prints what it holds, and returns the same as a JSON-able dict (`summary`)."""
         names = ("stride", "scales", "flat", "image_column", "label_column", "config", "splits")
         names += ("images_key", "labels_key")
-        with stage_bars(console) as told:
-            made = prepare(
-                self.source,
-                self.out,
-                size=self.size,
-                color=self.color,
-                upscale=self.upscale,
-                options={name: getattr(self, name) for name in names if getattr(self, name) is not None},
-                near_duplicates=self.near_duplicates,
-                near_limit=self.near_limit,
-                overwrite=self.overwrite,
-                progress=told,
-            )
-        result = summary(made)
+        images = prepare(
+            self.source,
+            self.out or default_folder(self.source, self.size, self.color, self.held_out),
+            size=self.size,
+            color=self.color,
+            upscale=self.upscale,
+            held_out=self.held_out,
+            options={name: getattr(self, name) for name in names if getattr(self, name) is not None},
+            near_duplicates=self.near_duplicates,
+            near_limit=self.near_limit,
+            overwrite=self.overwrite,
+            reporter=BarReporter(console),
+        )
+        result = summary(images)
         print_summary(console, result)
-        console.print(f"Look at it with: ditlab data info {escape(str(self.out))}")
+        console.print(f"Look at it with: ditlab data info {escape(str(images.path))}")
         return result
 
 
@@ -140,9 +145,9 @@ class Info:
     def _decoded(self, opened: ImageSet, shown: np.ndarray, result: dict[str, Any]) -> np.ndarray:
         """What stored latents look like, uint8; notes how near that is to the pictures, where those are at hand."""
         assert opened.latents is not None
-        codec = reopen_codec(opened.latents.record.codec, opened.path, self.codec).to(pick_device(self.device))
+        codec = reopen_autoencoder(opened.latents.record.codec, opened.path, self.codec).to(pick_device(self.device))
         images = to_uint8(codec.decode(opened.batch(shown))).numpy()
-        pictures = opened.pictures()
+        pictures = opened.original
         if pictures is not None:
             errors = (images.astype(np.float64) - pictures.take(shown)) ** 2
             result["latents"]["round_trip_db"] = float(10 * np.log10(255**2 / max(errors.mean(), 1e-9)))
@@ -163,6 +168,7 @@ def summary(imageset: ImageSet) -> dict[str, Any]:
         "classes": dict(zip(manifest.class_names, manifest.label_counts, strict=True)),
         "pools": manifest.pools,
         "exact_duplicates_dropped": manifest.exact_duplicates,
+        "exact_duplicate_files": [list(pair) for pair in manifest.duplicate_names[:5]],
         "near_duplicates": None
         if near is None
         else {
@@ -172,13 +178,23 @@ def summary(imageset: ImageSet) -> dict[str, Any]:
             "images": near.images,
             "pairs_across_train_and_test": near.across_pools,
             "most_similar": [list(pair) for pair in near.examples[:5]],
+            "most_similar_files": [
+                [imageset.source_of(first), imageset.source_of(second)] for first, second, _ in near.examples[:5]
+            ],
         },
         "skipped": manifest.skipped_count,
-        "skipped_examples": {item.name: item.reason for item in manifest.skipped[:10]},
+        "skipped_kinds": manifest.skipped_kinds,
+        "skipped_summary": manifest.skipped_summary(),
+        "skipped_examples": {item.name: item.reason for item in _images_first(manifest.skipped)[:10]},
         "notes": list(manifest.notes),
         "hash": imageset.hash,
         **latents,
     }
+
+
+def _images_first(skipped: Sequence[SkippedItem]) -> list[SkippedItem]:
+    """Skipped images before files that are no images, which their endings describe."""
+    return sorted(skipped, key=lambda item: item.kind.startswith("."))
 
 
 def _latents(record: LatentRecord) -> dict[str, Any]:
@@ -214,6 +230,8 @@ def print_summary(console: Console, result: dict[str, Any]) -> None:
         more = ", ..." if len(result["classes"]) > 20 else ""
         table.add_row("classes", escape(f"{len(result['classes'])}: {listed}{more}"))
     table.add_row("exact duplicates", f"{result['exact_duplicates_dropped']:,} dropped")
+    for dropped, earlier in result["exact_duplicate_files"]:
+        table.add_row("", escape(f"{dropped} is {earlier}"))
     if near is not None:
         across = near["pairs_across_train_and_test"]
         table.add_row(
@@ -221,7 +239,10 @@ def print_summary(console: Console, result: dict[str, Any]) -> None:
             f"{near['pairs']:,} pairs, {near['images']:,} images (correlation > {near['threshold']}, kept)"
             + (f"; {across:,} pairs across train and test" if across else ""),
         )
-    table.add_row("skipped", f"{result['skipped']:,}")
+        for first, second in near["most_similar_files"]:
+            if first and second:
+                table.add_row("", escape(f"{first} and {second}"))
+    table.add_row("skipped", escape(result["skipped_summary"].removeprefix("skipped ") or "none"))
     for name, reason in result["skipped_examples"].items():
         table.add_row("", escape(f"{name}: {reason}"))
     for note in result["notes"]:
@@ -250,29 +271,33 @@ def _latent_rows(table: Table, latents: dict[str, Any]) -> None:
         table.add_row("round trip", f"{latents['round_trip_db']:.1f} dB PSNR of the pictures on the sheet")
 
 
-@contextmanager
-def stage_bars(console: Console) -> Iterator[Told]:
-    """A progress bar for each stage, with its rate and the time left."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    bars = Progress(*columns, console=console, transient=True)
-    tasks: dict[str, Any] = {}
+class BarReporter(Reporter):
+    """Prints notes, and draws a bar with its rate and the time left."""
 
-    def told(stage: str, done: int, total: int) -> None:
-        # Started with the first image, so that a source that is refused at once draws no bar.
-        bars.start()
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total, rate="")
-        speed = bars.tasks[tasks[stage]].speed
-        bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:,.0f} images/s" if speed else "")
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
-    try:
-        yield told
-    finally:
-        if tasks:
-            bars.stop()
+    def note(self, sentence: str) -> None:
+        """Prints the sentence as a note."""
+        noting(self.console)(sentence)
+
+    @contextmanager
+    def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
+        """Draws a bar within the block."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=total, rate="")
+
+            class Drawn(Bar):
+                def __call__(self, done: int, total: int | None = None, **fields: object) -> None:
+                    speed = progress.tasks[task].speed
+                    rate = f"{speed:,.0f} images/s" if speed else ""
+                    progress.update(task, completed=done, total=total, rate=rate)
+
+            yield Drawn()

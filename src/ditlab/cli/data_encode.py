@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ditlab.cli.common import use_threads
-from ditlab.cli.data import print_summary, stage_bars, summary
-from ditlab.data.autoencoder import open_codec
-from ditlab.data.encode import EncodeConfig, Encoding
+from ditlab.cli.data import BarReporter, print_summary, summary
+from ditlab.data.autoencoder import open_autoencoder
+from ditlab.data.encode import EncodeConfig, LatentEncoder
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError
 from ditlab.training.distributed import Processes, pick_device, processes
@@ -57,11 +57,11 @@ class Encode:
         with processes(self.device) as here, ExitStack() as held:
             work, found, refusal = None, None, None
             try:
-                codec = open_codec(self.codec, self.kind).to(here.device)
-                work = Encoding(pictures, self.out, codec, self.settings, overwrite=self.overwrite)
+                codec = open_autoencoder(self.codec, self.kind).to(here.device)
+                work = LatentEncoder(pictures, self.out, codec, self.settings, overwrite=self.overwrite)
                 found = work.existing()
                 if found is None and here.first:
-                    held.enter_context(work.taken())
+                    held.enter_context(work.locked())
             except DitlabError as error:
                 refusal = error
             if not here.agree(refusal) or work is None:
@@ -76,7 +76,6 @@ class Encode:
         console.print(f"Train on it with: ditlab train dit-micro/1 --data {escape(str(self.out))}")
         return result
 
-    def _encode(self, work: Encoding, here: Processes, console: Console) -> None:
-        with stage_bars(console if here.first else Console(quiet=True)) as told:
-            work.encode(here.rank, here.world, lambda done, total: told("encoding", done, total))
+    def _encode(self, work: LatentEncoder, here: Processes, console: Console) -> None:
+        work.encode(here.rank, here.world, BarReporter(console if here.first else Console(quiet=True)))
         here.wait()

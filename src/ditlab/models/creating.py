@@ -20,7 +20,7 @@ from torch import nn
 
 import ditlab
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, to_json
-from ditlab.data.autoencoder import CodecRecord
+from ditlab.data.autoencoder import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.errors import DitlabError
@@ -130,7 +130,7 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
     return Run(path, record, images.path)
 
 
-def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> CodecRecord | None:
+def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> AutoencoderRecord | None:
     """What a run's record keeps of the codec of its images; None for pixels."""
     if images.latents is None:
         return None
@@ -206,7 +206,7 @@ class _Unlabelled:
     """An image set whose labels an unconditional network does not get."""
 
     def __init__(self, images: ImageSet) -> None:
-        self.shape, self.sampled, self.batch = images.shape, images.sampled, images.batch
+        self.shape, self.stochastic, self.batch = images.shape, images.stochastic, images.batch
 
     def batch_labels(self, indices: np.ndarray) -> None:
         """None."""

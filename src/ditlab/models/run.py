@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ditlab.config import RunConfig, RunRecord, SplitRecord, flat, read_record
-from ditlab.data.autoencoder import Codec, Identity, reopen_codec
+from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
@@ -167,7 +167,7 @@ class Run(Model):
         return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """Its autoencoder, loaded when first asked for; the identity for a run on pixels.
 
         Raises:
@@ -175,7 +175,7 @@ class Run(Model):
         """
         if self.record.codec is None:
             return Identity()
-        return reopen_codec(self.record.codec, self.home, self._codec)
+        return reopen_autoencoder(self.record.codec, self.home, self._codec)
 
     @property
     def conditional(self) -> bool:

@@ -145,7 +145,7 @@ class Images(Protocol):
         ...
 
     @property
-    def sampled(self) -> bool:
+    def stochastic(self) -> bool:
         """Whether each use of an image is a new draw (of the latents' posterior), so that `batch` takes noise."""
         ...
 
@@ -223,17 +223,17 @@ class Batches:
     def _make(self, step: int) -> Batch:
         config, share, device = self._config, self._processes.share(self._config.batch_size), self._processes.device
         indices = image_order(config.seed, step, config.batch_size, self._train)[share]
-        coins, noise = None, None
+        flip_mask, noise = None, None
         if config.flip:
-            coins = torch.rand(config.batch_size, generator=torch_generator(config.seed, "flip", step)) < 0.5
-        if self._images.sampled:
+            flip_mask = torch.rand(config.batch_size, generator=torch_generator(config.seed, "flip", step)) < 0.5
+        if self._images.stochastic:
             noise = torch.randn(
                 config.batch_size, *self._images.shape, generator=torch_generator(config.seed, "posterior", step)
             )
         images = self._images.batch(
             indices,
             noise=None if noise is None else noise[share],
-            mirrored=None if coins is None else coins[share],
+            mirrored=None if flip_mask is None else flip_mask[share],
         )
         label = self._images.batch_labels(indices)
         draws = self._objective.draw(
