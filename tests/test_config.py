@@ -28,7 +28,7 @@ from ditlab.networks.bf_cnn import BFCNNConfig
 from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.presets import PRESETS, preset
-from ditlab.training.trainer import TrainingConfig
+from ditlab.training.config import TrainingConfig
 
 SPLIT = SplitRecord(seed=1, train=20, test=10, imageset="a", family="b", hash="c")
 

@@ -24,7 +24,7 @@ from ditlab.networks.bf_cnn import BFCNNConfig
 from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.unet import UNetConfig
-from ditlab.training.trainer import TrainingConfig
+from ditlab.training.config import TrainingConfig
 
 _TAGGED = pydantic.Field(discriminator="kind")
 Network = Annotated[DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig, _TAGGED]

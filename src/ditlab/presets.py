@@ -16,7 +16,7 @@ from ditlab.networks.bf_cnn import BFCNNConfig
 from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.unet import UNetConfig
-from ditlab.training.trainer import TrainingConfig
+from ditlab.training.config import TrainingConfig
 
 _SIZES = {  # depth, width, heads
     "nano": (4, 64, 2),

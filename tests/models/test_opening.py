@@ -311,7 +311,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     from dataclasses import replace
 
     from ditlab.models.run import start, train_run
-    from ditlab.training.distributed import Processes
+    from ditlab.training.distributed import DistributedContext
 
     monkeypatch.chdir(tmp_path)
     images, recipe = ImageSet.open(sets["0"]), preset("dit-nano/2")
@@ -323,7 +323,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     )
     cpu = torch.device("cpu")
     run = start(tmp_path / "run", config, images, device=cpu)
-    train_run(run, Processes(0, 1, cpu))
+    train_run(run, DistributedContext(0, 1, cpu))
     home = shutil.move(tmp_path / "run", tmp_path / "cache" / "elsewhere")
     fetched(monkeypatch, Path(home))
     found = open_model("hub:me/mine", sets["0"])

@@ -13,8 +13,9 @@ from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord
 from ditlab.data.encode import EncodeConfig, LatentEncoder
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.rng import torch_generator
-from ditlab.training.distributed import Processes
-from ditlab.training.trainer import Batches, TrainingConfig, image_order
+from ditlab.training.batches import Batches, image_order
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext
 
 CPU = torch.device("cpu")
 
@@ -48,8 +49,8 @@ def latents(pixels) -> ImageSet:
 
 def batches(images: ImageSet, *, world: int = 1, rank: int = 0, seed: int = 0, **settings) -> Batches:
     config = TrainingConfig(batch_size=8, seed=seed, **settings)
-    processes = Processes(rank, world, CPU)
-    return Batches(images, np.arange(100), VPObjectiveConfig().build(), config, processes)
+    context = DistributedContext(rank, world, CPU)
+    return Batches(images, np.arange(100), VPObjectiveConfig().build(), config, context)
 
 
 @pytest.mark.parametrize("mirror", [False, True])

@@ -17,7 +17,7 @@ from ditlab.data.autoencoder import open_autoencoder
 from ditlab.data.encode import EncodeConfig, LatentEncoder
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError
-from ditlab.training.distributed import Processes, pick_device, processes
+from ditlab.training.distributed import DistributedContext, init_distributed, pick_device
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ class Encode:
         if not self.codec:
             raise DitlabError("data encode --codec: expected an autoencoder's hub id or folder, found nothing")
         pictures = ImageSet.open(self.images)
-        with processes(self.device) as here, ExitStack() as held:
+        with init_distributed(self.device) as here, ExitStack() as held:
             work, found, refusal = None, None, None
             try:
                 codec = open_autoencoder(self.codec, self.kind).to(here.device)
                 work = LatentEncoder(pictures, self.out, codec, self.settings, overwrite=self.overwrite)
                 found = work.existing()
-                if found is None and here.first:
+                if found is None and here.is_main:
                     held.enter_context(work.locked())
             except DitlabError as error:
                 refusal = error
-            if not here.agree(refusal) or work is None:
+            if not here.raise_together(refusal) or work is None:
                 return {}
             if found is None:
                 self._encode(work, here, console)
-                found = work.finish() if here.first else None
-            if found is None or not here.first:
+                found = work.finish() if here.is_main else None
+            if found is None or not here.is_main:
                 return {}
         result = summary(found)
         print_summary(console, result)
         console.print(f"Train on it with: ditlab train dit-micro/1 --data {escape(str(self.out))}")
         return result
 
-    def _encode(self, work: LatentEncoder, here: Processes, console: Console) -> None:
-        work.encode(here.rank, here.world, BarReporter(console if here.first else Console(quiet=True)))
+    def _encode(self, work: LatentEncoder, here: DistributedContext, console: Console) -> None:
+        work.encode(here.rank, here.world, BarReporter(console if here.is_main else Console(quiet=True)))
         here.wait()

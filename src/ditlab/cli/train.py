@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,8 +41,10 @@ from ditlab.errors import DitlabError
 from ditlab.models.run import Run, start, train_run
 from ditlab.networks.dit import DiTConfig
 from ditlab.presets import PRESETS, preset
-from ditlab.training.distributed import pick_device, processes
-from ditlab.training.trainer import Interrupted, StopFlag, TrainingConfig, check_batch
+from ditlab.progress import Bar, Reporter, StopFlag
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import init_distributed, pick_device
+from ditlab.training.trainer import TrainingInterrupted, check_batch
 
 
 @dataclass(frozen=True)
@@ -180,18 +184,18 @@ class Train:
         if self.measured_sigma and images.latents is not None:
             config = fit_to_latents(fitted, images.latents.record.overall_std)
         out = self._out(config)
-        with processes(self.device) as here:
+        with init_distributed(self.device) as here:
             run, refusal = None, None
-            if here.first:
+            if here.is_main:
                 try:
                     check_batch(config.training, here)
                     run = start(out, config, images, device=here.device, command=command_line("train"))
                 except DitlabError as error:
                     refusal = error
             # The others wait here: they read what the first one wrote, or end without a word where it refuses.
-            if not here.agree(refusal):
+            if not here.raise_together(refusal):
                 return {}
-            if here.first:
+            if here.is_main:
                 for name, (_, now) in differences(fitted, config).items():
                     console.print(f"{name} = {now:g}, the standard deviation of these latents")
             return _train(run or Run.open(out, images.path), here, console)
@@ -200,11 +204,11 @@ class Train:
 def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
     training = run.config.training
     finished = run.finished  # every process finds the same, for nothing is written before all have begun to train
-    if not here.first:
+    if not here.is_main:
         if finished:
             return {}
         flag = StopFlag()
-        with stopping(flag), suppress(Interrupted):  # the first process says where to go on
+        with stopping(flag), suppress(TrainingInterrupted):  # the first process says where to go on
             train_run(run, here, stop=flag)
         return {}
     done = run.checkpoints.steps()
@@ -216,11 +220,10 @@ def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
         + (f", going on from step {done[-1]}" if done else "")
     )
     flag = _Watched()
-    bar = TrainingBar(console, run.name, training.steps, training.batch_size)
-    with run_lock(run.path), stopping(flag), bar:
+    with run_lock(run.path), stopping(flag):
         try:
-            train_run(run, here, progress=bar, say=noting(console), stop=flag)
-        except Interrupted as stop:
+            train_run(run, here, reporter=_ConsoleReporter(console, training.batch_size), stop=flag)
+        except TrainingInterrupted as stop:
             console.print(f"stopped and saved after step {stop.step}; the same command goes on from there")
             raise KeyboardInterrupt from None
     last = next((line for line in reversed(run.log) if "train_psnr" in line), None)
@@ -231,6 +234,23 @@ def _train(run: Run, here: Any, console: Console) -> dict[str, Any]:
             f"gap {last['psnr_gap']:.2f} dB (quick measure; `ditlab psnr-gap {run.path}` for the full one)"
         )
     return _result(run)
+
+
+class _ConsoleReporter(Reporter):
+    """Prints notes, and shows training as a `TrainingBar`."""
+
+    def __init__(self, console: Console, batch: int) -> None:
+        self._console, self._batch = console, batch
+
+    def note(self, sentence: str) -> None:
+        """Prints a note."""
+        noting(self._console)(sentence)
+
+    @contextmanager
+    def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
+        """Shows the bar within the block."""
+        with TrainingBar(self._console, title, total or 0, self._batch) as bar:
+            yield lambda done, total=None, **fields: bar(done, fields.get("loss", math.nan))  # pyright: ignore
 
 
 class _Watched(StopFlag):

@@ -28,13 +28,13 @@ from ditlab.metrics.denoising_errors import grid_levels
 from ditlab.metrics.psnr import psnr_point
 from ditlab.models.run import Run
 from ditlab.networks.registry import build_network
-from ditlab.progress import SILENT, Reporter
+from ditlab.progress import SILENT, Reporter, StopFlag
 from ditlab.rng import torch_generator
 from ditlab.training.compiling import compile_blocks
-from ditlab.training.distributed import Processes
+from ditlab.training.distributed import DistributedContext
 from ditlab.training.log import TrainingLog
 from ditlab.training.sharding import checkpoint_activations
-from ditlab.training.trainer import StopFlag, train
+from ditlab.training.trainer import Trainer
 
 RESUMABLE = frozenset(
     f"training.{name}" for name in ("steps", "keep", "keep_every", "save_every", "shard", "checkpoint_activations")
@@ -161,45 +161,44 @@ def _write_record(path: Path, record: RunRecord) -> None:
 
 def train_run(
     run: Run,
-    processes: Processes,
+    context: DistributedContext,
     *,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
     reporter: Reporter = SILENT,
     stop: StopFlag | None = None,
+    minutes: float | None = None,
 ) -> None:
-    """Trains a run until its last step, from its newest checkpoint.
+    """Trains a run until its last step, from its newest whole checkpoint.
 
     Args:
         run: from `start`.
-        processes: this process and the others.
-        progress: called after each step with the steps done and the last known loss.
-        reporter: takes notes.
-        stop: when set, the run is saved and `ditlab.training.trainer.Interrupted` raised.
+        context: the processes of the job.
+        reporter: receives notes and the progress of training.
+        stop: when set, the run is saved and `ditlab.training.trainer.TrainingInterrupted` raised.
+        minutes: the same after this time.
     """
     config = run.config
-    split = run.split
     network = build_network(config.network, config.training.seed)
-    if config.training.checkpoint_activations and not checkpoint_activations(network) and processes.first:
+    if config.training.checkpoint_activations and not checkpoint_activations(network) and context.is_main:
         reporter.note("this network has no list of blocks, so its activations are kept")
-    objective = config.objective.build()
-    compiled = compile_blocks(network, config.training.compile, device=processes.device, steps=config.training.steps)
-    if compiled and processes.first:
+    compiled = compile_blocks(network, config.training.compile, device=context.device, steps=config.training.steps)
+    if compiled and context.is_main:
         reporter.note("compiling the network's blocks; the first steps take longer")
-    train(
-        network=network,
-        objective=objective,
-        images=run.images if run.conditional else _Unlabelled(run.images),
-        train=split.train,
-        config=config.training,
-        processes=processes,
+    Trainer(
+        network,
+        config.objective.build(),
+        run.images if run.conditional else _Unlabelled(run.images),
+        run.split.train,
+        config.training,
         checkpoints=run.checkpoints,
         log=TrainingLog(run.path / "log.jsonl"),
-        # An objective of its own: one that remembers draws its steps by what it saw, and a measure must not change.
-        evaluate=_evaluation(run, network, config.objective.build(), processes.device),
-        progress=progress,
-        say=reporter.note,
+        context=context,
+        # An objective of its own, so that measuring does not change what the trained one remembers of its steps.
+        measure=_evaluation(run, network, config.objective.build(), context.device),
+        reporter=reporter,
+        title=run.name,
         stop=stop,
-    )
+        minutes=minutes,
+    ).fit()
 
 
 class _Unlabelled:

@@ -27,7 +27,7 @@ from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.models.model import Model, hash_of_weights
+from ditlab.models.model import Model
 from ditlab.networks.registry import build_network
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
@@ -221,7 +221,7 @@ class Run(Model):
         denoiser.bounded = self.record.codec is None
         self.device = device
         about = self.provenance(checkpoint.step, ema=ema, label=label)
-        return denoiser, replace(about, weights=hash_of_weights(denoiser))
+        return denoiser, replace(about, weights=checkpoint.weights_hash(ema))
 
     def provenance(self, step: int | None = None, *, ema: bool = True, label: str = "") -> Provenance:
         """See `Model.provenance`."""
