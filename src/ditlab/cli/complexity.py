@@ -106,8 +106,9 @@ class ComplexityOf:
         if self.match is not None:
             for entry in entries[1:]:
                 ratio = self._compared(entry.cost) / self._compared(entries[0].cost)
+                width = asdict(entry.config)["width"]
                 console.print(
-                    f"{entry.name}: width {entry.config.width} costs {100 * ratio:.2f}% of {entries[0].name}'s GMACs"
+                    f"{entry.name}: width {width} costs {100 * ratio:.2f}% of {entries[0].name}'s GMACs"
                     + (" without attention matrices" if self.linear else ""),
                     markup=False,
                 )
@@ -151,7 +152,7 @@ class ComplexityOf:
     def _fitted(self, name: str, network: Network, **changes: Any) -> Network:
         """The network on the images asked for."""
         images: dict[str, Any] = {"image_size": self._image_size, "channels": self.channels}
-        if self.classes and hasattr(network, "num_classes"):
+        if self.classes and network.takes_labels:
             images["num_classes"] = self.classes
         missing = [flag for flag in changes if flag not in {field.name for field in fields(network)}]
         if missing:
@@ -169,7 +170,7 @@ class ComplexityOf:
     def _matched(self, name: str, config: Network, target: Entry) -> Network:
         """The network with the width at which it costs what the target costs."""
         shape = (config.channels, *config.image_size)
-        multiple = getattr(config, "width_step", 1)
+        multiple = config.width_step
 
         def build(width: int) -> torch.nn.Module:
             return _weightless(replace(config, width=width))
@@ -188,7 +189,7 @@ class ComplexityOf:
 
     def _entry(self, name: str, recipe: RunConfig, config: Network) -> Entry:
         shape = (config.channels, *config.image_size)
-        labelled = getattr(config, "num_classes", 0) > 0
+        labelled = config.classes > 0
         cost = complexity(_weightless(config), shape, labelled=labelled, memory=self.memory)
         training = recipe.training
         return Entry(name, config, cost, self.batch or training.batch_size, self.steps or training.steps)
