@@ -153,7 +153,7 @@ def test_labels(refused, place, plain):
     says = refused("sample", plain, "--labels", 1)
     assert says == "sample --labels: the run is unconditional, it takes no labels"
     says = refused(*place.words(plain, "--network.num-classes", 3))
-    assert says == "config: network.num_classes is 3, the image set has 10 classes"
+    assert says == "config: expected network.num_classes 10 or 0, found 3"
 
 
 def test_sampling_and_measuring_settings(refused, plain):

@@ -109,10 +109,8 @@ class Train:
             raise DitlabError(
                 f"train: expected a preset first ({', '.join(PRESETS)}), found {words[0] if words else 'nothing'}"
             )
-        network = recipe.network
-        if hasattr(network, "sized"):
-            # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
-            network = replace(network, image_size=(0, 0))
+        # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
+        network = replace(recipe.network, image_size=(0, 0))
         default = Train(
             preset=recipe.preset,
             network=network,
@@ -137,13 +135,13 @@ class Train:
         """The run's configuration for an image set of this shape (C, H, W)."""
         network, training = self.network, self.training
         derived: dict[str, Any] = {"image_size": shape[1:]}
-        if hasattr(network, "learn_sigma"):
+        if network.can_learn_variance:
             objective = self.objective
             derived["learn_sigma"] = isinstance(objective, VPObjectiveConfig) and objective.variance == "learned-range"
         if self.conditional:
             if not num_classes:
                 raise DitlabError("train --conditional: the image set has no classes")
-            if not hasattr(network, "num_classes"):
+            if not network.takes_labels:
                 raise DitlabError(f"train --conditional: a {network.kind} network takes no classes")
             derived["num_classes"] = num_classes
         network = replace(network, **derived)
@@ -169,7 +167,7 @@ class Train:
     def _out(self, config: RunConfig) -> Path:
         if self.out is not None:
             return self.out
-        plan = getattr(config.network, "attention", "").replace(",", "-").replace("*", "x").replace("@", "-")
+        plan = config.network.attention_plan.replace(",", "-").replace("*", "x").replace("@", "-")
         source = Path(self.data.split(":")[-1]).name or "data"
         n = ("all" if self.n is None else str(self.n)) + (f"-skip{self.skip}" if self.skip else "")
         parts = [self.preset.replace("/", "-"), source, f"n{n}", plan, f"s{self.seed}"]

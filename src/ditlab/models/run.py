@@ -180,7 +180,7 @@ class Run(Model):
     @property
     def conditional(self) -> bool:
         """Whether the network takes class labels."""
-        return bool(getattr(self.config.network, "num_classes", 0))
+        return bool(self.config.network.classes)
 
     def checkpoint(self, step: int | None = None, reporter: Reporter = SILENT) -> Checkpoint:
         """The checkpoint of a step, the one that stands for the run, or the newest whole one.
@@ -228,7 +228,7 @@ class Run(Model):
         config = self.config
         settings = {
             "preset": config.preset,
-            "attention": getattr(config.network, "attention", ""),
+            "attention": config.network.attention_plan,
             "training_seed": config.training.seed,
             "image_set": self.record.split.imageset,
         }
