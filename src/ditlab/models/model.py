@@ -23,7 +23,7 @@ from ditlab.config import SplitRecord
 from ditlab.data.autoencoder import Autoencoder, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
-from ditlab.data.splits import Split, make_split, verify
+from ditlab.data.splits import Split, held_out_order, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
@@ -298,7 +298,7 @@ class Model:
         """
         images, indices = self.images, getattr(self.split, side)[:count]
         if side == "test" and self.held_out is not None:
-            images, indices = self.held_out, np.arange(min(count, len(self.held_out)))
+            images, indices = self.held_out, held_out_order(self.held_out, self.split_record.seed)[:count]
         labels = images.batch_labels(indices) if self.conditional else None
         return images.batch(indices), labels
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.progress import SILENT, Reporter, StopFlag
+from ditlab.progress import SILENT, Interrupted, Reporter, StopFlag
 from ditlab.rng import key
 from ditlab.training.batches import Batch, Batches, Images, Objective
 from ditlab.training.checkpoint import Checkpoint, CheckpointStore, load_network, load_optimizer, optimizer_state
@@ -28,7 +28,7 @@ from ditlab.training.sharding import Gathered, shard_network
 __all__ = ["Trainer", "TrainingInterrupted", "autocast", "check_batch", "make_optimizer", "peak_memory"]
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterrupted(Interrupted):
     """Training ended before its last step; a checkpoint of `step` was saved."""
 
     def __init__(self, step: int, *, minutes: float | None = None) -> None:
@@ -38,8 +38,10 @@ class TrainingInterrupted(Exception):
             step: optimizer steps done.
             minutes: the time limit that was reached; None where somebody asked to stop.
         """
-        super().__init__(f"stopped after step {step}")
+        limit = "" if minutes is None else f", for the {minutes:g} minutes are over"
+        super().__init__(f"stopped and saved after step {step}{limit}")
         self.step, self.minutes = step, minutes
+        self.status = 130 if minutes is None else 0
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

@@ -236,7 +236,7 @@ class _Counting:
     def _named(self, name: str, config: Network) -> str:
         """The preset's name and the settings in which the network differs from it."""
         own, now = asdict(preset(name).network), asdict(config)
-        changed = [f"{flag} {now[flag]}" for name in CHANGES if flag in now and now[flag] != own[flag]]
+        changed = [f"{name} {now[name]}" for name in CHANGES if name in now and now[name] != own[name]]
         return ", ".join([name, *changed])
 
     def _entry(self, name: str, recipe: RunConfig, config: Network) -> NetworkCost:
