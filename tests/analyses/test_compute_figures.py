@@ -12,7 +12,7 @@ from ditlab.analyses.scaling.points import ScalingPoint, scaling_points
 from ditlab.errors import DitlabError
 from ditlab.metrics.complexity import Complexity
 from ditlab.pages.theme import DARK, LIGHT, assign, plain_log, png
-from ditlab.report.sections import scaling_section
+from ditlab.reporting.sections import scaling_section
 from ditlab.studies.published import published
 
 SIZES = {"s": (33, 6.06), "b": (130, 23.0), "l": (458, 80.7), "xl": (675, 118.6)}

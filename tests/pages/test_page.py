@@ -37,7 +37,7 @@ from ditlab.pages.page import (
 )
 from ditlab.pages.token_picker import BUDGET, AttentionPicker, pack_run
 from ditlab.provenance import Provenance
-from ditlab.report.sections import (
+from ditlab.reporting.sections import (
     attention_section,
     gap_section,
     matched_section,

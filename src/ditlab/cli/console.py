@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ditlab.errors import DitlabError
-from ditlab.progress import Reporter, RichReporter, StopFlag, Worker
+from ditlab.progress import SILENT, Reporter, RichReporter, StopFlag
 
 _BOX = re.compile(r"[│╭╮╰╯─]+")
 ALIASES: dict[str, dict[str, str]] = {
@@ -42,9 +42,10 @@ class Output:
         from rich.console import Console
 
         self.as_json = as_json
+        self.main = os.environ.get("RANK", "0") == "0"
+        """Whether this process prints; of those that torchrun starts only the first does."""
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-        worker = "DITLAB_PARENT" in os.environ
-        self.reporter: Reporter = Worker(self.console) if worker else RichReporter(self.console)
+        self.reporter: Reporter = RichReporter(self.console) if self.main else SILENT
 
     def line(self, text: str) -> None:
         """Prints a line as it is."""

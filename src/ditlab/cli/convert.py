@@ -12,8 +12,7 @@ import tyro
 from rich.console import Console
 
 from ditlab.cli.common import noting
-from ditlab.report.hub_export import export_run
-from ditlab.data.autoencoder import open_codec
+from ditlab.data.autoencoder import open_autoencoder
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder
 from ditlab.interop.checkpoints import open_checkpoint
@@ -28,6 +27,7 @@ from ditlab.models.opening import ExternalModel, open_model
 from ditlab.models.run import Run
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.networks.unet import UNet
+from ditlab.reporting.hub_export import export_run
 
 Format = Literal["ditlab", "diffusers", "original"]
 
@@ -179,7 +179,9 @@ class Convert:
         Raises:
             DitlabError: it is not where it should be, or a place was given for one that is not there.
         """
-        codec = open_codec(found.decoder) if isinstance(found, ImportedModel) and found.decoder is not None else None
+        codec = (
+            open_autoencoder(found.decoder) if isinstance(found, ImportedModel) and found.decoder is not None else None
+        )
         record = found.record.codec if isinstance(found, Run) else codec and codec.record
         if self.codec is not None and (not isinstance(found, Run) or record is None or to != "diffusers"):
             raise DitlabError("convert --codec: expected a run on latents and --to diffusers, found another conversion")

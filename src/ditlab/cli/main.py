@@ -18,6 +18,7 @@ import ditlab
 from ditlab.analyses import analysis, analysis_names
 from ditlab.cli.console import Output, flags_of, parse, with_flags
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.progress import Interrupted
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 """Errors of a disk that is full or may not be written: bad input like any other, wherever they come up."""
@@ -83,6 +84,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except DitlabError as error:
         print(f"ditlab: {with_flags(str(error), flags)}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        if output.main:
+            print(f"ditlab: {stopped}; run the same command again to resume", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print("ditlab: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

@@ -12,8 +12,9 @@ from rich.console import Console
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.result import PSNRResult, psnr_gap
 from ditlab.analyses.trajectory.comparison import Trajectory
-from ditlab.cli.common import check_out, counting, is_source, noting, open_images
+from ditlab.cli.common import check_out, counting, noting, open_images
 from ditlab.config import differing_settings
+from ditlab.data.sources.files import is_source
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError

@@ -1,6 +1,6 @@
 """The sections on closed-form references and on disjoint training sets, made of what those verbs left.
 
-As in `ditlab.report.sections`, each function lays out what it is given and computes nothing.
+As in `ditlab.reporting.sections`, each function lays out what it is given and computes nothing.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         if len({len(g.seeds) > 1 for g in gap.groups}) > 1:
             over = "seeds, or over images where there is one seed"
         note = (
-            f"PSNR and gap are averages over {len(gap.groups[0].results[0].levels)} noise levels; the gap counts as zero "
-            f"at levels where it is negative. Beneath: 95 % intervals over {over}."
+            f"PSNR and gap are averages over {len(gap.groups[0].results[0].levels)} noise levels; the gap counts as "
+            f"zero at levels where it is negative. Beneath: 95 % intervals over {over}."
         )
         return Overview(cells, gap.verdict(), drawings.get("gap-differences", curves), note=note)
 

@@ -103,7 +103,10 @@ class Samples(Analysis[NoOptions, NoOptions]):
         )
         copied = any(result.samples.copies for result in comparison.results)
         verdict = copies_sentence(comparison.results) if copied else ""
-        note = "Copies: samples less than a third as far from one training image as from any other; 95 % interval of their share."
+        note = (
+            "Copies: samples less than a third as far from one training image as from any other, with the 95 % interval "
+            "of their share."
+        )
         return Overview(cells, verdict, images=images if rows else None, note=note if cells else "")
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:

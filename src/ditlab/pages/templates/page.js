@@ -1,5 +1,5 @@
 "use strict";
-// The page's only script: the theme button and the token pickers (ditlab.report.picker says how maps are packed).
+// The page's only script: the theme button and the token pickers (ditlab.pages.token_picker says how maps are packed).
 
 const printing = window.matchMedia("print");
 const system = window.matchMedia("(prefers-color-scheme: dark)");

@@ -22,8 +22,8 @@ from ditlab.pages import token_picker
 from ditlab.pages.page import PageData, RunCard, Section, ThemedFigure, fit_page, page_size, save_page, with_pickers
 from ditlab.pages.theme import assign
 from ditlab.progress import SILENT, Reporter
-from ditlab.report.figure_files import save_figures
-from ditlab.report.first_screen import FirstScreen, title_of
+from ditlab.reporting.figure_files import save_figures
+from ditlab.reporting.first_screen import FirstScreen, title_of
 
 __all__ = ["MAX_SAMPLES", "ReportResult", "write_report"]
 
