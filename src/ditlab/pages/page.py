@@ -41,8 +41,8 @@ _SMALLEST = 4
 """Figures lose at most so much of their resolution, in each direction, where a page would be too large."""
 _NOT_HERE = "The page would be too large with the files behind this; they lie beside the results that it was made of."
 
-_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
-"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"."""
+_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?(?![^\s%±–])")
+"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"; not "3*4" nor "3,5,g*2"."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def title_of(models: ModelSet) -> str:
     kinds = list(dict.fromkeys(models.kinds))
     if len(kinds) == 1:
         return f"{kinds[0]}: {', '.join(models.names)}"
+    if any(", " in kind for kind in kinds):
+        return " · ".join(kinds)
     return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
 
 

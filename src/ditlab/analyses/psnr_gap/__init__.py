@@ -86,7 +86,10 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         cells = {}
         for g in gap.groups:
             values = {what: (g.mean(what), *g.interval(what)) for what in ("train", "test", "gap")}
-            cells[g.label, g.n] = {f"{what}, dB": f"{m:.2f}\n{a:.2f} to {b:.2f}" for what, (m, a, b) in values.items()}
+            cells[g.label, g.n] = {
+                f"{what}, dB": f"{mean:.2f}\n{low:.2f}{'–' if low >= 0 else ' to '}{high:.2f}"
+                for what, (mean, low, high) in values.items()
+            }
         drawings = self.figures(comparison)
         curves = Drawing(
             lambda theme: overview_curves(gap, slots=slots, theme=theme),
@@ -94,13 +97,14 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             "The higher a solid line is above the dashed line of its colour, the more the training images are "
             "remembered.",
         )
-        over = "seeds" if all(len(g.seeds) > 1 for g in gap.groups) else "images, for there is one seed"
-        if len({len(g.seeds) > 1 for g in gap.groups}) > 1:
-            over = "seeds, or over images where there is one seed"
-        note = (
-            f"PSNR and gap are averages over {len(gap.groups[0].results[0].levels)} noise levels; the gap counts as "
-            f"zero at levels where it is negative. Beneath: 95 % intervals over {over}."
-        )
+        single = [g for g in gap.groups if len(g.seeds) == 1]
+        over = "seeds, or over images where there is one seed" if single else "seeds"
+        if len(single) == len(gap.groups):
+            over = "images, for there is one seed"
+        truncated = " The gap counts as zero at levels where it is negative"
+        truncated += ", so its interval over images does not reach below zero." if single else "."
+        levels = len(gap.groups[0].results[0].levels)
+        note = f"PSNR and gap are averages over {levels} noise levels.{truncated} Beneath: 95 % intervals over {over}."
         return Overview(cells, gap.verdict(), drawings.get("gap-differences", curves), note=note)
 
     def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
@@ -177,7 +181,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             "The gap" if not rows else "The gap, and how kinds differ",
             tables=[differences_table(rows)] if rows else (),
             pictures=[figure for name, figure in figures.items() if name != "psnr-curves"],
-            data={"comparison.json": gap.to_json()},
         )
         return Section(
             "psnr",
@@ -187,5 +190,5 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             notes=self.notes(comparison),
             pictures=[figure for name, figure in figures.items() if name == "psnr-curves"],
             parts=[bars],
-            data=results,
+            data={"comparison.json": gap.to_json(), **results},
         )

@@ -114,16 +114,15 @@ class PSNRComparison:
             return _count_sentence([d for _, d in several])
         if len(self.groups) == 1:
             return _gap_sentence(self.groups[0])
-        gaps = [f"{g.mean():.2f} dB for {_name(g)}" for g in self.groups]
+        same_n = len(self.counts) == 1 and self.counts[0] is not None
+        where = f" at N = {self.counts[0]:,}" if same_n else ""
+        gaps = [f"{g.mean():.2f} dB for {g.label if same_n else _name(g)}" for g in self.groups]
         if len(gaps) > 4:
-            ordered = sorted(self.groups, key=lambda g: g.mean())
-            gaps = [
-                f"from {ordered[0].mean():.2f} dB ({_name(ordered[0])})",
-                f"to {ordered[-1].mean():.2f} dB ({_name(ordered[-1])})",
-            ]
-            return f"The average PSNR gap goes {' '.join(gaps)}; one seed of each cannot tell whether kinds differ."
-        listed = f"{', '.join(gaps[:-1])} and {gaps[-1]}"
-        return f"The average PSNR gap is {listed}; one seed of each cannot tell whether kinds differ."
+            low, high = (choose(self.groups, key=lambda g: g.mean()) for choose in (min, max))
+            listed = f"from {low.mean():.2f} dB ({_name(low)}) to {high.mean():.2f} dB ({_name(high)})"
+        else:
+            listed = f"{', '.join(gaps[:-1])} and {gaps[-1]}"
+        return f"The average PSNR gap{where} is {listed}; one seed of each cannot tell whether kinds differ."
 
     def to_json(self) -> dict[str, Any]:
         """The numbers of every group and difference (the results have their own files)."""
@@ -155,13 +154,16 @@ def _name(group: PSNRGroup) -> str:
 
 def _gap_sentence(group: PSNRGroup) -> str:
     """What one kind's gap and its interval allow to be said."""
-    (low, high), seeds = group.interval("gap"), len(group.seeds)
-    over = f"{seeds} seeds" if seeds > 1 else "images, one seed"
-    size = f"average gap {group.mean():.2f} dB, 95 % interval {low:.2f} to {high:.2f} over {over}"
-    which = "the training images" if group.n is None else f"its {group.n:,} training images"
-    if group.interval("gap_untruncated")[0] > 0:
-        return f"{group.label} denoises {which} better than held-out ones ({size})."
-    return f"No gap is seen between {which[4:]} and held-out ones of {group.label} ({size})."
+    low, high = group.interval("gap_untruncated")
+    over = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "images, one seed"
+    size = (
+        f"average gap {group.mean():.2f} dB; train minus test PSNR {group.mean('gap_untruncated'):+.2f} dB, 95 % "
+        f"interval {low:+.2f} to {high:+.2f} over {over}"
+    )
+    which = "training images" if group.n is None else f"{group.n:,} training images"
+    if low > 0:
+        return f"{group.label} denoises its {which} better than held-out ones ({size})."
+    return f"{group.label}: no difference is seen between its {which} and held-out ones ({size})."
 
 
 def _count_sentence(differences: Sequence[PairedDifference]) -> str:

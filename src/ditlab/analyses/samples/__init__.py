@@ -59,13 +59,17 @@ class Samples(Analysis[NoOptions, NoOptions]):
         rows = samples.rows()
         if not rows:
             return {}
-        beneath = "with their distance to the nearest training image (no real image is shown, nor any copy of one)"
-        if not samples.hide:
-            beneath = "each above its nearest training image, with their distance and the file of the image"
+        beneath = ""
+        if comparison.results and samples.hide:
+            beneath = (
+                ", with their distance to the nearest training image (no real image is shown, nor any copy of one)"
+            )
+        elif comparison.results:
+            beneath = ", each above its nearest training image, with their distance and the file of the image"
         drawing = Drawing(
             lambda theme: samples_with_nearest(rows, theme=theme),
-            f"Rows of images: samples of {'; '.join(row.caption for row in rows)}, {beneath}.",
-            f"Samples from equal noise, {beneath}. Distances are in grey levels (0 to 255).",
+            f"Rows of images: samples of {'; '.join(row.caption for row in rows)}{beneath}.",
+            f"Samples from equal noise{beneath}." + (" Distances are in grey levels (0 to 255)." if beneath else ""),
             exact=True,
         )
         return {"samples": drawing}
@@ -79,7 +83,7 @@ class Samples(Analysis[NoOptions, NoOptions]):
         names = nearest_table(comparison.detail)
         return Section(
             "samples",
-            "Samples and their nearest training images",
+            "Samples and their nearest training images" if results else "Samples",
             verdict=copies_sentence(results),
             tables=[*self.tables(comparison), *([names] if names else [])],
             notes=[ABOUT_LATENTS] if any(result.latents for result in results) else (),

@@ -60,7 +60,7 @@ def samples_with_nearest(
     sheets = [_sheet(row, start, columns) for row, start in lines]
     wide = max(sheet.shape[1] / _side(row.samples) for sheet, (row, _) in zip(sheets, lines, strict=True))
     heights = [sheet.shape[0] / _side(row.samples) * inches for sheet, (row, _) in zip(sheets, lines, strict=True)]
-    total = sum(heights) + sum(0.38 if any(row.sources) else 0.26 for row, _ in lines) + 0.26 * len(rows)
+    total = sum(heights) + sum(0.38 if any(row.sources) else 0.26 for row, _ in lines) + 0.34 * len(rows)
     with canvas(max(wide * inches, 4.6) + 0.2, total, theme) as figure:
         grid = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)
         for axes, (row, start), sheet in zip(grid[:, 0], lines, sheets, strict=True):
@@ -70,7 +70,7 @@ def samples_with_nearest(
             axes.set_anchor("W")
             axes.axis("off")
             if not start:
-                axes.set_title(row.caption, fontsize=9, pad=4)
+                axes.set_title(row.caption, fontsize=9, pad=12 if row is not rows[0] and any(row.sources) else 4)
             _write_distances(axes, row, start, columns, sheet.shape[0], theme)
     return figure
 

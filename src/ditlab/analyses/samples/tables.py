@@ -61,7 +61,7 @@ def copies_cell(nearest: Nearest) -> str | None:
         return None
     count = len(nearest.first)
     interval = binomtest(nearest.copies, count).proportion_ci(method="wilson")
-    return f"{nearest.copies} of {count}\n{100 * interval.low:.0f} to {100 * interval.high:.0f} %"
+    return f"{nearest.copies} of {count}\n{100 * interval.low:.0f}–{100 * interval.high:.0f} %"
 
 
 def copies_sentence(results: Sequence[NearestResult]) -> str:
