@@ -1,10 +1,10 @@
 """The report page: one HTML file with its style, pictures, script and result files inside, which opens anywhere.
 
 A page is a first screen that answers the question (a sentence, a table, a figure) and a sequence of sections; a
-section has a verdict, tables, pictures, attention pickers and the JSON behind them. Each analysis makes its own section,
-a study adds others. `build_page` only lays them out, and `save_page` makes a page that would be too large smaller. The
-page asks nothing of the network and runs no script but its own (its content-security policy names that script's hash),
-follows the reader's light or dark setting, and can be read on a phone and on paper.
+section has a verdict, tables, pictures, attention pickers and the JSON behind them. Each analysis makes its own
+section, a study adds others. `build_page` only lays them out, and `save_page` makes a page that would be too large
+smaller. The page asks nothing of the network and runs no script but its own (its content-security policy names that
+script's hash), follows the reader's light or dark setting, and can be read on a phone and on paper.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
 
         comparisons = super().for_report(models, context, reporter)
         for comparison in comparisons:
+            assert comparison.models is not None
             levels = comparison.results[0].levels
             baselines = measure_baselines(comparison.models, comparison.config, levels, reporter)
             comparison.detail = self.compare([*comparison.results, *baselines])

@@ -108,8 +108,8 @@ class Samples(Analysis[NoOptions, NoOptions]):
         copied = any(result.samples.copies for result in comparison.results)
         verdict = copies_sentence(comparison.results) if copied else ""
         note = (
-            "Copies: samples less than a third as far from one training image as from any other, with the 95 % interval "
-            "of their share."
+            "Copies: samples less than a third as far from one training image as from any other, with the 95 % "
+            "interval of their share."
         )
         return Overview(cells, verdict, images=images if rows else None, note=note if cells else "")
 
