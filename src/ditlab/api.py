@@ -531,7 +531,8 @@ def convert(
     if str(out).startswith("hub:"):
         if to is not None or heads is not None or unet != UNetFile() or raw or codec is not None:
             raise InvalidConfig(
-                "convert: a run goes to the hub as it is; expected no `to`, `heads`, `unet`, `raw` or `codec`, found one"
+                "convert: a run goes to the hub as it is; expected no `to`, `heads`, `unet`, `raw` or `codec`, "
+                "found some"
             )
         place = None if dry_run is None else Path(dry_run)
         return send_run(

@@ -28,6 +28,8 @@ __all__ = ["Conversion", "Converted", "Format"]
 
 Format = Literal["ditlab", "diffusers", "original"]
 
+_NO_CODEC = "convert: `codec`: expected a run on latents and `to` diffusers, found another conversion"
+
 
 @dataclass(frozen=True)
 class Converted:
