@@ -214,6 +214,11 @@ class Flow:
     shrinkage: Callable[[float], float]
     """sigma -> s'/s."""
 
+    def slope(self, sigma: float) -> tuple[float, float]:
+        """Returns (a, b) of dx/dt = a x - b D at a level: sigma'/sigma + s'/s and s sigma'/sigma."""
+        growth = self.growth(sigma)
+        return growth + self.shrinkage(sigma), self.scale(sigma) * growth
+
 
 def _vp_growth(sigma: float) -> float:
     # From sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t).
