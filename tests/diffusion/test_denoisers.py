@@ -268,6 +268,79 @@ def test_a_users_own_noise_predictor_in_five_lines():
         wrong(y, 0.3)
 
 
+class Noisy(torch.nn.Module):
+    """A float32 network with dropout that is linear in y, so that its Jacobian is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 1)
+        self.dropout = torch.nn.Dropout(0.5)
+        torch.nn.init.constant_(self.conv.bias, 0.0)
+
+    def forward(self, y, sigma, label):
+        assert y.dtype == sigma.dtype == self.conv.weight.dtype
+        return self.dropout(self.conv(y)) / (1 + sigma.reshape(-1, 1, 1, 1))
+
+    def denoise(self, y, sigma, label):
+        return self(y, sigma, label)
+
+
+def test_a_wrapped_float32_module_is_cast_to_and_put_into_eval_mode():
+    torch.manual_seed(0)
+    network = Noisy()
+    for function in (network, network.train().denoise):
+        mine = Denoiser.wrap(function, SHAPE)
+        assert mine.module is network
+        assert not network.training
+        y = noisy(0.3, dtype=torch.float64)
+        assert mine(y, 0.3).dtype == torch.float64
+        assert torch.equal(mine(y, 0.3), mine(y, torch.tensor([0.3, 0.3, 0.3])))
+        found = sample(mine, HeunConfig(steps="4"), ImageNoise(range(2), SHAPE).initial())
+        assert torch.isfinite(found).all()
+    network.double()
+    torch.testing.assert_close(
+        mine(y.float(), 0.3).double(), network(y, y.new_full((3,), 0.3), None), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_wrapped_module_has_gradients_for_those_who_ask():
+    network = Noisy()
+    mine = Denoiser.wrap(network, SHAPE)
+    y = noisy(0.5, count=1)
+    jacobian = torch.autograd.functional.jacobian(lambda x: mine(x, 0.5)[0, :, 0, 0], y)[:, 0, :, 0, 0]
+    torch.testing.assert_close(jacobian, network.conv.weight[:, :, 0, 0].detach() / 1.5)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    mine(y, 0.5).sum().backward()
+    assert network.conv.weight.grad is not None
+    assert not sample(mine, DDIMConfig(steps=3), noisy(1.0)).requires_grad
+
+
+def test_a_plain_function_may_name_its_dtype():
+    network = Noisy().eval()
+    function = lambda y, sigma, label: network(y, sigma, label)  # noqa: E731
+    start = ImageNoise(range(2), SHAPE).initial()
+    found = sample(Denoiser.wrap(function, SHAPE, dtype=torch.float32), HeunConfig(steps=4), start)
+    torch.testing.assert_close(found, sample(Denoiser.wrap(network, SHAPE), HeunConfig(steps=4), start))
+
+
+def test_a_repr_is_one_short_line(denoiser):
+    y = noisy(0.3)
+    label = torch.zeros(3, dtype=torch.int64)
+    shown = [denoiser, denoiser.predict(y, 0.3, label if denoiser.num_classes else None), denoiser.levels]
+    if denoiser.num_classes:
+        shown.append(guided(denoiser, GuidanceConfig(2.0)))
+    steps = []
+    sample(denoiser, DDIMConfig(steps=2), y, callback=steps.append)
+    for thing in [*shown, *steps, DDIMConfig(steps="ddim50"), HeunConfig(), make_schedule("linear", 100)]:
+        text = repr(thing)
+        assert text.startswith(type(thing).__name__.lstrip("_"))
+        assert "0x" not in text
+        assert "\n" not in text
+        assert len(text) < 200
+    assert repr(denoiser).count("3x8x8") == 1
+    assert repr(HeunConfig(steps="40")) == "HeunConfig(steps=40)"
+
+
 def test_a_network_with_other_channels_is_refused():
     with pytest.raises(DitlabError, match="expected 3 channels from the network, found 6"):
         EDMDenoiser(dit())(noisy(0.3), 0.3)
@@ -285,7 +358,7 @@ def test_identity_tells_processes_apart():
 
     def latent() -> Denoiser:
         found = EDMDenoiser(edm)
-        found.bounded = False
+        found.pixel_space = False
         return found
 
     made = [

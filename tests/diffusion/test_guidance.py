@@ -238,7 +238,7 @@ def test_it_passes_on_what_the_denoiser_says():
         "levels",
         "num_classes",
         "peak",
-        "bounded",
+        "pixel_space",
         "blind",
         "origin",
         "variance",

@@ -406,7 +406,7 @@ def test_bad_input_is_one_sentence():
         (lambda: HeunConfig(steps=0), "expected steps >= 1"),
         (lambda: HeunConfig(churn=-1.0), "expected churn >= 0"),
         (lambda: HeunConfig(alpha=0.0), r"expected alpha in \(0, 1\], found 0"),
-        (lambda: HeunConfig(alpha=0.5, levels="grid"), "levels 'grid' are never left"),
+        (lambda: HeunConfig(alpha=0.5, levels="grid"), "on levels 'grid' steps are corrected from the next level"),
         (lambda: DPMSolverConfig(steps=0), "expected steps of at least 1, found 0"),
         (lambda: DPMSolverConfig(sigma_max=3.0), "levels 'grid' are the denoiser's own"),
         (lambda: DPMSolverConfig(levels="edm", sigma_min=3.0, sigma_max=1.0), "0 < lowest < highest"),
@@ -414,7 +414,7 @@ def test_bad_input_is_one_sentence():
         with pytest.raises(DitlabError, match=says):
             make()
     latent = Shrink(1.0)
-    latent.bounded = False
+    latent.pixel_space = False
     with pytest.raises(DitlabError, match="sampler 'ddim' with clip: latents have no bounds"):
         sample(latent, DDIMConfig(steps="5", clip=True), start)
     with pytest.raises(DitlabError, match="DDIM inversion with clip: latents have no bounds"):
@@ -427,3 +427,30 @@ def test_bad_input_is_one_sentence():
 def test_configs_go_through_json(config):
     adapter = pydantic.TypeAdapter(SamplerConfig)
     assert adapter.validate_json(adapter.dump_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [(DDPMConfig, str), (DDIMConfig, str), (HeunConfig, int), (DPMSolverConfig, int)]
+)
+def test_steps_are_a_number_or_text_and_stored_in_one_form(kind, form):
+    adapter = pydantic.TypeAdapter(kind)
+    for steps in (12, "12"):
+        config = kind(steps=steps)
+        assert config == kind(steps=form(12))
+        assert type(config.steps) is form
+        assert adapter.dump_python(config, mode="json")["steps"] == form(12)
+        assert adapter.validate_python({"steps": steps}) == config
+    with pytest.raises(DitlabError, match=r"expected (steps as a count|counts of at least 1)"):
+        kind(steps="twelve")
+    for steps in (12.0, True, None):
+        config = kind()
+        object.__setattr__(config, "steps", steps)  # the tests' type checks would refuse it before the config does
+        with pytest.raises(DitlabError, match="expected steps as a count"):
+            config.__post_init__()
+
+
+def test_a_respacing_is_checked_when_it_is_set():
+    assert DDIMConfig(steps="10,15,20").steps == "10,15,20"
+    for steps in ("ddim10,5", "ddim", "10,", 0):
+        with pytest.raises(DitlabError, match="expected counts of at least 1 such as 250, ddim50 or 10,15,20"):
+            DDIMConfig(steps=steps)

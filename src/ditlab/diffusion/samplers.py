@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.diffusion.step_table import (
     DDIMStep,
     DDPMStep,
@@ -74,6 +75,8 @@ class SamplerStep:
     y_next: Tensor
     """State after the step."""
 
+    __repr__ = short_repr
+
     @property
     def x_next(self) -> Tensor:
         """Returns the state after the step in a VP process's coordinates, x_t = y / sqrt(1 + sigma^2)."""
@@ -94,6 +97,8 @@ class ImageNoise:
     """The seed of each image in this batch."""
     shape: tuple[int, int, int]
     """(C, H, W)."""
+
+    __repr__ = short_repr
 
     def initial(self) -> Float[Tensor, "b c h w"]:
         """Returns the noise that sampling starts from."""
@@ -301,7 +306,7 @@ def invert(
     if config.eta:
         raise DitlabError(f"DDIM inversion: expected eta 0, found {config.eta}")
     if config.clip:
-        denoiser.require_bounded("DDIM inversion with clip")
+        denoiser.require_pixel_space("DDIM inversion with clip")
     sigmas = [float(sigma) for sigma in denoiser.levels.grid(config.steps)]
     images = images.to(denoiser.device)
     label = None if label is None else label.to(images.device)

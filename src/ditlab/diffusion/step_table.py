@@ -170,7 +170,7 @@ def make_step_table(config: SamplerConfig, denoiser: Denoiser) -> StepTable:
         steps = _dpm_solver_steps(denoiser, config)
         return StepTable(steps, _initial_std(denoiser, steps, config.levels))
     if config.clip:
-        denoiser.require_bounded(f"sampler '{config.kind}' with clip")
+        denoiser.require_pixel_space(f"sampler '{config.kind}' with clip")
     steps = _ddpm_steps(denoiser, config) if isinstance(config, DDPMConfig) else _ddim_steps(denoiser, config)
     # A VP process ends in unit variance, whatever its last level.
     return StepTable(steps, math.sqrt(1 + steps[0].sigma ** 2))

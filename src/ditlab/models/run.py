@@ -242,7 +242,7 @@ class Run(Model):
         checkpoint = self.checkpoint(step, say)
         network = self.network(checkpoint, ema=ema).to(device)
         denoiser = self.config.objective.build().denoiser(network)
-        denoiser.bounded = self.record.codec is None
+        denoiser.pixel_space = self.record.codec is None
         self.device = device
         return denoiser, self.facts(checkpoint.step, ema=ema, label=label)
 

@@ -108,12 +108,12 @@ class Objective(Protocol):
     """What the loop asks of an objective (ditlab.diffusion.objectives)."""
 
     @property
-    def remembers(self) -> tuple[str, ...]:
-        """Names of the draws and losses `[B]` of a step that it learns from; none for most."""
+    def history_keys(self) -> tuple[str, ...]:
+        """Names of the draws and losses `[B]` of a step that `update` takes; none for most."""
         ...
 
-    def observe(self, seen: Mapping[str, Tensor]) -> None:
-        """Is given them after each step, for all images of the global batch."""
+    def update(self, seen: Mapping[str, Tensor]) -> None:
+        """Takes them after each step, for all images of the global batch."""
         ...
 
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class Objective(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective remembers, as JSON values."""
+        """Returns the objective's history, as JSON values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ class Batches:
     ) -> None:
         self._images, self._train, self._objective = images, train, objective
         self._config, self._processes = config, processes
-        ahead = processes.device.type == "cuda" and not objective.remembers
+        ahead = processes.device.type == "cuda" and not objective.history_keys
         self._worker = ThreadPoolExecutor(1) if ahead else None
         self._ahead: tuple[int, Any] | None = None
         self._permutation: tuple[int, np.ndarray] | None = None
@@ -400,7 +400,7 @@ def train(
             size = len(batch.images) // config.accumulate
             optimizer.zero_grad(set_to_none=True)
             step_loss = torch.zeros((), dtype=torch.float64, device=processes.device)
-            seen: dict[str, list[Tensor]] = {name: [] for name in objective.remembers}
+            seen: dict[str, list[Tensor]] = {name: [] for name in objective.history_keys}
             for micro in range(config.accumulate):
                 part = slice(micro * size, (micro + 1) * size)
                 if has_dropout:
@@ -416,7 +416,7 @@ def train(
                 for name, values in seen.items():
                     values.append((losses[name] if name in losses else draws[name]).detach())
             if seen:
-                objective.observe({name: processes.gathered(torch.cat(parts)) for name, parts in seen.items()})
+                objective.update({name: processes.gathered(torch.cat(parts)) for name, parts in seen.items()})
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
             optimizer.step()

@@ -290,7 +290,7 @@ def psnr_gap(
         )
         before += len(used) * draws * len(levels)
     about = about or Provenance(name="denoiser")
-    if not denoiser.bounded:
+    if not denoiser.pixel_space:
         about = replace(about, settings={**about.settings, "space": "latents"})
     return PSNRResult(
         about=about,
