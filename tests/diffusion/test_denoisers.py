@@ -147,10 +147,10 @@ def test_gradients_flow_to_the_input(denoiser):
 def test_it_can_be_sampled(denoiser, config):
     noise = ImageNoise(range(2), SHAPE)
     label = torch.tensor([0, denoiser.num_classes]) if denoiser.num_classes else None
-    found = sample(denoiser, config, noise.initial(), label=label, noise=noise)
-    assert found.shape == (2, *SHAPE)
-    assert found.dtype == torch.float32
-    assert torch.isfinite(found).all()
+    result = sample(denoiser, config, noise.initial(), label=label, noise=noise)
+    assert result.shape == (2, *SHAPE)
+    assert result.dtype == torch.float32
+    assert torch.isfinite(result).all()
 
 
 def test_bad_input_is_one_sentence(denoiser):
@@ -215,8 +215,8 @@ def test_epsilon_and_x0_predictions_say_the_same():
 def test_labels_reach_the_network():
     denoiser = make("dit-vp")
     y = noisy(0.3)
-    one, two = denoiser(y, 0.3, torch.tensor([1, 1, 1])), denoiser(y, 0.3, torch.tensor([2, 2, 2]))
-    assert (one - two).abs().max() > 1e-4
+    first, second = denoiser(y, 0.3, torch.tensor([1, 1, 1])), denoiser(y, 0.3, torch.tensor([2, 2, 2]))
+    assert (first - second).abs().max() > 1e-4
     torch.testing.assert_close(denoiser(y, 0.3), denoiser(y, 0.3, torch.tensor([4, 4, 4])))
 
 
@@ -234,16 +234,16 @@ def test_preconditioning_equals_the_published_one(golden, precond):
     denoiser = EDMDenoiser(Echo(), precond, shape=(3, 16, 16))
     # The fixture also visits levels beyond the ones that this preconditioning was made for.
     each = sigma.reshape(-1, 1, 1, 1)
-    found = denoiser.estimate(y, each).x0
+    result = denoiser.estimate(y, each).x0
     torch.testing.assert_close(seen["x"][:1], fixture[f"out.{precond}.net_input_sample0"], rtol=1e-5, atol=1e-5)
     # The original's own distance from float64, where ours is: its ln(1 + sigma^2) cancels in float32 at low VP levels.
     slack = 1.1 * max(fixture.about["values"][f"{precond}: |c_noise - float64 c_noise|"])
     torch.testing.assert_close(seen["t"], fixture[f"out.{precond}.c_noise"], rtol=1e-6, atol=slack)
     skip = 0.25 / (each**2 + 0.25) if precond == "edm" else torch.ones_like(each)
     out = {"edm": each * 0.5 / (each**2 + 0.25).sqrt(), "vp": -each, "ve": each}[precond]
-    torch.testing.assert_close(found, skip * y + out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, skip * y + out, rtol=1e-5, atol=1e-5)
     number = float(sigma[2])
-    torch.testing.assert_close(denoiser.estimate(y, number).x0[2], found[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoiser.estimate(y, number).x0[2], result[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("low", "high", "origin"), [(0.0, 1.0, -1.0), (-1.0, 1.0, 0.0), (-0.5, 0.5, 0.0)])
@@ -295,8 +295,8 @@ def test_a_wrapped_float32_module_is_cast_to_and_put_into_eval_mode():
         y = noisy(0.3, dtype=torch.float64)
         assert mine(y, 0.3).dtype == torch.float64
         assert torch.equal(mine(y, 0.3), mine(y, torch.tensor([0.3, 0.3, 0.3])))
-        found = sample(mine, HeunConfig(steps="4"), ImageNoise(range(2), SHAPE).initial())
-        assert torch.isfinite(found).all()
+        result = sample(mine, HeunConfig(steps="4"), ImageNoise(range(2), SHAPE).initial())
+        assert torch.isfinite(result).all()
     network.double()
     torch.testing.assert_close(
         mine(y.float(), 0.3).double(), network(y, y.new_full((3,), 0.3), None), rtol=1e-5, atol=1e-6
@@ -319,8 +319,8 @@ def test_a_plain_function_may_name_its_dtype():
     network = Noisy().eval()
     function = lambda y, sigma, label: network(y, sigma, label)  # noqa: E731
     start = ImageNoise(range(2), SHAPE).initial()
-    found = sample(Denoiser.wrap(function, SHAPE, dtype=torch.float32), HeunConfig(steps=4), start)
-    torch.testing.assert_close(found, sample(Denoiser.wrap(network, SHAPE), HeunConfig(steps=4), start))
+    result = sample(Denoiser.wrap(function, SHAPE, dtype=torch.float32), HeunConfig(steps=4), start)
+    torch.testing.assert_close(result, sample(Denoiser.wrap(network, SHAPE), HeunConfig(steps=4), start))
 
 
 def test_a_repr_is_one_short_line(denoiser):
@@ -357,9 +357,9 @@ def test_identity_tells_processes_apart():
         return Denoiser.wrap(lambda y, sigma, label: y, SHAPE, **changes)
 
     def latent() -> Denoiser:
-        found = EDMDenoiser(edm)
-        found.pixel_space = False
-        return found
+        result = EDMDenoiser(edm)
+        result.pixel_space = False
+        return result
 
     made = [
         lambda: VPDenoiser(network, plain),
@@ -389,6 +389,6 @@ def test_identity_tells_processes_apart():
         lambda: guided(VPDenoiser(network, plain), GuidanceConfig(3.0)),
         lambda: guided(VPDenoiser(network, plain, "x0"), GuidanceConfig(3.0)),
     ]
-    found = [json.dumps(make().identity, allow_nan=False) for make in made]
-    assert len(set(found)) == len(made)
-    assert found == [json.dumps(make().identity) for make in made]
+    result = [json.dumps(make().identity, allow_nan=False) for make in made]
+    assert len(set(result)) == len(made)
+    assert result == [json.dumps(make().identity) for make in made]

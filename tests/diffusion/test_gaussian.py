@@ -11,10 +11,10 @@ from ditlab.diffusion.schedules import make_schedule
 SCHEDULES = pytest.mark.parametrize("name", ["linear", "cosine"])
 
 
-def close(found: torch.Tensor, expected: torch.Tensor):
+def close(result: torch.Tensor, expected: torch.Tensor):
     # The golden's tolerance: 1e-5 of the largest value, or absolutely below 1.
     limit = 1e-5 * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(found.broadcast_to(expected.shape), expected, rtol=0, atol=limit)
+    torch.testing.assert_close(result.broadcast_to(expected.shape), expected, rtol=0, atol=limit)
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_terms_of_the_bound_in_bits(terms, name, clip):
 def test_decoder_likelihood_and_kl(terms):
     x0, mean, log_scale = terms["in.x0"], terms["in.dgll_means"], terms["in.dgll_log_scales"]
     expected = terms["dgll"]
-    found = discretized_log_likelihood(x0, mean, log_scale)
+    result = discretized_log_likelihood(x0, mean, log_scale)
     likely = expected > -8
-    assert (found - expected)[likely].abs().max() <= 1e-3
+    assert (result - expected)[likely].abs().max() <= 1e-3
     assert likely.float().mean() > 0.9
     close(kl(Gaussian(x0, log_scale), Gaussian(mean, torch.tensor(-4.0))), terms["normal_kl"])

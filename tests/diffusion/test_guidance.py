@@ -70,10 +70,10 @@ def test_guided_outputs_of_the_original_dit(original, scale):
     x, t, label = (fixture[f"in.cfg_{name}"][:count] for name in ("x", "t", "y"))
     sigma = torch.from_numpy(LINEAR.sigmas)[t]
     y = (x * (1 + sigma**2).sqrt().reshape(-1, 1, 1, 1)).float()
-    found = denoiser.predict(y, sigma, label)
+    result = denoiser.predict(y, sigma, label)
     expected = fixture[f"out.cfg_{scale}"][:count]
-    assert (found.eps - expected[:, :4]).abs().max() <= 1e-5
-    assert (found.v - expected[:, 4:]).abs().max() <= 1e-5
+    assert (result.eps - expected[:, :4]).abs().max() <= 1e-5
+    assert (result.v - expected[:, 4:]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("scale", ["1.5", "4.0"])
@@ -89,9 +89,9 @@ def test_the_original_guided_sampling_loop(golden, original, scale):
         callback=lambda step: states.append(step.x_next),
     )
     key = f"linear.dit.ddpm_zero_cfg{scale}.clip_True.traj"
-    found, expected = torch.stack([states[0], states[5], states[9]]), recorded[key][:, :2]
+    result, expected = torch.stack([states[0], states[5], states[9]]), recorded[key][:, :2]
     error, largest = recorded.about["values"]["float32_vs_float64"][key][:2]
-    assert (found - expected).abs().max().item() <= 20 * error + 1e-4 * largest
+    assert (result - expected).abs().max().item() <= 20 * error + 1e-4 * largest
 
 
 def test_power_cosine_scales_of_the_original(golden, original):
@@ -106,11 +106,11 @@ def test_power_cosine_scales_of_the_original(golden, original):
             continue
         denoiser = guided(VPDenoiser(original[0], LINEAR), config)
         order = recorded["in.t.T1000"]
-        found = denoiser.weight(levels[order])
-        assert (found - expected).abs().max() <= 1e-5 * max(1, scale)
+        result = denoiser.weight(levels[order])
+        assert (result - expected).abs().max() <= 1e-5 * max(1, scale)
         # One level at a time is the same.
         each = [denoiser.weight(float(sigma)) for sigma in levels[order[:10]]]
-        np.testing.assert_allclose(each, found[:10].numpy(), rtol=1e-12)
+        np.testing.assert_allclose(each, result[:10].numpy(), rtol=1e-12)
 
 
 def test_power_cosine_outputs_of_the_original(golden):
@@ -133,10 +133,10 @@ def test_power_cosine_outputs_of_the_original(golden):
     denoiser = guided(VPDenoiser(Recorded(), LINEAR), config)
     sigma = torch.from_numpy(LINEAR.sigmas)[recorded["in.t"][:count]].float()
     y = recorded["in.x"][:count] * (1 + sigma**2).sqrt().reshape(-1, 1, 1, 1)
-    found = denoiser.predict(y, sigma, torch.arange(count))
+    result = denoiser.predict(y, sigma, torch.arange(count))
     expected = recorded["out.cfg"][:count]
-    torch.testing.assert_close(found.eps, expected[:, :4], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.v, expected[:, 4:])
+    torch.testing.assert_close(result.eps, expected[:, :4], rtol=1e-5, atol=1e-5)
+    assert torch.equal(result.v, expected[:, 4:])
 
 
 # ---- any denoiser ----
@@ -162,14 +162,14 @@ def test_guided_scores_of_gaussians():
     inner, w, sigma = OfClasses(means, 0.5), 2.5, 0.7
     denoiser = guided(inner, GuidanceConfig(scale=w))
     y, label = torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 2, 1, 3])
-    found = denoiser.predict(y, sigma, label)
+    result = denoiser.predict(y, sigma, label)
     # Normals of one variance: the product's mean is m_u + w (m_c - m_u), its variance the same.
     table = torch.cat([means, means.mean(0, keepdim=True)])
     centre = table[3] + w * (table[label] - table[3])
     score = -(y - centre) / (0.25 + sigma**2)
-    torch.testing.assert_close(found.eps, -sigma * score)
-    torch.testing.assert_close(found.x0 + sigma * found.eps, y)
-    assert found.v is None
+    torch.testing.assert_close(result.eps, -sigma * score)
+    torch.testing.assert_close(result.x0 + sigma * result.eps, y)
+    assert result.v is None
     # Sampling lands on the guided normal: with Heun, to its mean and standard deviation.
     noise = ImageNoise(range(400), SHAPE)
     ones = torch.zeros(400, dtype=torch.int64)
@@ -217,17 +217,17 @@ def test_guidance_of_networks(make):
     without = inner.predict(y, 0.5, torch.full((5,), 4))
     for scale in (0.0, 0.5, 3.0):
         denoiser = guided(inner, GuidanceConfig(scale=scale))
-        found = denoiser.predict(y, 0.5, label)
+        result = denoiser.predict(y, 0.5, label)
         expected = without.eps + scale * (conditional.eps - without.eps)
-        torch.testing.assert_close(found.eps, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.eps, expected, rtol=1e-4, atol=1e-5)
         # y = x0 + sigma eps holds for guided estimates, and a tensor of levels gives the same.
-        torch.testing.assert_close(found.x0 + 0.5 * found.eps, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.x0 + 0.5 * result.eps, y, rtol=1e-4, atol=1e-5)
         each = denoiser.predict(y, torch.full((5,), 0.5), label)
-        torch.testing.assert_close(each.x0, found.x0, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(each.x0, result.x0, rtol=1e-4, atol=1e-5)
         # The row whose label is "no class" has nothing to be guided by.
-        torch.testing.assert_close(found.x0[4], without.x0[4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.x0[4], without.x0[4], rtol=1e-4, atol=1e-5)
         if conditional.v is not None:
-            torch.testing.assert_close(found.v, conditional.v, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result.v, conditional.v, rtol=1e-4, atol=1e-5)
 
 
 def test_it_passes_on_what_the_denoiser_says():
@@ -256,10 +256,10 @@ def test_channels():
     inner, y, label = OfClasses(means, 0.5), torch.randn(2, *shape), torch.tensor([0, 1])
     plain = inner.predict(y, 0.5, label)
     for channels, count in ((None, 3), (3, 3), (1, 1), (4, 4), ("all", 4)):
-        found = guided(inner, GuidanceConfig(scale=3.0, channels=channels)).predict(y, 0.5, label)
-        changed = (found.eps - plain.eps).abs().amax((0, 2, 3)) > 1e-4
+        result = guided(inner, GuidanceConfig(scale=3.0, channels=channels)).predict(y, 0.5, label)
+        changed = (result.eps - plain.eps).abs().amax((0, 2, 3)) > 1e-4
         assert changed.tolist() == [True] * count + [False] * (4 - count)
-        assert torch.equal(found.eps[:, count:], plain.eps[:, count:])
+        assert torch.equal(result.eps[:, count:], plain.eps[:, count:])
     # Of images other than four-channel latents, all channels are guided where nothing else is said.
     assert [GuidanceConfig().guided_channels(count) for count in (1, 3, 4, 32)] == [1, 3, 3, 32]
 
@@ -293,8 +293,8 @@ def test_outside_the_interval_it_is_the_conditional_estimate():
     # In one batch, each image by its own level.
     levels = torch.tensor([0.1, 0.5, 2.0])
     torch.testing.assert_close(denoiser.weight(levels), torch.tensor([1.0, 4.0, 1.0]))
-    found = denoiser(y, levels, label)
-    torch.testing.assert_close(found[[0, 2]], inner(y, levels, label)[[0, 2]], rtol=1e-4, atol=1e-5)
+    result = denoiser(y, levels, label)
+    torch.testing.assert_close(result[[0, 2]], inner(y, levels, label)[[0, 2]], rtol=1e-4, atol=1e-5)
 
 
 def test_power_cosine_without_numbered_steps_counts_by_the_linear_process():

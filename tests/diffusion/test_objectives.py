@@ -38,18 +38,18 @@ def losses(terms, config, schedule=None, output=None, t="in.t"):
     return objective.losses(network, terms["in.x0"], None, draws), network
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=3e-5, atol=1e-6)
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=3e-5, atol=1e-6)
 
 
 @SCHEDULES
 def test_hybrid_loss_and_its_gradient(terms, name):
     output = terms["in.model_output"].clone().requires_grad_()
-    found, network = losses(terms, VPObjectiveConfig(schedule=name), output=output)
+    result, network = losses(terms, VPObjectiveConfig(schedule=name), output=output)
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_mse.{key}"])
+        close(result[key], terms[f"{name}.loss_mse.{key}"])
     torch.testing.assert_close(network.x, terms[f"{name}.q_sample"])
-    found["loss"].mean().backward()
+    result["loss"].mean().backward()
     expected = terms[f"{name}.loss_mse.grad_model_output"]
     assert output.grad is not None
     torch.testing.assert_close(output.grad, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
@@ -59,25 +59,25 @@ def test_hybrid_loss_and_its_gradient(terms, name):
 
 @SCHEDULES
 def test_other_losses(terms, name):
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="rescaled-mse"))
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="rescaled-mse"))
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_rescaled_mse.{key}"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl"))
-    close(found["loss"], terms[f"{name}.loss_kl.loss"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl-unscaled"))
-    close(found["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, prediction="x0"))
+        close(result[key], terms[f"{name}.loss_rescaled_mse.{key}"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl"))
+    close(result["loss"], terms[f"{name}.loss_kl.loss"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl-unscaled"))
+    close(result["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, prediction="x0"))
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_xstart.{key}"])
+        close(result[key], terms[f"{name}.loss_xstart.{key}"])
 
 
 @SCHEDULES
 @pytest.mark.parametrize("variance", ["fixed-large", "fixed-small"])
 def test_simple_loss_of_a_fixed_variance(terms, name, variance):
     output = terms["in.model_output"][:, :4]
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, variance=variance), output=output)
-    close(found["loss"], terms[f"{name}.loss_{variance.replace('-', '')}.loss"])
-    assert "vb" not in found
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, variance=variance), output=output)
+    close(result["loss"], terms[f"{name}.loss_{variance.replace('-', '')}.loss"])
+    assert "vb" not in result
     bound, _ = losses(terms, VPObjectiveConfig(schedule=name, variance=variance, loss="kl"), output=output)
     assert torch.isfinite(bound["loss"]).all()
 
@@ -85,14 +85,14 @@ def test_simple_loss_of_a_fixed_variance(terms, name, variance):
 @SCHEDULES
 def test_losses_of_a_respaced_process(terms, name):
     short = make_schedule(name, 1000).respaced("10")
-    found, network = losses(terms, VPObjectiveConfig(schedule=name), short, t="in.t_respaced")
+    result, network = losses(terms, VPObjectiveConfig(schedule=name), short, t="in.t_respaced")
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.respaced.loss.{key}"])
+        close(result[key], terms[f"{name}.respaced.loss.{key}"])
     assert torch.equal(network.t, terms[f"{name}.respaced.model_t"].float())
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="rescaled-mse"), short, t="in.t_respaced")
-    close(found["loss"], terms[f"{name}.respaced.loss_rescaled_mse"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl"), short, t="in.t_respaced")
-    close(found["loss"], terms[f"{name}.respaced.loss_kl"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="rescaled-mse"), short, t="in.t_respaced")
+    close(result["loss"], terms[f"{name}.respaced.loss_rescaled_mse"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, loss="kl"), short, t="in.t_respaced")
+    close(result["loss"], terms[f"{name}.respaced.loss_kl"])
 
 
 @pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
@@ -113,10 +113,10 @@ def test_edm_levels_weights_and_loss(golden, precond):
             skip, out = EDMDenoiser(self, precond, shape=(3, 16, 16)).skip_and_out(sigma.reshape(-1, 1, 1, 1))
             return -skip * (images + sigma.reshape(-1, 1, 1, 1) * nets["in.loss.noise"]) / out
 
-    found = objective.losses(Zero(), images, None, draws)
+    result = objective.losses(Zero(), images, None, draws)
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2 if precond == "edm" else sigma**-2
     expected = weight * images.square().mean((1, 2, 3))
-    torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["loss"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [VPObjectiveConfig(), EDMObjectiveConfig(), EDMObjectiveConfig(precond="ve")])

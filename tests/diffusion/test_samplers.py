@@ -67,9 +67,9 @@ def loops():
         yield "blend", "ddim_eta1_on_10", clip, DDIMConfig(steps="10", eta=1.0, clip=clip)
 
 
-def near(recorded, key, found):
+def near(recorded, key, result):
     error, largest = recorded.about["values"]["float32_vs_float64"][key][:2]
-    assert (found - recorded[key]).abs().max().item() <= 20 * error + 1e-4 * largest
+    assert (result - recorded[key]).abs().max().item() <= 20 * error + 1e-4 * largest
 
 
 @pytest.mark.parametrize(("network", "loop", "clip", "config"), list(loops()))
@@ -85,25 +85,25 @@ def test_loops_go_through_the_published_states(recorded, denoisers, network, loo
         callback=lambda step: states.append(step.x_next),
     )
     key = f"linear.{network}.{loop}.clip_{clip}.traj"
-    found = torch.stack(states if len(recorded[key]) == 10 else [states[0], states[5], states[9]])
-    near(recorded, key, found)
+    result = torch.stack(states if len(recorded[key]) == 10 else [states[0], states[5], states[9]])
+    near(recorded, key, result)
 
 
 def test_ddim_backwards(recorded, denoisers):
     start = 0.5 * recorded["in.x_T"].clamp(-1, 1)
-    found = invert(denoisers["blend"], DDIMConfig(steps="10", clip=True), start, label=recorded["in.y"])
-    near(recorded, "linear.blend.ddim_reverse.clip_True.sample", found)
+    result = invert(denoisers["blend"], DDIMConfig(steps="10", clip=True), start, label=recorded["in.y"])
+    near(recorded, "linear.blend.ddim_reverse.clip_True.sample", result)
 
 
 def test_bits_per_dimension(recorded, denoisers):
     images, noise = recorded["in.x_T"].clamp(-1, 1), recorded["in.noise_seq"]
-    found = bits_per_dimension(denoisers["blend"], images, lambda k: noise[k], steps="10", label=recorded["in.y"])
+    result = bits_per_dimension(denoisers["blend"], images, lambda k: noise[k], steps="10", label=recorded["in.y"])
     for name, value in (
-        ("total_bpd", found.total),
-        ("prior_bpd", found.prior),
-        ("vb", found.terms),
-        ("xstart_mse", found.x0_mse),
-        ("mse", found.eps_mse),
+        ("total_bpd", result.total),
+        ("prior_bpd", result.prior),
+        ("vb", result.terms),
+        ("xstart_mse", result.x0_mse),
+        ("mse", result.eps_mse),
     ):
         expected = recorded[f"linear.blend.bpd.{name}"]
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-7, msg=name)
@@ -155,35 +155,35 @@ CHURN = HeunConfig(churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003
 )
 def test_heun_equals_the_published_sampler(edm, name, k, config, levels):
     denoiser = Shrink(float(k), levels)
-    found = sample(denoiser, config, edm["in.latents"].double(), noise=lambda step: edm["in.noise_seq"][step])
-    torch.testing.assert_close(found, edm[f"k{k}.{name}"], rtol=1e-9, atol=1e-12)
+    result = sample(denoiser, config, edm["in.latents"].double(), noise=lambda step: edm["in.noise_seq"][step])
+    torch.testing.assert_close(result, edm[f"k{k}.{name}"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(denoiser.calls, edm[f"sigma_calls.{name}"].numpy(), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "second_order"), [("euler", False), ("heun", True)])
 def test_heun_equals_another_implementation(edm, name, second_order):
-    found = sample(Shrink(0.3), HeunConfig(second_order=second_order), edm["in.latents"].double())
+    result = sample(Shrink(0.3), HeunConfig(second_order=second_order), edm["in.latents"].double())
     # Its levels were rounded to float32.
-    torch.testing.assert_close(found, edm[f"kdiff.sample_{name}"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, edm[f"kdiff.sample_{name}"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("levels", ["vp", "ve"])
 def test_heun_runs_on_the_other_grids_at_the_published_levels(edm, levels):
     denoiser = Shrink(1.0)
-    found = sample(denoiser, HeunConfig(levels=levels, steps=40), edm["in.latents"].double())
+    result = sample(denoiser, HeunConfig(levels=levels, steps=40), edm["in.latents"].double())
     np.testing.assert_allclose(denoiser.calls[::2], edm[f"t_steps.{levels}.40"].numpy(), rtol=1e-9)
     # The exact solution of the flow: y is scaled by sqrt((k + 0) / (k + sigma_max^2)).
     highest = denoiser.calls[0]
     exact = edm["in.latents"].double() * highest / math.sqrt(1 + highest**2)
-    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(result, exact, rtol=0.05, atol=0.05)
 
 
 def test_heun_keeps_float64_inside_and_gives_back_the_dtype_of_the_noise(edm):
     seen = []
-    found = sample(Shrink(1.0), HeunConfig(), edm["in.latents"], callback=lambda step: seen.append(step.y_next.dtype))
-    assert found.dtype == torch.float32
+    result = sample(Shrink(1.0), HeunConfig(), edm["in.latents"], callback=lambda step: seen.append(step.y_next.dtype))
+    assert result.dtype == torch.float32
     assert set(seen) == {torch.float64}
-    torch.testing.assert_close(found, edm["k1.0.edm_sampler.18"].float())
+    torch.testing.assert_close(result, edm["k1.0.edm_sampler.18"].float())
 
 
 # ---- what holds for any sampler ----
@@ -219,15 +219,15 @@ def test_an_image_does_not_depend_on_its_batch(config):
 def test_a_callback_sees_every_step(config):
     steps = []
     noise = ImageNoise(range(2), (2, 4, 4))
-    found = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
+    result = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
     count = len(steps)
     assert [step.index for step in steps] == list(range(count))
     assert {step.steps for step in steps} == {count} == {int(config.steps)}
     assert [step.sigma_next for step in steps[:-1]] == [step.sigma for step in steps[1:]]
     assert steps[-1].sigma_next == 0
     assert all(torch.equal(a.y_next, b.y) for a, b in pairwise(steps))
-    torch.testing.assert_close(steps[-1].y_next.float(), found)
-    assert steps[0].x0.shape == found.shape
+    torch.testing.assert_close(steps[-1].y_next.float(), result)
+    assert steps[0].x0.shape == result.shape
 
 
 def test_ancestral_sampling_is_ddim_with_eta_1():
@@ -243,8 +243,8 @@ def test_ancestral_sampling_is_ddim_with_eta_1():
 def test_samples_have_the_variance_of_the_data(config):
     # Shrink(k) is the optimal denoiser of normal data with variance k.
     noise = ImageNoise(range(200), (2, 4, 4))
-    found = sample(Shrink(0.25), config, noise.initial(), noise=noise)
-    assert found.std().item() == pytest.approx(0.5, abs=0.02)
+    result = sample(Shrink(0.25), config, noise.initial(), noise=noise)
+    assert result.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 # ---- the second-order solvers, and the denoiser's own steps ----
@@ -273,8 +273,8 @@ def test_order_of_convergence(make, order):
     noise = ImageNoise(range(2), (2, 4, 4)).initial().double()
     errors = []
     for steps in (40, 80, 160, 320):
-        expected, found = exact(0.25, noise, make(steps))
-        errors.append((found - expected).abs().max().item())
+        expected, result = exact(0.25, noise, make(steps))
+        errors.append((result - expected).abs().max().item())
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.15), slopes
     assert errors[-1] < (2e-3 if order == 2 else 5e-2)
@@ -339,7 +339,7 @@ def test_dpm_solver_equals_diffusers():
     denoiser = VPDenoiser(network, LINEAR, variance="fixed-small")
     noise = ImageNoise(range(3), denoiser.shape).initial()
     for steps in (5, 10, 25, 100):
-        found = sample(denoiser, DPMSolverConfig(steps=steps), noise)
+        result = sample(denoiser, DPMSolverConfig(steps=steps), noise)
         scheduler = diffusers.DPMSolverMultistepScheduler(
             num_train_timesteps=1000,
             beta_start=1e-4,
@@ -349,12 +349,12 @@ def test_dpm_solver_equals_diffusers():
             solver_order=2,
             final_sigmas_type="zero",
         )
-        kept = [int(step) for step in np.linspace(0, 999, steps).round()[::-1]]
-        scheduler.set_timesteps(timesteps=kept)
+        timesteps = [int(step) for step in np.linspace(0, 999, steps).round()[::-1]]
+        scheduler.set_timesteps(timesteps=timesteps)
         x = noise
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, t.float().expand(len(x))), t, x).prev_sample
-        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_tables_equal_the_published_ones(golden, name, table):
 def test_respacing_keeps_the_published_steps(golden):
     values = golden("02_schedules").about["values"]
     for steps, expected in ((1000, values["space_timesteps"]), (300, values["space_timesteps_300"])):
-        for spec, kept in expected.items():
-            assert respace(steps, spec) == kept, spec
+        for spec, respaced in expected.items():
+            assert respace(steps, spec) == respaced, spec
     assert respace(1000, [10, 15, 20]) == values["space_timesteps"]["10,15,20"]
     assert respace(1000, 250) == values["space_timesteps"]["250"]
     for spec, (outcome, detail) in values["odd_specs"].items():

@@ -114,11 +114,11 @@ def test_the_objective_weights_its_loss_and_remembers_it_without_the_weight():
         def forward(self, x, t, label=None):
             return x * 0.5
 
-    found = objective.losses(Half(), images, None, draws)
-    torch.testing.assert_close(found["loss"], found["unweighted"] * draws["weight"])
+    result = objective.losses(Half(), images, None, draws)
+    torch.testing.assert_close(result["loss"], result["unweighted"] * draws["weight"])
     same = plain.losses(Half(), images, None, {k: v for k, v in draws.items() if k != "weight"})
-    assert torch.equal(found["unweighted"], same["loss"])
-    assert not torch.equal(found["loss"], same["loss"])
+    assert torch.equal(result["unweighted"], same["loss"])
+    assert not torch.equal(result["loss"], same["loss"])
     again = VPObjectiveConfig(steps=30, variance="fixed-small", time_sampling="loss-second-moment").build()
     again.load_state_dict(json.loads(json.dumps(objective.state_dict())))
     back = again.draw(torch_generator(0, "step", 1), 16, (3, 4, 4))

@@ -32,7 +32,7 @@ class DDPMConfig:
     steps: int | str = "250"
     """Respacing, stored as text: a count such as 250; with numbered steps also ddim50 or 10,15,20."""
     variance: Literal["auto", "fixed-small", "fixed-large"] = "auto"
-    """Reverse variance; auto: the learned one where there is one, else the one that belongs to the denoiser."""
+    """Reverse variance; auto: the denoiser's own, which is the learned one if there is one."""
     clip: bool = False
     """Clip each estimate of the clean image to [-1, 1]; never for latents."""
 
@@ -152,10 +152,10 @@ def _respacing(where: str, steps: object) -> str:
 
 def _check_levels(where: str, config: HeunConfig | DPMSolverConfig) -> None:
     """Stores the count of steps as a number, and checks that there are such levels."""
-    given = config.steps
-    if isinstance(given, bool) or not isinstance(given, int | str) or not str(given).removeprefix("-").isdecimal():
-        raise DitlabError(f"{where}: expected steps as a count, found {given!r}")
-    steps = int(given)
+    value = config.steps
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).removeprefix("-").isdecimal():
+        raise DitlabError(f"{where}: expected steps as a count, found {value!r}")
+    steps = int(value)
     object.__setattr__(config, "steps", steps)
     if config.levels != "grid":
         noise_levels(config.levels, steps, config.sigma_min, config.sigma_max, config.rho)

@@ -220,7 +220,7 @@ def _heun_step(
 ) -> tuple[Tensor, Tensor]:
     """Karras et al. 2022, Algorithm 2, lines 6-11."""
     sigma_hat, sigma_next = step.sigma_hat, step.sigma_next
-    y_hat = y if z is None else y + step.churn_std * z
+    y_hat = y if z is None else y + step.std * z
     x0 = denoise(y_hat, sigma_hat).x0
     d = (y_hat - x0) / sigma_hat
     y_next = y_hat + (sigma_next - sigma_hat) * d
@@ -234,15 +234,14 @@ def _flow_step(
     step: FlowStep, denoise: Denoise, y: Tensor, z: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Karras et al. 2022, Algorithm 1, lines 4-8, for x = s y, with Algorithm 3's alpha and Algorithm 2's churn."""
-    h, alpha = step.h, step.alpha
-    y_hat = y if z is None else y + step.churn_std * z
-    x_hat = step.s_hat * y_hat
+    h, alpha, hat, prime = step.h, step.alpha, step.hat, step.prime
+    y_hat = y if z is None else y + step.std * z
+    x_hat = hat.s * y_hat
     x0 = denoise(y_hat, step.sigma_hat).x0
-    d = step.a_hat * x_hat - step.b_hat * x0
+    d = hat.a * x_hat - hat.b * x0
     x_next = x_hat + alpha * h * d
-    if step.sigma_prime:
-        x_prime = x_next
-        d_prime = step.a_prime * x_prime - step.b_prime * denoise(x_prime / step.s_prime, step.sigma_prime).x0
+    if prime is not None:
+        d_prime = prime.a * x_next - prime.b * denoise(x_next / prime.s, step.sigma_prime).x0
         x_next = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
     return x0, x_next / step.s_next
 

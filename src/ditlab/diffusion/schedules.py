@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "Discretization",
     "Flow",
     "FlowName",
+    "FlowPoint",
     "Respacing",
     "ScheduleName",
     "VPSchedule",
@@ -227,12 +228,19 @@ def vp_sigma_inverse(sigma: np.ndarray | float) -> np.ndarray:
     return np.asarray((np.sqrt(VP_BETA_MIN**2 + 2 * VP_BETA_D * log) - VP_BETA_MIN) / VP_BETA_D)
 
 
+class FlowPoint(NamedTuple):
+    """The coefficients of dx/dt = a x - b D(x / s; sigma) at a level, x = s y (Karras et al. 2022, Eq. 4)."""
+
+    s: float
+    a: float
+    """sigma'/sigma + s'/s."""
+    b: float
+    """s sigma'/sigma."""
+
+
 @dataclass(frozen=True)
 class Flow:
-    """Schedule sigma(t) and scaling s(t) of a probability flow, x(t) = s(t) y (Karras et al. 2022, Eq. 4, Table 1).
-
-    Its differential equation is dx/dt = (sigma'/sigma + s'/s) x - s sigma'/sigma D(x / s; sigma).
-    """
+    """Schedule sigma(t) and scaling s(t) of a probability flow, x(t) = s(t) y (Karras et al. 2022, Eq. 4, Table 1)."""
 
     time: Callable[[float], float]
     """sigma -> t; 0 at 0."""
@@ -249,10 +257,10 @@ class Flow:
         """Returns the name of the flow."""
         return f"Flow({next((name for name, flow in FLOWS.items() if flow is self), 'custom')})"
 
-    def slope(self, sigma: float) -> tuple[float, float]:
-        """Returns (a, b) of dx/dt = a x - b D at a level: sigma'/sigma + s'/s and s sigma'/sigma."""
-        growth = self.growth(sigma)
-        return growth + self.shrinkage(sigma), self.scale(sigma) * growth
+    def at(self, sigma: float) -> FlowPoint:
+        """Returns the coefficients of the differential equation at a level."""
+        growth, s = self.growth(sigma), self.scale(sigma)
+        return FlowPoint(s, growth + self.shrinkage(sigma), s * growth)
 
 
 def _vp_growth(sigma: float) -> float:

@@ -19,31 +19,33 @@ import numpy as np
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
-from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, VPSchedule, noise_levels
+from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, FlowPoint, VPSchedule, noise_levels
 
 __all__ = ["DDIMStep", "DDPMStep", "DPMSolverStep", "FlowStep", "HeunStep", "Step", "StepTable", "make_step_table"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """The coefficients of one step from `sigma` to `sigma_next`."""
 
     sigma: float
     sigma_next: float
     """0 in the last step."""
+    std: float = 0.0
+    """Standard deviation of the fresh noise z."""
 
     @property
     def noisy(self) -> bool:
-        """Whether the step adds fresh noise."""
-        return False
+        """Returns whether the step adds fresh noise."""
+        return self.std > 0
 
     @property
     def calls(self) -> tuple[float, ...]:
-        """The levels at which the step calls the denoiser."""
+        """Returns the levels at which the step calls the denoiser."""
         return (self.sigma,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DDPMStep(Step):
     """Ho et al., Eq. 6: y_next ~ N(coef1 x0 + coef2 y, std^2).
 
@@ -51,10 +53,8 @@ class DDPMStep(Step):
     """
 
     coef2: float
-    std: float = 0.0
-    """Standard deviation of the fresh noise, where the variance is fixed."""
     log_std: tuple[float, float] | None = None
-    """(a, b) of the learned standard deviation exp(a + b v)."""
+    """(a, b) of a learned standard deviation exp(a + b v), which replaces `std`."""
 
     @property
     def noisy(self) -> bool:
@@ -62,7 +62,7 @@ class DDPMStep(Step):
         return self.std > 0 or self.log_std is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DDIMStep(Step):
     """Song et al., Eq. 12: y_next = x0 + sqrt(sigma_next^2 - std^2) eps + std z.
 
@@ -71,15 +71,9 @@ class DDIMStep(Step):
 
     eps_coef: float
     """sqrt(sigma_next^2 - std^2), the weight of the direction that points to y."""
-    std: float
-
-    @property
-    def noisy(self) -> bool:
-        """See `Step.noisy`."""
-        return self.std > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPMSolverStep(Step):
     """Lu et al., Algorithm 2: y_next = exp(-h) y - (exp(-h) - 1) D, D = (1 + 1/2r) x0 - 1/2r x0_previous.
 
@@ -93,21 +87,16 @@ class DPMSolverStep(Step):
     """1 / (2 r)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeunStep(Step):
-    """Karras et al., Algorithm 2: churn from `sigma` to `sigma_hat`, then Heun's step with sigma = t."""
+    """Karras et al., Algorithm 2: churn from `sigma` to `sigma_hat`, then Heun's step with sigma = t.
+
+    Lines 5 and 6 have sigma_hat = sigma + gamma sigma and std = S_noise sqrt(sigma_hat^2 - sigma^2).
+    """
 
     sigma_hat: float
-    """sigma + gamma sigma (line 5)."""
-    churn_std: float
-    """S_noise sqrt(sigma_hat^2 - sigma^2) (line 6)."""
     sigma_prime: float
     """Level of the correction (line 10); 0 without one: in Euler's method, and in a step to level 0."""
-
-    @property
-    def noisy(self) -> bool:
-        """See `Step.noisy`."""
-        return self.churn_std > 0
 
     @property
     def calls(self) -> tuple[float, ...]:
@@ -115,25 +104,21 @@ class HeunStep(Step):
         return (self.sigma_hat, self.sigma_prime) if self.sigma_prime else (self.sigma_hat,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlowStep(HeunStep):
     """Karras et al., Algorithm 1 with the alpha of Algorithm 3, for x = s y: any schedule sigma(t), any scaling s(t).
 
-    Algorithm 1, line 4: dx/dt = a x - b D(x / s; sigma), a = sigma'/sigma + s'/s, b = s sigma'/sigma.
+    `FlowPoint` has the coefficients of line 4, dx/dt = a x - b D(x / s; sigma).
     """
 
     h: float
     """t_next - t_hat."""
     alpha: float
     """`sigma_prime` is the level at t_hat + alpha h; 1 in a step that is not corrected."""
-    s_hat: float
-    a_hat: float
-    b_hat: float
+    hat: FlowPoint
     """s, a and b at `sigma_hat`."""
-    s_prime: float
-    a_prime: float
-    b_prime: float
-    """The same at `sigma_prime`; not used in a step that is not corrected."""
+    prime: FlowPoint | None
+    """s, a and b at `sigma_prime`."""
     s_next: float
     """s at `sigma_next`."""
 
@@ -148,7 +133,7 @@ class StepTable:
 
     @property
     def calls(self) -> list[float]:
-        """The levels at which the denoiser is called, in order."""
+        """Returns the levels at which the denoiser is called, in order."""
         return [level for step in self.steps for level in step.calls]
 
     def __repr__(self) -> str:
@@ -195,15 +180,17 @@ def _ddpm_steps(denoiser: Denoiser, config: DDPMConfig) -> list[DDPMStep]:
     log_small = process.posterior_log_variance_clipped - np.log(process.alphas_cumprod_prev)
     log_large = np.log(process.betas) - np.log(process.alphas_cumprod_prev)
     steps = []
-    levels = zip(_descending(process.sigmas), log_small[::-1], log_large[::-1], strict=True)
-    for (sigma, sigma_next), small, large in levels:
+    for (sigma, sigma_next), small, large in zip(
+        _descending(process.sigmas), log_small[::-1], log_large[::-1], strict=True
+    ):
         std, log_std = 0.0, None
         if sigma_next > 0 and variance == "learned-range":
             # Nichol and Dhariwal, Eq. 15, of v in [-1, 1]: ln std^2 = small + (large - small) (v + 1) / 2.
             log_std = float(large + small) / 4, float(large - small) / 4
         elif sigma_next > 0:
             std = math.exp(0.5 * (large if variance == "fixed-large" else small))
-        steps.append(DDPMStep(sigma, sigma_next, (sigma_next / sigma) ** 2, std, log_std))
+        coef2 = (sigma_next / sigma) ** 2
+        steps.append(DDPMStep(sigma=sigma, sigma_next=sigma_next, coef2=coef2, std=std, log_std=log_std))
     return steps
 
 
@@ -211,7 +198,8 @@ def _ddim_steps(denoiser: Denoiser, config: DDIMConfig) -> list[DDIMStep]:
     steps = []
     for sigma, sigma_next in _descending(denoiser.levels.grid(config.steps)):
         std = config.eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
-        steps.append(DDIMStep(sigma, sigma_next, math.sqrt(sigma_next**2 - std**2), std))
+        eps_coef = math.sqrt(sigma_next**2 - std**2)
+        steps.append(DDIMStep(sigma=sigma, sigma_next=sigma_next, eps_coef=eps_coef, std=std))
     return steps
 
 
@@ -232,7 +220,10 @@ def _dpm_solver_steps(denoiser: Denoiser, config: DPMSolverConfig) -> list[DPMSo
         if steps and sigma_next > 0:
             h_previous, h = math.log(steps[-1].sigma / sigma), math.log(sigma / sigma_next)
             half_inverse_r = h / h_previous / 2
-        steps.append(DPMSolverStep(sigma, sigma_next, sigma_next / sigma, half_inverse_r))
+        ratio = sigma_next / sigma
+        steps.append(
+            DPMSolverStep(sigma=sigma, sigma_next=sigma_next, exp_minus_h=ratio, half_inverse_r=half_inverse_r)
+        )
     return steps
 
 
@@ -244,9 +235,13 @@ def _heun_steps(denoiser: Denoiser, config: HeunConfig) -> list[HeunStep]:
         sigma_hat = sigma * (1 + gamma)
         if gamma and config.levels == "grid" and isinstance(denoiser.levels, DiscreteLevels):
             sigma_hat = max(sigma, denoiser.levels.nearest(sigma_hat))
-        churn_std = math.sqrt(sigma_hat**2 - sigma**2) * config.churn_noise
-        sigma_prime = sigma_next if config.second_order else 0.0
-        step = HeunStep(sigma, sigma_next, sigma_hat, churn_std, sigma_prime)
+        step = HeunStep(
+            sigma=sigma,
+            sigma_next=sigma_next,
+            sigma_hat=sigma_hat,
+            std=config.churn_noise * math.sqrt(sigma_hat**2 - sigma**2),
+            sigma_prime=sigma_next if config.second_order else 0.0,
+        )
         steps.append(step if config.flow == "linear" and config.alpha == 1 else _flow_step(step, config))
     return steps
 
@@ -258,17 +253,6 @@ def _flow_step(step: HeunStep, config: HeunConfig) -> FlowStep:
     h, alpha, sigma_prime = t_next - t_hat, 1.0, step.sigma_prime
     if sigma_prime and config.alpha != 1:
         alpha, sigma_prime = config.alpha, flow.level(t_hat + config.alpha * h)
-    hat = flow.scale(step.sigma_hat), *flow.slope(step.sigma_hat)
-    prime = (flow.scale(sigma_prime), *flow.slope(sigma_prime)) if sigma_prime else (1.0, 0.0, 0.0)
-    return FlowStep(
-        step.sigma,
-        step.sigma_next,
-        step.sigma_hat,
-        step.churn_std,
-        sigma_prime,
-        h,
-        alpha,
-        *hat,
-        *prime,
-        s_next=flow.scale(step.sigma_next),
-    )
+    hat, prime = flow.at(step.sigma_hat), flow.at(sigma_prime) if sigma_prime else None
+    settings = vars(step) | {"sigma_prime": sigma_prime}
+    return FlowStep(**settings, h=h, alpha=alpha, hat=hat, prime=prime, s_next=flow.scale(step.sigma_next))
