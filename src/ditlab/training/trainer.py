@@ -225,7 +225,7 @@ class Trainer:
         config, objective = self.config, self.objective
         size = len(batch.images) // config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        history: dict[str, list[Tensor]] = {name: [] for name in objective.remembers}
+        history: dict[str, list[Tensor]] = {name: [] for name in objective.history_keys}
         step_loss = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for micro in range(config.accumulate):
             part = slice(micro * size, (micro + 1) * size)
@@ -242,7 +242,7 @@ class Trainer:
             for name, values in history.items():
                 values.append((losses[name] if name in losses else draws[name]).detach())
         if history:
-            objective.observe({name: self.context.gathered(torch.cat(parts)) for name, parts in history.items()})
+            objective.update({name: self.context.gathered(torch.cat(parts)) for name, parts in history.items()})
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.step)
         self.optimizer.step()
