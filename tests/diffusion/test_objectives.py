@@ -56,7 +56,7 @@ def losses(terms, config, schedule=None, output=None, t="in.t"):
 @SCHEDULES
 def test_hybrid_loss_and_its_gradient(terms, close, name):
     output = terms["in.model_output"].clone().requires_grad_()
-    found, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), output=output)
+    result, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), output=output)
     for key in ("mse", "vb", "loss"):
         close(result[key], terms[f"{name}.loss_mse.{key}"])
     torch.testing.assert_close(network.x, terms[f"{name}.q_sample"])
