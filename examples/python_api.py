@@ -1,4 +1,4 @@
-"""ditlab from Python: two small runs, samples, the PSNR gap, a Jacobian, a report. Takes about half a minute on a CPU."""
+"""ditlab from Python: two small runs, samples, the PSNR gap, a Jacobian, a report. Half a minute on a CPU."""
 
 import torch
 
