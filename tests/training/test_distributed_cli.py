@@ -16,7 +16,8 @@ import torch
 from ditlab.cli.train import Train
 from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
-from ditlab.models.run import Run, start, train_run
+from ditlab.models.creating import start, train_run
+from ditlab.models.run import Run
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import DistributedContext, pick_device
 from ditlab.training.trainer import check_batch
@@ -133,6 +134,6 @@ def test_devices():
     with pytest.raises(DitlabError, match="expected 'cpu', 'cuda' or 'cuda:N', found 'abacus'"):
         pick_device("abacus")
     with pytest.raises(
-        DitlabError, match=r"device: expected one of the \d+ CUDA devices of this machine, found 'cuda:99'"
+        DitlabError, match=r"`device`: expected one of the \d+ CUDA devices of this machine, found 'cuda:99'"
     ):
         pick_device("cuda:99")

@@ -393,7 +393,7 @@ def test_a_time_limit_saves_and_ends(tmp_path):
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     # A limit that is reached with the last step interrupts nothing.
     run(tmp_path / "short", 1, minutes=1e-9)
-    with pytest.raises(DitlabError, match=r"minutes: expected a positive number, found 0\.0"):
+    with pytest.raises(DitlabError, match=r"`minutes`: expected a positive number, found 0\.0"):
         run(tmp_path / "none", 1, minutes=0.0)
 
 
