@@ -65,8 +65,8 @@ def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_at_the_command_line(tmp_path):
     done = torchrun(tmp_path, "--out", "run", "--training.batch-size", "9")
     assert done.returncode
-    said = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
-    assert said == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
+    assert errors == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
     assert "init_process_group" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["image-sets"]
     words = ("--out", "run", "--training.batch-size", "8")

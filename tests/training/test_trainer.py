@@ -112,9 +112,9 @@ def lines(folder: Path) -> list[dict]:
 
 def everything(folder: Path):
     store = CheckpointStore(folder / "checkpoints")
-    found = store.load(store.steps()[-1])
-    state = {k: v for k, v in found.state.items() if k != "files"}
-    return found.model, found.ema, found.optimizer, state
+    loaded = store.load(store.steps()[-1])
+    state = {k: v for k, v in loaded.state.items() if k != "files"}
+    return loaded.model, loaded.ema, loaded.optimizer, state
 
 
 def assert_equal(a: Path, b: Path) -> None:
