@@ -43,6 +43,4 @@ def open_checkpoint(
     )
 
 
-__all__ = [
-    "open_checkpoint",
-]
+__all__ = ["open_checkpoint"]

@@ -290,11 +290,4 @@ def _check_embedders(state: Mapping[str, Tensor], depth: int, where: str) -> Non
             )
 
 
-__all__ = [
-    "convert_diffusers",
-    "from_diffusers",
-    "largest_difference",
-    "scheduler_config",
-    "to_diffusers",
-    "write_diffusers",
-]
+__all__ = ["convert_diffusers", "from_diffusers", "to_diffusers", "write_diffusers"]

@@ -444,14 +444,4 @@ def _quiet(diffusers: Any) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-__all__ = [
-    "DiffusersNetwork",
-    "VelocityDenoiser",
-    "describe",
-    "find_folder",
-    "library",
-    "load_module",
-    "load_scheduler",
-    "make_denoiser",
-    "open_diffusers",
-]
+__all__ = ["DiffusersNetwork", "VelocityDenoiser", "make_denoiser", "open_diffusers"]

@@ -81,7 +81,4 @@ def _hub_errors(repo: str) -> Iterator[None]:
         ) from None
 
 
-__all__ = [
-    "download",
-    "upload",
-]
+__all__ = ["download", "upload"]

@@ -316,15 +316,4 @@ def build_dit(
     return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
 
 
-__all__ = [
-    "build_dit",
-    "from_original",
-    "heads_from_args",
-    "infer_config",
-    "is_dit",
-    "open_original",
-    "read_original",
-    "renamed",
-    "to_original",
-    "write_original",
-]
+__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "open_original", "to_original", "write_original"]
