@@ -178,7 +178,7 @@ def test_what_cannot_be_converted(refused, place, plain, original, diffusers_fol
         ([plain, "out"], "is a run of ditlab already"),
         ([plain, "out.pt"], "knows class-conditional networks only, this DiT has no classes"),
         ([plain, "out", "--to", "diffusers"], "knows class-conditional networks only, this DiT has no classes"),
-        ([nobody, "out.pt"], "has a row for the null class in the label table .*, this DiT's has none"),
+        ([nobody, "out.pt"], "needs a row for the null class in the label table .*, this DiT's has none"),
         ([original, "out", "--heads", 2, "--step", 4], "--step: only a run has checkpoints to choose from"),
         ([f"diffusers:{dit}", "out", "--step", 4], "--step: only a run has checkpoints to choose from"),
         ([original, "out", "--heads", 2, "--codec", "kl"], "--codec: expected a run on latents and --to diffusers"),
@@ -221,7 +221,7 @@ def test_a_checkpoint_with_code_in_it(refused, place, tmp_path, verb):
     words = {"convert": ["out"], "sample": [], "psnr-gap": ["--data", place.images]}[verb]
     says = refused(verb, tmp_path / "bad.pt", *words)
     assert "it wants to run 'posix.system' when it is opened" in says
-    assert "save its tensors there with safetensors.torch.save_file" in says
+    assert "save its tensors with safetensors.torch.save_file" in says
     assert not mark.exists()
 
 
