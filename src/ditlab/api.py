@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ditlab.config import RunConfig
     from ditlab.data.encode import EncodeConfig
     from ditlab.data.imageset import ImageSet
+    from ditlab.interop.improved_diffusion import UNetFile
     from ditlab.models.comparing import ModelSet, Source
+    from ditlab.models.converting import Converted
     from ditlab.models.model import Model
     from ditlab.models.run import Run
     from ditlab.reporting.report import ReportResult
@@ -32,6 +34,7 @@ __all__ = [
     "analyze",
     "attention",
     "complexity",
+    "convert",
     "encode",
     "jacobian",
     "open",
@@ -560,6 +563,63 @@ def complexity(
     if out is not None:
         costs.files.extend(costs.save(Path(out)))
     return costs
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["ditlab", "diffusers", "original"] | None = None,
+    checkpoint: int | None = None,
+    raw: bool = False,
+    heads: int | None = None,
+    unet: UNetFile | None = None,
+    codec: str | None = None,
+    licence: str = "",
+    samples: bool = False,
+    dry_run: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Converted:
+    """Converts a DiT or a UNet between ditlab, diffusers and the original codes, or sends a run to the hub.
+
+    Args:
+        source: a run's folder or one of its checkpoints, a converted model's folder, an original checkpoint,
+            `diffusers:PATH_OR_ID` or `hub:ID`.
+        out: the file or folder to make, or `hub:ORG/NAME` to send a run there with a model card.
+        to: "ditlab", "diffusers" or "original"; by the ending of `out` if None.
+        checkpoint: the checkpoint of a run; the newest if None.
+        raw: take the raw weights instead of the averaged ones.
+        heads: attention heads of an original checkpoint, where neither its width nor its settings tell.
+        unet: what else a checkpoint of improved-diffusion does not say.
+        codec: to diffusers: where the autoencoder of a run on latents is now, if it was moved.
+        licence: for the hub: the licence of the weights, by the hub's short name.
+        samples: for the hub: show the newest samples on the card. Those of a run that memorizes are training images.
+        dry_run: for the hub: write what would be sent into this new folder, and send nothing.
+        reporter: takes notes.
+
+    Raises:
+        DitlabError: the source cannot be opened, the other format cannot express it, or `out` exists.
+    """
+    from ditlab.interop.improved_diffusion import UNetFile
+    from ditlab.models.converting import Conversion
+    from ditlab.reporting.hub_export import send_run
+
+    reporter, unet = _reporter(reporter), unet or UNetFile()
+    if str(out).startswith("hub:"):
+        if to is not None or heads is not None or unet != UNetFile() or raw or codec is not None:
+            raise InvalidConfig(
+                "convert: a run goes to the hub as it is; expected no `to`, `heads`, `unet`, `raw` or `codec`, "
+                "found some"
+            )
+        place = None if dry_run is None else Path(dry_run)
+        return send_run(
+            source, str(out), checkpoint=checkpoint, licence=licence, samples=samples, dry_run=place, reporter=reporter
+        )
+    if licence or samples or dry_run is not None:
+        raise InvalidConfig(
+            "convert: `licence`, `samples` and `dry_run` are for the hub; expected `out` as hub:ORG/NAME"
+        )
+    return Conversion(str(source), str(out), to, checkpoint, raw, heads, unet, codec).run(reporter)
 
 
 def _several(models: Source | Sequence[Source]) -> list[Source]:

@@ -103,7 +103,7 @@ def test_a_run_on_latents(latent, latents, weights, place):
     assert run.config.network.image_size == (4, 4)  # pyright: ignore[reportAttributeAccessIssue]
     assert run.settings["codec"] == str(weights)
     denoiser = run.denoiser()
-    assert not denoiser.bounded
+    assert not denoiser.pixel_space
     assert denoiser.shape == (4, 4, 4)
     images, labels = run.pictures("test", 3)
     assert images.shape == (3, 4, 4, 4)
@@ -181,7 +181,7 @@ def test_edm_on_latents(place, latents):
     run = Run.open(
         place.trained("latent-edm", "--data", latents, "--objective.sigma-data", 0.7, preset="dit-nano/1-edm")
     )
-    assert not run.denoiser().bounded
+    assert not run.denoiser().pixel_space
 
 
 def test_sigma_data_follows_the_latents(ditlab, place, latents, tmp_path):

@@ -168,7 +168,7 @@ def test_images_of_another_size(diffusers_folder, sets):
 
 def test_latents_without_an_autoencoder(diffusers_folder):
     model = open_model(f"diffusers:{diffusers_folder('dit', in_channels=4, out_channels=8)}")
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
     with pytest.raises(DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give --codec"):
         model.pixels(torch.zeros(1, 4, 8, 8))
 
@@ -184,7 +184,7 @@ def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
     )
     autoencoder.save_pretrained(folder / "vae")
     model = open_model(f"diffusers:{folder}")
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
     assert model.pixels(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16)
     # It goes with a converted model.
     write_converted(convert_diffusers(str(folder))[0], folder.parent / "converted")
@@ -231,7 +231,7 @@ def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
     assert "No autoencoder lies beside this model" in model.notes[-1]
     assert "(scale 0.5, shift 0)" in model.notes[-1]
     assert model.codec.record.scale == 0.5
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
 
 
 def test_pixels_for_a_model_of_latents(diffusers_folder, latents, sets):

@@ -116,6 +116,10 @@ class Comparison:
     context: ReportContext = field(default_factory=ReportContext)
     files: list[Path] = field(default_factory=list)
     """Files that were written."""
+    number: int = 0
+    """Its place among the comparisons that a page shows of this analysis, from 1; 0 if it is on no page."""
+    count: int = 1
+    """How many comparisons a page shows of this analysis."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "detail":

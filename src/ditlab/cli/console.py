@@ -126,11 +126,16 @@ def _sentence(box: str, verb: str, words: Sequence[str], flags: frozenset[str]) 
                 break
             continue
         text.append(line)
-    message = re.sub(r"^Error parsing \S+: ", "", " ".join(text)).strip()
+    flag, message = re.fullmatch(r"(?:Error parsing (\S+): )?(.*)", " ".join(text).strip()).groups()  # type: ignore
     if message.startswith("Missing from"):
         missing = re.sub(r"^Missing from [^:]*:", "", message).split(" (")[0].strip()
         return f"{verb}: expected {missing}, found nothing"
-    return message if ":" in message.split(" ")[0] else f"{verb}: {message}"
+    message = re.sub(
+        r"no type matching (.+) could be instantiated from \['?(.*?)'?\]\.?", r"expected \1, found '\2'", message
+    )
+    if flag is not None and flag.startswith("-"):
+        return f"{verb} {flag.split('/')[-1]}: {message}"
+    return message if re.match(r"[\w .-]+: ", message) else f"{verb}: {message}"
 
 
 def flags_of(kind: Any) -> frozenset[str]:
@@ -153,7 +158,10 @@ def _flags(kind: Any, prefix: str) -> Iterator[str]:
             if is_dataclass(option):
                 yield from _flags(option, f"{prefix}{name}." if name else prefix)
         flag = f"{prefix}{name}".replace("_", "-")
-        yield from (flag, flag.rpartition(".")[0] + ("." if "." in flag else "") + f"no-{flag.rpartition('.')[2]}")
+        yield flag
+        if inner is bool:
+            group, dot, last = flag.rpartition(".")
+            yield f"{group}{dot}no-{last}"
 
 
 def with_flags(message: str, flags: frozenset[str]) -> str:

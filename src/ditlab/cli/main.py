@@ -51,12 +51,12 @@ def verbs() -> dict[str, tuple[str, str]]:
 
 def verb_class(verb: str) -> Any:
     """Returns the dataclass of a verb."""
-    place = verbs()[verb][0]
-    if not place:
+    place = (_BEFORE | _AFTER).get(verb)
+    if place is None:
         from ditlab.cli.analysis import verb_of
 
         return verb_of(analysis(verb))
-    module, _, name = place.partition(":")
+    module, _, name = place[0].partition(":")
     return getattr(import_module(f"ditlab.cli.{module}"), name)
 
 
@@ -117,16 +117,18 @@ def _help() -> str:
 
 def _split(words: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the verb that the command line starts with, and the rest."""
-    known = verbs()
+    fixed = _BEFORE | _AFTER
     for length in (2, 1):
         name = " ".join(words[:length])
-        if len(words) >= length and name in known:
+        if len(words) >= length and name in fixed:
             return name, list(words[length:])
-    inside = [verb for verb in known if verb.startswith(words[0] + " ")]
+    if words[0] in analysis_names() and analysis(words[0]).verb:
+        return words[0], list(words[1:])
+    inside = [verb for verb in fixed if verb.startswith(words[0] + " ")]
     if inside:
         second = words[1] if len(words) > 1 else "nothing"
         raise DitlabError(f"'{words[0]}' needs one of: {', '.join(inside)}; found {second}")
-    raise unknown_name("verb", words[0], known)
+    raise unknown_name("verb", words[0], verbs())
 
 
 def _lower(question: str) -> str:

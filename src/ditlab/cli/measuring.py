@@ -88,7 +88,7 @@ def measure_references(
     images = images.to(device)
     found = []
     for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
-        denoiser.bounded = run.images.latents is None
+        denoiser.pixel_space = run.images.latents is None
         facts = replace(run.facts(0), name=name, label="", step=None, ema=None)
         found.append(_measure(run, denoiser, replace(config, levels=tuple(levels)), facts, console, labels=False))
     return found

@@ -190,7 +190,7 @@ class ExternalModel(Model):
         denoiser.network.to(device)
         latent = self.model.decoder is not None or self._codec is not None
         latent = latent or (self._images is not None and self.images.latents is not None)
-        denoiser.bounded = denoiser.shape[0] in (1, 3) and not latent
+        denoiser.pixel_space = denoiser.shape[0] in (1, 3) and not latent
         self.device = device
         return denoiser, replace(self.provenance(ema=ema, label=label), weights=model.digest)
 

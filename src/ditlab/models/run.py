@@ -218,7 +218,7 @@ class Run(Model):
         checkpoint = self.checkpoint(step, reporter)
         network = self.network(checkpoint, ema=ema).to(device)
         denoiser = self.config.objective.build().denoiser(network)
-        denoiser.bounded = self.record.codec is None
+        denoiser.pixel_space = self.record.codec is None
         self.device = device
         about = self.provenance(checkpoint.step, ema=ema, label=label)
         return denoiser, replace(about, weights=checkpoint.weights_hash(ema))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.course import trajectory_of
 from ditlab.config import to_json
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.files import atomic_folder
+from ditlab.interop.hub import upload
+from ditlab.models.comparing import Source
+from ditlab.models.converting import Converted
+from ditlab.models.opening import open_model
 from ditlab.models.run import Run
+from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
 
 FIGURES = "figures"
@@ -75,6 +82,46 @@ def export_run(
     except OSError as error:
         raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was written") from None
     return out
+
+
+def send_run(
+    source: Source,
+    out: str,
+    *,
+    checkpoint: int | None = None,
+    licence: str = "",
+    samples: bool = False,
+    dry_run: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> Converted:
+    """Exports a run and sends it to the hub.
+
+    Args:
+        source: a run, or its folder.
+        out: `hub:ORG/NAME`.
+        checkpoint: the step of the checkpoint; the newest whole one if None.
+        licence: see `export_run`.
+        samples: see `export_run`.
+        dry_run: a new folder to write what would be sent into; nothing is sent then.
+        reporter: takes notes.
+
+    Raises:
+        DitlabError: the source is not a run, `out` is no repository's name, or as `export_run`.
+    """
+    run = open_model(source)
+    if not isinstance(run, Run):
+        raise Incompatible(f"convert: expected a run of ditlab to send to the hub, found {source}")
+    repo = out.removeprefix("hub:")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise InvalidConfig(f"convert: expected `out` as hub:ORG/NAME, found '{out}'")
+    if not licence:
+        reporter.note("no `licence` was given, so the card names none")
+    export = partial(export_run, run, repo=repo, step=checkpoint, licence=licence, samples=samples)
+    if dry_run is not None:
+        return Converted(str(export(dry_run)), "hub", f"what would be sent to {out}", sent=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        address = upload(export(Path(temporary) / "export"), repo)
+    return Converted(address, "hub", "the run with a model card", sent=True)
 
 
 def _is_of(run: Run, step: int, about: Provenance) -> bool:

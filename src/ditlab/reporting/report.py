@@ -54,15 +54,13 @@ class _Shown:
     """A comparison on the page."""
 
     comparison: Comparison
-    number: int
-    """Which one of its analysis this is."""
     figures: Mapping[str, ThemedFigure]
     """By the names that the analysis gave them."""
 
     def section(self, context: ReportContext) -> Section:
         """The section, as the context wants it."""
         self.comparison.context = context
-        return self.comparison.section(self.figures, self.number)
+        return self.comparison.section(self.figures, self.comparison.number)
 
 
 def write_report(
@@ -139,25 +137,26 @@ def _comparisons(models: ModelSet, context: ReportContext, reporter: Reporter) -
     comparisons: list[Comparison] = []
     for name in analysis_names():
         try:
-            comparisons += analysis(name).for_report(models, context, reporter)
+            shown = analysis(name).for_report(models, context, reporter)
         except DitlabError as error:
             context.notes.append(f"No section on {name}: {error}.")
+            continue
+        for number, comparison in enumerate(shown, 1):
+            comparison.number, comparison.count = number, len(shown)
+        comparisons += shown
     return comparisons
 
 
 def _drawn(comparisons: Sequence[Comparison]) -> tuple[list[_Shown], dict[str, ThemedFigure]]:
     """The comparisons with their figures, and all figures by the names of their files."""
-    numbers, shown = Counter[str](), list[_Shown]()
+    shown = []
     for comparison in comparisons:
-        numbers[comparison.analysis.name] += 1
-        figures = {
-            name: ThemedFigure.draw(drawing.draw, drawing.alt, drawing.caption, exact=drawing.exact)
-            for name, drawing in comparison.drawings().items()
-        }
-        shown.append(_Shown(comparison, numbers[comparison.analysis.name], figures))
+        drawings = comparison.drawings().items()
+        figures = {name: ThemedFigure.draw(d.draw, d.alt, d.caption, exact=d.exact) for name, d in drawings}
+        shown.append(_Shown(comparison, figures))
     count = Counter(name for part in shown for name in part.figures)
     files = {
-        name if count[name] == 1 else f"{name.removesuffix('-1')}-{part.number}": figure
+        name if count[name] == 1 else f"{name}-{part.comparison.number}": figure
         for part in shown
         for name, figure in part.figures.items()
     }

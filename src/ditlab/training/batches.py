@@ -23,11 +23,11 @@ class Objective(Protocol):
     """The interface of an objective (ditlab.diffusion.objectives)."""
 
     @property
-    def remembers(self) -> tuple[str, ...]:
+    def history_keys(self) -> tuple[str, ...]:
         """Names of the draws and losses `[B]` of a step that it learns from; empty for most objectives."""
         ...
 
-    def observe(self, seen: Mapping[str, Tensor]) -> None:
+    def update(self, seen: Mapping[str, Tensor]) -> None:
         """Takes them after each step, for all images of the global batch."""
         ...
 
@@ -120,7 +120,7 @@ class Batches:
     ) -> None:
         self._images, self._train, self._objective = images, train, objective
         self._config, self._context = config, context
-        ahead = context.device.type == "cuda" and not objective.remembers
+        ahead = context.device.type == "cuda" and not objective.history_keys
         self._worker = ThreadPoolExecutor(1) if ahead else None
         self._ahead: tuple[int, Any] | None = None
         self._permutation: tuple[int, np.ndarray] | None = None
