@@ -236,7 +236,8 @@ class Model:
         denoiser = self.source_denoiser
         if denoiser.module is not None:
             denoiser.module.to(device)
-            denoiser.device = torch.device(device)
+            if not isinstance(getattr(type(denoiser), "device", None), property):  # else it is where its module is
+                denoiser.device = torch.device(device)
         self.device = denoiser.device
         return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
 
