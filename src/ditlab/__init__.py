@@ -9,7 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditlab.api import agreement, analyze, attention, complexity, jacobian, open, psnr_gap, two_subsets
+    from ditlab.api import (
+        agreement,
+        analyze,
+        attention,
+        complexity,
+        convert,
+        encode,
+        jacobian,
+        open,
+        prepare,
+        psnr_gap,
+        train,
+        two_subsets,
+    )
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
     from ditlab.models.model import Model
@@ -25,10 +38,14 @@ __all__ = [
     "analyze",
     "attention",
     "complexity",
+    "convert",
+    "encode",
     "jacobian",
     "load",
     "open",
+    "prepare",
     "psnr_gap",
+    "train",
     "two_subsets",
 ]
 

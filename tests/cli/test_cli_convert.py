@@ -241,7 +241,7 @@ def test_an_export(ditlab, place, plain, tmp_path, monkeypatch):
         *(f"analysis/{name}" for name in ("attention.json", "attention.npz")),
         *(f"analysis/psnr-gap.{kind}" for kind in ("csv", "json", "npz")),
         *(f"checkpoints/000000006/{name}.safetensors" for name in ("ema", "model", "optimizer")),
-        "checkpoints/000000006/state.json",
+        *(f"checkpoints/000000006/{name}.json" for name in ("manifest", "state")),
         *(
             f"figures/{name}.png"
             for name in ("attention-locality", "gap-along-training", "losses", "psnr-curves", "samples")

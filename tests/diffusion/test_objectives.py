@@ -58,9 +58,9 @@ def test_hybrid_loss_and_its_gradient(terms, close, name):
     output = terms["in.model_output"].clone().requires_grad_()
     found, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), output=output)
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_mse.{key}"])
+        close(result[key], terms[f"{name}.loss_mse.{key}"])
     torch.testing.assert_close(network.x, terms[f"{name}.q_sample"])
-    found["loss"].mean().backward()
+    result["loss"].mean().backward()
     expected = terms[f"{name}.loss_mse.grad_model_output"]
     tolerance, largest = terms.tolerance("default"), expected.abs().max().item()
     assert output.grad is not None
@@ -80,7 +80,7 @@ def test_other_losses(terms, close, name):
     close(found["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
     found, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], prediction="x0"))
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_xstart.{key}"])
+        close(result[key], terms[f"{name}.loss_xstart.{key}"])
 
 
 @SCHEDULES
@@ -103,7 +103,7 @@ def test_losses_of_a_respaced_process(terms, close, name):
     short = make_schedule(name, terms.config["T"]).respaced(terms.config["respacing"])
     found, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), short, t="in.t_respaced")
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.respaced.loss.{key}"])
+        close(result[key], terms[f"{name}.respaced.loss.{key}"])
     assert torch.equal(network.t, terms[f"{name}.respaced.model_t"].float())
     found, _ = losses(
         terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="rescaled-mse"), short, t="in.t_respaced"

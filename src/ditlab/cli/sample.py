@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +20,7 @@ from ditlab.diffusion.sampler_configs import Spacing
 from ditlab.diffusion.samplers import SamplerConfig, evaluations
 from ditlab.errors import DitlabError
 from ditlab.models.opening import open_model
-from ditlab.training.distributed import Processes, processes
+from ditlab.training.distributed import DistributedContext, init_distributed
 
 MOST = 10_000_000
 """Images of one command, at most: a typing error in --seeds should not fill the memory."""
@@ -78,9 +76,9 @@ class Sample:
     def run(self, console: Console) -> dict[str, Any]:
         """Draws and writes the images."""
         use_threads(self.threads)
-        with processes(self.device) as here, ExitStack() as held:
+        with init_distributed(self.device) as here, ExitStack() as held:
             job, refusal = None, None
-            if here.first:
+            if here.is_main:
                 try:
                     job = self._job(here, console)
                     if job.finished() is None:
@@ -88,33 +86,33 @@ class Sample:
                 except DitlabError as error:
                     refusal = error
             # The others wait here: they go the same way, or end without a word where the first one refuses.
-            if not here.agree(refusal):
+            if not here.raise_together(refusal):
                 return {}
             job = job or self._job(here, Console(quiet=True))
             return self._work(job, here, console)
 
-    def _work(self, job: Job, here: Processes, console: Console) -> dict[str, Any]:
-        if here.first:
+    def _work(self, job: Job, here: DistributedContext, console: Console) -> dict[str, Any]:
+        if here.is_main:
             for folder, count in job.parts.others().items():
                 console.print(f"note: {count} unfinished images with other settings lie in {folder}", markup=False)
         found = job.finished()
         if found is not None:
-            if here.first:
+            if here.is_main:
                 console.print(f"{job.out} is finished ({found['count']} images)", markup=False)
-            return {"out": str(job.out), **found} if here.first else {}
+            return {"out": str(job.out), **found} if here.is_main else {}
         if not job.parts.complete:
             here.wait()
             missing = job.missing()
             kept = len(job.parts.done())
             here.wait()  # nobody begins before all have seen what is missing
-            if here.first and kept:
+            if here.is_main and kept:
                 console.print(f"going on: {kept} of {kept + len(missing)} batches are there already")
             mine = missing[here.rank :: here.world]
             title = "sampling" + (f", process 1 of {here.world}" if here.world > 1 else "")
-            with counting(console if here.first else Console(quiet=True), title) as progress:
+            with counting(console if here.is_main else Console(quiet=True), title) as progress:
                 job.draw(mine, progress)
             here.wait()
-        if not here.first:
+        if not here.is_main:
             return {}
         found = job.finish()
         files = "sweep.png" if job.sweep else "grid.png, samples.npz"
@@ -127,7 +125,7 @@ class Sample:
         )
         return {"out": str(job.out), **found}
 
-    def _job(self, here: Processes, console: Console) -> Job:
+    def _job(self, here: DistributedContext, console: Console) -> Job:
         """What is to be drawn. Raises DitlabError for everything that cannot be, before any work starts."""
         if self.batch < 1:
             raise DitlabError(f"sample --batch: expected at least 1, found {self.batch}")

@@ -26,7 +26,7 @@ from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConf
 from ditlab.errors import DitlabError
 from ditlab.interop.hub import download
 from ditlab.interop.imported import ImportedModel, frozen, known_schedule
-from ditlab.nn.attention_adapters import Scores, show_attention
+from ditlab.nn.attention_adapters import QKBias, register_attention
 
 _PARTS = ("transformer", "unet")
 _WEIGHTS = ("*.json", "*.safetensors")
@@ -110,7 +110,7 @@ def open_diffusers(reference: str) -> ImportedModel:
     network = frozen(DiffusersNetwork(module, shape, classes, null=null, whole_steps=_whole_steps(config)))
     scheduler = load_scheduler(folder, name)
     denoiser = make_denoiser(network, scheduler, config, name)
-    _show_attention(module, config)
+    _register_attention_layers(module, config)
     return described(denoiser, module, scheduler, folder, reference, name)
 
 
@@ -379,7 +379,7 @@ def _sampler(scheduler: Any, *, latent: bool) -> SamplerConfig:
     return DDIMConfig(steps=str(min(50, steps)), clip=clip)
 
 
-def _show_attention(module: nn.Module, config: Mapping[str, Any]) -> None:
+def _register_attention_layers(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Lets analyses look into the self-attention layers of a model, whose grids follow from where they stand."""
     _, height, width = _shape(config, "")[0]
     for name, layer in module.named_modules():
@@ -389,7 +389,7 @@ def _show_attention(module: nn.Module, config: Mapping[str, Any]) -> None:
             step = int(config["patch_size"])
         else:
             step = 2 ** _depth(name, len(config["block_out_channels"]))
-        show_attention(
+        register_attention(
             layer,
             (height // step, width // step),
             heads=layer.heads,  # pyright: ignore[reportArgumentType]
@@ -417,7 +417,7 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _scores(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Scores:
+def _scores(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> QKBias:
     """Queries and keys of a layer of diffusers, from its own norm and projections."""
     x = args[0] if args else named["hidden_states"]
     if x.ndim == 4:
@@ -429,7 +429,7 @@ def _scores(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Scor
         q = layer.norm_q(q)
     if layer.norm_k is not None:
         k = layer.norm_k(k)
-    return Scores(q, k)
+    return QKBias(q, k)
 
 
 @contextmanager

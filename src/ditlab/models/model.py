@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ditlab.config import SplitRecord
-from ditlab.data.autoencoder import Codec, Identity
+from ditlab.data.autoencoder import Autoencoder, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
-from ditlab.data.splits import Split, make_split, verify
+from ditlab.data.splits import Split, held_out_order, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
@@ -68,7 +68,7 @@ class Model:
         name: str = "model",
         out: str | Path | None = None,
         sampler: SamplerConfig | None = None,
-        autoencoder: Codec | None = None,
+        autoencoder: Autoencoder | None = None,
         mirrored: bool = False,
     ) -> None:
         """Makes a model of a denoiser.
@@ -299,7 +299,7 @@ class Model:
         """
         images, indices = self.images, getattr(self.split, side)[:count]
         if side == "test" and self.held_out is not None:
-            images, indices = self.held_out, np.arange(min(count, len(self.held_out)))
+            images, indices = self.held_out, held_out_order(self.held_out, self.split_record.seed)[:count]
         labels = images.batch_labels(indices) if self.conditional else None
         return images.batch(indices), labels
 
@@ -315,7 +315,7 @@ class Model:
         return self.images.batch(indices, mirrored=torch.ones(len(indices), dtype=torch.bool))
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """What turns images as the denoiser sees them into pictures: an autoencoder, or the identity for pixels."""
         return self._autoencoder or Identity(self.source_denoiser.shape[0])
 
@@ -354,7 +354,7 @@ class Model:
 
     @cached_property
     def _original_images(self) -> ImageSet | None:
-        return self.images.pictures()
+        return self.images.original
 
 
 def hash_of_weights(denoiser: Denoiser) -> str:

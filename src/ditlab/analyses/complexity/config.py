@@ -31,7 +31,8 @@ class ComplexityConfig:
     attention: str | None = None
     """Attention plan, e.g. local or "3,5,7,g*9", instead of the presets' own."""
     block: str | None = None
-    """How time and label enter the blocks (adaln-zero, adaln, in-context, cross-attention), instead of the presets' own."""
+    """How time and label enter the blocks (adaln-zero, adaln, in-context, cross-attention), instead of the presets'
+    own."""
     batch: int | None = None
     """Batch size of the training compute, instead of the presets' own."""
     steps: int | None = None

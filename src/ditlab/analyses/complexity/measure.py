@@ -104,7 +104,7 @@ class Costs:
         target, *matched = self.networks
         without = " without attention matrices" if self.config.linear else ""
         return [
-            f"{network.name}: width {network.config.width} costs "
+            f"{network.name}: width {asdict(network.config)['width']} costs "
             f"{100 * _compared(network.cost, self.config) / _compared(target.cost, self.config):.2f}% of "
             f"{target.name}'s GMACs{without}"
             for network in matched
@@ -204,7 +204,7 @@ class _Counting:
     def _fitted(self, name: str, network: Network, **changes: Any) -> Network:
         """The network for the images of the config."""
         images: dict[str, Any] = {"image_size": self._image_size, "channels": self.config.channels}
-        if self.config.classes and hasattr(network, "num_classes"):
+        if self.config.classes and network.takes_labels:
             images["num_classes"] = self.config.classes
         missing = [flag for name in changes if flag not in {field.name for field in fields(network)}]
         if missing:
@@ -222,7 +222,7 @@ class _Counting:
     def _matched(self, name: str, config: Network, target: NetworkCost) -> Network:
         """The network with the width at which it costs what the target costs."""
         shape = (config.channels, *config.image_size)
-        multiple = getattr(config, "width_step", 1)
+        multiple = config.width_step
 
         def build(width: int) -> torch.nn.Module:
             return _weightless(replace(config, width=width))
@@ -236,12 +236,12 @@ class _Counting:
     def _named(self, name: str, config: Network) -> str:
         """The preset's name and the settings in which the network differs from it."""
         own, now = asdict(preset(name).network), asdict(config)
-        changed = [f"{flag} {now[flag]}" for name in CHANGES if flag in now and now[flag] != own[flag]]
+        changed = [f"{name} {now[name]}" for name in CHANGES if name in now and now[name] != own[name]]
         return ", ".join([name, *changed])
 
     def _entry(self, name: str, recipe: RunConfig, config: Network) -> NetworkCost:
         shape = (config.channels, *config.image_size)
-        labelled = getattr(config, "num_classes", 0) > 0
+        labelled = config.classes > 0
         cost = complexity(_weightless(config), shape, labelled=labelled, memory=self.config.memory)
         training = recipe.training
         return NetworkCost(

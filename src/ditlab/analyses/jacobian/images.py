@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ditlab.analyses.jacobian.config import JacobianConfig, JacobianOptions
-from ditlab.data.autoencoder import Codec
+from ditlab.data.autoencoder import Autoencoder
 from ditlab.data.pixels import centre_crop, decode, planes, to_float
 from ditlab.errors import DitlabError, Incompatible, InvalidConfig, NotFound
 from ditlab.models.model import Model
@@ -73,7 +73,7 @@ def load_images(
     return images, labels, about
 
 
-def _read(files: Sequence[Path], shape: Sequence[int], codec: Codec) -> np.ndarray:
+def _read(files: Sequence[Path], shape: Sequence[int], codec: Autoencoder) -> np.ndarray:
     """Returns the centres of the files, uint8 [n, C, H, W], at the denoiser's size, cut as by `ditlab data prepare`."""
     if shape[1] != shape[2]:
         raise Incompatible(f"jacobian `pictures`: expected a denoiser of square images, found {shape[1]}x{shape[2]}")
@@ -97,7 +97,7 @@ def _read(files: Sequence[Path], shape: Sequence[int], codec: Codec) -> np.ndarr
     return np.stack(pictures)
 
 
-def _encode(pictures: np.ndarray, codec: Codec) -> Tensor:
+def _encode(pictures: np.ndarray, codec: Autoencoder) -> Tensor:
     """Returns the pictures as a denoiser sees them: in [-1, 1], or the means of their scaled latents."""
     mean, _ = codec.moments(to_float(torch.from_numpy(np.ascontiguousarray(pictures))).to(codec.device))
     return (mean.float().cpu() - codec.record.shift) * codec.record.scale
