@@ -11,7 +11,8 @@ import torch
 
 from ditlab.analyses.jacobian.measure import measure_jacobian
 from ditlab.config import DataConfig, fit_to_images
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.schedules import make_schedule
@@ -21,8 +22,8 @@ from ditlab.models.run import Run
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.presets import preset
 from ditlab.rng import torch_generator
-from ditlab.training.distributed import Processes
-from ditlab.training.trainer import TrainingConfig
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,7 @@ def run(images, tmp_path_factory) -> Run:
     )
     config = fit_to_images(config, images.shape, images.num_classes)
     made = start(tmp_path_factory.mktemp("runs") / "one", config, images, device=CPU)
-    train_run(made, Processes(0, 1, CPU))
+    train_run(made, DistributedContext(0, 1, CPU))
     return made
 
 
