@@ -308,7 +308,7 @@ def _sentences(comparison: JacobianComparison, group: JacobianGroup, level: int)
         )
     nearest, others, image = (value(f"best {which}") for which in ("nearest", "others", "image"))
     if nearest is not None and image is not None and config.target == "x0":
-        control = "" if others is None else f" (the same vector with further training images: {others:.2f})"
+        control = "" if others is None else f" (mean of that vector with further training images: {others:.2f})"
         lines.append(
             f"{name}: the largest |correlation| of the {min(BEST_OF, comparison.vectors)} leading vectors is "
             f"{nearest:.2f} with the nearest other training image{control} and {image:.2f} with the image itself."

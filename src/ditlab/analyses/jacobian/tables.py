@@ -31,8 +31,7 @@ R_HOM_R_LIN = (
         "r_lin",
         "r_lin",
         ".2g",
-        "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)| for a short random step d, the share of a change that is not "
-        "linear",
+        "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|, the share of the change by a short random step d that is not linear",
     ),
 )
 _MATRIX = (
@@ -71,7 +70,7 @@ _IMAGES = (
         ".2f",
         "largest |correlation| of one of the {best} leading vectors with the nearest other training image",
     ),
-    Column("others", "best others", ".2f", "|correlation| of the same vector with further training images, a control"),
+    Column("others", "best others", ".2f", "mean |correlation| of that vector with further training images, a control"),
 )
 _VECTORS = {
     "svd": "left singular vectors",
