@@ -20,7 +20,7 @@ __all__ = ["EMA", "ema_decay"]
 def ema_decay(step: int, limit: float) -> float:
     """Returns the decay of the update after `step` steps: min(limit, (1 + step) / (10 + step)).
 
-    The constant decay 0.9999 history_keys 10,000 steps, so in a run of 3,000 the average would still be mostly the random
+    The constant decay 0.9999 remembers 10,000 steps, so in a run of 3,000 the average would still be mostly the random
     initial weights. With this warm-up the average spans about the last ninth of the run until the limit is reached
     (near step 90,000 for 0.9999), and is the usual constant-decay average from then on.
     """

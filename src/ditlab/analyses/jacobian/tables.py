@@ -31,7 +31,7 @@ R_HOM_R_LIN = (
         "r_lin",
         "r_lin",
         ".2g",
-        "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|, the share of the change by a short random step d that is not linear",
+        "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|, the share of the change by a short step d that is not linear",
     ),
 )
 _MATRIX = (
