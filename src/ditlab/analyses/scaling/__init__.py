@@ -82,6 +82,13 @@ class Scaling(Analysis[NoOptions, NoOptions]):
             data={"scaling.json": self.to_json(comparison)},
         )
 
+    def sentences(self, comparison: Comparison) -> list[str]:
+        """Returns which network reached most."""
+        from ditlab.analyses.scaling.sizes import best_sentence
+
+        sentence = best_sentence(comparison.detail.points)
+        return [sentence] if sentence else []
+
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
         """Returns all points."""
         return {"points": [point.to_json() for point in comparison.detail.points]}
