@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditlab.api import agreement, analyze, attention, jacobian, open, psnr_gap, two_subsets
+    from ditlab.api import agreement, analyze, attention, jacobian, open, psnr_gap, sample, two_subsets
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
     from ditlab.models.model import Model
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "open",
     "psnr_gap",
+    "sample",
     "two_subsets",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,9 @@ from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.samplers import Callback, ImageNoise, SamplerConfig, sample
 from ditlab.errors import DitlabError
 from ditlab.progress import Bar
-from ditlab.sampling.model import Sampled
+
+if TYPE_CHECKING:
+    from ditlab.sampling.model import Sampled
 
 __all__ = ["draw", "draw_batch", "with_guidance"]
 
