@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 
 
 def smooth_noise(count: int, size: int) -> np.ndarray:

@@ -45,7 +45,7 @@ from torch.func import jvp, vmap
 from clocks import clock
 from ditlab.analyses.jacobian.decomposition import decompose, decompose_top
 from ditlab.analyses.jacobian.operator import JacobianOperator, plain_attention
-from ditlab.data.sources.base import Fit, Item
+from ditlab.data.sources.base import CropRule, Item
 from ditlab.data.sources.photos import Photos
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import VPDenoiser
@@ -116,7 +116,7 @@ def train(denoiser: VPDenoiser, images: Tensor, steps: int) -> None:
 
 def photographs(size: int) -> Tensor:
     """Built-in ones in [-1, 1]."""
-    items = [item for item in Photos(Fit(size)) if isinstance(item, Item)]
+    items = [item for item in Photos(CropRule(size)) if isinstance(item, Item)]
     return torch.stack([torch.from_numpy(item.pixels.copy()) for item in items]).float() / 127.5 - 1
 
 
@@ -128,7 +128,7 @@ def published(name: str) -> VPDenoiser:
     with torch.no_grad():
         for value in network.parameters():
             value.add_(0.02 * torch.randn_like(value))
-    variance = "learned-range" if getattr(config, "learn_sigma", False) else "fixed-small"
+    variance = "learned-range" if config.learns_variance else "fixed-small"
     return VPDenoiser(network.eval(), make_schedule("linear", 1000), variance=variance)
 
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditlab.nn.attention import Global, Grid, Pattern, Window, attend
+from ditlab.nn.attention import Global, Grid, Pattern, Window, attention
 from ditlab.nn.kernel_choice import processor
 from ditlab.nn.kernels_cpu import tiled_attention
 
@@ -127,10 +127,10 @@ def candidates(case: Case, ways: list[str], device: torch.device) -> dict[str, C
 
     runs = {
         "full": passes(F.scaled_dot_product_attention),
-        "auto": passes(lambda q, k, v: attend(q, k, v, pattern, grid, kernel="auto")),
+        "auto": passes(lambda q, k, v: attention(q, k, v, pattern, grid, kernel="auto")),
     }
     if isinstance(pattern, Window):
-        runs["masked"] = passes(lambda q, k, v: attend(q, k, v, pattern, grid, kernel="sdpa"))
+        runs["masked"] = passes(lambda q, k, v: attention(q, k, v, pattern, grid, kernel="sdpa"))
     for way in ways:
         runs[way] = passes(lambda q, k, v, way=way: tiled_attention(q, k, v, list(grid), size, shift, way, way)[0])
     return runs

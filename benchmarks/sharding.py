@@ -4,7 +4,7 @@
     python benchmarks/sharding.py --against replicas         # the peer: as many processes, each with the whole network
     python benchmarks/sharding.py --device cuda --processes 8 --batch 256
 
-Every variant makes the same steps through `ditlab.training.trainer.train`, from the same weights on the same random
+Every variant makes the same steps through `ditlab.training.trainer.Trainer`, from the same weights on the same random
 latents (32x32x4, 1000 classes): losses with learned variance, backward, fused AdamW, averaged weights. The peer is one
 process with the whole network and all of the machine's threads, or replicas (DDP). Printed for each process: the peak
 of its memory (of the process on the CPU, of torch's allocator on CUDA) until the last step is made; seconds of that
@@ -31,22 +31,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditlab.models.run import environment
+from ditlab.models.creating import environment
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset
 from ditlab.training.checkpoint import CheckpointStore
-from ditlab.training.distributed import processes
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import init_distributed
 from ditlab.training.log import TrainingLog
 from ditlab.training.sharding import checkpoint_activations
-from ditlab.training.trainer import TrainingConfig, peak_memory, train
+from ditlab.training.trainer import Trainer, peak_memory
 
 
 class Latents:
     """Random latents with labels."""
 
     shape = (4, 32, 32)
-    sampled = False
+    stochastic = False
 
     def batch(self, indices: np.ndarray, noise: object = None, mirrored: object = None) -> torch.Tensor:
         """Latents `[B, 4, 32, 32]`, unit normal, the same for the same indices."""
@@ -67,7 +68,7 @@ class Unsaved(CheckpointStore):
 
 def work(args: argparse.Namespace, folder: Path) -> None:
     """One process's part of one variant; leaves its figures in the folder."""
-    with processes(args.device) as here:
+    with init_distributed(args.device) as here:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.world))
         recipe = preset(args.preset)
         assert isinstance(recipe.network, DiTConfig)
@@ -79,11 +80,14 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         peaks: list[int] = []
         losses: list[float] = []
 
-        def progress(step: int, loss: float) -> None:
-            times.append(time.perf_counter())
-            busy.append(time.process_time())
-            peaks.append(peak_memory(here.device))
-            losses.append(loss)
+        class Timed(Trainer):
+            def log_step(self) -> None:
+                super().log_step()
+                if self.step:
+                    times.append(time.perf_counter())
+                    busy.append(time.process_time())
+                    peaks.append(peak_memory(here.device))
+                    losses.append(float(self.shown["loss"]))
 
         config = TrainingConfig(
             steps=args.steps,
@@ -96,17 +100,16 @@ def work(args: argparse.Namespace, folder: Path) -> None:
             shard=args.work == "sharded",
         )
         store = (CheckpointStore if args.save else Unsaved)(folder / "checkpoints")
-        train(
-            network=network,
-            objective=recipe.objective.build(),
-            images=Latents(),
-            train=np.arange(1000),
-            config=config,
-            processes=here,
+        Timed(
+            network,
+            recipe.objective.build(),
+            Latents(),
+            np.arange(1000),
+            config,
             checkpoints=store,
             log=TrainingLog(folder / "log.jsonl"),
-            progress=progress,
-        )
+            context=here,
+        ).fit()
         figures = {
             "parameters": parameters,
             "losses": losses,

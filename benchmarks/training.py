@@ -32,8 +32,9 @@ from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.attention import attention_kernel
 from ditlab.presets import preset
 from ditlab.training.compiling import compile_blocks
+from ditlab.training.config import TrainingConfig
 from ditlab.training.ema import EMA
-from ditlab.training.trainer import TrainingConfig, autocast, make_optimizer
+from ditlab.training.trainer import autocast, make_optimizer
 
 
 def forward_macs(config: DiTConfig) -> int:

@@ -9,7 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditlab.api import agreement, analyze, attention, jacobian, open, psnr_gap, sample, two_subsets
+    from ditlab.api import (
+        agreement,
+        analyze,
+        attention,
+        complexity,
+        convert,
+        encode,
+        jacobian,
+        open,
+        prepare,
+        psnr_gap,
+        sample,
+        train,
+        two_subsets,
+    )
     from ditlab.diffusion.denoisers import Denoiser
     from ditlab.errors import DitlabError
     from ditlab.models.model import Model
@@ -24,11 +38,16 @@ __all__ = [
     "agreement",
     "analyze",
     "attention",
+    "complexity",
+    "convert",
+    "encode",
     "jacobian",
     "load",
     "open",
+    "prepare",
     "psnr_gap",
     "sample",
+    "train",
     "two_subsets",
 ]
 

@@ -6,33 +6,289 @@ and raise `DitlabError` for input that cannot be used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ditlab.analyses import analysis as find_analysis
 from ditlab.analyses.base import Comparison, settings_of
-from ditlab.errors import unknown_name
+from ditlab.errors import DitlabError, InvalidConfig, unknown_name
 from ditlab.models.split_config import SplitConfig
-from ditlab.progress import Reporter, default_reporter
+from ditlab.progress import SILENT, Reporter, StopFlag, default_reporter
 from ditlab.threads import use_threads
 
 if TYPE_CHECKING:
+    from ditlab.analyses.complexity.config import ComplexityConfig
+    from ditlab.analyses.complexity.measure import Costs
+    from ditlab.config import RunConfig
+    from ditlab.data.encode import EncodeConfig
     from ditlab.data.imageset import ImageSet
+    from ditlab.interop.improved_diffusion import UNetFile
     from ditlab.models.comparing import ModelSet, Source
+    from ditlab.models.converting import Converted
     from ditlab.models.model import Model
+    from ditlab.models.run import Run
     from ditlab.sampling.samples import Samples
 
 __all__ = [
     "agreement",
     "analyze",
     "attention",
+    "complexity",
+    "convert",
+    "encode",
     "jacobian",
     "open",
+    "prepare",
     "psnr_gap",
     "sample",
+    "train",
     "two_subsets",
 ]
+
+
+def prepare(
+    source: str | Path | ImageSet,
+    *,
+    size: int | None = None,
+    out: str | Path | None = None,
+    held_out: str | Path | ImageSet | None = None,
+    color: Literal["rgb", "grey"] = "rgb",
+    upscale: bool = False,
+    near_duplicates: float | None = 0.95,
+    near_limit: int = 50_000,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> ImageSet:
+    """Makes an image set: images of one size in one memory-mapped file, with labels, file names and hashes.
+
+    Args:
+        source: `photos`, `digits`, a folder of pictures, `folder:PATH`, `hub:ID`, `array:PATH`, `mosaic:PATH`.
+        size: height and width of the images, in pixels; 32 if None.
+        out: the folder to make; `image-sets/SOURCE-SIZE` in the current folder if None.
+        held_out: a second source, of the images to test on; those of `source` are then only trained on.
+        color: "rgb" or "grey".
+        upscale: enlarge images that are smaller than the size, instead of skipping them.
+        near_duplicates: correlation above which two images count as near-duplicates; None to skip the search.
+        near_limit: look for near-duplicates among at most so many images.
+        overwrite: replace an image set that was made from something else or with other settings.
+        reporter: takes notes and progress.
+        options: of one kind of source, e.g. `stride` for photos.
+
+    Raises:
+        DitlabError: the source cannot be used, or `out` is something else; nothing is left behind.
+    """
+    from ditlab.data import prepare as prepare_images
+
+    return prepare_images(
+        source,
+        out,
+        size=size,
+        color=color,
+        upscale=upscale,
+        held_out=held_out,
+        options=options,
+        near_duplicates=near_duplicates,
+        near_limit=near_limit,
+        overwrite=overwrite,
+        reporter=_reporter(reporter),
+    )
+
+
+def encode(
+    images: ImageSet | str | Path,
+    codec: str,
+    *,
+    out: str | Path,
+    kind: Literal["auto", "kl", "tiny"] = "auto",
+    config: EncodeConfig | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> ImageSet | None:
+    """Encodes an image set as latents of an autoencoder; the same call resumes an interrupted one.
+
+    Args:
+        images: an image set of pixels, or its folder.
+        codec: the autoencoder: a hub id, a diffusers folder, or a folder with files NAME_encoder and NAME_decoder.
+        out: the folder to make; it appears whole or not at all.
+        kind: refuse any other kind of autoencoder than this.
+        config: how it is encoded; or give its fields one by one as keywords.
+        overwrite: replace a set that was made from something else or with other settings.
+        device: "cpu", "cuda" or "cuda:N"; CUDA if there is one and None is given.
+        threads: CPU threads; torch's own choice if None.
+        reporter: takes notes and progress.
+        settings: fields of `ditlab.data.encode.EncodeConfig`.
+
+    Returns:
+        The set of latents; None on ranks other than 0 under torchrun.
+
+    Raises:
+        DitlabError: the autoencoder or the images cannot be used, or `out` is something else.
+    """
+    from contextlib import ExitStack
+
+    from ditlab.data import ImageSet
+    from ditlab.data.autoencoder import open_autoencoder
+    from ditlab.data.encode import EncodeConfig, LatentEncoder
+    from ditlab.training.distributed import init_distributed
+
+    use_threads(threads)
+    if not codec:
+        raise InvalidConfig("`codec`: expected an autoencoder's hub id or folder, found nothing")
+    if config is None:
+        config, settings = settings_of(EncodeConfig, settings, "encode")
+    _refuse_unknown("encode", settings, EncodeConfig)
+    pictures = images if isinstance(images, ImageSet) else ImageSet.open(images)
+    with init_distributed(device) as context, ExitStack() as held:
+        encoder, finished, refusal = None, None, None
+        try:
+            autoencoder = open_autoencoder(codec, kind).to(context.device)
+            encoder = LatentEncoder(pictures, out, autoencoder, config, overwrite=overwrite)
+            finished = encoder.existing()
+            if finished is None and context.is_main:
+                held.enter_context(encoder.locked())
+        except DitlabError as error:
+            refusal = error
+        if not context.raise_together(refusal) or encoder is None:
+            return None
+        if finished is None:
+            encoder.encode(context.rank, context.world, _reporter(reporter) if context.is_main else SILENT)
+            context.wait()
+            finished = encoder.finish() if context.is_main else None
+        return finished if context.is_main else None
+
+
+def train(
+    preset: str,
+    images: ImageSet | str | Path,
+    *,
+    n: int | None = None,
+    test: int = 300,
+    seed: int = 0,
+    skip: int = 0,
+    size: int | None = None,
+    out: str | Path | None = None,
+    conditional: bool = False,
+    minutes: float | None = None,
+    stop: StopFlag | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Run | None:
+    """Trains a denoiser on N images of a set; the same call resumes an interrupted run, and opens a finished one.
+
+    Args:
+        preset: the recipe to start from, e.g. "dit-nano/2".
+        images: an image set, its folder, or a source (as for `prepare`).
+        n: number of training images; all but the test images if None.
+        test: number of test images held out.
+        seed: of the split, of the initial weights and of training.
+        skip: leave out so many training images at the head of the seeded order and take the next `n`: two runs of one
+            seed, with `skip` 0 and `skip` n, have disjoint training sets.
+        size: side of the images in pixels, where `images` is a source.
+        out: the run's folder; `runs/PRESET-DATA-nN-ATTENTION-sSEED` if None.
+        conditional: give the network the image set's class labels.
+        minutes: save and stop after this time (`TrainingInterrupted`); the same call resumes.
+        stop: when set, the run is saved and `TrainingInterrupted` raised.
+        device: "cpu", "cuda" or "cuda:N"; CUDA if there is one and None is given.
+        threads: CPU threads; torch's own choice if None.
+        reporter: takes notes and progress.
+        settings: changes of the preset, by plain name (`steps`, `lr`, `attention`, `width`, ...), or by dotted name as
+            `**{"training.lr": 1e-3}`. A plain name is looked for in the training settings first, then in those of
+            network, objective, evaluation, guidance and sampler.
+
+    Returns:
+        The trained run; None on a rank other than 0 whose rank 0 refused the input.
+
+    Raises:
+        DitlabError: settings that do not exist or do not fit, or `out` is something else.
+        TrainingInterrupted: it was stopped or ran out of time.
+
+    Example:
+        >>> run = ditlab.train("dit-nano/2", "sets/photos", n=30, attention="3*4", steps=2000)  # doctest: +SKIP
+    """
+    from dataclasses import replace
+
+    from ditlab.config import DataConfig
+    from ditlab.models.configuring import change_settings, unsized
+
+    data = DataConfig(n=n, test=test, seed=seed, skip=skip)
+    config = change_settings(replace(unsized(preset), data=data), settings, f"preset {preset}")
+    chosen = {"n": n, "test": test, "seed": seed, "skip": skip, "conditional": conditional, **settings, "out": out}
+    place = str(getattr(images, "path", images))
+    words = [repr(preset), repr(place), *(f"{k}={_repr(v)}" for k, v in chosen.items() if v)]
+    return train_config(
+        config,
+        images,
+        size=size,
+        conditional=conditional,
+        keep_sigma_data=bool({"sigma_data", "objective.sigma_data"} & settings.keys()),
+        out=out,
+        command=f"ditlab.train({', '.join(words)})",
+        minutes=minutes,
+        stop=stop,
+        device=device,
+        threads=threads,
+        reporter=reporter,
+    )
+
+
+def train_config(
+    config: RunConfig,
+    images: ImageSet | str | Path,
+    *,
+    size: int | None = None,
+    conditional: bool = False,
+    keep_sigma_data: bool = False,
+    out: str | Path | None = None,
+    command: str = "",
+    minutes: float | None = None,
+    stop: StopFlag | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> Run | None:
+    """Trains a run of given settings, which are fitted to the images first; otherwise as `train`.
+
+    Args:
+        config: all settings.
+        images: an image set, its folder, or a source.
+        size: side of the images in pixels, where `images` is a source.
+        conditional: give the network the image set's class labels.
+        keep_sigma_data: do not set EDM's sigma_data to the standard deviation of latents.
+        out: the run's folder; `runs/PRESET-DATA-nN-ATTENTION-sSEED` if None.
+        command: how the user asked for it, for config.json.
+        minutes: save and stop after this time.
+        stop: when set, the run is saved and `TrainingInterrupted` raised.
+        device: where it computes.
+        threads: CPU threads.
+        reporter: takes notes and progress.
+    """
+    from ditlab.models.configuring import default_run_folder, fit_run
+    from ditlab.models.creating import create_and_train
+    from ditlab.training.distributed import pick_device
+
+    use_threads(threads)
+    pick_device(device)  # a device that is not there is refused before a source is prepared
+    reporter = _reporter(reporter)
+    opened = _image_set(images, size, reporter)
+    fitted = fit_run(config, opened, conditional=conditional, keep_sigma_data=keep_sigma_data, reporter=reporter)
+    named = str(images) if isinstance(images, str | Path) else str(opened.path)
+    return create_and_train(
+        fitted,
+        opened,
+        Path(out) if out is not None else default_run_folder(fitted, named),
+        device=device,
+        command=command,
+        minutes=minutes,
+        stop=stop,
+        reporter=reporter,
+    )
 
 
 def open(  # the name that the command line and the docs use: `ditlab.open(...)`
@@ -149,9 +405,7 @@ def analyze(
         options, settings = settings_of(room.Options, settings, name)
     if split is None:
         split, settings = settings_of(SplitConfig, settings, name)
-    if settings:
-        known = [*room.Config.__dataclass_fields__, *room.Options.__dataclass_fields__]
-        raise unknown_name(f"setting of {name}", next(iter(settings)), known)
+    _refuse_unknown(name, settings, room.Config, room.Options)
     chosen = _several(models)
     room.check_count(len(chosen))
     place, reporter = None if out is None else Path(out), _reporter(reporter)
@@ -230,10 +484,122 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
     return analyze("two-subsets", [first, second], **settings)
 
 
+def complexity(
+    presets: str | Sequence[str],
+    *,
+    config: ComplexityConfig | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Costs:
+    """Counts what networks cost: parameters, operations, memory, training compute.
+
+    Args:
+        presets: one or several, e.g. "dit-s/2".
+        config: the images, and changes of the networks; or give them one by one as keywords.
+        out: a folder for complexity.json and complexity.png; nothing is written if None.
+        settings: fields of `ditlab.analyses.complexity.config.ComplexityConfig`.
+
+    Raises:
+        DitlabError: an unknown preset, or settings that a network does not have.
+    """
+    from ditlab.analyses.complexity.config import ComplexityConfig
+    from ditlab.analyses.complexity.measure import measure_costs
+    from ditlab.studies.published import published_fid
+
+    if config is None:
+        config, settings = settings_of(ComplexityConfig, settings, "complexity")
+    _refuse_unknown("complexity", settings, ComplexityConfig)
+    costs = measure_costs([presets] if isinstance(presets, str) else presets, config, published_fid)
+    if out is not None:
+        costs.files.extend(costs.save(Path(out)))
+    return costs
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["ditlab", "diffusers", "original"] | None = None,
+    checkpoint: int | None = None,
+    raw: bool = False,
+    heads: int | None = None,
+    unet: UNetFile | None = None,
+    codec: str | None = None,
+    licence: str = "",
+    samples: bool = False,
+    dry_run: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Converted:
+    """Converts a DiT or a UNet between ditlab, diffusers and the original codes, or sends a run to the hub.
+
+    Args:
+        source: a run's folder or one of its checkpoints, a converted model's folder, an original checkpoint,
+            `diffusers:PATH_OR_ID` or `hub:ID`.
+        out: the file or folder to make, or `hub:ORG/NAME` to send a run there with a model card.
+        to: "ditlab", "diffusers" or "original"; by the ending of `out` if None.
+        checkpoint: the checkpoint of a run; the newest if None.
+        raw: take the raw weights instead of the averaged ones.
+        heads: attention heads of an original checkpoint, where neither its width nor its settings tell.
+        unet: what else a checkpoint of improved-diffusion does not say.
+        codec: to diffusers: where the autoencoder of a run on latents is now, if it was moved.
+        licence: for the hub: the licence of the weights, by the hub's short name.
+        samples: for the hub: show the newest samples on the card. Those of a run that memorizes are training images.
+        dry_run: for the hub: write what would be sent into this new folder, and send nothing.
+        reporter: takes notes.
+
+    Raises:
+        DitlabError: the source cannot be opened, the other format cannot express it, or `out` exists.
+    """
+    from ditlab.interop.improved_diffusion import UNetFile
+    from ditlab.models.converting import Conversion
+    from ditlab.report.hub_export import send_run
+
+    reporter, unet = _reporter(reporter), unet or UNetFile()
+    if str(out).startswith("hub:"):
+        if to is not None or heads is not None or unet != UNetFile() or raw or codec is not None:
+            raise InvalidConfig(
+                "convert: a run goes to the hub as it is; expected no `to`, `heads`, `unet`, `raw` or `codec`, "
+                "found some"
+            )
+        place = None if dry_run is None else Path(dry_run)
+        return send_run(
+            source, str(out), checkpoint=checkpoint, licence=licence, samples=samples, dry_run=place, reporter=reporter
+        )
+    if licence or samples or dry_run is not None:
+        raise InvalidConfig(
+            "convert: `licence`, `samples` and `dry_run` are for the hub; expected `out` as hub:ORG/NAME"
+        )
+    return Conversion(str(source), str(out), to, checkpoint, raw, heads, unet, codec).run(reporter)
+
+
 def _several(models: Source | Sequence[Source]) -> list[Source]:
     from ditlab.models.model import Model
 
     return [models] if isinstance(models, str | Path | Model) else list(models)
+
+
+def _image_set(images: ImageSet | str | Path, size: int | None, reporter: Reporter) -> ImageSet:
+    """Opens an image set, or prepares the one of a source."""
+    from ditlab.data import ImageSet, is_source
+    from ditlab.data import prepare as prepare_images
+
+    if isinstance(images, ImageSet):
+        return images
+    if not str(images):
+        raise InvalidConfig("`data`: expected an image set's folder or a source of images, found nothing")
+    if is_source(str(images)):
+        return prepare_images(str(images), size=size, reporter=reporter)
+    return ImageSet.open(images)
+
+
+def _repr(value: Any) -> str:
+    return repr(str(value)) if isinstance(value, Path) else repr(value)
+
+
+def _refuse_unknown(call: str, settings: Mapping[str, Any], *kinds: Any) -> None:
+    if settings:
+        known = [name for kind in kinds for name in kind.__dataclass_fields__]
+        raise unknown_name(f"setting of {call}", next(iter(settings)), known)
 
 
 def _reporter(reporter: Reporter | None) -> Reporter:

@@ -1,7 +1,7 @@
-"""The configuration of a run: the components' own configs composed, and JSON both ways.
+"""The configuration of a run: composes the components' configs, and reads and writes them as JSON.
 
-The same frozen dataclasses give the command line its flags (tyro), the config.json its checks (pydantic) and the
-library its arguments, so there is one place where a default stands.
+The same frozen dataclasses define the flags of the command line (tyro), the checks of config.json (pydantic) and the
+arguments of the library, so each default is written once.
 """
 
 from __future__ import annotations
@@ -10,49 +10,58 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args
 
 import pydantic
 
-from ditlab.data.autoencoder import CodecRecord
+from ditlab.data.autoencoder import AutoencoderRecord
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
-from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig
+from ditlab.diffusion.sampler_configs import DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNNConfig
-from ditlab.networks.bf_unet import BFUNetConfig
 from ditlab.networks.dit import DiTConfig
-from ditlab.networks.unet import UNetConfig
-from ditlab.training.trainer import TrainingConfig
+from ditlab.networks.registry import NETWORKS, NetworkConfig
+from ditlab.training.config import TrainingConfig
 
 _TAGGED = pydantic.Field(discriminator="kind")
-Network = Annotated[DiTConfig | UNetConfig | BFCNNConfig | BFUNetConfig, _TAGGED]
-ObjectiveSettings = Annotated[VPObjectiveConfig | EDMObjectiveConfig | BlindObjectiveConfig, _TAGGED]
-Sampler = Annotated[DDPMConfig | DDIMConfig | HeunConfig | DPMSolverConfig, _TAGGED]
+
+
+class _Registered:
+    """Lets pydantic tell networks apart by `kind`, among those that are registered when it reads or writes."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Annotated[Union[tuple(NETWORKS)], _TAGGED])  # noqa: UP007
+
+
+Network = Annotated[NetworkConfig, _Registered]
+ObjectiveConfig = VPObjectiveConfig | EDMObjectiveConfig | BlindObjectiveConfig
+ObjectiveSettings = Annotated[ObjectiveConfig, _TAGGED]
+Sampler = Annotated[SamplerConfig, _TAGGED]
 
 FORMAT = 1
-"""Version of config.json's layout; a newer one is refused."""
+"""Version of config.json's layout; newer ones are refused."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images a run is trained and tested on."""
+    """The images that a run is trained and tested on."""
 
     path: str = ""
-    """The image set's folder; in config.json relative to the run's folder."""
+    """Folder of the image set; in config.json relative to the run's folder."""
     n: int | None = None
-    """Number of training images; None for all but the test images."""
+    """Number of training images; all except the test images by default."""
     test: int = 300
     """Number of test images held out (An et al.'s K)."""
     seed: int = 0
-    """Seed of the shuffle that the train and test images come from; training sets are nested in n."""
+    """Seed of the train/test split. With the same seed, a smaller training set is a subset of a larger one."""
     skip: int = 0
-    """Leave out so many images at the head of the shuffled training images and take the next n: runs with skip 0 and
-    skip n have disjoint training sets, and the same test images."""
+    """Number of training images to skip before the n that are used: runs with skip 0 and skip n have disjoint training
+    sets and the same test images."""
 
     def __post_init__(self) -> None:
-        """Refuses counts that cannot be."""
+        """Refuses impossible counts."""
         if self.n is not None and self.n < 1:
             raise DitlabError(f"data: n must be at least 1, found {self.n}")
         if self.test < 1:
@@ -63,15 +72,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured during training, with the averaged weights, each `training.eval_every` steps."""
+    """What is measured every `training.eval_every` steps of training, with the averaged weights."""
 
     images: int = 64
-    """Train images, and as many test images, that are measured; the same ones and the same noise each time."""
+    """Number of train images, and of test images, to measure; the same images and noise each time."""
     levels: int = 10
-    """Noise levels of the PSNR, spread evenly over the denoiser's grid; 0 measures the losses alone."""
+    """Number of noise levels of the PSNR, evenly spread over the denoiser's grid; 0 measures the losses only."""
 
     def __post_init__(self) -> None:
-        """Refuses counts that cannot be."""
+        """Refuses impossible counts."""
         if self.images < 1 or self.levels < 0:
             raise DitlabError(
                 f"evaluation: images must be at least 1 and levels at least 0, found {self.images} and {self.levels}"
@@ -80,115 +89,117 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run's weights will be, and how it is measured and sampled by default."""
+    """All settings that determine a run's weights, and how it is measured and sampled by default."""
 
     preset: str = ""
     """The preset that the run started from."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     network: Network = field(default_factory=DiTConfig)
-    """The network; its image size, channels and classes follow the image set."""
+    """The network; image size, channels and classes are taken from the image set."""
     objective: ObjectiveSettings = field(default_factory=VPObjectiveConfig)
-    """How it is trained."""
+    """The training objective."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How long, and with which optimizer."""
+    """Duration and optimizer."""
     sampler: Sampler = field(default_factory=DDPMConfig)
-    """How samples are drawn by default."""
+    """The default sampler."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """How strongly samples are pulled towards their class by default."""
+    """Default guidance of samples towards their class."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What is measured during training."""
+    """Measurements during training."""
 
     def __post_init__(self) -> None:
-        """Refuses components that do not fit each other, before any work starts."""
-        learns = bool(getattr(self.network, "learn_sigma", False))
+        """Refuses components that do not fit together, before any work starts."""
+        network, learns = self.network, self.network.learns_variance
         if isinstance(self.objective, VPObjectiveConfig):
             learned = self.objective.variance == "learned-range"
-            if learned != learns and hasattr(self.network, "learn_sigma"):
+            if learned != learns and network.can_learn_variance:
                 raise DitlabError(
                     f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
                     f"{learned}, found {learns}"
                 )
             if learned != learns:
                 raise DitlabError(
-                    f"config: a {self.network.kind} network learns no variance; expected objective.variance "
+                    f"config: a {network.kind} network learns no variance; expected objective.variance "
                     "fixed-small or fixed-large, found learned-range"
                 )
         elif learns:
             raise DitlabError(
                 f"config: the {self.objective.kind} objective learns no variance; expected network.learn_sigma False"
             )
-        told = not isinstance(self.network, BFCNNConfig | BFUNetConfig)
-        if isinstance(self.objective, BlindObjectiveConfig) and told:
+        if isinstance(self.objective, BlindObjectiveConfig) and network.takes_noise_level:
+            blind = " or ".join(sorted(config.kind for config in NETWORKS if not config.takes_noise_level))
             raise DitlabError(
-                f"config: the blind objective tells the network no noise level, which a {self.network.kind} network "
-                "needs; expected a bf-unet or bf-cnn network, or objective.kind vp or edm"
+                f"config: the blind objective gives the network no noise level, which a {network.kind} network needs; "
+                f"expected a {blind} network, or objective.kind vp or edm"
             )
         dropout = getattr(self.objective, "label_dropout", 0.0)
-        if dropout and getattr(self.network, "num_classes", 0) and not getattr(self.network, "null_class", True):
+        if dropout and not network.label_optional:
             raise DitlabError(
-                "config: a network without a null class cannot be told of dropped labels; expected "
-                f"objective.label_dropout 0 or network.null_class True, found {dropout}"
+                "config: label dropout needs a network with a null class; expected objective.label_dropout 0 or "
+                f"network.null_class True, found {dropout}"
             )
         if self.guidance.on:
             check_guidance(self)
 
 
 def check_guidance(config: RunConfig) -> None:
-    """Refuses guidance of a network that was not trained to know its images' classes, and to do without.
+    """Refuses guidance for a network that was not trained both with and without labels.
 
     Raises:
-        DitlabError: the network is unconditional, has no "no class", or never saw an image without its label.
+        DitlabError: the network is unconditional, has no null class, or was trained without label dropout.
     """
     network = config.network
-    if not getattr(network, "num_classes", 0):
+    if not network.classes:
         raise DitlabError("guidance: expected a class-conditional network, found an unconditional one")
-    if not getattr(network, "null_class", True) or not getattr(config.objective, "label_dropout", 0.0):
+    if not network.label_optional or not getattr(config.objective, "label_dropout", 0.0):
         raise DitlabError(
-            "guidance: expected a network that was trained with label dropout, found one that knows no estimate "
-            "without a class (network.null_class False or objective.label_dropout 0)"
+            "guidance: expected a network that was trained with label dropout, found one that has no estimate without "
+            "a class (network.null_class False or objective.label_dropout 0)"
         )
 
 
 def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
-    """The config with the network's image size, channels and classes set to those of an image set.
+    """Returns the config with the network's image size and channels set to those of an image set.
 
     Args:
-        config: a preset, perhaps changed.
+        config: usually a preset, possibly changed.
         shape: (C, H, W) of the images.
-        num_classes: classes of the image set. The network stays unconditional unless `network.num_classes` was set;
+        num_classes: classes of the image set. The network stays unconditional unless `network.num_classes` is set;
             then both must be equal.
+
+    Raises:
+        DitlabError: the numbers of classes differ, or the network cannot have this size.
     """
     network = config.network
-    asked = getattr(network, "num_classes", 0)
-    if asked not in (0, num_classes):
-        raise DitlabError(f"config: network.num_classes is {asked}, the image set has {num_classes} classes")
+    if network.classes not in (0, num_classes):
+        raise DitlabError(f"config: expected network.num_classes {num_classes} or 0, found {network.classes}")
     return replace(config, network=replace(network, image_size=shape[1:], channels=shape[0]))
 
 
 def fit_to_latents(config: RunConfig, std: float) -> RunConfig:
-    """The config with EDM's sigma_data set to the standard deviation of latents, rounded to three digits.
+    """Returns the config with EDM's sigma_data set to the standard deviation of latents, rounded to three digits.
 
-    Left alone are other objectives, and a sigma_data that is not the default, which is meant for pixels.
+    Other objectives stay unchanged, as does a sigma_data other than the default, which is for pixels.
 
     Args:
-        config: a preset, perhaps changed.
-        std: of the scaled latents (`LatentRecord.overall_std`).
+        config: usually a preset, possibly changed.
+        std: standard deviation of the scaled latents (`LatentRecord.overall_std`).
     """
     objective, rounded = config.objective, float(f"{std:.3g}")
     default = EDMObjectiveConfig.sigma_data
     if not isinstance(objective, EDMObjectiveConfig) or objective.precond != "edm" or objective.sigma_data != default:
         return config
-    # Latents that are all alike have no deviation to tell.
+    # The deviation of constant latents is 0.
     return replace(config, objective=replace(objective, sigma_data=rounded)) if rounded > 0 else config
 
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """Which train and test images a run used: the fields of `ditlab.data.splits.Split.to_json`."""
+    """The train and test images of a run: the fields of `ditlab.data.splits.Split.to_json`."""
 
     seed: int
-    """Seed of the shuffle."""
+    """Seed of the split."""
     train: int
     """Number of training images."""
     test: int
@@ -196,70 +207,52 @@ class SplitRecord:
     imageset: str
     """Hash of the image set."""
     family: str
-    """Hash of image set, seed and test images: equal for runs whose training sets are nested."""
+    """Hash of image set, seed and test images; equal for runs with nested training sets."""
     hash: str
-    """Hash that also covers the training images."""
+    """Hash of all of these and the training images."""
     skip: int = 0
-    """Images at the head of the shuffle that were left out before the training images."""
+    """Number of training images that were skipped before those used."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What config.json holds."""
+    """The content of config.json."""
 
     config: RunConfig
     """The resolved configuration."""
     split: SplitRecord
-    """The split that it gave."""
+    """The resulting split."""
     command: str = ""
     """The command that started the run."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Versions and machine at the start."""
+    """Versions and machine when the run started."""
     format: int = FORMAT
     """Version of this layout."""
-    codec: CodecRecord | None = None
-    """The autoencoder of a run on latents, its place relative to the run's folder; None for a run on pixels."""
+    codec: AutoencoderRecord | None = None
+    """The autoencoder of a run on latents, with its path relative to the run's folder; None for a run on pixels."""
 
 
-for _part in (
-    DataConfig,
-    EvaluationConfig,
-    TrainingConfig,
-    RunConfig,
-    SplitRecord,
-    RunRecord,
-    DiTConfig,
-    UNetConfig,
-    BFCNNConfig,
-    BFUNetConfig,
-    VPObjectiveConfig,
-    EDMObjectiveConfig,
-    BlindObjectiveConfig,
-    DDPMConfig,
-    DDIMConfig,
-    HeunConfig,
-    DPMSolverConfig,
-    GuidanceConfig,
-):
+_PARTS = (DataConfig, EvaluationConfig, TrainingConfig, RunConfig, SplitRecord, RunRecord, GuidanceConfig)
+for _part in (*_PARTS, *get_args(ObjectiveConfig), *get_args(SamplerConfig)):
     # pydantic reads this attribute of a dataclass: a key that no field has is an error.
     _part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def to_json(record: RunRecord | RunConfig) -> dict[str, Any]:
-    """JSON values of a record or a config."""
+    """Returns a record or a config as JSON values."""
     return pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
 
 
 def from_json(kind: type, values: Any, where: str) -> Any:
-    """A record or a config from JSON values.
+    """Returns a record or a config from JSON values.
 
     Args:
         kind: RunRecord or RunConfig.
-        values: what `to_json` gave.
+        values: the result of `to_json`.
         where: named in errors, usually a path.
 
     Raises:
-        DitlabError: for an unknown key, a missing one, a value of the wrong kind, or values that do not fit together.
+        DitlabError: for an unknown or missing key, a value of the wrong type, or values that do not fit together.
     """
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
@@ -269,8 +262,8 @@ def from_json(kind: type, values: Any, where: str) -> Any:
         first = error.errors()[0]
         if isinstance(cause := first.get("ctx", {}).get("error"), DitlabError):  # a config's own check
             raise DitlabError(f"{where}: {cause}") from None
-        # The tag of a union's member stands in the location; the key in the file has no such step.
-        tags = {"dit", "unet", "bf-cnn", "bf-unet", "vp", "edm", "blind", "ddpm", "ddim", "heun", "dpm++2m"}
+        # pydantic's location contains the tag of a union's member, which is no key of the file.
+        tags = {config.kind for config in (*NETWORKS, *get_args(ObjectiveConfig), *get_args(SamplerConfig))}
         place = ".".join(str(part) for part in first["loc"] if part not in tags)
         if first["type"] == "unexpected_keyword_argument":
             raise DitlabError(f"{where}: unknown key '{place}'") from None
@@ -281,7 +274,7 @@ def read_record(path: Path) -> RunRecord:
     """Reads a run's config.json.
 
     Raises:
-        DitlabError: where it is missing, not JSON, of a newer layout, or has unknown keys.
+        DitlabError: the file is missing, not JSON, of a newer format, or has unknown keys.
     """
     if not path.is_file():
         raise DitlabError(f"{path}: expected a run's config.json, found nothing")
@@ -298,7 +291,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON values."""
+    """Returns every setting by its dotted name, as JSON values."""
 
     def leaves(values: Any, prefix: str) -> dict[str, Any]:
         if isinstance(values, dict):
@@ -309,15 +302,37 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configs differ, by dotted name."""
-
+    """Returns the settings in which two configs differ: dotted name -> the two values."""
     return differing_settings(flat(a), flat(b))
 
 
 def differing_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The same of settings by dotted name; one that only the other has is None."""
+    """Returns the same for settings by dotted name; the value of a missing setting is None."""
     return {
         name: (left.get(name), right.get(name))
         for name in sorted(left.keys() | right.keys())
         if left.get(name) != right.get(name)
     }
+
+
+__all__ = [
+    "FORMAT",
+    "DataConfig",
+    "EvaluationConfig",
+    "Network",
+    "ObjectiveConfig",
+    "ObjectiveSettings",
+    "RunConfig",
+    "RunRecord",
+    "Sampler",
+    "SplitRecord",
+    "check_guidance",
+    "differences",
+    "differing_settings",
+    "fit_to_images",
+    "fit_to_latents",
+    "flat",
+    "from_json",
+    "read_record",
+    "to_json",
+]

@@ -45,7 +45,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> NotFound:
         name: what the user gave.
         known: every name that would have been right.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"
     return NotFound(f"unknown {what} '{name}' ({hint})")

@@ -64,7 +64,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
-def appear(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Makes a file that is there whole or not at all.
 
     Args:

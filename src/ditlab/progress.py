@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["SILENT", "Bar", "Reporter", "RichReporter", "StopFlag", "Worker", "default_reporter", "orphaned"]
+__all__ = [
+    "SILENT",
+    "Bar",
+    "Interrupted",
+    "Reporter",
+    "RichReporter",
+    "StopFlag",
+    "Worker",
+    "default_reporter",
+    "orphaned",
+]
 
 _PLAIN_EVERY = 30.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -60,6 +70,13 @@ class StopFlag:
     """Asks a long job to save and end; `set` is read between two steps."""
 
     set: bool = False
+
+
+class Interrupted(Exception):
+    """A long job was stopped, and saved what it had done; the same call resumes it."""
+
+    status: int = 130
+    """Exit status of a command that ends with it."""
 
 
 class RichReporter(Reporter):

@@ -108,7 +108,7 @@ def test_samplers_and_given_windows():
 
 def test_fewer_training_images_latents_and_classes_are_noted():
     network = stepped("wiener")
-    network.bounded, network.num_classes = False, 3
+    network.pixel_space, network.num_classes = False, 3
     config = replace(SMALL, references=("wiener",), training_images=4)
     result = measure_agreement(network, images(), config, about=ABOUT)
     assert (result.training_images, len(result.notes)) == (4, 3)

@@ -35,7 +35,7 @@ from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.metrics.denoising_errors import level_noise
 from ditlab.networks.dit import Block, DiT, DiTConfig
-from ditlab.nn.attention import SelfAttention, attend, capture_attention
+from ditlab.nn.attention import SelfAttention, attention, capture_attention
 from ditlab.nn.patterns import Global, Partition, Window
 from ditlab.provenance import Provenance
 
@@ -417,5 +417,5 @@ def test_a_window_by_the_kernel_and_by_the_map():
     with capture_attention(layer) as maps:
         layer(x)
     q, k, v = layer.split(x)
-    assert torch.allclose(maps[0][0] @ v, attend(q, k, v, layer.pattern, GRID), atol=1e-6)
+    assert torch.allclose(maps[0][0] @ v, attention(q, k, v, layer.pattern, GRID), atol=1e-6)
     assert torch.equal(grid_part(maps[0][0], GRID), maps[0][0])

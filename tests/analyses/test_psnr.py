@@ -263,14 +263,14 @@ def test_psnr_never_exceeds_the_bound():
 
 
 def test_latents():
-    def denoiser(bounded: bool) -> Denoiser:
+    def denoiser(pixel_space: bool) -> Denoiser:
         made = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(4, 4, 4))
-        made.bounded = bounded
+        made.pixel_space = pixel_space
         return made
 
     images = 3 * torch.randn(6, 4, 4, 4)
     config = PSNRConfig(images=4, levels=(0.3, 1.0))
-    pixels, latents = (psnr_gap(denoiser(bounded), images, images[2:], config) for bounded in (True, False))
+    pixels, latents = (psnr_gap(denoiser(pixel_space), images, images[2:], config) for pixel_space in (True, False))
     assert np.array_equal(latents.train_mse, pixels.train_mse)
     assert (pixels.latents, latents.latents) == (False, True)
     assert not pixels.notes

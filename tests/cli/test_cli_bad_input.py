@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import subprocess
@@ -16,6 +15,7 @@ import torch
 
 import ditlab as package
 from ditlab.errors import DitlabError
+from ditlab.training.checkpoint import write_manifest
 
 
 def edit(path: Path, change) -> None:
@@ -149,11 +149,11 @@ def test_labels(refused, place, plain):
     conditional = place.trained("conditional", "--conditional")
     for label in (11, -1):
         says = refused("sample", conditional, "--seeds", "0-1", "--steps", 2, "--labels", label)
-        assert says == f"sample --labels: expected classes 0..9 (or 10 for none), found {label}"
+        assert says == f"--classes: expected classes 0..9 (or 10 for none), found {label}"
     says = refused("sample", plain, "--labels", 1)
-    assert says == "sample --labels: the run is unconditional, it takes no labels"
+    assert says == "--classes: the model is unconditional; expected no classes"
     says = refused(*place.words(plain, "--network.num-classes", 3))
-    assert says == "config: network.num_classes is 3, the image set has 10 classes"
+    assert says == "config: expected network.num_classes 10 or 0, found 3"
 
 
 def test_sampling_and_measuring_settings(refused, plain):
@@ -181,7 +181,7 @@ def test_runs_with_different_splits(refused, place, plain):
         ("config.training.stepz", 3, "unknown key 'config.training.stepz'"),
         ("config.network.foo", 3, "unknown key 'config.network.foo'"),
         ("bogus", 1, "unknown key 'bogus'"),
-        ("format", 2, "its format is 2, this ditlab reads up to 1; a newer ditlab wrote it"),
+        ("format", 2, "its format is 2, this ditlab reads up to 2; a newer ditlab wrote it"),
         ("format", "new", "expected a run's config.json with a 'format', found none"),
         ("config.training.steps", "many", "'config.training.steps': Input should be a valid integer"),
         ("config.training.steps", 0, "training: steps must be at least 1, found 0"),
@@ -233,15 +233,15 @@ def test_a_damaged_byte_is_found(refused, place, plain):
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    assert "its SHA-256 is not the one in state.json" in refused("sample", run)
+    assert "its SHA-256 is not the recorded one" in refused("sample", run)
 
 
 def test_a_checkpoint_of_a_newer_version(refused, place, plain):
     run = place.copy(plain)
     for step in (4, 6):
-        edit(run / "checkpoints" / f"{step:09d}" / "state.json", lambda record: put(record, "format", 9))
+        edit(run / "checkpoints" / f"{step:09d}" / "manifest.json", lambda record: put(record, "format", 9))
     says = refused("sample", run)
-    assert "the checkpoint's format is 9, this ditlab reads up to 1; a newer ditlab wrote it" in says
+    assert "the checkpoint's format is 9, this ditlab reads up to 2; a newer ditlab wrote it" in says
 
 
 def test_a_checkpoint_of_another_network(refused, ditlab, place, plain):
@@ -281,18 +281,13 @@ def test_a_pickle_is_never_opened(refused, ditlab, place, plain, tmp_path):
             folder = run / "checkpoints" / f"{step:09d}"
             (folder / "model.safetensors").write_bytes(content)
         assert "truncated?" in refused("sample", run)
-        # Even where state.json vouches for it.
-        files = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        # Even where the manifest vouches for it.
         for step in (4, 6):
-            state = run / "checkpoints" / f"{step:09d}" / "state.json"
-            whole = state.read_text()
-            edit(state, lambda record, files=files: record["files"].update({"model.safetensors": files}))
+            write_manifest(run / "checkpoints" / f"{step:09d}", step)
         says = refused("sample", run)
         assert "expected a safetensors file, found a pickle, which could run code and is not opened" in says
         with pytest.raises(DitlabError, match="found a pickle"):
             package.load(run)
-        for step in (4, 6):
-            (run / "checkpoints" / f"{step:09d}" / "state.json").write_text(whole)
     assert not Path("harm").exists()
 
 

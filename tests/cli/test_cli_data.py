@@ -85,14 +85,14 @@ def test_the_commands_of_the_docs_run(tmp_path, monkeypatch):
 
 
 def test_the_table_of_photographs_in_the_docs_is_true(tmp_path):
-    from ditlab.data.sources.base import TEST, TRAIN, Fit
+    from ditlab.data.sources.base import TEST, TRAIN, CropRule
     from ditlab.data.sources.photos import Photos
 
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
     assert len(rows) == 5
     for size, scales, train, test in rows:
-        source = Photos(Fit(int(size)))
+        source = Photos(CropRule(int(size)))
         pools = [crop.pool for _, crop, _ in source.crops]
         assert scales == ", ".join(map(str, source.scales))
         assert (train, test) == (f"{pools.count(TRAIN):,}", f"{pools.count(TEST):,}")

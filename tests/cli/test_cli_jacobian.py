@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import replace
@@ -28,6 +27,7 @@ from ditlab.models.run import Run
 from ditlab.pages import theme as style
 from ditlab.pages.page import ThemedFigure
 from ditlab.pages.theme import LIGHT, png
+from ditlab.training.checkpoint import write_manifest
 
 QUICK = ["--show", 0, 1, 4, "--levels", 0.5]
 
@@ -302,11 +302,9 @@ def test_bad_input(refused, plain):
 def poison(run):
     """Makes the newest averaged weights NaN, with the hash of what is written."""
     folder = max((run / "checkpoints").iterdir())
-    file, state = folder / "ema.safetensors", folder / "state.json"
+    file = folder / "ema.safetensors"
     save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
-    record = json.loads(state.read_text())
-    record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    state.write_text(json.dumps(record))
+    write_manifest(folder, int(folder.name))
 
 
 def test_nothing_is_written_where_a_later_run_has_no_jacobian(refused, place, plain, tmp_path):

@@ -21,7 +21,7 @@ from ditlab.cli import copies, reporting
 from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
-from ditlab.data.autoencoder import open_codec
+from ditlab.data.autoencoder import open_autoencoder
 from ditlab.data.pixels import centre_crop, planes, to_float
 from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.samplers import ImageNoise
@@ -62,7 +62,7 @@ def test_encode(ditlab, place, weights, latents, tmp_path):
     assert told["latents"]["store"] == "mean"
     assert "standard deviation" in done.err
     made, pictures = ImageSet.open("latents"), ImageSet.open(place.images)
-    codec = open_codec(weights)
+    codec = open_autoencoder(weights)
     expected = codec.moments(pictures.batch(range(16)))[0]
     torch.testing.assert_close(made.batch(range(16)), expected, rtol=1e-3, atol=1e-3)
     # Again: found, and nothing done.
@@ -91,7 +91,7 @@ def test_info_draws_the_decoded_latents(ditlab, place, weights, latents, tmp_pat
     scale = (sheet.shape[0] - 6) // 2 // 8
     cell = sheet[2 : 2 + 8 * scale : scale, 2 : 2 + 8 * scale : scale].transpose(2, 0, 1)
     opened = ImageSet.open(latents)
-    decoded = to_uint8(open_codec(weights).decode(opened.batch(range(len(opened)))))
+    decoded = to_uint8(open_autoencoder(weights).decode(opened.batch(range(len(opened)))))
     assert any(np.array_equal(cell, picture) for picture in decoded.numpy())
 
 
@@ -103,7 +103,7 @@ def test_a_run_on_latents(latent, latents, weights, place):
     assert run.config.network.image_size == (4, 4)  # pyright: ignore[reportAttributeAccessIssue]
     assert run.settings["codec"] == str(weights)
     denoiser = run.denoiser()
-    assert not denoiser.bounded
+    assert not denoiser.pixel_space
     assert denoiser.shape == (4, 4, 4)
     images, labels = run.pictures("test", 3)
     assert images.shape == (3, 4, 4, 4)
@@ -161,7 +161,7 @@ def test_moments_of_a_kl_autoencoder(ditlab, place, write_kl, tmp_path):
     write_kl(tmp_path / "kl", scaling_factor=0.4)
     done = ditlab("data", "encode", place.images, "latents", "--codec", "kl", "--kind", "kl")
     assert done.status == 0, done.err
-    assert ImageSet.open("latents").sampled
+    assert ImageSet.open("latents").stochastic
     done = ditlab(*place.words(tmp_path / "run", "--data", tmp_path / "latents"))
     assert done.status == 0, done.err
     assert "train PSNR of latents" in done.out
@@ -181,7 +181,7 @@ def test_edm_on_latents(place, latents):
     run = Run.open(
         place.trained("latent-edm", "--data", latents, "--objective.sigma-data", 0.7, preset="dit-nano/1-edm")
     )
-    assert not run.denoiser().bounded
+    assert not run.denoiser().pixel_space
 
 
 def test_sigma_data_follows_the_latents(ditlab, place, latents, tmp_path):
@@ -226,14 +226,14 @@ def test_a_replay_of_latents_lies_at_no_distance(place, latent, latents, weights
     else:
         run = Run.open(latent)
     indices = run.split.train[[0, 3, 9, 19, 4, 11]]
-    coins = torch.tensor([False] * 4 + [True] * 2)
-    replayed = run.images.batch(indices, mirrored=coins)
+    flip_mask = torch.tensor([False] * 4 + [True] * 2)
+    replayed = run.images.batch(indices, mirrored=flip_mask)
     generator = np.random.default_rng(0)
     other = torch.from_numpy(generator.normal(size=(2, 4, 4, 4))).float()
     drawn = reporting.Drawn.of(run, "a", torch.cat([replayed, other]))
     found = drawn.nearest.samples
     assert found.index[:6].tolist() == [0, 3, 9, 19, 4, 11]
-    assert found.mirrored[:6].tolist() == coins.tolist()
+    assert found.mirrored[:6].tolist() == flip_mask.tolist()
     # Pictures that are decoded beside others may round differently.
     assert found.first[:6].max() < 0.3
     assert found.first[6:].min() > 1
@@ -314,7 +314,7 @@ def test_a_codec_that_is_gone_or_another(refused, place, latent, weights, latent
     (copy / "config.json").write_text(json.dumps(values))
     words = ["sample", copy, "--seeds", "0", "--sampler", "ddim", "--steps", 2, "--device", "cpu"]
     says = refused(*words, "--out", tmp_path / "images")
-    assert "found nothing there; give --codec with the place where it lies now" in says
+    assert "found nothing there; pass its new place as `codec`" in says
     other = place.folder / "other-weights"
     if not other.exists():
         write_pair(other, latents=6)

@@ -25,7 +25,7 @@ def test_skipping_gives_a_disjoint_set(plain, twin):
     assert (first.split_record.skip, second.split_record.skip, second.config.data.skip) == (0, 20, 20)
     assert not np.intersect1d(first.split.train, second.split.train).size
     assert (first.split.test == second.split.test).all()
-    assert first.split.family == second.split.family
+    assert first.split.test_hash == second.split.test_hash
 
 
 def test_two_runs(ditlab, place, plain, twin, tmp_path):

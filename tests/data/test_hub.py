@@ -6,10 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources.files import read_source
 from PIL import Image as Pictures
 
+from ditlab.data.sources.base import TEST, TRAIN, Item, SkippedItem
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
 
 datasets = pytest.importorskip("datasets", reason="the hub source needs the package `datasets`")
@@ -67,7 +67,7 @@ def test_columns_splits_and_classes_are_found(parquet):
     assert source.class_names == ("cat", "dog")
     assert source.count == 5
     assert [(item.label, item.pool) for item in kept] == [(0, TRAIN), (1, TRAIN), (1, TEST), (0, TEST)]
-    assert [item.name for item in found if isinstance(item, Skipped)] == ["train row 2"]
+    assert [item.name for item in found if isinstance(item, SkippedItem)] == ["train row 2"]
     assert kept[0].pixels.shape == (3, 8, 8)
 
 

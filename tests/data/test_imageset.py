@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from ditlab.data.duplicates import area_weights, find_near_duplicates, thumbnails
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 
 
@@ -190,7 +191,7 @@ def test_images_that_are_all_unusable_are_an_error_and_leave_nothing(tmp_path):
     folder.mkdir()
     for name in "abc":
         (folder / f"{name}.png").write_text("text")
-    with pytest.raises(DitlabError, match=r"found 0 \(3 skipped, e.g. a.png: not an image file; 0 exact"):
+    with pytest.raises(DitlabError, match=r"found 0 \(skipped 3 not images: a.png, b.png, c.png; 0 exact"):
         prepare(f"folder:{folder}", tmp_path / "deep/set", size=8)
     assert names_in(tmp_path) == ["pictures"]
 
@@ -236,10 +237,10 @@ def test_a_killed_writer_leaves_no_set_and_the_next_one_cleans_up(tmp_path):
     out = tmp_path / "set"
     script = f"""
 import os, signal
-from ditlab.data import imageset
+from ditlab.data import preparing
 def killed(*_): os.kill(os.getpid(), signal.SIGKILL)
-imageset.hash_file = killed
-imageset.prepare("digits", {str(out)!r}, size=8, color="grey")
+preparing.hash_file = killed
+preparing.prepare("digits", {str(out)!r}, size=8, color="grey")
 """
     ended = subprocess.run([sys.executable, "-c", script], check=False)
     assert ended.returncode == -signal.SIGKILL

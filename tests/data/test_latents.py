@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,19 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, encode, make_split, prepare
-from ditlab.data.autoencoder import Codec, CodecRecord, open_codec
-from ditlab.data.encode import EncodeConfig, Encoding
+from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord, open_autoencoder
+from ditlab.data.encode import EncodeConfig, LatentEncoder
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD
 from ditlab.data.manifest import content_hash
 from ditlab.errors import DitlabError
+from ditlab.progress import Reporter
 
 
-class Blocks(Codec):
+class Blocks(Autoencoder):
     """A variational codec that a reader can follow: means of 2x2 blocks and their differences left to right."""
 
     def __init__(self, scale: float = 0.5, shift: float = 0.25) -> None:
-        self.record = CodecRecord("kl", "blocks", "", "0" * 64, 3, 3, 2, scale, shift)
+        self.record = AutoencoderRecord("kl", "blocks", "", "0" * 64, 3, 3, 2, scale, shift)
         self.seen = 0
 
     def moments(self, pictures):
@@ -52,12 +54,12 @@ def pictures(tmp_path) -> ImageSet:
     return prepare(f"folder:{folder}", tmp_path / "sets" / "pictures", size=8)
 
 
-def run(pictures: ImageSet, out, codec: Codec | None = None, **settings) -> ImageSet:
-    work = Encoding(pictures, out, codec or Blocks(), EncodeConfig(**settings))
+def run(pictures: ImageSet, out, codec: Autoencoder | None = None, **settings) -> ImageSet:
+    work = LatentEncoder(pictures, out, codec or Blocks(), EncodeConfig(**settings))
     found = work.existing()
     if found is not None:
         return found
-    with work.taken():
+    with work.locked():
         work.encode()
         return work.finish()
 
@@ -67,7 +69,7 @@ def test_moments_are_the_codecs(pictures, tmp_path):
     every = np.arange(len(pictures))
     mean, std = Blocks().moments(pictures.batch(every))
     flipped_mean, flipped_std = Blocks().moments(pictures.batch(every).flip(-1))
-    assert (made.shape, len(made), made.sampled) == ((3, 4, 4), 110, True)
+    assert (made.shape, len(made), made.stochastic) == ((3, 4, 4), 110, True)
     for name, expected in {
         LATENTS: mean,
         LATENTS_STD: std,
@@ -80,13 +82,13 @@ def test_moments_are_the_codecs(pictures, tmp_path):
 
     chosen = [5, 3, 99]
     noise = torch.randn(3, 3, 4, 4)
-    coins = torch.tensor([True, False, True])
+    flip_mask = torch.tensor([True, False, True])
     half = [x.half().float()[chosen] for x in (mean, std, flipped_mean, flipped_std)]
     torch.testing.assert_close(made.batch(chosen), (half[0] - 0.25) * 0.5)
     torch.testing.assert_close(made.batch(chosen, noise), (half[0] + half[1] * noise - 0.25) * 0.5)
-    either = [torch.where(coins[:, None, None, None], b, a) for a, b in ((half[0], half[2]), (half[1], half[3]))]
-    torch.testing.assert_close(made.batch(chosen, noise, coins), (either[0] + either[1] * noise - 0.25) * 0.5)
-    torch.testing.assert_close(made.batch(chosen, None, coins), (either[0] - 0.25) * 0.5)
+    either = [torch.where(flip_mask[:, None, None, None], b, a) for a, b in ((half[0], half[2]), (half[1], half[3]))]
+    torch.testing.assert_close(made.batch(chosen, noise, flip_mask), (either[0] + either[1] * noise - 0.25) * 0.5)
+    torch.testing.assert_close(made.batch(chosen, None, flip_mask), (either[0] - 0.25) * 0.5)
 
 
 def test_labels_pools_and_splits_are_those_of_the_pictures(pictures, tmp_path):
@@ -99,7 +101,7 @@ def test_labels_pools_and_splits_are_those_of_the_pictures(pictures, tmp_path):
         ours, theirs = make_split(made, n, 15, seed), make_split(pictures, n, 15, seed)
         assert np.array_equal(ours.train, theirs.train)
         assert np.array_equal(ours.test, theirs.test)
-        assert ours.family != theirs.family
+        assert ours.test_hash != theirs.test_hash
 
 
 def test_statistics_of_the_scaled_latents(pictures, tmp_path):
@@ -113,8 +115,8 @@ def test_statistics_of_the_scaled_latents(pictures, tmp_path):
 
 def test_one_sample_or_the_mean(pictures, tmp_path):
     made = run(pictures, tmp_path / "a", store="sample", seed=3, batch=5)
-    assert not made.sampled
-    assert made.manifest.files.keys() == {LATENTS, "labels.npy", "pool.npy"}
+    assert not made.stochastic
+    assert made.manifest.files.keys() == {LATENTS, "labels.npy", "pool.npy", "sources.json"}
     mean, std = Blocks().moments(pictures.batch(np.arange(len(pictures))))
     noise = (torch.from_numpy(made.array.astype(np.float32)) - mean) / std
     assert noise.flatten().std().sub(1).abs() < 0.03
@@ -127,21 +129,21 @@ def test_one_sample_or_the_mean(pictures, tmp_path):
     assert np.array_equal(plain.array, mean.half().numpy())
     with pytest.raises(DitlabError, match="expected stored moments to sample from, found 'mean'"):
         plain.batch([0], torch.zeros(1, 3, 4, 4))
-    with pytest.raises(DitlabError, match=r"found none; encode the set with --mirrored, or train without flips"):
+    with pytest.raises(DitlabError, match=r"found none; encode the set with `mirrored`, or train without flips"):
         plain.batch([0], None, torch.tensor([True]))
     with pytest.raises(DitlabError, match="expected latents to sample, found pixels"):
         pictures.batch([0], torch.zeros(1, 3, 8, 8))
 
 
 def test_a_codec_without_deviations_stores_its_latents(pictures, tmp_path, write_pair):
-    made = run(pictures, tmp_path / "latents", open_codec(write_pair(tmp_path / "weights")), store="moments")
+    made = run(pictures, tmp_path / "latents", open_autoencoder(write_pair(tmp_path / "weights")), store="moments")
     assert made.latents is not None
-    assert (made.latents.record.store, made.sampled) == ("mean", False)
+    assert (made.latents.record.store, made.stochastic) == ("mean", False)
     assert made.latents.record.codec.place == "../weights"
 
 
 def test_bf16(pictures, tmp_path, write_pair):
-    codec = open_codec(write_pair(tmp_path / "weights"))
+    codec = open_autoencoder(write_pair(tmp_path / "weights"))
     exact = run(pictures, tmp_path / "a", codec).array.astype(np.float32)
     rough = run(pictures, tmp_path / "b", codec, precision="bf16").array.astype(np.float32)
     assert 0 < np.abs(rough - exact).max() < 0.1
@@ -182,15 +184,15 @@ def test_manifests_of_pixels_stay_as_they_were(pictures, tmp_path):
 
 def test_finding_the_pictures_again(pictures, tmp_path):
     made = run(pictures, tmp_path / "latents")
-    assert pictures.pictures() is pictures
-    found = made.pictures()
+    assert pictures.original is pictures
+    found = made.original
     assert found is not None
     assert np.array_equal(found.take([3]), pictures.take([3]))
     pictures.path.rename(tmp_path / "moved")
-    assert made.pictures() is None
+    assert made.original is None
     # Another set in its place is not taken for it.
     prepare(f"folder:{tmp_path / 'files'}", pictures.path, size=4)
-    assert made.pictures() is None
+    assert made.original is None
 
 
 def test_a_killed_encoding_goes_on(pictures, tmp_path, monkeypatch):
@@ -211,9 +213,15 @@ def test_a_killed_encoding_goes_on(pictures, tmp_path, monkeypatch):
     assert parts == ["part-000000.npz", "part-000001.npz"]
 
     codec, shown = Blocks(), []
-    work = Encoding(pictures, out, codec, EncodeConfig(batch=6))
-    with work.taken():
-        work.encode(progress=lambda done, total: shown.append((done, total)))
+
+    class Shown(Reporter):
+        @contextmanager
+        def bar(self, title, total=None):
+            yield lambda done, total: shown.append((done, total))
+
+    work = LatentEncoder(pictures, out, codec, EncodeConfig(batch=6))
+    with work.locked():
+        work.encode(reporter=Shown())
         made = work.finish()
     assert codec.seen == 110 - 32
     assert shown[0] == (16, 110)
@@ -229,8 +237,8 @@ def test_a_killed_encoding_goes_on(pictures, tmp_path, monkeypatch):
 def test_several_processes_share_the_parts(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "PART", 16)
     seen = []
-    work = Encoding(pictures, tmp_path / "shared", codec := Blocks(), EncodeConfig())
-    with work.taken():
+    work = LatentEncoder(pictures, tmp_path / "shared", codec := Blocks(), EncodeConfig())
+    with work.locked():
         for rank in (2, 0, 1):
             before = codec.seen
             work.encode(rank, 3)
@@ -243,22 +251,22 @@ def test_several_processes_share_the_parts(pictures, tmp_path, monkeypatch):
 def test_two_jobs_do_not_mix(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "PART", 16)
     out = tmp_path / "latents"
-    first = Encoding(pictures, out, Blocks())
-    with first.taken():
+    first = LatentEncoder(pictures, out, Blocks())
+    with first.locked():
         first.encode(0, 2)
         with (
             pytest.raises(DitlabError, match="another process is encoding it"),
-            Encoding(pictures, out, Blocks()).taken(),
+            LatentEncoder(pictures, out, Blocks()).locked(),
         ):
             pass
-    other = Encoding(pictures, out, Blocks(scale=1.0))
-    with pytest.raises(DitlabError, match="unfinished encoding with other settings"), other.taken():
+    other = LatentEncoder(pictures, out, Blocks(scale=1.0))
+    with pytest.raises(DitlabError, match="unfinished encoding with other settings"), other.locked():
         pass
-    with pytest.raises(DitlabError, match=r"part-000001.npz: expected a part of an encoding"), first.taken():
+    with pytest.raises(DitlabError, match=r"part-000001.npz: expected a part of an encoding"), first.locked():
         first.finish()
     assert not out.exists()
-    over = Encoding(pictures, out, codec := Blocks(scale=1.0), overwrite=True)
-    with over.taken():
+    over = LatentEncoder(pictures, out, codec := Blocks(scale=1.0), overwrite=True)
+    with over.locked():
         over.encode()
         assert over.finish().latents.record.codec.scale == 1.0  # pyright: ignore[reportOptionalMemberAccess]
     assert codec.seen == 110
@@ -267,27 +275,27 @@ def test_two_jobs_do_not_mix(pictures, tmp_path, monkeypatch):
 def test_what_cannot_be_encoded(pictures, tmp_path):
     made = run(pictures, tmp_path / "latents")
     with pytest.raises(DitlabError, match="expected an image set of pixels, found one of latents"):
-        Encoding(made, tmp_path / "twice", Blocks())
+        LatentEncoder(made, tmp_path / "twice", Blocks())
     with pytest.raises(DitlabError, match="expected another folder for the latents"):
-        Encoding(pictures, pictures.path, Blocks())
+        LatentEncoder(pictures, pictures.path, Blocks())
     coarse = Blocks()
     coarse.record = replace(coarse.record, factor=3)
     with pytest.raises(DitlabError, match="sides are multiples of 3, found 8x8"):
-        Encoding(pictures, tmp_path / "odd", coarse)
+        LatentEncoder(pictures, tmp_path / "odd", coarse)
     coarse.record = replace(coarse.record, factor=4)
     with pytest.raises(DitlabError, match=r"expected latents \[3, 2, 2\], found \[3, 4, 4\]"):
         run(pictures, tmp_path / "odd", coarse)
     with pytest.raises(DitlabError, match="expected a batch of 1 to 64 pictures, found 65"):
         EncodeConfig(batch=65)
     with pytest.raises(DitlabError, match=r"already holds another image set .*3x4x4, latents\); choose another folder"):
-        Encoding(pictures, made.path, Blocks(scale=2.0)).existing()
+        LatentEncoder(pictures, made.path, Blocks(scale=2.0)).existing()
     other = prepare("digits", tmp_path / "digits", size=8)
     with pytest.raises(DitlabError, match=r"already holds another image set \(digits, 3x8x8, pixels\)"):
-        Encoding(pictures, other.path, Blocks()).existing()
+        LatentEncoder(pictures, other.path, Blocks()).existing()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
     with pytest.raises(DitlabError, match="is not an image set that can be reused"):
-        Encoding(pictures, tmp_path / "notes", Blocks(), overwrite=True).existing()
+        LatentEncoder(pictures, tmp_path / "notes", Blocks(), overwrite=True).existing()
 
 
 def test_latents_that_float16_cannot_hold(pictures, tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ditlab.data.sources.base import TEST, TRAIN, Fit, Item
-from ditlab.data.sources.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item
+from ditlab.data.sources.photos import PHOTOGRAPHS, Photos, default_scales, find_crops, region_map
 from ditlab.errors import DitlabError
 
 
@@ -36,7 +36,7 @@ def test_train_and_test_crops_never_share_a_pixel(height, width, block, phase, s
 
 @pytest.mark.parametrize("size", [8, 12, 16, 32])
 def test_every_size_has_thousands_to_train_and_hundreds_to_test_of_every_photograph(size: int):
-    items = [item for item in Photos(Fit(size)) if isinstance(item, Item)]
+    items = [item for item in Photos(CropRule(size)) if isinstance(item, Item)]
     sides = {pool: {item.label for item in items if item.pool == pool} for pool in (TRAIN, TEST)}
     assert sum(item.pool == TRAIN for item in items) >= 2000
     assert sum(item.pool == TEST for item in items) >= 600
@@ -45,7 +45,7 @@ def test_every_size_has_thousands_to_train_and_hundreds_to_test_of_every_photogr
 
 
 def test_a_crop_is_the_box_average_of_its_source_pixels():
-    source = Photos(Fit(16))
+    source = Photos(CropRule(16))
     checked = 0
     for name, crop, pixels in source.crops[::97]:
         photograph = np.asarray(Image.open(source.paths[name]).convert("RGB")).astype(np.float64)
@@ -57,8 +57,8 @@ def test_a_crop_is_the_box_average_of_its_source_pixels():
 
 
 def test_plain_crops_are_left_out():
-    everything = Photos(Fit(16), flat=0.0)
-    some = Photos(Fit(16))
+    everything = Photos(CropRule(16), flat=0.0)
+    some = Photos(CropRule(16))
     assert everything.count == some.count + some.flat_dropped
     assert min(pixels.mean(axis=0).std() for _, _, pixels in some.crops) >= some.flat
 
@@ -73,7 +73,7 @@ def test_plain_crops_are_left_out():
 )
 def test_settings_that_leave_no_crops_are_refused(size: int, options: dict, sentence: str):
     with pytest.raises(DitlabError, match=sentence):
-        Photos(Fit(size), **options)
+        Photos(CropRule(size), **options)
 
 
 def test_default_crops_show_32_to_64_source_pixels():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ditlab.data.sources.base import TEST, TRAIN, Item, Skipped
-from ditlab.data.sources.files import read_source
 from PIL import Image
 
+from ditlab.data.sources.base import TEST, TRAIN, Item, SkippedItem
+from ditlab.data.sources.files import read_source
 from ditlab.errors import DitlabError
 
 
@@ -30,7 +30,7 @@ def items(spec: str, size: int = 8, **settings) -> list[Item]:
 
 
 def skipped(spec: str, size: int = 8, **settings) -> dict[str, str]:
-    return {item.name: item.reason for item in read_source(spec, size, **settings) if isinstance(item, Skipped)}
+    return {item.name: item.reason for item in read_source(spec, size, **settings) if isinstance(item, SkippedItem)}
 
 
 def test_folder_reads_a_tree_with_classes_and_names_what_it_skips(tmp_path):
@@ -54,6 +54,7 @@ def test_folder_reads_a_tree_with_classes_and_names_what_it_skips(tmp_path):
     assert found["dog/small.png"] == "4x4 is smaller than 8x8"
     assert found["dog/text.png"] == "not an image file"
     assert found["dog/cut.jpeg"].startswith("unreadable image")
+    assert [(item.name, item.kind) for item in source.left_out] == [("dog/notes.txt", ".txt")]
     assert "dog/small.png" in {item.name for item in items(f"folder:{tmp_path}", upscale=True)}
 
 
@@ -185,7 +186,7 @@ def test_unknown_and_unusable_sources_are_refused(tmp_path):
         "folder:": "found nothing after it",
         f"folder:{tmp_path}/none": f"expected a folder at {tmp_path}/none, found nothing",
         f"folder:{tmp_path}/file.txt": "found a file",
-        f"folder:{tmp_path}/empty": "no PNG, JPEG or WebP file",
+        f"folder:{tmp_path}/empty": "folder source: expected images (.png, .jpg, .jpeg, .webp, .tif, .tiff, .bmp, .gif) below",
         f"mosaic:{tmp_path}/empty/x": "found no such file",
         f"mosaic:{tmp_path}/x": "unknown mosaic set",
         f"array:{tmp_path}/file.txt": "expected a .npy or .npz file, found another format",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ditlab.data.sources.base import TEST, TRAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import image_grid
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
+from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.data.splits import Split, make_split, verify
 from ditlab.errors import DitlabError
 
@@ -41,13 +42,13 @@ def test_splits_are_disjoint_and_nested(free, small, more, test, seed):
     assert len(np.unique(many.train)) == small + more
     assert (many.train[:small] == few.train).all()
     assert (many.test == few.test).all()
-    assert few.family == many.family
+    assert few.test_hash == many.test_hash
     assert (few.hash == many.hash) == (more == 0)
 
 
 def test_another_seed_is_another_shuffle(free):
     first, second = make_split(free, 100, 100, 0), make_split(free, 100, 100, 1)
-    assert first.family != second.family
+    assert first.test_hash != second.test_hash
     assert len(np.intersect1d(first.test, second.test)) < 30
 
 
@@ -71,7 +72,7 @@ def test_what_is_skipped_is_another_training_set_of_the_same_family(free):
     first, second = make_split(free, 100, 30, 4), make_split(free, 100, 30, 4, skip=100)
     assert (np.concatenate([first.train, second.train]) == whole.train).all()
     assert (second.test == first.test).all()
-    assert (second.family, second.hash != first.hash) == (first.family, True)
+    assert (second.test_hash, second.hash != first.hash) == (first.test_hash, True)
     assert (first.skip, second.skip, len(make_split(free, None, 30, 4, skip=1700).train)) == (0, 100, 67)
     assert (verify(second.to_json(), free).train == second.train).all()
 
@@ -98,7 +99,7 @@ def test_a_skip_that_cannot_be(free):
     [
         (1800, 0, "N = 1800 train images asked for, but .* has 1797"),
         (1500, 300, "N = 1500 train images asked for, but .* has 1497 besides 300 test images"),
-        (10, 1798, "1798 test images asked for"),
+        (10, 1798, "at most 1797 test images, which .* has, found 1798"),
         (0, 10, "at least 1 train image"),
         (10, -1, "0 or more test images"),
         (None, 1797, "has 0 besides 1797"),

@@ -45,9 +45,9 @@ def test_empirical_bayes_ends_in_the_nearest_image_and_begins_in_the_mean():
 
 
 def test_empirical_bayes_shares_between_images_that_are_equally_near():
-    one, two = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
-    found = EmpiricalBayesDenoiser(torch.cat([one, two]), chunk=1)(0.5 * two, 1e-4)
-    torch.testing.assert_close(found, 0.5 * two)
+    black, white = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    result = EmpiricalBayesDenoiser(torch.cat([black, white]), chunk=1)(0.5 * white, 1e-4)
+    torch.testing.assert_close(result, 0.5 * white)
 
 
 @pytest.mark.parametrize("count", [5, 24, 200])
@@ -95,18 +95,18 @@ def test_a_single_image_is_all_that_either_knows():
     torch.testing.assert_close(EmpiricalBayesDenoiser(train)(y, 0.5), train)
 
 
-@pytest.mark.parametrize("reference", [EmpiricalBayesDenoiser, WienerDenoiser])
-def test_on_its_own_images_it_beats_the_noise_and_memory_beats_linearity(reference):
+@pytest.mark.parametrize("baseline", [EmpiricalBayesDenoiser, WienerDenoiser])
+def test_on_its_own_images_it_beats_the_noise_and_memory_beats_linearity(baseline):
     train = images(60)
     y = noisy(train, 0.3)
     error = {kind: (kind(train)(y, 0.3) - train).square().mean() for kind in (EmpiricalBayesDenoiser, WienerDenoiser)}
-    assert error[reference] < 0.3**2
+    assert error[baseline] < 0.3**2
     assert error[EmpiricalBayesDenoiser] < error[WienerDenoiser]
 
 
-@pytest.mark.parametrize("reference", [EmpiricalBayesDenoiser, WienerDenoiser])
-def test_no_images_is_an_error(reference):
+@pytest.mark.parametrize("baseline", [EmpiricalBayesDenoiser, WienerDenoiser])
+def test_no_images_is_an_error(baseline):
     with pytest.raises(DitlabError, match="expected float images"):
-        reference(torch.zeros(0, 1, 2, 2))
+        baseline(torch.zeros(0, 1, 2, 2))
     with pytest.raises(DitlabError, match="chunk"):
-        reference(torch.zeros(2, 1, 2, 2), chunk=0)
+        baseline(torch.zeros(2, 1, 2, 2), chunk=0)

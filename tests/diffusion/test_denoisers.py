@@ -147,10 +147,10 @@ def test_gradients_flow_to_the_input(denoiser):
 def test_it_can_be_sampled(denoiser, config):
     noise = ImageNoise(range(2), SHAPE)
     label = torch.tensor([0, denoiser.num_classes]) if denoiser.num_classes else None
-    found = sample(denoiser, config, noise.initial(), label=label, noise=noise)
-    assert found.shape == (2, *SHAPE)
-    assert found.dtype == torch.float32
-    assert torch.isfinite(found).all()
+    result = sample(denoiser, config, noise.initial(), label=label, noise=noise)
+    assert result.shape == (2, *SHAPE)
+    assert result.dtype == torch.float32
+    assert torch.isfinite(result).all()
 
 
 def test_bad_input_is_one_sentence(denoiser):
@@ -215,8 +215,8 @@ def test_epsilon_and_x0_predictions_say_the_same():
 def test_labels_reach_the_network():
     denoiser = make("dit-vp")
     y = noisy(0.3)
-    one, two = denoiser(y, 0.3, torch.tensor([1, 1, 1])), denoiser(y, 0.3, torch.tensor([2, 2, 2]))
-    assert (one - two).abs().max() > 1e-4
+    first, second = denoiser(y, 0.3, torch.tensor([1, 1, 1])), denoiser(y, 0.3, torch.tensor([2, 2, 2]))
+    assert (first - second).abs().max() > 1e-4
     torch.testing.assert_close(denoiser(y, 0.3), denoiser(y, 0.3, torch.tensor([4, 4, 4])))
 
 
@@ -270,6 +270,79 @@ def test_a_users_own_noise_predictor_in_five_lines():
         wrong(y, 0.3)
 
 
+class Noisy(torch.nn.Module):
+    """A float32 network with dropout that is linear in y, so that its Jacobian is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 1)
+        self.dropout = torch.nn.Dropout(0.5)
+        torch.nn.init.constant_(self.conv.bias, 0.0)
+
+    def forward(self, y, sigma, label):
+        assert y.dtype == sigma.dtype == self.conv.weight.dtype
+        return self.dropout(self.conv(y)) / (1 + sigma.reshape(-1, 1, 1, 1))
+
+    def denoise(self, y, sigma, label):
+        return self(y, sigma, label)
+
+
+def test_a_wrapped_float32_module_is_cast_to_and_put_into_eval_mode():
+    torch.manual_seed(0)
+    network = Noisy()
+    for function in (network, network.train().denoise):
+        mine = Denoiser.wrap(function, SHAPE)
+        assert mine.module is network
+        assert not network.training
+        y = noisy(0.3, dtype=torch.float64)
+        assert mine(y, 0.3).dtype == torch.float64
+        assert torch.equal(mine(y, 0.3), mine(y, torch.tensor([0.3, 0.3, 0.3])))
+        result = sample(mine, HeunConfig(steps="4"), ImageNoise(range(2), SHAPE).initial())
+        assert torch.isfinite(result).all()
+    network.double()
+    torch.testing.assert_close(
+        mine(y.float(), 0.3).double(), network(y, y.new_full((3,), 0.3), None), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_wrapped_module_has_gradients_for_those_who_ask():
+    network = Noisy()
+    mine = Denoiser.wrap(network, SHAPE)
+    y = noisy(0.5, count=1)
+    jacobian = torch.autograd.functional.jacobian(lambda x: mine(x, 0.5)[0, :, 0, 0], y)[:, 0, :, 0, 0]
+    torch.testing.assert_close(jacobian, network.conv.weight[:, :, 0, 0].detach() / 1.5)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    mine(y, 0.5).sum().backward()
+    assert network.conv.weight.grad is not None
+    assert not sample(mine, DDIMConfig(steps=3), noisy(1.0)).requires_grad
+
+
+def test_a_plain_function_may_name_its_dtype():
+    network = Noisy().eval()
+    function = lambda y, sigma, label: network(y, sigma, label)  # noqa: E731
+    start = ImageNoise(range(2), SHAPE).initial()
+    result = sample(Denoiser.wrap(function, SHAPE, dtype=torch.float32), HeunConfig(steps=4), start)
+    torch.testing.assert_close(result, sample(Denoiser.wrap(network, SHAPE), HeunConfig(steps=4), start))
+
+
+def test_a_repr_is_one_short_line(denoiser):
+    y = noisy(0.3)
+    label = torch.zeros(3, dtype=torch.int64)
+    shown = [denoiser, denoiser.predict(y, 0.3, label if denoiser.num_classes else None), denoiser.levels]
+    if denoiser.num_classes:
+        shown.append(guided(denoiser, GuidanceConfig(2.0)))
+    steps = []
+    sample(denoiser, DDIMConfig(steps=2), y, callback=steps.append)
+    for thing in [*shown, *steps, DDIMConfig(steps="ddim50"), HeunConfig(), make_schedule("linear", 100)]:
+        text = repr(thing)
+        assert text.startswith(type(thing).__name__.lstrip("_"))
+        assert "0x" not in text
+        assert "\n" not in text
+        assert len(text) < 200
+    assert repr(denoiser).count("3x8x8") == 1
+    assert repr(HeunConfig(steps="40")) == "HeunConfig(steps=40)"
+
+
 def test_a_network_with_other_channels_is_refused():
     with pytest.raises(DitlabError, match="expected 3 channels from the network, found 6"):
         EDMDenoiser(dit())(noisy(0.3), 0.3)
@@ -286,9 +359,9 @@ def test_identity_tells_processes_apart():
         return Denoiser.wrap(lambda y, sigma, label: y, SHAPE, **changes)
 
     def latent() -> Denoiser:
-        found = EDMDenoiser(edm)
-        found.bounded = False
-        return found
+        result = EDMDenoiser(edm)
+        result.pixel_space = False
+        return result
 
     made = [
         lambda: VPDenoiser(network, plain),
@@ -318,6 +391,6 @@ def test_identity_tells_processes_apart():
         lambda: guided(VPDenoiser(network, plain), GuidanceConfig(3.0)),
         lambda: guided(VPDenoiser(network, plain, "x0"), GuidanceConfig(3.0)),
     ]
-    found = [json.dumps(make().identity, allow_nan=False) for make in made]
-    assert len(set(found)) == len(made)
-    assert found == [json.dumps(make().identity) for make in made]
+    result = [json.dumps(make().identity, allow_nan=False) for make in made]
+    assert len(set(result)) == len(made)
+    assert result == [json.dumps(make().identity) for make in made]

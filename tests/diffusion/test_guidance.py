@@ -172,14 +172,14 @@ def test_guided_scores_of_gaussians():
     inner, w, sigma = OfClasses(means, 0.5), 2.5, 0.7
     denoiser = guided(inner, GuidanceConfig(scale=w))
     y, label = torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 2, 1, 3])
-    found = denoiser.predict(y, sigma, label)
+    result = denoiser.predict(y, sigma, label)
     # Normals of one variance: the product's mean is m_u + w (m_c - m_u), its variance the same.
     table = torch.cat([means, means.mean(0, keepdim=True)])
     centre = table[3] + w * (table[label] - table[3])
     score = -(y - centre) / (0.25 + sigma**2)
-    torch.testing.assert_close(found.eps, -sigma * score)
-    torch.testing.assert_close(found.x0 + sigma * found.eps, y)
-    assert found.v is None
+    torch.testing.assert_close(result.eps, -sigma * score)
+    torch.testing.assert_close(result.x0 + sigma * result.eps, y)
+    assert result.v is None
     # Sampling lands on the guided normal: with Heun, to its mean and standard deviation.
     noise = ImageNoise(range(400), SHAPE)
     ones = torch.zeros(400, dtype=torch.int64)
@@ -227,17 +227,17 @@ def test_guidance_of_networks(make):
     without = inner.predict(y, 0.5, torch.full((5,), 4))
     for scale in (0.0, 0.5, 3.0):
         denoiser = guided(inner, GuidanceConfig(scale=scale))
-        found = denoiser.predict(y, 0.5, label)
+        result = denoiser.predict(y, 0.5, label)
         expected = without.eps + scale * (conditional.eps - without.eps)
-        torch.testing.assert_close(found.eps, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.eps, expected, rtol=1e-4, atol=1e-5)
         # y = x0 + sigma eps holds for guided estimates, and a tensor of levels gives the same.
-        torch.testing.assert_close(found.x0 + 0.5 * found.eps, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.x0 + 0.5 * result.eps, y, rtol=1e-4, atol=1e-5)
         each = denoiser.predict(y, torch.full((5,), 0.5), label)
-        torch.testing.assert_close(each.x0, found.x0, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(each.x0, result.x0, rtol=1e-4, atol=1e-5)
         # The row whose label is "no class" has nothing to be guided by.
-        torch.testing.assert_close(found.x0[4], without.x0[4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.x0[4], without.x0[4], rtol=1e-4, atol=1e-5)
         if conditional.v is not None:
-            torch.testing.assert_close(found.v, conditional.v, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result.v, conditional.v, rtol=1e-4, atol=1e-5)
 
 
 def test_it_passes_on_what_the_denoiser_says():
@@ -248,7 +248,7 @@ def test_it_passes_on_what_the_denoiser_says():
         "levels",
         "num_classes",
         "peak",
-        "bounded",
+        "pixel_space",
         "blind",
         "origin",
         "variance",
@@ -266,10 +266,10 @@ def test_channels():
     inner, y, label = OfClasses(means, 0.5), torch.randn(2, *shape), torch.tensor([0, 1])
     plain = inner.predict(y, 0.5, label)
     for channels, count in ((None, 3), (3, 3), (1, 1), (4, 4), ("all", 4)):
-        found = guided(inner, GuidanceConfig(scale=3.0, channels=channels)).predict(y, 0.5, label)
-        changed = (found.eps - plain.eps).abs().amax((0, 2, 3)) > 1e-4
+        result = guided(inner, GuidanceConfig(scale=3.0, channels=channels)).predict(y, 0.5, label)
+        changed = (result.eps - plain.eps).abs().amax((0, 2, 3)) > 1e-4
         assert changed.tolist() == [True] * count + [False] * (4 - count)
-        assert torch.equal(found.eps[:, count:], plain.eps[:, count:])
+        assert torch.equal(result.eps[:, count:], plain.eps[:, count:])
     # Of images other than four-channel latents, all channels are guided where nothing else is said.
     assert [GuidanceConfig().guided_channels(count) for count in (1, 3, 4, 32)] == [1, 3, 3, 32]
 
@@ -303,8 +303,8 @@ def test_outside_the_interval_it_is_the_conditional_estimate():
     # In one batch, each image by its own level.
     levels = torch.tensor([0.1, 0.5, 2.0])
     torch.testing.assert_close(denoiser.weight(levels), torch.tensor([1.0, 4.0, 1.0]))
-    found = denoiser(y, levels, label)
-    torch.testing.assert_close(found[[0, 2]], inner(y, levels, label)[[0, 2]], rtol=1e-4, atol=1e-5)
+    result = denoiser(y, levels, label)
+    torch.testing.assert_close(result[[0, 2]], inner(y, levels, label)[[0, 2]], rtol=1e-4, atol=1e-5)
 
 
 def test_power_cosine_without_numbered_steps_counts_by_the_linear_process():

@@ -34,14 +34,14 @@ def window_at(
 ) -> dict[tuple[int, int], np.ndarray]:
     """Offset -> the channels there; without those outside, where the window does not go round."""
     height, width = image.shape[1:]
-    found = {}
+    actual = {}
     for offset in product(range(-radius, radius + 1), repeat=2):
         r, c = row + offset[0], column + offset[1]
         if circular:
-            found[offset] = image[:, r % height, c % width]
+            actual[offset] = image[:, r % height, c % width]
         elif 0 <= r < height and 0 <= c < width:
-            found[offset] = image[:, r, c]
-    return found
+            actual[offset] = image[:, r, c]
+    return actual
 
 
 def by_loops(kind: str, train: torch.Tensor, y: torch.Tensor, size: int, sigma: float) -> torch.Tensor:
@@ -121,15 +121,15 @@ def test_a_window_that_sees_everything_is_empirical_bayes(kind):
     train = images(9)
     for sigma in (0.1, 1.0, 30.0):
         y = noisy(train[:3], sigma)
-        found = KINDS[kind](train, 2 * 6 - 1)(y, sigma)
-        torch.testing.assert_close(found, EmpiricalBayesDenoiser(train)(y, sigma), rtol=1e-10, atol=1e-11)
+        actual = KINDS[kind](train, 2 * 6 - 1)(y, sigma)
+        torch.testing.assert_close(actual, EmpiricalBayesDenoiser(train)(y, sigma), rtol=1e-10, atol=1e-11)
 
 
 def test_wiener_locality_without_a_threshold_is_empirical_bayes():
     train = images(9)
     y = noisy(train[:3], 0.8)
-    found = WienerLocalityDenoiser(train, 0.0)(y, 0.8)
-    torch.testing.assert_close(found, EmpiricalBayesDenoiser(train)(y, 0.8), rtol=1e-10, atol=1e-11)
+    actual = WienerLocalityDenoiser(train, 0.0)(y, 0.8)
+    torch.testing.assert_close(actual, EmpiricalBayesDenoiser(train)(y, 0.8), rtol=1e-10, atol=1e-11)
 
 
 def test_wiener_locality_looks_where_the_wiener_denoiser_looks():
@@ -190,11 +190,11 @@ def test_inside_the_image_a_broken_border_is_no_border():
     """Far from it, pixels see the same windows, but for the circular ones that ELS takes from the border too."""
     train = images(2, (1, 9, 9))
     y = noisy(train[:1], 0.3)
-    found = KINDS["bbELS"](train, 3)(y, 0.3)[..., 1:-1, 1:-1]
+    actual = KINDS["bbELS"](train, 3)(y, 0.3)[..., 1:-1, 1:-1]
     inner = torch.nn.functional.unfold(train, 3).transpose(1, 2).reshape(-1, 9)
     mine = torch.nn.functional.unfold(y, 3)[0].T
     weights = torch.softmax(-torch.cdist(mine, inner).square() / (2 * 0.3**2), 1)
-    torch.testing.assert_close(found.flatten(), weights @ inner[:, 4], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(actual.flatten(), weights @ inner[:, 4], rtol=1e-9, atol=1e-10)
 
 
 def test_a_window_of_one_pixel_knows_only_that_pixel():

@@ -56,11 +56,11 @@ def losses(terms, config, schedule=None, output=None, t="in.t"):
 @SCHEDULES
 def test_hybrid_loss_and_its_gradient(terms, close, name):
     output = terms["in.model_output"].clone().requires_grad_()
-    found, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), output=output)
+    result, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), output=output)
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_mse.{key}"])
+        close(result[key], terms[f"{name}.loss_mse.{key}"])
     torch.testing.assert_close(network.x, terms[f"{name}.q_sample"])
-    found["loss"].mean().backward()
+    result["loss"].mean().backward()
     expected = terms[f"{name}.loss_mse.grad_model_output"]
     tolerance, largest = terms.tolerance("default"), expected.abs().max().item()
     assert output.grad is not None
@@ -71,27 +71,27 @@ def test_hybrid_loss_and_its_gradient(terms, close, name):
 
 @SCHEDULES
 def test_other_losses(terms, close, name):
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="rescaled-mse"))
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="rescaled-mse"))
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_rescaled_mse.{key}"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="kl"))
-    close(found["loss"], terms[f"{name}.loss_kl.loss"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="kl-unscaled"))
-    close(found["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
-    found, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], prediction="x0"))
+        close(result[key], terms[f"{name}.loss_rescaled_mse.{key}"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="kl"))
+    close(result["loss"], terms[f"{name}.loss_kl.loss"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="kl-unscaled"))
+    close(result["loss"], terms[f"{name}.vb_terms_bpd.clip_False"])
+    result, _ = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], prediction="x0"))
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.loss_xstart.{key}"])
+        close(result[key], terms[f"{name}.loss_xstart.{key}"])
 
 
 @SCHEDULES
 @pytest.mark.parametrize("variance", ["fixed-large", "fixed-small"])
 def test_simple_loss_of_a_fixed_variance(terms, close, name, variance):
     output = terms["in.model_output"][:, : terms.config["image"][0]]
-    found, _ = losses(
+    result, _ = losses(
         terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], variance=variance), output=output
     )
-    close(found["loss"], terms[f"{name}.loss_{variance.replace('-', '')}.loss"])
-    assert "vb" not in found
+    close(result["loss"], terms[f"{name}.loss_{variance.replace('-', '')}.loss"])
+    assert "vb" not in result
     bound, _ = losses(
         terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], variance=variance, loss="kl"), output=output
     )
@@ -101,18 +101,18 @@ def test_simple_loss_of_a_fixed_variance(terms, close, name, variance):
 @SCHEDULES
 def test_losses_of_a_respaced_process(terms, close, name):
     short = make_schedule(name, terms.config["T"]).respaced(terms.config["respacing"])
-    found, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), short, t="in.t_respaced")
+    result, network = losses(terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"]), short, t="in.t_respaced")
     for key in ("mse", "vb", "loss"):
-        close(found[key], terms[f"{name}.respaced.loss.{key}"])
+        close(result[key], terms[f"{name}.respaced.loss.{key}"])
     assert torch.equal(network.t, terms[f"{name}.respaced.model_t"].float())
-    found, _ = losses(
+    result, _ = losses(
         terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="rescaled-mse"), short, t="in.t_respaced"
     )
-    close(found["loss"], terms[f"{name}.respaced.loss_rescaled_mse"])
-    found, _ = losses(
+    close(result["loss"], terms[f"{name}.respaced.loss_rescaled_mse"])
+    result, _ = losses(
         terms, VPObjectiveConfig(schedule=name, steps=terms.config["T"], loss="kl"), short, t="in.t_respaced"
     )
-    close(found["loss"], terms[f"{name}.respaced.loss_kl"])
+    close(result["loss"], terms[f"{name}.respaced.loss_kl"])
 
 
 @pytest.mark.golden_keys("05_edm_nets", r"out\.loss\.\w+\.sigma")

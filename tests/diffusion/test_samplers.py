@@ -249,15 +249,15 @@ def test_an_image_does_not_depend_on_its_batch(config):
 def test_a_callback_sees_every_step(config):
     steps = []
     noise = ImageNoise(range(2), (2, 4, 4))
-    found = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
+    result = sample(Shrink(0.5), config, noise.initial(), noise=noise, callback=steps.append)
     count = len(steps)
     assert [step.index for step in steps] == list(range(count))
     assert {step.steps for step in steps} == {count} == {int(config.steps)}
     assert [step.sigma_next for step in steps[:-1]] == [step.sigma for step in steps[1:]]
     assert steps[-1].sigma_next == 0
     assert all(torch.equal(a.y_next, b.y) for a, b in pairwise(steps))
-    torch.testing.assert_close(steps[-1].y_next.float(), found)
-    assert steps[0].x0.shape == found.shape
+    torch.testing.assert_close(steps[-1].y_next.float(), result)
+    assert steps[0].x0.shape == result.shape
 
 
 def test_ancestral_sampling_is_ddim_with_eta_1():
@@ -273,8 +273,8 @@ def test_ancestral_sampling_is_ddim_with_eta_1():
 def test_samples_have_the_variance_of_the_data(config):
     # Shrink(k) is the optimal denoiser of normal data with variance k.
     noise = ImageNoise(range(200), (2, 4, 4))
-    found = sample(Shrink(0.25), config, noise.initial(), noise=noise)
-    assert found.std().item() == pytest.approx(0.5, abs=0.02)
+    result = sample(Shrink(0.25), config, noise.initial(), noise=noise)
+    assert result.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 # ---- the second-order solvers, and the denoiser's own steps ----
@@ -303,8 +303,8 @@ def test_order_of_convergence(make, order):
     noise = ImageNoise(range(2), (2, 4, 4)).initial().double()
     errors = []
     for steps in (40, 80, 160, 320):
-        expected, found = exact(0.25, noise, make(steps))
-        errors.append((found - expected).abs().max().item())
+        expected, result = exact(0.25, noise, make(steps))
+        errors.append((result - expected).abs().max().item())
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.15), slopes
     assert errors[-1] < (2e-3 if order == 2 else 5e-2)
@@ -318,7 +318,9 @@ def test_euler_on_the_own_grid_is_ddim(denoiser_of, recorded):
         start = start if labels is not None else ImageNoise(range(2), (2, 4, 4)).initial().double()
         ddim = sample(denoiser, DDIMConfig(steps="13"), start, label=labels)
         euler = sample(denoiser, HeunConfig(steps=13, levels="grid", second_order=False), start, label=labels)
-        assert torch.equal(ddim, euler)
+        # A float32 network may round another way at states that differ in the last bit.
+        limit = 1e-12 if labels is None else 1e-5
+        torch.testing.assert_close(ddim, euler, rtol=limit, atol=limit)
 
 
 class Asked(torch.nn.Module):
@@ -368,7 +370,7 @@ def test_dpm_solver_equals_diffusers():
     denoiser = VPDenoiser(network, LINEAR, variance="fixed-small")
     noise = ImageNoise(range(3), denoiser.shape).initial()
     for steps in (5, 10, 25, 100):
-        found = sample(denoiser, DPMSolverConfig(steps=steps), noise)
+        result = sample(denoiser, DPMSolverConfig(steps=steps), noise)
         scheduler = diffusers.DPMSolverMultistepScheduler(
             num_train_timesteps=1000,
             beta_start=1e-4,
@@ -378,12 +380,12 @@ def test_dpm_solver_equals_diffusers():
             solver_order=2,
             final_sigmas_type="zero",
         )
-        kept = [int(step) for step in np.linspace(0, 999, steps).round()[::-1]]
-        scheduler.set_timesteps(timesteps=kept)
+        timesteps = [int(step) for step in np.linspace(0, 999, steps).round()[::-1]]
+        scheduler.set_timesteps(timesteps=timesteps)
         x = noise
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, t.float().expand(len(x))), t, x).prev_sample
-        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +437,7 @@ def test_bad_input_is_one_sentence():
         (lambda: HeunConfig(steps=0), "expected steps >= 1"),
         (lambda: HeunConfig(churn=-1.0), "expected churn >= 0"),
         (lambda: HeunConfig(alpha=0.0), r"expected alpha in \(0, 1\], found 0"),
-        (lambda: HeunConfig(alpha=0.5, levels="grid"), "levels 'grid' are never left"),
+        (lambda: HeunConfig(alpha=0.5, levels="grid"), "on levels 'grid' steps are corrected from the next level"),
         (lambda: DPMSolverConfig(steps=0), "expected steps of at least 1, found 0"),
         (lambda: DPMSolverConfig(sigma_max=3.0), "levels 'grid' are the denoiser's own"),
         (lambda: DPMSolverConfig(levels="edm", sigma_min=3.0, sigma_max=1.0), "0 < lowest < highest"),
@@ -443,7 +445,7 @@ def test_bad_input_is_one_sentence():
         with pytest.raises(DitlabError, match=says):
             make()
     latent = Shrink(1.0)
-    latent.bounded = False
+    latent.pixel_space = False
     with pytest.raises(DitlabError, match="sampler 'ddim' with clip: latents have no bounds"):
         sample(latent, DDIMConfig(steps="5", clip=True), start)
     with pytest.raises(DitlabError, match="DDIM inversion with clip: latents have no bounds"):
@@ -456,3 +458,30 @@ def test_bad_input_is_one_sentence():
 def test_configs_go_through_json(config):
     adapter = pydantic.TypeAdapter(SamplerConfig)
     assert adapter.validate_json(adapter.dump_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [(DDPMConfig, str), (DDIMConfig, str), (HeunConfig, int), (DPMSolverConfig, int)]
+)
+def test_steps_are_a_number_or_text_and_stored_in_one_form(kind, form):
+    adapter = pydantic.TypeAdapter(kind)
+    for steps in (12, "12"):
+        config = kind(steps=steps)
+        assert config == kind(steps=form(12))
+        assert type(config.steps) is form
+        assert adapter.dump_python(config, mode="json")["steps"] == form(12)
+        assert adapter.validate_python({"steps": steps}) == config
+    with pytest.raises(DitlabError, match=r"expected (steps as a count|counts of at least 1)"):
+        kind(steps="twelve")
+    for steps in (12.0, True, None):
+        config = kind()
+        object.__setattr__(config, "steps", steps)  # the tests' type checks would refuse it before the config does
+        with pytest.raises(DitlabError, match="expected steps as a count"):
+            config.__post_init__()
+
+
+def test_a_respacing_is_checked_when_it_is_set():
+    assert DDIMConfig(steps="10,15,20").steps == "10,15,20"
+    for steps in ("ddim10,5", "ddim", "10,", 0):
+        with pytest.raises(DitlabError, match="expected counts of at least 1 such as 250, ddim50 or 10,15,20"):
+            DDIMConfig(steps=steps)

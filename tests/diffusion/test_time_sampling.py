@@ -19,7 +19,7 @@ def filled(steps: int, seed: int = 0) -> tuple[LossSecondMoment, np.ndarray]:
     losses = torch.rand(12, steps, generator=torch_generator(seed, "losses")) * torch.linspace(0.1, 3, steps)
     sampling = LossSecondMoment(steps)
     for row in losses:
-        sampling.observe(torch.arange(steps), row)
+        sampling.update(torch.arange(steps), row)
     return sampling, losses[2:].T.double().numpy()
 
 
@@ -35,14 +35,14 @@ def test_it_is_uniform_until_every_step_has_ten_losses():
     sampling, _ = filled(5)
     short = LossSecondMoment(5)
     for _ in range(9):
-        short.observe(torch.arange(5), torch.arange(5.0))
-    short.observe(torch.arange(4), torch.ones(4))
+        short.update(torch.arange(5), torch.arange(5.0))
+    short.update(torch.arange(4), torch.ones(4))
     assert short.probabilities().tolist() == [0.2] * 5
     assert short.draw(torch_generator(0, "draw"), 6)[1].tolist() == [1.0] * 6
-    short.observe(torch.tensor([4]), torch.ones(1))
+    short.update(torch.tensor([4]), torch.ones(1))
     assert len(set(short.probabilities().tolist())) > 1
     nothing = LossSecondMoment(5)
-    nothing.observe(torch.arange(5).repeat(10), torch.zeros(50))
+    nothing.update(torch.arange(5).repeat(10), torch.zeros(50))
     np.testing.assert_allclose(nothing.probabilities(), 0.2)
     assert sampling.draw(torch_generator(0, "draw"), 6)[1].unique().numel() > 1
 
@@ -76,7 +76,7 @@ def test_its_memory_goes_through_json_to_the_bit_and_is_short():
     other = LossSecondMoment(4000)
     other.load_state_dict(json.loads(text))
     assert np.array_equal(other.losses, sampling.losses)
-    other.observe(torch.tensor([3]), torch.tensor([7.0]))
+    other.update(torch.tensor([3]), torch.tensor([7.0]))
     assert other.losses[3, -1] == 7
 
 
@@ -104,9 +104,9 @@ def test_the_objective_weights_its_loss_and_remembers_it_without_the_weight():
         steps=30, variance="fixed-small", label_dropout=0.0, time_sampling="loss-second-moment"
     ).build()
     plain = VPObjectiveConfig(steps=30, variance="fixed-small", label_dropout=0.0).build()
-    assert objective.remembers == ("t", "unweighted")
-    assert plain.remembers == ()
-    objective.observe({"t": torch.arange(30).repeat(10), "unweighted": torch.linspace(0.1, 2, 300)})
+    assert objective.history_keys == ("t", "unweighted")
+    assert plain.history_keys == ()
+    objective.update({"t": torch.arange(30).repeat(10), "unweighted": torch.linspace(0.1, 2, 300)})
     images = torch.rand(16, 3, 4, 4, generator=torch_generator(0, "x")) * 2 - 1
     draws = objective.draw(torch_generator(0, "step", 1), 16, (3, 4, 4))
 
@@ -114,11 +114,11 @@ def test_the_objective_weights_its_loss_and_remembers_it_without_the_weight():
         def forward(self, x, t, label=None):
             return x * 0.5
 
-    found = objective.losses(Half(), images, None, draws)
-    torch.testing.assert_close(found["loss"], found["unweighted"] * draws["weight"])
+    result = objective.losses(Half(), images, None, draws)
+    torch.testing.assert_close(result["loss"], result["unweighted"] * draws["weight"])
     same = plain.losses(Half(), images, None, {k: v for k, v in draws.items() if k != "weight"})
-    assert torch.equal(found["unweighted"], same["loss"])
-    assert not torch.equal(found["loss"], same["loss"])
+    assert torch.equal(result["unweighted"], same["loss"])
+    assert not torch.equal(result["loss"], same["loss"])
     again = VPObjectiveConfig(steps=30, variance="fixed-small", time_sampling="loss-second-moment").build()
     again.load_state_dict(json.loads(json.dumps(objective.state_dict())))
     back = again.draw(torch_generator(0, "step", 1), 16, (3, 4, 4))

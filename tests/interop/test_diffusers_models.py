@@ -258,7 +258,7 @@ def scheduled(**changes):
             "found timestep_type 'continuous'",
         ),
         ("unet", {"scheduler": diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True)}, "found use_flow_sigmas"),
-        ("unet", {"time_embedding_type": "fourier"}, r"told the step .*, found 'fourier'"),
+        ("unet", {"time_embedding_type": "fourier"}, r"gets the step .*, found 'fourier'"),
         ("unet", {"scheduler": diffusers.EDMEulerScheduler()}, "discrete VP process .*, found EDMEulerScheduler"),
         ("unet", {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "found FlowMatchEulerDiscrete"),
     ],

@@ -14,7 +14,7 @@ from ditlab.metrics.complexity import Complexity, complexity, match_width, train
 from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn import kernels
-from ditlab.nn.attention import SelfAttention, attention_kernel, show_attention
+from ditlab.nn.attention import SelfAttention, attention_kernel, register_attention
 from ditlab.nn.layers import MLP
 from ditlab.nn.patterns import Global, Partition, Pattern, Window
 
@@ -56,7 +56,9 @@ def test_layers_of_others():
     class Theirs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = show_attention(nn.MultiheadAttention(16, 2, batch_first=True), (4, 6), pattern=Window(3))
+            self.attention = register_attention(
+                nn.MultiheadAttention(16, 2, batch_first=True), (4, 6), pattern=Window(3)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x, need_weights=False)[0]

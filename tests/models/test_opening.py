@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import ditlab
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.measure import measure_gap as psnr_gap
-from ditlab.data.autoencoder import open_codec
-from ditlab.data.encode import Encoding
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.autoencoder import open_autoencoder
+from ditlab.data.encode import LatentEncoder
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.converted import open_converted, write_converted
@@ -167,7 +168,7 @@ def test_images_of_another_size(diffusers_folder, sets):
 
 def test_latents_without_an_autoencoder(diffusers_folder):
     model = open_model(f"diffusers:{diffusers_folder('dit', in_channels=4, out_channels=8)}")
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
     with pytest.raises(DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give --codec"):
         model.pixels(torch.zeros(1, 4, 8, 8))
 
@@ -183,7 +184,7 @@ def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
     )
     autoencoder.save_pretrained(folder / "vae")
     model = open_model(f"diffusers:{folder}")
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
     assert model.pixels(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16)
     # It goes with a converted model.
     write_converted(convert_diffusers(str(folder))[0], folder.parent / "converted")
@@ -205,8 +206,8 @@ def latents(sets, tmp_path_factory, write_kl):
                 place / "diffusion_pytorch_model.safetensors",
                 metadata={"format": "pt"},
             )
-        work = Encoding(pictures, folder / name, open_codec(place))
-        with work.taken():
+        work = LatentEncoder(pictures, folder / name, open_autoencoder(place))
+        with work.locked():
             work.encode()
             work.finish()
     return folder
@@ -230,7 +231,7 @@ def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
     assert "No autoencoder lies beside this model" in model.notes[-1]
     assert "(scale 0.5, shift 0)" in model.notes[-1]
     assert model.codec.record.scale == 0.5
-    assert not model.denoiser().bounded
+    assert not model.denoiser().pixel_space
 
 
 def test_pixels_for_a_model_of_latents(diffusers_folder, latents, sets):
@@ -310,7 +311,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     from dataclasses import replace
 
     from ditlab.models.run import start, train_run
-    from ditlab.training.distributed import Processes
+    from ditlab.training.distributed import DistributedContext
 
     monkeypatch.chdir(tmp_path)
     images, recipe = ImageSet.open(sets["0"]), preset("dit-nano/2")
@@ -322,7 +323,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     )
     cpu = torch.device("cpu")
     run = start(tmp_path / "run", config, images, device=cpu)
-    train_run(run, Processes(0, 1, cpu))
+    train_run(run, DistributedContext(0, 1, cpu))
     home = shutil.move(tmp_path / "run", tmp_path / "cache" / "elsewhere")
     fetched(monkeypatch, Path(home))
     found = open_model("hub:me/mine", sets["0"])

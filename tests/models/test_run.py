@@ -12,14 +12,15 @@ import torch
 
 import ditlab
 from ditlab.config import DataConfig, RunConfig, fit_to_images
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run, environment, start, train_run
 from ditlab.networks.dit import DiTConfig
 from ditlab.presets import preset
-from ditlab.training.distributed import Processes
-from ditlab.training.trainer import TrainingConfig
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def settings(images: ImageSet, **training) -> RunConfig:
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory) -> Run:
     run = start(tmp_path_factory.mktemp("runs") / "one", settings(images), images, device=CPU, command="typed")
-    train_run(run, Processes(0, 1, CPU))
+    train_run(run, DistributedContext(0, 1, CPU))
     return run
 
 

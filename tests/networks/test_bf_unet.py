@@ -135,7 +135,7 @@ def test_any_size_that_can_be_halved():
 def test_what_cannot_be_built_is_refused(change, says):
     with pytest.raises(DitlabError, match=says):
         BFUNetConfig(**change)
-    BFUNetConfig(image_size=(0, 0))  # stands for any
+    BFUNetConfig(image_size=(0, 0))  # not known yet
 
 
 def test_augmentation_is_refused():

@@ -18,7 +18,7 @@ from ditlab.metrics.complexity import complexity
 from ditlab.networks.registry import build_network
 from ditlab.networks.unet import UNet, UNetConfig
 from ditlab.networks.unet_blocks import Downsample, ResidualBlock, Stage
-from ditlab.nn.attention import attention_kernel, attention_modules, attention_views
+from ditlab.nn.attention import adapted_layers, attention_kernel, attention_modules
 from ditlab.nn.embeddings import sinusoid
 from ditlab.presets import PRESETS
 from ditlab.training.sharding import checkpoint_activations
@@ -251,7 +251,7 @@ def test_dropout_is_a_module_that_the_loop_finds():
 def test_where_attention_is():
     config = UNetConfig(width=32, res_blocks=2)
     with torch.device("meta"):
-        grids = [view.grid for _, view in attention_views(UNet(config))]
+        grids = [view.grid for _, view in adapted_layers(UNet(config))]
     # Encoder 16 and 8, the middle at 4, decoder 8 and 16 with one block more.
     assert grids == [(16, 16)] * 2 + [(8, 8)] * 2 + [(4, 4)] + [(8, 8)] * 3 + [(16, 16)] * 3
     # Resolutions follow the image size as the original's flags do: 64 pixels, divided by 64 // 16 and 64 // 8.
@@ -341,7 +341,7 @@ def test_what_cannot_be_built(changes, says):
 
 
 def test_what_it_cannot_be_given():
-    with pytest.raises(DitlabError, match="which stands for any"):
+    with pytest.raises(DitlabError, match="which means not known yet"):
         UNet(UNetConfig(image_size=(0, 0)))
     network = unet(TINY)
     with pytest.raises(DitlabError, match=r"expected images of shape \(3, 8, 12\), found \(3, 8, 8\)"):

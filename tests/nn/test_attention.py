@@ -9,12 +9,12 @@ from ditlab.nn.attention import (
     Partition,
     SelfAttention,
     Window,
-    attend,
+    attention,
     attention_kernel,
     attention_modules,
     capture_attention,
 )
-from ditlab.nn.kernels_cpu import tiles_of
+from ditlab.nn.kernels_cpu import make_tiles
 
 # torch's own compiler imports do this.
 quiet_compiler = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -138,8 +138,8 @@ def test_flex_forward_equals_math_on_the_cpu():
     bias = torch.randn(2, 35, 35)
     with torch.no_grad():
         for pattern in (Window(3), Window(5, "shift"), Partition(3)):
-            found = attend(q, k, v, pattern, grid, extra=extra, bias=bias, kernel="flex")
-            expected = attend(q, k, v, pattern, grid, extra=extra, bias=bias, kernel="math")
+            found = attention(q, k, v, pattern, grid, extra=extra, bias=bias, kernel="flex")
+            expected = attention(q, k, v, pattern, grid, extra=extra, bias=bias, kernel="math")
             assert (found - expected).abs().max() < 1e-5
 
 
@@ -156,11 +156,11 @@ def test_kernels_agree_on_cuda(kernel, pattern):
         assert (found - reference).abs().max() <= 3e-2 * reference.abs().max()
 
 
-@pytest.mark.parametrize("kernel", ["auto", "math", "sdpa", "strips"])
+@pytest.mark.parametrize("kernel", ["auto", "math", "sdpa", "tiles"])
 def test_masks_first_made_under_inference_mode_serve_training(kernel):
     layer = SelfAttention(width=8, heads=1, grid=(9, 7), pattern=Window(3))  # a grid of this test's own
     kernels._masks.clear()
-    tiles_of.cache_clear()
+    make_tiles.cache_clear()
     with attention_kernel(kernel):
         with torch.inference_mode():
             layer(torch.randn(2, 63, 8))

@@ -9,8 +9,8 @@ from torch import nn
 from ditlab.analyses.attention.maps import AttentionConfig, attention_layers, measure_attention
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
-from ditlab.nn.attention import Window, capture_attention, show_attention
-from ditlab.nn.attention_adapters import Scores, view_of
+from ditlab.nn.attention import Window, capture_attention, register_attention
+from ditlab.nn.attention_adapters import QKBias, adapter_of
 
 GRID = (4, 3)
 
@@ -29,7 +29,7 @@ def test_maps_of_multihead_attention_are_the_weights_that_torch_returns(settings
         "float": torch.randn(12, 12),
         "a head": torch.randn(6, 12, 12),
     }[mask]
-    show_attention(layer, GRID)
+    register_attention(layer, GRID)
     with capture_attention(layer) as maps:
         _, expected = layer(x, x, x, attn_mask=given, average_attn_weights=False)
     torch.testing.assert_close(maps[0][0], expected)
@@ -53,13 +53,13 @@ def encoder() -> nn.Module:
 def test_torchs_own_encoder_is_measured():
     network = encoder()
     denoiser = Denoiser.wrap(network, shape=(3, 4, 4))
-    with pytest.raises(DitlabError, match=r"found Mine with MultiheadAttention; give each to .*show_attention"):
+    with pytest.raises(DitlabError, match=r"found Mine with MultiheadAttention; give each to .*register_attention"):
         attention_layers(denoiser)
     y = torch.randn(2, 3, 4, 4)
     before = denoiser(y, 0.5)
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
-            show_attention(module, grid=(4, 4))
+            register_attention(module, grid=(4, 4))
     assert [(layer.heads, layer.grid) for layer in attention_layers(denoiser)] == [(2, (4, 4))] * 2
     result = measure_attention(denoiser, torch.rand(3, 3, 4, 4), AttentionConfig(images=3, levels=(0.5,)))
     assert result.values("distance").shape == (1, 2, 2)
@@ -76,10 +76,10 @@ class Own(nn.Module):
 def test_a_layer_of_ones_own_says_how_it_is_read():
     layer = Own()
     with pytest.raises(DitlabError, match="expected heads and read for a Own"):
-        show_attention(layer, GRID)
-    assert view_of(layer) is None
-    show_attention(
-        layer, GRID, heads=1, read=lambda args, named: Scores(named["sharp"] * args[0][:, None], args[0][:, None])
+        register_attention(layer, GRID)
+    assert adapter_of(layer) is None
+    register_attention(
+        layer, GRID, heads=1, read=lambda args, named: QKBias(named["sharp"] * args[0][:, None], args[0][:, None])
     )
     tokens = torch.randn(2, 12, 5)
     with capture_attention(layer) as maps:
@@ -95,7 +95,7 @@ def test_a_layer_of_ones_own_says_how_it_is_read():
     ],
 )
 def test_what_is_no_self_attention_is_refused(inputs, says):
-    layer = show_attention(nn.MultiheadAttention(12, 3, batch_first=True), GRID)
+    layer = register_attention(nn.MultiheadAttention(12, 3, batch_first=True), GRID)
     x = torch.randn(2, 12, 12)
     with pytest.raises(DitlabError, match=says), capture_attention(layer):
         layer(**{"query": x, "key": x, "value": x, **inputs})

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditlab.errors import DitlabError
-from ditlab.nn.attention_plan import NAMED_WINDOWS, parse_plan, placement
+from ditlab.nn.attention_plan import NAMED_WINDOWS, parse_plan, place_windows
 from ditlab.nn.patterns import Global, Window
 
 
@@ -42,7 +42,7 @@ def test_plans(plan, expected):
 def test_mix_keeps_the_order_and_spreads_the_global_layers(numbers):
     depth, count = numbers
     windows = tuple(2 * i + 1 for i in range(count))
-    layers = placement(windows, depth, "mix")
+    layers = place_windows(windows, depth, "mix")
     assert tuple(p.size for p in layers if isinstance(p, Window)) == windows
     places = [-1, *(i for i, p in enumerate(layers) if isinstance(p, Global))]
     gaps = [b - a for a, b in pairwise(places)]
@@ -83,4 +83,4 @@ def test_named_sets_hold_odd_windows():
 
 def test_unknown_scheme():
     with pytest.raises(DitlabError, match="unknown placement"):
-        placement((3,), 2, "middle")
+        place_windows((3,), 2, "middle")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ditlab.nn.kernel_choice import choose_kernel, processor, reached, strips_way
+from ditlab.nn.kernel_choice import choose_kernel, processor, reached_share, tiles_choice
 from ditlab.nn.patterns import Global, Partition, Window
 
 
@@ -19,15 +19,15 @@ def test_reached_is_what_tiles_reach(pattern, grid, tile):
             part = mask[row : row + tile[0], column : column + tile[1]]
             seen = part.any(0).any(0)
             keys += part.shape[0] * part.shape[1] * int(seen.any(1).sum() * seen.any(0).sum())
-    assert reached(pattern, grid, tile) == pytest.approx(keys / (grid[0] * grid[1]) ** 2)
+    assert reached_share(pattern, grid, tile) == pytest.approx(keys / (grid[0] * grid[1]) ** 2)
 
 
 @pytest.mark.parametrize("on", ["amx", "avx512-bf16", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [True, False])
 def test_small_windows_on_large_grids_take_strips_everywhere(on, dtype, grad):
-    assert chosen(Window(3), (32, 32), dtype, grad=grad, on=on).kernel == "strips"
-    assert chosen(Window(7), (64, 64), dtype, grad=grad, on=on).kernel == "strips"
+    assert chosen(Window(3), (32, 32), dtype, grad=grad, on=on).kernel == "tiles"
+    assert chosen(Window(7), (64, 64), dtype, grad=grad, on=on).kernel == "tiles"
 
 
 @pytest.mark.parametrize("on", ["amx", "avx512-bf16", "other"])
@@ -40,15 +40,15 @@ def test_float32_leaves_global_attention_and_tiny_grids_to_torch(on, grad):
 
 def test_bfloat16_training_avoids_torchs_slow_backward_at_short_sequences():
     for on in ("amx", "avx512-bf16"):
-        assert chosen(Global(), (8, 8), torch.bfloat16, on=on).kernel == "strips"
-    assert chosen(Global(), (32, 32), torch.bfloat16).kernel == "strips"
+        assert chosen(Global(), (8, 8), torch.bfloat16, on=on).kernel == "tiles"
+    assert chosen(Global(), (32, 32), torch.bfloat16).kernel == "tiles"
     assert chosen(Global(), (32, 32), torch.bfloat16, on="amx").kernel == "sdpa"
     assert chosen(Global(), (32, 32), torch.bfloat16, on="other").kernel == "sdpa"
 
 
 def test_wide_windows_in_bfloat16_training_follow_the_processor():
-    assert chosen(Window(13), (32, 32), torch.bfloat16).kernel == "strips"
-    assert chosen(Window(9), (32, 32), torch.bfloat16, on="amx").kernel == "strips"
+    assert chosen(Window(13), (32, 32), torch.bfloat16).kernel == "tiles"
+    assert chosen(Window(9), (32, 32), torch.bfloat16, on="amx").kernel == "tiles"
     assert chosen(Window(13), (32, 32), torch.bfloat16, on="amx").kernel == "sdpa"
 
 
@@ -77,4 +77,4 @@ def test_what_has_no_strips_goes_to_torch(pattern):
 
 def test_this_processor_has_a_class():
     assert processor() in ("amx", "avx512-bf16", "other")
-    assert strips_way((8, 40), torch.float32).kernel == "strips"
+    assert tiles_choice((8, 40), torch.float32).kernel == "tiles"

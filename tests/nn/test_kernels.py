@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from ditlab.errors import DitlabError
 from ditlab.nn import kernels
-from ditlab.nn.kernels import attend, attention_kernel, attention_weights
+from ditlab.nn.kernels import attention, attention_kernel, attention_weights
 from ditlab.nn.kernels_cpu import tiled_attention
 from ditlab.nn.patterns import Global, Partition, Window
 
-KERNELS = ("auto", "sdpa", "strips")
+KERNELS = ("auto", "sdpa", "tiles")
 # Largest error allowed, relative to the largest value: a few units in the last place of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -33,7 +33,7 @@ def tensors(grid, dtype, *, extra=0, images=2, heads=2, width=8, seed=0):
 
 def output_and_gradients(q, k, v, grad, pattern, grid, kernel, **options):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = attend(q, k, v, pattern, grid, kernel=kernel, **options)
+    out = attention(q, k, v, pattern, grid, kernel=kernel, **options)
     assert out.dtype == q.dtype
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
@@ -55,7 +55,7 @@ def assert_equals_math(pattern, grid, kernel, dtype, **options):
     expected = in_float64(q, k, v, grad, pattern, grid, **options)
     assert_close(output_and_gradients(q, k, v, grad, pattern, grid, kernel, **options), expected, dtype)
     with torch.no_grad():
-        forward = attend(q, k, v, pattern, grid, kernel=kernel, **options)
+        forward = attention(q, k, v, pattern, grid, kernel=kernel, **options)
     assert_close([forward], expected[:1], dtype)
 
 
@@ -116,10 +116,10 @@ def test_outputs_equal_the_golden_ones(golden, golden_key, kernel):
     fixture = golden("08_local_attention")
     pattern, grid = recorded_case(fixture, golden_key)
     q, k, v = (fixture[f"in.{name}"] for name in "qkv")
-    out = attend(q, k, v, pattern, grid, kernel=kernel)
+    out = attention(q, k, v, pattern, grid, kernel=kernel)
     assert (out - fixture[golden_key]).abs().max() < fixture.tolerance("out64", 1)
     if kernel == "math":
-        wide = attend(q.double(), k.double(), v.double(), pattern, grid, kernel=kernel)
+        wide = attention(q.double(), k.double(), v.double(), pattern, grid, kernel=kernel)
         assert (wide - fixture[golden_key]).abs().max() < fixture.tolerance("out64")
 
 
@@ -142,7 +142,7 @@ def test_gradients_equal_the_golden_ones(golden, golden_key, kernel):
 def test_full_attention_equals_the_golden_one(golden, kernel):
     fixture = golden("08_local_attention")
     q, k, v = (fixture[f"in.{name}"] for name in "qkv")
-    out = attend(q, k, v, Global(), (fixture.config["H"], fixture.config["W"]), kernel=kernel)
+    out = attention(q, k, v, Global(), (fixture.config["H"], fixture.config["W"]), kernel=kernel)
     assert (out - fixture["out64.full"]).abs().max() < fixture.tolerance("out64", 1)
 
 
@@ -156,7 +156,7 @@ def test_weights_equal_nattens(golden, golden_key):
     assert (weights[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("kernel", ["auto", "sdpa", "strips"])
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "tiles"])
 @pytest.mark.parametrize("pattern", [Global(), Window(3), Partition(2)])
 def test_bias_is_added_and_gets_its_gradient(kernel, pattern):
     grid, extra = (4, 6), 2
@@ -165,7 +165,7 @@ def test_bias_is_added_and_gets_its_gradient(kernel, pattern):
     found = []
     for name in ("math", kernel):
         leaf = bias.clone().requires_grad_()
-        out = attend(q, k, v, pattern, grid, bias=leaf, extra=extra, kernel=name)
+        out = attention(q, k, v, pattern, grid, bias=leaf, extra=extra, kernel=name)
         found.append([out.detach(), torch.autograd.grad(out, leaf, grad)[0]])
     assert_close(found[1], found[0], torch.float32)
 
@@ -175,7 +175,7 @@ def test_math_is_differentiable_twice_and_forward():
     q, k, v, _ = (x.double().requires_grad_() for x in tensors(grid, torch.float64, images=1, heads=1, width=2))
 
     def run(q, k, v):
-        return attend(q, k, v, Window(3), grid, kernel="math")
+        return attention(q, k, v, Window(3), grid, kernel="math")
 
     assert torch.autograd.gradgradcheck(run, (q, k, v))
 
@@ -186,7 +186,7 @@ def test_math_takes_functional_transforms():
     q, k, v, tangent = tensors(grid, torch.float64, images=1)
 
     def run(q):
-        return attend(q, k, v, Window(3), grid, kernel="math")
+        return attention(q, k, v, Window(3), grid, kernel="math")
 
     step = 1e-6
     by_difference = (run(q + step * tangent) - run(q - step * tangent)) / (2 * step)
@@ -207,41 +207,41 @@ def test_the_operator_is_well_registered(way):
 
 def test_merging_the_heads_copies_nothing():
     q, k, v, _ = tensors((6, 6), torch.float32)
-    out = attend(q, k, v, Window(3), (6, 6), kernel="strips")
+    out = attention(q, k, v, Window(3), (6, 6), kernel="tiles")
     assert out.transpose(1, 2).is_contiguous()
 
 
 def test_mixed_dtypes_follow_the_queries():
     q, k, v, _ = tensors((4, 4), torch.float32)
     for kernel in ("math", *KERNELS):
-        assert attend(q.bfloat16(), k, v, Window(3), (4, 4), kernel=kernel).dtype == torch.bfloat16
+        assert attention(q.bfloat16(), k, v, Window(3), (4, 4), kernel=kernel).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_work(dtype):
     q, k, v, _ = (x.to(dtype) for x in tensors((5, 5), torch.float64))
-    out = attend(q, k, v, Window(3), (5, 5))
+    out = attention(q, k, v, Window(3), (5, 5))
     assert (
-        out.double() - attend(q.double(), k.double(), v.double(), Window(3), (5, 5), kernel="math")
+        out.double() - attention(q.double(), k.double(), v.double(), Window(3), (5, 5), kernel="math")
     ).abs().max() < 5e-3
 
 
 def test_the_context_sets_and_restores_the_kernel(monkeypatch):
     q, k, v, _ = tensors((4, 4), torch.float32)
     calls = []
-    monkeypatch.setattr(kernels, "attend_math", lambda *a, **o: calls.append("math") or a[0])
+    monkeypatch.setattr(kernels, "math_attention", lambda *a, **o: calls.append("math") or a[0])
     with attention_kernel("math"):
-        attend(q, k, v, Window(3), (4, 4))
+        attention(q, k, v, Window(3), (4, 4))
         with attention_kernel("sdpa"):
-            attend(q, k, v, Window(3), (4, 4))
-    attend(q, k, v, Window(3), (4, 4))
+            attention(q, k, v, Window(3), (4, 4))
+    attention(q, k, v, Window(3), (4, 4))
     assert calls == ["math"]
 
 
 def test_unknown_kernels_name_the_near_ones():
     q, k, v, _ = tensors((2, 2), torch.float32)
     with pytest.raises(DitlabError, match="nearest: strips"):
-        attend(q, k, v, Global(), (2, 2), kernel="strip")
+        attention(q, k, v, Global(), (2, 2), kernel="strip")
     with pytest.raises(DitlabError, match="unknown attention kernel"), attention_kernel("x"):
         pass
 
@@ -249,7 +249,7 @@ def test_unknown_kernels_name_the_near_ones():
 def test_a_wrong_number_of_tokens_is_said():
     q, k, v, _ = tensors((2, 3), torch.float32)
     with pytest.raises(DitlabError, match=r"expected 2x3 \+ 1 = 7 tokens, found 6"):
-        attend(q, k, v, Global(), (2, 3), extra=1)
+        attention(q, k, v, Global(), (2, 3), extra=1)
 
 
 def test_a_fallback_is_said_once(caplog, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_fallback_is_said_once(caplog, monkeypatch):
     q, k, v, _ = (x.requires_grad_() for x in tensors((4, 4), torch.float32))
     with caplog.at_level(logging.WARNING, "ditlab"):
         for _ in range(2):
-            attend(q, k, v, Window(3), (4, 4), kernel="strips", bias=torch.zeros(2, 16, 16))
-            attend(q, k, v, Window(3), (4, 4), kernel="flex")
+            attention(q, k, v, Window(3), (4, 4), kernel="tiles", bias=torch.zeros(2, 16, 16))
+            attention(q, k, v, Window(3), (4, 4), kernel="flex")
     assert len(caplog.messages) == 2
     assert all("sdpa" in message for message in caplog.messages)

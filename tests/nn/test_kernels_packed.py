@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditlab.nn import kernels_cpu
-from ditlab.nn.attention import Global, Partition, SelfAttention, Window, attend, attention_kernel
+from ditlab.nn.attention import Global, Partition, SelfAttention, Window, attention, attention_kernel
 from ditlab.nn.kernels_cpu import tiled_attention
-from ditlab.nn.kernels_packed import apart, packed_attention
+from ditlab.nn.kernels_packed import packed_attention, unpack_qkv
 
 WAYS = ("flash:2:3", "plain:2:3", "plain:99:99")
 
@@ -35,7 +35,7 @@ def leaves(grid, dtype, *, extra=0, heads=2, width=7, images=2):
 def test_heads_padded_with_zeros_equal_math(pattern, grid, way, dtype, extra, width):
     packed, grad = leaves(grid, dtype, extra=extra, width=width)
     wide = packed.detach().double().requires_grad_()
-    expected = attend(*apart(wide), pattern, grid, extra=extra, kernel="math")
+    expected = attention(*unpack_qkv(wide), pattern, grid, extra=extra, kernel="math")
     (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
     size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
     spare = -width % 8
@@ -51,12 +51,12 @@ def test_heads_padded_with_zeros_equal_math(pattern, grid, way, dtype, extra, wi
 @pytest.mark.parametrize("way", WAYS)
 def test_one_tensor_gives_what_three_give(way, dtype):
     packed, grad = leaves((5, 6), dtype, width=8, extra=1)
-    q, k, v = (x.detach().requires_grad_() for x in apart(packed))
+    q, k, v = (x.detach().requires_grad_() for x in unpack_qkv(packed))
     given = [5, 6], 3, False, way, way
     out, expected = packed_attention(packed, 8, *given)[0], tiled_attention(q, k, v, *given)[0]
     assert torch.equal(out, expected)
     (found,) = torch.autograd.grad(out, packed, grad)
-    for ours, theirs in zip(apart(found), torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+    for ours, theirs in zip(unpack_qkv(found), torch.autograd.grad(expected, (q, k, v), grad), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -100,16 +100,16 @@ def test_a_layer_by_strips_equals_math(pattern, width, extra):
     torch.manual_seed(0)
     layer = SelfAttention(width, 2, (6, 6), pattern, extra=extra)
     x = torch.randn(2, 36 + extra, width)
-    for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+    for found, expected in zip(run(layer, x, "tiles"), run(layer, x, "math"), strict=True):
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_a_layer_takes_the_packed_way_where_strips_compute_it(monkeypatch):
     seen = []
-    inner = SelfAttention._by_strips
-    monkeypatch.setattr(SelfAttention, "_by_strips", lambda self, x, how: seen.append(how) or inner(self, x, how))
+    inner = SelfAttention._by_tiles
+    monkeypatch.setattr(SelfAttention, "_by_tiles", lambda self, x, how: seen.append(how) or inner(self, x, how))
     layer, x = SelfAttention(16, 2, (6, 6), Window(3)), torch.randn(1, 36, 16)
-    run(layer, x, "strips")
+    run(layer, x, "tiles")
     assert len(seen) == 1
     run(layer, x, "sdpa")
     run(layer, x, "math")
@@ -120,7 +120,7 @@ def test_a_layer_takes_the_packed_way_where_strips_compute_it(monkeypatch):
 def test_autocast_leaves_float64_to_another_kernel():
     layer, x = SelfAttention(14, 2, (6, 6), Window(3)).double(), torch.randn(1, 36, 14, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+        for found, expected in zip(run(layer, x, "tiles"), run(layer, x, "math"), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -128,7 +128,7 @@ def test_autocast_leaves_float64_to_another_kernel():
 def test_a_projection_without_a_bias(width):
     layer, x = SelfAttention(width, 2, (6, 6), Window(3)), torch.randn(2, 36, width)
     layer.qkv = torch.nn.Linear(width, 3 * width, bias=False)
-    for found, expected in zip(run(layer, x, "strips"), run(layer, x, "math"), strict=True):
+    for found, expected in zip(run(layer, x, "tiles"), run(layer, x, "math"), strict=True):
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -136,7 +136,7 @@ def test_a_projection_without_a_bias(width):
 @pytest.mark.parametrize("width", [14, 16])
 def test_no_images(width, dtype):
     layer = SelfAttention(width, 2, (6, 6), Window(3)).to(dtype)
-    out, *gradients = run(layer, torch.randn(0, 36, width, dtype=dtype), "strips")
+    out, *gradients = run(layer, torch.randn(0, 36, width, dtype=dtype), "tiles")
     assert out.shape == (0, 36, width)
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -146,17 +146,17 @@ def test_projections_that_are_watched_or_replaced_are_called(projection):
     layer, x = SelfAttention(14, 2, (6, 6), Window(3)), torch.randn(1, 36, 14)
     seen = []
     handle = getattr(layer, projection).register_forward_hook(lambda *given: seen.append(1))
-    run(layer, x, "strips")
+    run(layer, x, "tiles")
     assert seen == [1]
     handle.remove()
     handle = getattr(layer, projection).register_full_backward_pre_hook(lambda *given: seen.append(2))
-    run(layer, x, "strips")
+    run(layer, x, "tiles")
     assert seen == [1, 2]
     handle.remove()
 
     plain = getattr(layer, projection)
     plain.forward = lambda x: 2 * F.linear(x, plain.weight, plain.bias)
-    found, expected = (run(layer, x, kernel)[0] for kernel in ("strips", "math"))
+    found, expected = (run(layer, x, kernel)[0] for kernel in ("tiles", "math"))
     assert (found - expected).abs().max() < 1e-5
     del plain.forward
 
@@ -167,5 +167,5 @@ def test_projections_that_are_watched_or_replaced_are_called(projection):
     doubled = Doubled(plain.in_features, plain.out_features)
     doubled.load_state_dict(plain.state_dict())
     setattr(layer, projection, doubled)
-    found, expected = (run(layer, x, kernel)[0] for kernel in ("strips", "math"))
+    found, expected = (run(layer, x, kernel)[0] for kernel in ("tiles", "math"))
     assert (found - expected).abs().max() < 1e-5

@@ -249,7 +249,8 @@ def test_large_figures_shrink_and_those_of_photographs_stay_exact(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [("noise", rng.integers(0, 256, (80, 3, 32, 32), np.uint8))]
     exact, small = (
-        ThemedFigure.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=exact) for exact in (True, False)
+        ThemedFigure.draw(lambda theme: sample_grid(rows, theme=theme), "a", "b", exact=exact)
+        for exact in (True, False)
     )
     assert len(exact.light) > 200_000
     assert len(small.light) < 0.6 * len(exact.light)
@@ -274,7 +275,9 @@ def noise(side: int, seed: int = 0) -> ThemedFigure:
 
 def test_a_page_that_is_too_large_is_made_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "PAGE_BYTES", 1_000_000)
-    plain = ThemedFigure.draw(lambda theme: sample_grid([("x", np.zeros((2, 3, 4, 4), np.uint8))], theme=theme), "a", "b")
+    plain = ThemedFigure.draw(
+        lambda theme: sample_grid([("x", np.zeros((2, 3, 4, 4), np.uint8))], theme=theme), "a", "b"
+    )
     inner = Section("inner", "Inner", pictures=[noise(430)], data={"c.json": {"c": "x" * 1000}})
     sections = [Section("a", "A", pictures=[plain, noise(160)], data={"a.json": {"a": "x" * 1000}}, parts=[inner])]
     data = PageData("x", ["y"], sections, downloads={"all.json": {"a": 1}})

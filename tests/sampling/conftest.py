@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ditlab.config import DataConfig, fit_to_images
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.errors import DitlabError
 from ditlab.models.creating import start, train_run
@@ -22,7 +23,7 @@ from ditlab.presets import preset
 from ditlab.progress import Reporter
 from ditlab.sampling.draw import draw_batch
 from ditlab.sampling.samples import Samples
-from ditlab.training.distributed import processes
+from ditlab.training.distributed import init_distributed
 
 
 class Runs:
@@ -51,7 +52,7 @@ class Runs:
             guidance=guidance or GuidanceConfig(),
         )
         config = fit_to_images(config, self.images.shape, self.images.num_classes)
-        with processes("cpu") as context:
+        with init_distributed("cpu") as context:
             train_run(start(out, config, self.images, device=context.device), context)
         return Run.open(out)
 

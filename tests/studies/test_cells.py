@@ -9,7 +9,8 @@ import pytest
 
 from ditlab.cli.train import Train
 from ditlab.config import fit_to_images
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.presets import PRESETS
 from ditlab.studies import cells

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.studies.an2024 import FIG4, FIG6, STUDIES
 from ditlab.studies.grid import SCALES, Overrides, Plan, data_name, overridden, resolve

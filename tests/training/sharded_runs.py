@@ -11,15 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import test_loop
+import test_trainer
 import torch
 from torch import nn
 
+from ditlab.progress import StopFlag
 from ditlab.training import checkpoint
 from ditlab.training import trainer as loop
-from ditlab.training.distributed import Processes, processes
-from ditlab.training.sharding import checkpoint_activations, local
-from ditlab.training.trainer import Interrupted, StopFlag
+from ditlab.training.distributed import DistributedContext, init_distributed
+from ditlab.training.sharding import checkpoint_activations, to_local
+from ditlab.training.trainer import TrainingInterrupted
 
 
 class Unblocked(nn.Module):
@@ -37,32 +38,38 @@ class Unblocked(nn.Module):
 
 
 def dropping() -> nn.Module:
-    network = test_loop.small()
+    network = test_trainer.small()
     for block in network.blocks:
         block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.3))
     return network
 
 
 def train(
-    folder: Path, here: Processes, *, network: nn.Module | None = None, again: bool = False, steps: int = 10, **settings
+    folder: Path,
+    here: DistributedContext,
+    *,
+    network: nn.Module | None = None,
+    again: bool = False,
+    steps: int = 10,
+    **settings,
 ) -> nn.Module:
     """A run with a line each step, whose measurement is made as the analyses make theirs: in inference mode."""
-    network = test_loop.small() if network is None else network
+    network = test_trainer.small() if network is None else network
     if again:
         assert checkpoint_activations(network)
 
     def evaluate(step: int) -> dict[str, float]:
         assert not network.training
         with torch.inference_mode():
-            output = network(test_loop.Noise().all[:2], torch.tensor([3.0, 500.0]), torch.tensor([0, 1]))
+            output = network(test_trainer.Noise().all[:2], torch.tensor([3.0, 500.0]), torch.tensor([0, 1]))
         return {"measured": output.float().square().mean().item()}
 
     settings = {"log_every": 1, "eval_every": 5, "shard": True, **settings}
-    test_loop.run(folder, steps, network=network, processes=here, evaluate=evaluate, **settings)
+    test_trainer.run(folder, steps, network=network, context=here, evaluate=evaluate, **settings)
     return network
 
 
-def sizes(folder: Path, here: Processes) -> None:
+def sizes(folder: Path, here: DistributedContext) -> None:
     """Trains, and writes down how many numbers this process held of what."""
     made: dict[str, Any] = {}
 
@@ -80,11 +87,11 @@ def sizes(folder: Path, here: Processes) -> None:
         "ema": list(made["ema"].weights.values()),
         "optimizer": [t for slots in made["optimizer"].state.values() for t in slots.values() if t.dim()],
     }
-    held = {name: [sum(local(t).numel() for t in ts), sum(t.numel() for t in ts)] for name, ts in tensors.items()}
+    held = {name: [sum(to_local(t).numel() for t in ts), sum(t.numel() for t in ts)] for name, ts in tensors.items()}
     (folder / f"held-{here.rank}.json").write_text(json.dumps(held))
 
 
-def killed(folder: Path, here: Processes) -> None:
+def killed(folder: Path, here: DistributedContext) -> None:
     """The first process dies in the middle of its second save."""
     saves = 0
 
@@ -98,22 +105,22 @@ def killed(folder: Path, here: Processes) -> None:
     train(folder, here, steps=20)
 
 
-def stopped(folder: Path, here: Processes) -> None:
+def stopped(folder: Path, here: DistributedContext) -> None:
     """The second process is asked to stop; both do, and then go on."""
     stop = StopFlag()
     stop.set = here.rank == 1
-    with suppress(Interrupted):
+    with suppress(TrainingInterrupted):
         train(folder, here, steps=20, stop=stop)
         raise AssertionError("it was not interrupted")
-    assert test_loop.CheckpointStore(folder / "checkpoints").steps() == [5, 10]
+    assert test_trainer.CheckpointStore(folder / "checkpoints").steps() == [5, 10]
     train(folder, here, steps=20)
 
 
-def compiled(folder: Path, here: Processes) -> None:
+def compiled(folder: Path, here: DistributedContext) -> None:
     """Compiled as far as the last stage, which takes half a minute and knows nothing of sharding."""
     from torch._dynamo.utils import counters
 
-    network = test_loop.small()
+    network = test_trainer.small()
     checkpoint_activations(network)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in network.blocks:
@@ -122,7 +129,7 @@ def compiled(folder: Path, here: Processes) -> None:
     assert counters["stats"]["unique_graphs"] >= len(network.blocks), "the compiler passed over the blocks"
 
 
-SCENES: dict[str, Callable[[Path, Processes], object]] = {
+SCENES: dict[str, Callable[[Path, DistributedContext], object]] = {
     "plain": sizes,
     "accumulate": lambda folder, here: train(folder, here, accumulate=2),
     "half": lambda folder, here: train(folder, here, precision="bf16"),
@@ -143,7 +150,7 @@ SCENES: dict[str, Callable[[Path, Processes], object]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with processes("cpu") as here:
+    with init_distributed("cpu") as here:
         for scene in sys.argv[2:]:
             name, _, place = scene.partition("@")
             SCENES[name](Path(sys.argv[1]) / (place or name), here)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import test_loop
+import test_trainer
 import torch
 
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
-from ditlab.training.distributed import Processes, processes
+from ditlab.training.distributed import DistributedContext, init_distributed
 
 
 def unet() -> torch.nn.Module:
@@ -29,12 +29,12 @@ def cnn() -> torch.nn.Module:
     return BFCNN(BFCNNConfig(image_size=(4, 4), width=6, depth=4))
 
 
-def bias_free(folder: Path, here: Processes, **changes: Any) -> None:
+def bias_free(folder: Path, here: DistributedContext, **changes: Any) -> None:
     settings = {"network": unet(), "objective": BlindObjectiveConfig().build(), "ema": 0.9, **changes}
-    test_loop.run(folder, 8, processes=here, log_every=1, save_every=4, eval_every=0, **settings)
+    test_trainer.run(folder, 8, context=here, log_every=1, save_every=4, eval_every=0, **settings)
 
 
-def importance(folder: Path, here: Processes, kill_at: int | None = None, **changes: Any) -> None:
+def importance(folder: Path, here: DistributedContext, kill_at: int | None = None, **changes: Any) -> None:
     """Four noise levels, so that each has its ten losses after a few steps."""
     config = VPObjectiveConfig(schedule="cosine", steps=4, label_dropout=0.0, time_sampling="loss-second-moment")
 
@@ -44,10 +44,10 @@ def importance(folder: Path, here: Processes, kill_at: int | None = None, **chan
         return {}
 
     settings = {"log_every": 1, "save_every": 7, "eval_every": 1, "evaluate": evaluate, **changes}
-    test_loop.run(folder, 20, processes=here, objective=config.build(), **settings)
+    test_trainer.run(folder, 20, context=here, objective=config.build(), **settings)
 
 
-SCENES: dict[str, Callable[[Path, Processes], None]] = {
+SCENES: dict[str, Callable[[Path, DistributedContext], None]] = {
     "unet": bias_free,
     "cnn": lambda folder, here: bias_free(folder, here, network=cnn()),
     "shard": lambda folder, here: bias_free(folder, here, shard=here.world > 1),
@@ -59,6 +59,6 @@ SCENES: dict[str, Callable[[Path, Processes], None]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with processes("cpu") as this:
+    with init_distributed("cpu") as this:
         for scene in sys.argv[2:]:
             SCENES[scene](Path(sys.argv[1]) / scene, this)

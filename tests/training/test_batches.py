@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, flip, prepare
-from ditlab.data.autoencoder import Codec, CodecRecord
-from ditlab.data.encode import EncodeConfig, Encoding
+from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord
+from ditlab.data.encode import EncodeConfig, LatentEncoder
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.rng import torch_generator
-from ditlab.training.distributed import Processes
-from ditlab.training.trainer import Batches, TrainingConfig, image_order
+from ditlab.training.batches import Batches, image_order
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext
 
 CPU = torch.device("cpu")
 
 
-class Halves(Codec):
+class Halves(Autoencoder):
     """Every second pixel, with a deviation that depends on the picture."""
 
-    record = CodecRecord("kl", "halves", "", "0" * 64, 3, 3, 2, 1.0, 0.0)
+    record = AutoencoderRecord("kl", "halves", "", "0" * 64, 3, 3, 2, 1.0, 0.0)
 
     def moments(self, pictures):
         part = pictures[..., ::2, ::2]
@@ -40,16 +41,16 @@ def pixels(tmp_path_factory) -> ImageSet:
 @pytest.fixture(scope="module")
 def latents(pixels) -> ImageSet:
     out: Path = pixels.path.parent / "latents"
-    work = Encoding(pixels, out, Halves(), EncodeConfig(mirrored=True))
-    with work.taken():
+    work = LatentEncoder(pixels, out, Halves(), EncodeConfig(mirrored=True))
+    with work.locked():
         work.encode()
         return work.finish()
 
 
 def batches(images: ImageSet, *, world: int = 1, rank: int = 0, seed: int = 0, **settings) -> Batches:
     config = TrainingConfig(batch_size=8, seed=seed, **settings)
-    processes = Processes(rank, world, CPU)
-    return Batches(images, np.arange(100), VPObjectiveConfig().build(), config, processes)
+    context = DistributedContext(rank, world, CPU)
+    return Batches(images, np.arange(100), VPObjectiveConfig().build(), config, context)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -77,11 +78,11 @@ def test_each_step_draws_its_own_sample_of_the_posterior(pixels, latents):
 
 
 def test_flips_take_the_latents_of_the_mirrored_pictures(pixels, latents):
-    coins = torch.rand(8, generator=torch_generator(0, "flip", 2)) < 0.5
-    assert 0 < coins.sum() < 8
+    flip_mask = torch.rand(8, generator=torch_generator(0, "flip", 2)) < 0.5
+    assert 0 < flip_mask.sum() < 8
     made = batches(latents, flip=True)(2).images
     noise = torch.randn(8, 3, 4, 4, generator=torch_generator(0, "posterior", 2))
-    pictures = flip(pixels.batch(image_order(0, 2, 8, np.arange(100))), coins)
+    pictures = flip(pixels.batch(image_order(0, 2, 8, np.arange(100))), flip_mask)
     mean, std = (x.half().float() for x in Halves().moments(pictures))
     torch.testing.assert_close(made, mean + std * noise)
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +23,13 @@ from ditlab.training.checkpoint import (
     load_network,
     load_optimizer,
     optimizer_state,
+    read_manifest,
     read_state,
     read_tensors,
     write_tensors,
 )
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
 def network(width: int = 4) -> nn.Module:
@@ -47,6 +55,22 @@ def save(store: CheckpointStore, step: int, value: float = 0.0):
     )
 
 
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def as_format_1(path: Path, **changes: Any) -> dict[str, Any]:
+    """Makes a checkpoint one of the old form: no manifest, the weights' files listed in state.json."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    state = json.loads((path / "state.json").read_text())
+    files = {name: entry for name, entry in manifest["files"].items() if name != "state.json"}
+    head = {"format": 1, "step": state["step"], "files": files, "optimizer": state["optimizer"]}
+    state = {**head, "images": 7, "loss_sum": 0.5, "loss_count": 1, "objective": {}, **changes}
+    (path / "state.json").write_text(json.dumps(state, indent=1))
+    (path / "manifest.json").unlink()
+    return state
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -57,18 +81,18 @@ def test_a_checkpoint_comes_back(tmp_path):
     assert store.newest() is None
     path = save(store, 7, 1.0)
     assert path == tmp_path / "checkpoints" / "000000007"
-    assert names(path) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
-    found = store.newest()
-    assert found is not None
-    assert (found.step, found.state["objective"]) == (7, {})
+    assert names(path) == sorted(FILES)
+    loaded = store.newest()
+    assert loaded is not None
+    assert (loaded.step, loaded.state["objective"]) == (7, {})
     net, optimizer = trained()
-    assert all(torch.equal(found.model[k], v + 1) for k, v in net.state_dict().items())
-    assert all(torch.equal(found.ema[k], v) for k, v in net.state_dict().items())
+    assert all(torch.equal(loaded.model[k], v + 1) for k, v in net.state_dict().items())
+    assert all(torch.equal(loaded.ema[k], v) for k, v in net.state_dict().items())
     # The optimizer goes on exactly where it was.
     other = network()
-    other.load_state_dict(found.ema)
+    other.load_state_dict(loaded.ema)
     fresh = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=True)
-    load_optimizer(other, fresh, found.optimizer)
+    load_optimizer(other, fresh, loaded.optimizer)
     for n, o in ((net, optimizer), (other, fresh)):
         n(torch.ones(2, 3)).square().sum().backward()
         o.step()
@@ -80,10 +104,10 @@ def test_tied_weights_are_stored_once(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"a": weight, "b": weight, "c": weight.clone(), "view": weight[0]})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["a", "c", "view"]
-    found = read_tensors(tmp_path / "a.safetensors")
-    assert torch.equal(found["b"], weight)
-    assert found["b"] is found["a"]
-    assert torch.equal(found["view"], weight[0])
+    tensors = read_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["b"], weight)
+    assert tensors["b"] is tensors["a"]
+    assert torch.equal(tensors["view"], weight[0])
 
 
 def test_only_the_newest_stay_and_those_at_intervals(tmp_path):
@@ -105,16 +129,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path):
     file.write_bytes(whole[:-10])
     (tmp_path / "000000002" / "ema.safetensors").unlink()
     (tmp_path / ".000000004.partial-x").mkdir()
-    said = []
-    found = store.newest(said.append)
-    assert found is not None
-    assert found.step == 1
-    whole_ema = found.state["files"]["ema.safetensors"]["bytes"]
+    notes = []
+    loaded = store.newest(notes.append)
+    assert loaded is not None
+    assert loaded.step == 1
+    whole_ema = loaded.manifest.files["ema.safetensors"][0]
     problems = (
         f"{file}: expected {len(whole)} bytes, found {len(whole) - 10} (truncated?)",
         f"{tmp_path}/000000002/ema.safetensors: expected {whole_ema} bytes, found nothing",
     )
-    assert said == [f"{problem}; going back to the checkpoint of step 1" for problem in problems]
+    assert notes == [f"{problem}; going back to the checkpoint of step 1" for problem in problems]
     save(store, 3)
     assert file.read_bytes() == whole
     assert store.steps() == [1, 2, 3]
@@ -126,29 +150,153 @@ def test_a_whole_checkpoint_is_not_written_again(tmp_path):
     assert (save(store, 1, 5.0) / "state.json").stat().st_mtime_ns == before
 
 
-def test_state_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "deleted"])
+def test_damage_of_any_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, damage):
     store = CheckpointStore(tmp_path)
-    state = save(store, 1) / "state.json"
-    record = json.loads(state.read_text())
-    for content, says in (
-        (
-            json.dumps({**record, "format": 2}),
-            "the checkpoint's format is 2, this ditlab reads up to 1; a newer ditlab",
-        ),
-        ("{", "expected a checkpoint's state as JSON, found something else"),
-        ("[]", "expected a checkpoint's state as JSON, found something else"),
-        ("{}", "expected a checkpoint's state as JSON, found something else"),
-    ):
-        state.write_text(content)
-        with pytest.raises(DitlabError) as raised:
-            read_state(tmp_path / "000000001")
-        assert str(raised.value).startswith(f"{state}: ")
-        assert says in str(raised.value)
-        with pytest.raises(DitlabError, match="no whole checkpoint is left"):
-            store.newest()
-    state.unlink()
+    save(store, 1)
+    file = save(store, 2) / name
+    size = file.stat().st_size
+    if damage == "flipped":
+        rewrite(file, lambda whole: whole[: size // 2] + bytes([whole[size // 2] ^ 1]) + whole[size // 2 + 1 :])
+    elif damage == "cut":
+        rewrite(file, lambda whole: whole[:-9])
+    elif damage == "emptied":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    notes: list[str] = []
+    newest = store.newest(notes.append)
+    assert newest is not None
+    assert newest.step == 1
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{file}: ")
+    assert notes[0].endswith("; going back to the checkpoint of step 1")
+    with pytest.raises(DitlabError, match=name):
+        store.load(2)
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_each_flipped_bit_of_the_json_files_is_noticed(tmp_path, name):
+    file = save(CheckpointStore(tmp_path), 1) / name
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8) if place % 7 == 0 else (place % 8,):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            with pytest.raises(DitlabError, match=name):
+                read_manifest(file.parent).verify()
+    file.write_bytes(whole)
+    read_manifest(file.parent).verify()
+
+
+def test_the_step_is_that_of_the_folder(tmp_path):
+    store = CheckpointStore(tmp_path, keep=9)
+    shutil.copytree(save(store, 1), tmp_path / "000000005")
+    as_format_1(save(store, 3), step=4)
+    rewrite(save(store, 2) / "state.json", lambda whole: whole.replace(b'"step": 2', b'"step": 3'))
+    notes: list[str] = []
+    newest = store.newest(notes.append)
+    assert newest is not None
+    assert newest.step == 1
+    problems = (
+        "000000005/manifest.json: expected the step that the folder is named after, found 1",
+        "000000003/state.json: expected the step that the folder is named after, found 4",
+        "000000002/state.json: its SHA-256 is not the recorded one; the file was changed or damaged",
+    )
+    assert notes == [f"{tmp_path}/{problem}; going back to the checkpoint of step 1" for problem in problems]
+
+
+def test_weights_are_identified_without_reading_them(tmp_path):
+    store = CheckpointStore(tmp_path)
+    hashes = {}
+    for step, value in ((1, 0.0), (2, 1.0)):
+        path = save(store, step, value)
+        loaded = store.load(step)
+        hashes[step] = [loaded.weights_hash(), loaded.weights_hash(ema=False)]
+        files = [path / "ema.safetensors", path / "model.safetensors"]
+        assert hashes[step] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        for file in files:
+            file.unlink()
+        assert read_manifest(path).weights_hash() == hashes[step][0]
+    assert hashes[1][0] == hashes[2][0]
+    assert hashes[1][1] != hashes[2][1]
+
+
+def test_a_checkpoint_of_the_old_form_is_read(tmp_path):
+    store = CheckpointStore(tmp_path)
+    path = save(store, 1)
+    new = store.load(1)
+    as_format_1(path)
+    old = store.load(1)
+    assert (old.step, old.manifest.log, old.state["loss_sum"]) == (1, None, 0.5)
+    assert old.weights_hash() == new.weights_hash()
+    assert all(torch.equal(value, old.model[name]) for name, value in new.model.items())
+    assert old.optimizer.keys() == new.optimizer.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (b'"loss_sum"', "state.json: expected a checkpoint's state, found one without 'loss_sum'"),
+        (b'"model.safetensors"', "state.json: expected a checkpoint's state, found one without 'model.safetensors'"),
+        (b'"optimizer"', "state.json: expected a checkpoint's state as JSON, found something else"),
+        (b'"format"', "state.json: expected a checkpoint's state as JSON, found something else"),
+        (b'"sha256": "', "safetensors: its SHA-256 is not the recorded one; the file was changed or damaged"),
+    ],
+)
+def test_damage_of_the_old_form_is_noticed(tmp_path, change, says):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    path = save(store, 2)
+    as_format_1(path)
+    # The last character of the name becomes another: the quotation mark of the hash's first digit, or a letter.
+    other = change[:-2] + bytes([change[-2] ^ 1]) + change[-1:] if not change.endswith(b': "') else change + b"x"
+    rewrite(path / "state.json", lambda whole: whole.replace(change, other, 1))
+    notes: list[str] = []
+    newest = store.newest(notes.append)
+    assert newest is not None
+    assert newest.step == 1
+    assert says in notes[0]
+
+
+def test_json_that_cannot_be_used(tmp_path):
+    store = CheckpointStore(tmp_path)
+    path = save(store, 1)
+    state = as_format_1(path)
+    newer = {**state, "format": 3}
+    for name in ("state.json", "manifest.json"):
+        for content, says in (
+            (json.dumps(newer), "the checkpoint's format is 3, this ditlab reads up to 2; a newer ditlab wrote it"),
+            ("{", "as JSON, found something else"),
+            ("[]", "as JSON, found something else"),
+            ("{}", "as JSON, found something else"),
+        ):
+            (path / name).write_text(content)
+            with pytest.raises(DitlabError) as raised:
+                store.load(1)
+            assert str(raised.value).startswith(f"{path / name}: ")
+            assert says in str(raised.value)
+            with pytest.raises(DitlabError, match="no whole checkpoint is left"):
+                store.newest()
+    (path / "manifest.json").unlink()
+    (path / "state.json").unlink()
     with pytest.raises(DitlabError, match=r"state.json: expected a checkpoint's state, found nothing"):
-        store.load(1)
+        read_state(path)
+    assert store.steps() == [1]
+
+
+def test_a_checkpoint_stays_that_is_older_than_a_damaged_one(tmp_path):
+    """The newest ones count up to the step that was saved: a run that went back must not remove what it then writes."""
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1)
+    shutil.copytree(tmp_path / "000000001", tmp_path / "000000009")
+    save(store, 3)
+    assert store.steps() == [3, 9]
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 3
+    save(store, 9)
+    assert store.steps() == [9]
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -177,7 +325,7 @@ def test_weights_of_another_network(tmp_path):
         load_network(network(), {**weights, "extra": torch.zeros(1)}, tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["before", "middle", "before rename"])
+@pytest.mark.parametrize("stage", ["before", "middle", "before manifest", "before rename"])
 def test_a_disk_that_fills_up_at_any_stage(tmp_path, monkeypatch, stage):
     store = CheckpointStore(tmp_path / "checkpoints")
     save(store, 1)

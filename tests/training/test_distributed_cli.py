@@ -16,9 +16,11 @@ import torch
 from ditlab.cli.train import Train
 from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
-from ditlab.models.run import Run, start, train_run
-from ditlab.training.distributed import Processes, pick_device
-from ditlab.training.trainer import TrainingConfig, check_batch
+from ditlab.models.creating import start, train_run
+from ditlab.models.run import Run
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext, pick_device
+from ditlab.training.trainer import check_batch
 
 TINY = [
     "--size",
@@ -63,8 +65,8 @@ def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_at_the_command_line(tmp_path):
     done = torchrun(tmp_path, "--out", "run", "--training.batch-size", "9")
     assert done.returncode
-    said = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
-    assert said == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
+    assert errors == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
     assert "init_process_group" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["image-sets"]
     words = ("--out", "run", "--training.batch-size", "8")
@@ -85,7 +87,7 @@ def test_a_run_goes_on_sharded_at_the_command_line(tmp_path):
     assert (run.checkpoints.steps(), run.log[-1]["step"]) == ([2], 2)
     train_run(
         start(run.path, replaced(run.config, steps=4, shard=False), run.images, device=torch.device("cpu")),
-        Processes(0, 1, torch.device("cpu")),
+        DistributedContext(0, 1, torch.device("cpu")),
     )
     run = Run.open(run.path)
     assert run.finished
@@ -111,18 +113,18 @@ def test_both_names_of_the_flag(command):
 
 def test_shares_of_a_batch():
     cpu = torch.device("cpu")
-    shares = [Processes(rank, 3, cpu).share(12) for rank in range(3)]
+    shares = [DistributedContext(rank, 3, cpu).share(12) for rank in range(3)]
     assert [i for share in shares for i in range(12)[share]] == list(range(12))
-    check_batch(TrainingConfig(batch_size=12, accumulate=2), Processes(0, 3, cpu))
+    check_batch(TrainingConfig(batch_size=12, accumulate=2), DistributedContext(0, 3, cpu))
     with pytest.raises(DitlabError, match="batch_size 8 must be a multiple of accumulate x processes = 3"):
-        check_batch(TrainingConfig(batch_size=8), Processes(0, 3, cpu))
+        check_batch(TrainingConfig(batch_size=8), DistributedContext(0, 3, cpu))
 
 
 def test_one_process_is_all_there_is():
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = DistributedContext(0, 1, torch.device("cpu"))
     value = torch.tensor(3.0)
     assert alone.mean(value) is value
-    assert (alone.first, alone.any(True), alone.any(False)) == (True, True, False)
+    assert (alone.is_main, alone.any(True), alone.any(False)) == (True, True, False)
     alone.wait()
 
 
@@ -131,5 +133,7 @@ def test_devices():
     assert pick_device(None).type in ("cpu", "cuda")
     with pytest.raises(DitlabError, match="expected 'cpu', 'cuda' or 'cuda:N', found 'abacus'"):
         pick_device("abacus")
-    with pytest.raises(DitlabError, match=r"--device cuda:99: this machine has \d+ CUDA devices"):
+    with pytest.raises(
+        DitlabError, match=r"`device`: expected one of the \d+ CUDA devices of this machine, found 'cuda:99'"
+    ):
         pick_device("cuda:99")

@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import sharded_runs  # noqa: E402
-import test_loop  # noqa: E402
+import test_trainer  # noqa: E402
 
 from ditlab.training.checkpoint import CheckpointStore  # noqa: E402
-from ditlab.training.sharding import Gathered, checkpoint_activations, local, placed_like  # noqa: E402
+from ditlab.training.sharding import Gathered, checkpoint_activations, like_placement, to_local  # noqa: E402
 
-ALONE = test_loop.ALONE
+ALONE = test_trainer.ALONE
 
 
 def two_processes(folder: Path, *scenes: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def values(folder: Path, name: str) -> list[float]:
-    return [line[name] for line in test_loop.lines(folder) if name in line]
+    return [line[name] for line in test_trainer.lines(folder) if name in line]
 
 
 def assert_close(two: Path, one: Path, *, losses: float = 1e-5, weights: float = 1e-5) -> None:
@@ -63,7 +63,7 @@ def assert_close(two: Path, one: Path, *, losses: float = 1e-5, weights: float =
     np.testing.assert_allclose(values(two, "measured"), values(one, "measured"), rtol=10 * losses, atol=1e-8)
     assert len(values(two, "loss")) >= 10
     assert len(values(two, "measured")) >= 3
-    for left, right in zip(test_loop.everything(two)[:3], test_loop.everything(one)[:3], strict=True):
+    for left, right in zip(test_trainer.everything(two)[:3], test_trainer.everything(one)[:3], strict=True):
         assert list(left) == list(right)
         for name, value in left.items():
             if isinstance(value, torch.Tensor):
@@ -86,7 +86,7 @@ def test_bf16(runs):
     assert (
         np.abs(np.subtract(values(runs / "two" / "half", "loss"), values(runs / "two" / "plain", "loss"))).max() > 1e-5
     )
-    test_loop.assert_equal(runs / "two" / "half", runs / "two" / "half-again")
+    test_trainer.assert_equal(runs / "two" / "half", runs / "two" / "half-again")
 
 
 @pytest.mark.slow
@@ -108,13 +108,13 @@ def test_a_run_goes_on_sharded_or_not(runs, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["stopped", "killed"])
 def test_stopped_and_killed_runs_go_on_to_the_bit(runs, folder):
-    test_loop.assert_equal(runs / "two" / folder, runs / "two" / "long")
+    test_trainer.assert_equal(runs / "two" / folder, runs / "two" / "long")
     assert sorted(p.name for p in (runs / "two" / folder / "checkpoints").iterdir()) == ["000000015", "000000020"]
 
 
 @pytest.mark.slow
 def test_recomputed_dropout_is_the_same_dropout(runs):
-    test_loop.assert_equal(runs / "two" / "dropout-again", runs / "two" / "dropout")
+    test_trainer.assert_equal(runs / "two" / "dropout-again", runs / "two" / "dropout")
     assert values(runs / "two" / "dropout", "loss") != values(runs / "two" / "plain", "loss")
 
 
@@ -125,53 +125,53 @@ def test_a_network_without_blocks_is_sharded_as_one(runs):
 
 
 def test_one_process_shards_nothing_and_says_so(tmp_path):
-    said = []
-    network = test_loop.run(tmp_path / "a", 3, shard=True, say=said.append)
-    assert said == ["there is one process, so nothing is sharded; start several with torchrun"]
-    assert all(local(p) is p for p in network.parameters())
-    test_loop.run(tmp_path / "b", 3)
-    test_loop.assert_equal(tmp_path / "a", tmp_path / "b")
+    notes = []
+    network = test_trainer.run(tmp_path / "a", 3, shard=True, note=notes.append)
+    assert notes == ["there is one process, so nothing is sharded; start several with torchrun"]
+    assert all(to_local(p) is p for p in network.parameters())
+    test_trainer.run(tmp_path / "b", 3)
+    test_trainer.assert_equal(tmp_path / "a", tmp_path / "b")
 
 
 def test_recomputing_changes_no_bit(tmp_path):
     for again in (False, True):
-        for name, network in (("plain", test_loop.small()), ("dropout", sharded_runs.dropping())):
+        for name, network in (("plain", test_trainer.small()), ("dropout", sharded_runs.dropping())):
             sharded_runs.train(tmp_path / f"{name}-{again}", ALONE, network=network, again=again, accumulate=2)
     for name in ("plain", "dropout"):
-        test_loop.assert_equal(tmp_path / f"{name}-True", tmp_path / f"{name}-False")
+        test_trainer.assert_equal(tmp_path / f"{name}-True", tmp_path / f"{name}-False")
 
 
 def saved_bytes(network: torch.nn.Module) -> int:
     """Bytes that the forward pass keeps for the backward pass, the weights themselves not counted."""
     known = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(test_loop.Noise().all[:8], torch.rand(8), torch.zeros(8, dtype=torch.int64)).sum()
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        network(test_trainer.Noise().all[:8], torch.rand(8), torch.zeros(8, dtype=torch.int64)).sum()
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def test_recomputing_saves_memory():
-    """Of each block its input alone is kept, so the bytes of one more block are those of its input."""
-    kept = {}
+    """Of each block its input alone is saved, so the bytes of one more block are those of its input."""
+    saved = {}
     for depth in (4, 8):
         for again in (False, True):
-            network = test_loop.small(depth=depth, attention=f"g*{depth}")
+            network = test_trainer.small(depth=depth, attention=f"g*{depth}")
             if again:
                 assert checkpoint_activations(network)
-            kept[depth, again] = saved_bytes(network)
-    block, recomputed = ((kept[8, again] - kept[4, again]) / 4 for again in (False, True))
+            saved[depth, again] = saved_bytes(network)
+    block, recomputed = ((saved[8, again] - saved[4, again]) / 4 for again in (False, True))
     tokens = 8 * 16 * 32 * 4
     assert recomputed == tokens
     assert (
         block > 12 * tokens
     )  # at least: inputs of two norms, of three Linears (one four times as wide), q, k, v, GELU
-    assert kept[8, True] < 0.25 * kept[8, False]
+    assert saved[8, True] < 0.25 * saved[8, False]
 
 
 def test_a_network_without_blocks_is_not_run_twice():
@@ -185,5 +185,5 @@ def test_what_is_not_sharded_passes_through():
     gathered = Gathered(values, ALONE)
     assert dict(gathered) == values
     gathered.drain()
-    assert local(values["a"]) is values["a"]
-    assert placed_like(values["a"], torch.ones(3)) is values["a"]
+    assert to_local(values["a"]) is values["a"]
+    assert like_placement(values["a"], torch.ones(3)) is values["a"]

@@ -17,16 +17,16 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import statistics_runs  # noqa: E402
-import test_loop  # noqa: E402
+import test_trainer  # noqa: E402
 
 from ditlab.training.checkpoint import CheckpointStore  # noqa: E402
 
-ALONE = test_loop.ALONE
+ALONE = test_trainer.ALONE
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in test_loop.lines(folder) if "loss" in line]
+    return [line["loss"] for line in test_trainer.lines(folder) if "loss" in line]
 
 
 def remembered(folder: Path) -> dict:
@@ -57,7 +57,7 @@ def two(tmp_path_factory) -> Path:
 def test_two_processes_divide_by_the_deviation_of_the_whole_batch(two, tmp_path, scene):
     statistics_runs.SCENES[scene](tmp_path, ALONE)
     np.testing.assert_allclose(losses(two / scene), losses(tmp_path), rtol=1e-5)
-    for one, other in zip(test_loop.everything(tmp_path)[:2], test_loop.everything(two / scene)[:2], strict=True):
+    for one, other in zip(test_trainer.everything(tmp_path)[:2], test_trainer.everything(two / scene)[:2], strict=True):
         assert one.keys() == other.keys()
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5, msg=f"{scene} {name}")
@@ -94,4 +94,4 @@ def test_a_kill_loses_nothing_of_what_is_remembered(tmp_path):
     assert CheckpointStore(tmp_path / "killed" / "checkpoints").steps() == [7, 14]
     statistics_runs.importance(tmp_path / "killed", ALONE)
     statistics_runs.importance(tmp_path / "whole", ALONE)
-    test_loop.assert_equal(tmp_path / "whole", tmp_path / "killed")
+    test_trainer.assert_equal(tmp_path / "whole", tmp_path / "killed")

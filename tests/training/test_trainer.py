@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +19,27 @@ from ditlab.data.augment import flip
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.progress import Bar, Reporter, StopFlag
+from ditlab.training.batches import Batches, image_order
 from ditlab.training.checkpoint import CheckpointStore
-from ditlab.training.distributed import Processes
+from ditlab.training.config import TrainingConfig
+from ditlab.training.distributed import DistributedContext
 from ditlab.training.ema import EMA, ema_decay
 from ditlab.training.log import TrainingLog, read_log
-from ditlab.training.trainer import Interrupted, StopFlag, TrainingConfig, image_order, train
+from ditlab.training.trainer import Trainer, TrainingInterrupted
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_checkpoint import as_format_1
+
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class Noise:
     """Thirty random images in two classes, the same every time."""
 
     shape = (3, 4, 4)
-    sampled = False
+    stochastic = False
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,6 +59,17 @@ def small(seed: int = 0, **changes) -> DiT:
     return DiT(DiTConfig(**{**settings, **changes}))
 
 
+class Listener(Reporter):
+    """Hands notes and the bar's values to functions."""
+
+    def __init__(self, note, bar) -> None:
+        self.note, self._bar = note, bar or Bar()
+
+    @contextmanager
+    def bar(self, title, total=None):
+        yield self._bar
+
+
 def run(
     folder: Path,
     steps: int,
@@ -58,8 +78,10 @@ def run(
     objective=None,
     evaluate=None,
     stop=None,
-    processes=ALONE,
-    say=print,
+    context=ALONE,
+    note=print,
+    bar=None,
+    minutes=None,
     **settings,
 ):
     network = network or small()
@@ -67,19 +89,20 @@ def run(
         steps=steps,
         **{"batch_size": 8, "log_every": 3, "eval_every": 4, "save_every": 5, "lr": 1e-3, "flip": True, **settings},
     )
-    train(
-        network=network,
-        objective=objective or VPObjectiveConfig().build(),
-        images=Noise(),
-        train=np.arange(20),
-        config=config,
-        processes=processes,
+    Trainer(
+        network,
+        objective or VPObjectiveConfig().build(),
+        Noise(),
+        np.arange(20),
+        config,
         checkpoints=CheckpointStore(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every),
         log=TrainingLog(folder / "log.jsonl"),
-        evaluate=evaluate,
-        say=say,
+        context=context,
+        measure=evaluate,
+        reporter=Listener(note, bar),
         stop=stop,
-    )
+        minutes=minutes,
+    ).fit()
     return network
 
 
@@ -89,9 +112,9 @@ def lines(folder: Path) -> list[dict]:
 
 def everything(folder: Path):
     store = CheckpointStore(folder / "checkpoints")
-    found = store.load(store.steps()[-1])
-    state = {k: v for k, v in found.state.items() if k != "files"}
-    return found.model, found.ema, found.optimizer, state
+    loaded = store.load(store.steps()[-1])
+    state = {k: v for k, v in loaded.state.items() if k != "files"}
+    return loaded.model, loaded.ema, loaded.optimizer, state
 
 
 def assert_equal(a: Path, b: Path) -> None:
@@ -164,7 +187,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
         stop.set = step == 4
         return evaluate(step)
 
-    with pytest.raises(Interrupted) as raised:
+    with pytest.raises(TrainingInterrupted) as raised:
         run(tmp_path / "parts", 12, evaluate=stop_at_seven, stop=stop)
     assert raised.value.step == 4
     run(tmp_path / "parts", 12, evaluate=evaluate)
@@ -187,7 +210,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
-import test_loop
+import test_trainer
 from ditlab.training import checkpoint
 folder, stage, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 saves = 0
@@ -201,7 +224,7 @@ def evaluate(step):
     if stage == "between saves" and step == 12:
         os.kill(os.getpid(), signal.SIGKILL)
     return {{"measured": float(step)}}
-test_loop.run(folder, 20, evaluate=evaluate)
+test_trainer.run(folder, 20, evaluate=evaluate)
 """
 
 
@@ -229,13 +252,14 @@ def test_kill_at_every_stage_of_a_save_loses_nothing(tmp_path):
 
 TWO = """
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
-import test_loop
-from ditlab.training.distributed import processes
-with processes("cpu") as here:
-    test_loop.run(Path(sys.argv[1]), 10, processes=here, log_every=1, evaluate=lambda step: {{"measured": 1.0}})
+import test_trainer
+from ditlab.training.distributed import init_distributed
+with init_distributed("cpu") as here:
+    test_trainer.run(Path(sys.argv[1]), 10, context=here, log_every=1, evaluate=lambda step: {{"measured": 1.0}})
 """
 
 
@@ -338,7 +362,7 @@ def test_a_falling_rate_goes_on_where_it_was(tmp_path, settings):
         stop.set = step == 4
         return {}
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(tmp_path / "parts", 9, save_every=3, log_every=1, evaluate=stop_at_four, stop=stop, **settings)
     run(tmp_path / "parts", 9, save_every=3, log_every=1, **settings)
     assert_equal(tmp_path / "whole", tmp_path / "parts")
@@ -357,6 +381,145 @@ def test_the_rate_moves_the_weights(tmp_path):
         ends.append(everything(tmp_path / name)[0]["final.out.weight"] - start)
     far, near = ends[1].abs().median(), ends[0].abs().median()
     assert 0.6 < near / far < 0.9  # one and a half steps of two
+
+
+def test_a_time_limit_saves_and_ends(tmp_path):
+    with pytest.raises(TrainingInterrupted) as raised:
+        run(tmp_path / "parts", 7, minutes=1e-9)
+    assert (raised.value.step, raised.value.minutes) == (1, 1e-9)
+    assert CheckpointStore(tmp_path / "parts" / "checkpoints").steps() == [1]
+    run(tmp_path / "parts", 7, minutes=60.0)
+    run(tmp_path / "whole", 7)
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+    # A limit that is reached with the last step interrupts nothing.
+    run(tmp_path / "short", 1, minutes=1e-9)
+    with pytest.raises(DitlabError, match=r"`minutes`: expected a positive number, found 0\.0"):
+        run(tmp_path / "none", 1, minutes=0.0)
+
+
+def test_the_bar_shows_what_is_known(tmp_path):
+    shown = []
+
+    def bar(done, total=None, **fields):
+        shown.append((done, total, fields))
+
+    def evaluate(step):
+        return {"test_psnr": 20.0 + step, "psnr_gap": 0.5 * step, "test_loss": 1.0}
+
+    run(tmp_path, 7, evaluate=evaluate, bar=bar)
+    assert [(done, total) for done, total, _ in shown] == [(step, 7) for step in range(1, 8)]
+    assert [fields["test_psnr"] for *_, fields in shown] == [20, 20, 20, 24, 24, 24, 27]
+    assert [fields["gap"] for *_, fields in shown] == [0, 0, 0, 2, 2, 2, 3.5]
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
+    known = [max((step for step in losses if step <= done), default=None) for done, *_ in shown]
+    assert [fields.get("loss") for *_, fields in shown] == [losses.get(step) for step in known]
+    assert all(re.fullmatch(r"[\d,]+ images/s", str(fields["rate"])) for *_, fields in shown[2:])
+
+
+def test_the_parts_make_the_whole(tmp_path):
+    """`resume`, `train_step`, `log_step` and `save` by hand give the checkpoint of `fit`."""
+    run(tmp_path / "whole", 3)
+    config = TrainingConfig(steps=3, batch_size=8, log_every=3, eval_every=4, save_every=5, lr=1e-3, flip=True)
+    objective = VPObjectiveConfig().build()
+    trainer = Trainer(
+        small(),
+        objective,
+        Noise(),
+        np.arange(20),
+        config,
+        checkpoints=CheckpointStore(tmp_path / "parts" / "checkpoints"),
+        log=TrainingLog(tmp_path / "parts" / "log.jsonl"),
+    )
+    trainer.resume()
+    batches = Batches(Noise(), np.arange(20), objective, config, ALONE)
+    for step in range(3):
+        trainer.train_step(batches(step))
+        trainer.log_step()
+    trainer.save()
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_in_resuming(tmp_path, name):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, 12)
+    run(parts, 10)
+    file = parts / "checkpoints" / "000000010" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    notes = []
+    run(parts, 12, note=notes.append)
+    assert len(notes) == 1
+    assert re.fullmatch(rf"{file}: .*; going back to the checkpoint of step 5", notes[0])
+    assert_equal(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda log: log[:-2], "the lines of these steps are lost: 6, 8"),
+        (lambda log: [log[0], *log[2:]], "the lines of these steps are lost: 3"),
+        (lambda log: [log[0], "{" + log[1], *log[2:]], "the lines of these steps are lost: 3"),
+        (lambda log: [], "the lines of these steps are lost: 0, 3, 4, 6, 8"),
+        (lambda log: [*log[:-1], log[-1].replace(": 8.0", ": 18.0")], "its lines were changed"),
+    ],
+    ids=["cut", "middle", "unreadable", "emptied", "changed"],
+)
+def test_lost_lines_of_the_log_are_named(tmp_path, change, says):
+    stop = StopFlag()
+
+    def evaluate(step):
+        stop.set = step == 8
+        return {"measured": float(step)}
+
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, 12, evaluate=evaluate, stop=stop)
+    path = tmp_path / "log.jsonl"
+    log = path.read_text().splitlines(keepends=True)
+    damaged = change(log)
+    path.write_text("".join(damaged))
+    readable = [line for line in damaged if not line.startswith("{{")]
+    notes = []
+    run(tmp_path, 12, evaluate=evaluate, note=notes.append)
+    size, left = (sum(map(len, part)) for part in (log, readable))
+    expected = f"{path}: expected 5 lines ({size} bytes) up to step 8, found {len(readable)} ({left} bytes); {says}"
+    assert notes == [expected]
+    assert [line["step"] for line in lines(tmp_path)][-2:] == [9, 12]
+    # The next checkpoint was written with the log as it is now.
+    notes.clear()
+    run(tmp_path, 15, evaluate=evaluate, note=notes.append)
+    assert notes == []
+
+
+def test_a_longer_log_is_cut_back(tmp_path):
+    run(tmp_path, 6)
+    path = tmp_path / "log.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"step": 9, "loss": 1.0}\n{"step": 12, "lo')
+    notes = []
+    run(tmp_path, 6, note=notes.append)
+    assert (notes, path.read_text()) == ([], before)
+
+
+def test_a_run_of_the_old_form_is_resumed(tmp_path):
+    run(tmp_path / "whole", 9)
+    run(tmp_path / "parts", 5)
+    as_format_1(tmp_path / "parts" / "checkpoints" / "000000005", **kept_state(tmp_path / "parts", 5))
+    notes = []
+    run(tmp_path / "parts", 9, note=notes.append)
+    assert notes == []
+    for a, b in zip(everything(tmp_path / "whole")[:3], everything(tmp_path / "parts")[:3], strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+    # A value of the state that nothing vouches for gives a sentence.
+    as_format_1(tmp_path / "parts" / "checkpoints" / "000000009", loss_sum="much")
+    with pytest.raises(DitlabError, match=r"state\.json: expected the state of a training run, found another"):
+        run(tmp_path / "parts", 12)
+
+
+def kept_state(folder: Path, step: int) -> dict:
+    state = CheckpointStore(folder / "checkpoints").load(step).state
+    return {name: state[name] for name in ("images", "loss_sum", "loss_count", "objective")}
 
 
 def test_ema_decay_warms_up_to_its_limit():
@@ -382,5 +545,5 @@ def test_a_log_cut_in_its_last_line_is_read(tmp_path):
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_log(path) == [{"step": 1}]
     path.write_text("nonsense\n" + json.dumps({"step": 1}) + "\n")
-    with pytest.raises(DitlabError, match="line 1: expected a JSON object, found 'nonsense'"):
+    with pytest.raises(DitlabError, match="line 1: expected a JSON object with a step, found 'nonsense'"):
         read_log(path)

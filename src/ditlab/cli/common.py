@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -24,11 +23,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ditlab.data.imageset import ImageSet, prepare
+from ditlab.data.imageset import ImageSet
+from ditlab.data.preparing import default_folder, prepare
+from ditlab.data.sources.files import SOURCES, is_source
 from ditlab.errors import DitlabError
-
-SOURCES = ("photos", "digits", "folder:", "hub:", "array:", "mosaic:")
-"""How a source of images starts, where a prepared set's folder could stand too."""
+from ditlab.progress import Reporter
 
 
 def use_threads(threads: int | None) -> None:
@@ -54,25 +53,31 @@ def check_out(out: Path | None) -> None:
         raise DitlabError(f"--out {out}: expected a folder that can be written to, found {place}, which cannot")
 
 
-def is_source(data: str) -> bool:
-    """Whether a --data value names a source rather than a prepared set's folder."""
-    return any(data == s or (s.endswith(":") and data.startswith(s)) for s in SOURCES) and not Path(data).is_dir()
-
-
 def open_images(data: str, size: int, console: Console) -> ImageSet:
     """An image set from a --data value: a prepared set's folder, or a source, which is prepared first.
 
     A source's set is kept in `image-sets/` of the current folder and used again next time.
     """
     if not data:
-        raise DitlabError(f"--data: expected an image set's folder or a source ({', '.join(SOURCES)}), found nothing")
+        names = ", ".join(name + ":" * takes_path for name, (_, takes_path) in SOURCES.items())
+        raise DitlabError(f"--data: expected an image set's folder or a source ({names}), found nothing")
     if not is_source(data):
         return ImageSet.open(data)
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", data.removeprefix("mosaic:").removeprefix("folder:")).strip("-").lower()
-    folder = Path("image-sets") / f"{slug}-{size}"
+    folder = default_folder(data, size)
     if not folder.exists():
         console.print(f"preparing {data} at {size}x{size} pixels in {folder}")
-    return prepare(data, folder, size=size)
+    return prepare(data, folder, size=size, reporter=NoteReporter(console))
+
+
+class NoteReporter(Reporter):
+    """Prints notes; draws no bars."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, sentence: str) -> None:
+        """Prints the sentence as a note."""
+        noting(self.console)(sentence)
 
 
 class TrainingBar:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ditlab.errors import DitlabError
-from ditlab.progress import Reporter, RichReporter, StopFlag, Worker
+from ditlab.progress import SILENT, Reporter, RichReporter, StopFlag
 
 _BOX = re.compile(r"[│╭╮╰╯─]+")
 ALIASES: dict[str, dict[str, str]] = {
@@ -42,9 +42,10 @@ class Output:
         from rich.console import Console
 
         self.as_json = as_json
+        self.main = os.environ.get("RANK", "0") == "0"
+        """Whether this process prints; of those that torchrun starts only the first does."""
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-        worker = "DITLAB_PARENT" in os.environ
-        self.reporter: Reporter = Worker(self.console) if worker else RichReporter(self.console)
+        self.reporter: Reporter = RichReporter(self.console) if self.main else SILENT
 
     def line(self, text: str) -> None:
         """Prints a line as it is."""
@@ -125,11 +126,16 @@ def _sentence(box: str, verb: str, words: Sequence[str], flags: frozenset[str]) 
                 break
             continue
         text.append(line)
-    message = re.sub(r"^Error parsing \S+: ", "", " ".join(text)).strip()
+    flag, message = re.fullmatch(r"(?:Error parsing (\S+): )?(.*)", " ".join(text).strip()).groups()  # type: ignore
     if message.startswith("Missing from"):
         missing = re.sub(r"^Missing from [^:]*:", "", message).split(" (")[0].strip()
         return f"{verb}: expected {missing}, found nothing"
-    return message if ":" in message.split(" ")[0] else f"{verb}: {message}"
+    message = re.sub(
+        r"no type matching (.+) could be instantiated from \['?(.*?)'?\]\.?", r"expected \1, found '\2'", message
+    )
+    if flag is not None and flag.startswith("-"):
+        return f"{verb} {flag.split('/')[-1]}: {message}"
+    return message if re.match(r"[\w .-]+: ", message) else f"{verb}: {message}"
 
 
 def flags_of(kind: Any) -> frozenset[str]:
@@ -152,7 +158,10 @@ def _flags(kind: Any, prefix: str) -> Iterator[str]:
             if is_dataclass(option):
                 yield from _flags(option, f"{prefix}{name}." if name else prefix)
         flag = f"{prefix}{name}".replace("_", "-")
-        yield from (flag, flag.rpartition(".")[0] + ("." if "." in flag else "") + f"no-{flag.rpartition('.')[2]}")
+        yield flag
+        if inner is bool:
+            group, dot, last = flag.rpartition(".")
+            yield f"{group}{dot}no-{last}"
 
 
 def with_flags(message: str, flags: frozenset[str]) -> str:

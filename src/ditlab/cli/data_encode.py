@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
-from ditlab.cli.common import use_threads
-from ditlab.cli.data import print_summary, stage_bars, summary
-from ditlab.data.autoencoder import open_codec
-from ditlab.data.encode import EncodeConfig, Encoding
-from ditlab.data.imageset import ImageSet
-from ditlab.errors import DitlabError
-from ditlab.training.distributed import Processes, pick_device, processes
+from ditlab.cli.console import Output
+from ditlab.cli.data_summary import print_summary
+from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
+from ditlab.data.encode import EncodeConfig
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Turn an image set into latents with an autoencoder, as a set of its own that `ditlab train --data` reads.
+    """Encode an image set as latents of an autoencoder, as a set of its own that `ditlab train --data` reads.
 
     Example: `ditlab data encode sets/faces sets/faces-latents --codec stabilityai/sd-vae-ft-ema`
 
-    The same command again goes on where an interrupted one was. Several processes: torchrun --nproc-per-node 2 -m
-    ditlab data encode ... share the work.
+    The same command resumes an interrupted one. Several processes share the work: torchrun --nproc-per-node 2 -m ditlab
+    data encode ...
     """
 
     images: tyro.conf.Positional[Path]
@@ -42,41 +36,27 @@ class Encode:
     """How it is encoded."""
     overwrite: bool = False
     """Replace a set that was made from something else or with other settings."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; CUDA where there is one."""
-    threads: int | None = None
-    """CPU threads; all cores where not given."""
+    compute: ComputeOptions = field(default_factory=ComputeFlags)
+    """Where it computes."""
 
-    def run(self, console: Console) -> dict[str, Any]:
-        """Encodes, prints what the new set holds, and returns the same as a JSON-able dict."""
-        use_threads(self.threads)
-        pick_device(self.device)
-        if not self.codec:
-            raise DitlabError("data encode --codec: expected an autoencoder's hub id or folder, found nothing")
-        pictures = ImageSet.open(self.images)
-        with processes(self.device) as here, ExitStack() as held:
-            work, found, refusal = None, None, None
-            try:
-                codec = open_codec(self.codec, self.kind).to(here.device)
-                work = Encoding(pictures, self.out, codec, self.settings, overwrite=self.overwrite)
-                found = work.existing()
-                if found is None and here.first:
-                    held.enter_context(work.taken())
-            except DitlabError as error:
-                refusal = error
-            if not here.agree(refusal) or work is None:
-                return {}
-            if found is None:
-                self._encode(work, here, console)
-                found = work.finish() if here.first else None
-            if found is None or not here.first:
-                return {}
-        result = summary(found)
-        print_summary(console, result)
-        console.print(f"Train on it with: ditlab train dit-micro/1 --data {escape(str(self.out))}")
-        return result
+    def run(self, output: Output) -> dict[str, Any]:
+        """Encodes, prints what the new set holds, and returns the same as JSON values."""
+        from ditlab import api
+        from ditlab.data.summary import describe
 
-    def _encode(self, work: Encoding, here: Processes, console: Console) -> None:
-        with stage_bars(console if here.first else Console(quiet=True)) as told:
-            work.encode(here.rank, here.world, lambda done, total: told("encoding", done, total))
-        here.wait()
+        images = api.encode(
+            self.images,
+            self.codec,
+            out=self.out,
+            kind=self.kind,
+            config=self.settings,
+            overwrite=self.overwrite,
+            reporter=output.reporter,
+            **keywords(self.compute),
+        )
+        if images is None:
+            return {}
+        summary = describe(images)
+        print_summary(output, summary)
+        output.line(f"Train on it with: ditlab train dit-micro/1 --data {self.out}")
+        return summary

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ditlab.analyses.jacobian.result import JacobianConfig
-from ditlab.data.autoencoder import Codec
+from ditlab.data.autoencoder import Autoencoder
 from ditlab.data.pixels import centre_crop, decode, planes, to_float
 from ditlab.errors import DitlabError
 from ditlab.models.model import Model
@@ -81,7 +81,7 @@ class Shown:
         return images, labels, about
 
 
-def _read(files: Sequence[Path], shape: Sequence[int], codec: Codec) -> np.ndarray:
+def _read(files: Sequence[Path], shape: Sequence[int], codec: Autoencoder) -> np.ndarray:
     """uint8 [n, C, H, W]: the files' centres at the denoiser's size, as `ditlab data prepare` would cut them."""
     if shape[1] != shape[2]:
         raise DitlabError(f"jacobian --pictures: expected a denoiser of square images, found {shape[1]}x{shape[2]}")
@@ -105,7 +105,7 @@ def _read(files: Sequence[Path], shape: Sequence[int], codec: Codec) -> np.ndarr
     return np.stack(found)
 
 
-def _encoded(pictures: np.ndarray, codec: Codec) -> Tensor:
+def _encoded(pictures: np.ndarray, codec: Autoencoder) -> Tensor:
     """The pictures as a denoiser sees them: in [-1, 1], or the means of their scaled latents."""
     mean, _ = codec.moments(to_float(torch.from_numpy(np.ascontiguousarray(pictures))).to(codec.device))
     return (mean.float().cpu() - codec.record.shift) * codec.record.scale

@@ -18,6 +18,7 @@ import ditlab
 from ditlab.analyses import analysis, analysis_names
 from ditlab.cli.console import Output, flags_of, parse, with_flags
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.progress import Interrupted
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 """Errors of a disk that is full or may not be written: bad input like any other, wherever they come up."""
@@ -50,12 +51,12 @@ def verbs() -> dict[str, tuple[str, str]]:
 
 def verb_class(verb: str) -> Any:
     """Returns the dataclass of a verb."""
-    place = verbs()[verb][0]
-    if not place:
+    place = (_BEFORE | _AFTER).get(verb)
+    if place is None:
         from ditlab.cli.analysis import verb_of
 
         return verb_of(analysis(verb))
-    module, _, name = place.partition(":")
+    module, _, name = place[0].partition(":")
     return getattr(import_module(f"ditlab.cli.{module}"), name)
 
 
@@ -83,6 +84,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except DitlabError as error:
         print(f"ditlab: {with_flags(str(error), flags)}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        if output.main:
+            print(f"ditlab: {stopped}; run the same command again to resume", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print("ditlab: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
@@ -112,16 +117,18 @@ def _help() -> str:
 
 def _split(words: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the verb that the command line starts with, and the rest."""
-    known = verbs()
+    fixed = _BEFORE | _AFTER
     for length in (2, 1):
         name = " ".join(words[:length])
-        if len(words) >= length and name in known:
+        if len(words) >= length and name in fixed:
             return name, list(words[length:])
-    inside = [verb for verb in known if verb.startswith(words[0] + " ")]
+    if words[0] in analysis_names() and analysis(words[0]).verb:
+        return words[0], list(words[1:])
+    inside = [verb for verb in fixed if verb.startswith(words[0] + " ")]
     if inside:
         second = words[1] if len(words) > 1 else "nothing"
         raise DitlabError(f"'{words[0]}' needs one of: {', '.join(inside)}; found {second}")
-    raise unknown_name("verb", words[0], known)
+    raise unknown_name("verb", words[0], verbs())
 
 
 def _lower(question: str) -> str:

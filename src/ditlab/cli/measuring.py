@@ -12,8 +12,9 @@ from rich.console import Console
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.result import PSNRResult, psnr_gap
 from ditlab.analyses.trajectory.comparison import Trajectory
-from ditlab.cli.common import check_out, counting, is_source, noting, open_images
+from ditlab.cli.common import check_out, counting, noting, open_images
 from ditlab.config import differing_settings
+from ditlab.data.sources.files import is_source
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
@@ -87,7 +88,7 @@ def measure_references(
     images = images.to(device)
     found = []
     for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
-        denoiser.bounded = run.images.latents is None
+        denoiser.pixel_space = run.images.latents is None
         facts = replace(run.facts(0), name=name, label="", step=None, ema=None)
         found.append(_measure(run, denoiser, replace(config, levels=tuple(levels)), facts, console, labels=False))
     return found

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ditlab.cli.common import open_images, use_threads
 from ditlab.cli.report import write_report
-from ditlab.data.imageset import prepare
+from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run
 from ditlab.studies.pipeline import training_progress

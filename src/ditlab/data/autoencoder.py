@@ -1,11 +1,11 @@
-"""Codecs: what stands between pictures and the images that a denoiser sees.
+"""Autoencoders: between pictures and the images that a denoiser sees.
 
-The identity, for denoisers of pixels, or an autoencoder, for denoisers of its latents (Rombach et al. 2022). A codec
-encodes pictures `[B, 3, H, W]` in [-1, 1] to the mean and, where the autoencoder is a variational one, the standard
-deviation of latents z `[B, c, h, w]`. What a denoiser sees are scaled latents, (z - shift) * scale: 0.18215 z for the
-autoencoders of Stable Diffusion and DiT. `decode` takes scaled latents. Nothing is clipped.
+Denoisers of pixels have the identity, denoisers of latents a trained autoencoder (Rombach et al. 2022). An autoencoder
+encodes pictures `[B, 3, H, W]` in [-1, 1] to the mean and, if it is variational, the standard deviation of latents z
+`[B, c, h, w]`. A denoiser sees scaled latents, (z - shift) * scale: 0.18215 z for the autoencoders of Stable Diffusion
+and DiT. `decode` takes scaled latents. Nothing is clipped.
 
-A REF that names an autoencoder is one of
+A REF names an autoencoder:
 
     a hub id                a repository of the Hugging Face hub with a diffusers AutoencoderKL or AutoencoderTiny,
                             such as stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse or madebyollin/taesd
@@ -38,21 +38,32 @@ Kind = Literal["auto", "kl", "tiny"]
 PIXELS = 2**20
 """Pixels of the pictures that are decoded at once, at most, but for a larger picture: 16 pictures of 256x256."""
 
+__all__ = [
+    "PIXELS",
+    "Autoencoder",
+    "AutoencoderRecord",
+    "Identity",
+    "Kind",
+    "open_autoencoder",
+    "reopen_autoencoder",
+    "weights_hash",
+]
+
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
-class CodecRecord:
-    """Which codec it is: enough to find it again and to know that it is the same."""
+class AutoencoderRecord:
+    """Identifies an autoencoder: enough to find it again and to know that it is the same."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     kind: Literal["identity", "kl", "tiny"]
-    """No codec at all, an AutoencoderKL, or a tiny autoencoder."""
+    """No autoencoder, an AutoencoderKL, or a tiny autoencoder."""
     source: str
     """The REF that the user gave; empty for the identity."""
     place: str
-    """Where it lies, relative to the folder that keeps this record; empty for a hub id and the identity."""
+    """Its path, relative to the folder that holds this record; empty for a hub id and the identity."""
     sha256: str
     """Hash of the weights: of names, shapes and float32 values, whatever file they came in."""
     image_channels: int
@@ -71,8 +82,8 @@ class CodecRecord:
         """Whether it gives a standard deviation besides the mean."""
         return self.kind == "kl"
 
-    def difference(self, other: CodecRecord) -> tuple[str, str, str] | None:
-        """The first thing, wherever they lie, in which another codec differs: its name, ours, the other's; or None."""
+    def difference(self, other: AutoencoderRecord) -> tuple[str, str, str] | None:
+        """Returns the first field other than a path that differs: its name, our value, the other's; None if equal."""
         for name in (field.name for field in fields(self) if field.name not in ("source", "place")):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -80,14 +91,14 @@ class CodecRecord:
                 return name, str(ours)[cut], str(theirs)[cut]
         return None
 
-    def moved(self, before: Path, now: Path) -> CodecRecord:
-        """The record as it stands in the folder `now`, of one that was kept in the folder `before`."""
+    def moved(self, before: Path, now: Path) -> AutoencoderRecord:
+        """Returns the record for the folder `now`, of one that was made for the folder `before`."""
         if not self.place:
             return self
         return replace(self, place=os.path.relpath((before / self.place).resolve(), now.resolve()))
 
     def latent_shape(self, picture: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of pictures (C, H, W).
+        """Returns (c, h, w) of the latents of pictures (C, H, W).
 
         Raises:
             DitlabError: the pictures have other channels, or the factor does not divide their sides.
@@ -105,68 +116,68 @@ class CodecRecord:
         return self.latent_channels, height // self.factor, width // self.factor
 
 
-class Codec(ABC):
-    """Pictures to latents and back, on one device, in batches."""
+class Autoencoder(ABC):
+    """Turns pictures into latents and back, on one device, in batches."""
 
-    record: CodecRecord
+    record: AutoencoderRecord
     device: torch.device = torch.device("cpu")
-    """Where it computes."""
+    """The device that it computes on."""
 
     @abstractmethod
     def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k g v"], Tensor | None]:
-        """Mean and standard deviation of unscaled latents (None where they are certain) of pictures in [-1, 1]."""
+        """Returns mean and standard deviation (None if there is none) of unscaled latents of pictures in [-1, 1]."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "n k g v"], batch: int = 64) -> Float[Tensor, "n c h w"]:
-        """Pictures, float32 on the CPU, about [-1, 1] and not clipped, of scaled latents.
+        """Returns pictures, float32 on the CPU, about [-1, 1] and not clipped, of scaled latents.
 
         Args:
-            latents: as a denoiser sees them.
+            latents: scaled, as a denoiser sees them.
             batch: at most so many are decoded at once, and no more than `PIXELS` pixels, which bounds the memory.
         """
 
-    def to(self, device: torch.device | str) -> Codec:
-        """Itself, on a device from now on."""
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """Moves to a device; returns itself."""
         return self
 
 
-class Identity(Codec):
-    """The codec of denoisers of pixels: it does nothing."""
+class Identity(Autoencoder):
+    """Does nothing: for denoisers of pixels."""
 
     def __init__(self, channels: int = 3) -> None:
-        self.record = CodecRecord("identity", "", "", "", channels, channels, 1, 1.0, 0.0)
+        self.record = AutoencoderRecord("identity", "", "", "", channels, channels, 1, 1.0, 0.0)
 
     def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], None]:
-        """The pictures."""
+        """Returns its argument."""
         return pictures, None
 
     def decode(self, latents: Float[Tensor, "n c h w"], batch: int = 64) -> Float[Tensor, "n c h w"]:
-        """The pictures."""
+        """Returns its argument."""
         return latents.float().cpu()
 
 
-class _Autoencoder(Codec):
-    """What the two kinds of autoencoders share: weights, a device, batches."""
+class _ModuleAutoencoder(Autoencoder):
+    """An autoencoder with weights, on a device, in batches."""
 
-    def __init__(self, module: nn.Module, record: CodecRecord) -> None:
+    def __init__(self, module: nn.Module, record: AutoencoderRecord) -> None:
         self.module = module.eval().requires_grad_(False)
         self.record = record
 
-    def to(self, device: torch.device | str) -> Codec:
-        """See `Codec.to`."""
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """See `Autoencoder.to`."""
         self.module.to(device)
         self.device = torch.device(device)
         return self
 
     @torch.no_grad()
     def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k g v"], Tensor | None]:
-        """See `Codec.moments`."""
+        """See `Autoencoder.moments`."""
         self.record.latent_shape((pictures.shape[1], pictures.shape[2], pictures.shape[3]))
         return self._encode(pictures.to(self.device))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n k g v"], batch: int = 64) -> Float[Tensor, "n c h w"]:
-        """See `Codec.decode`."""
+        """See `Autoencoder.decode`."""
         if latents.shape[1] != self.record.latent_channels:
             raise DitlabError(
                 f"codec '{self.record.source}': expected latents of {self.record.latent_channels} channels, "
@@ -184,7 +195,7 @@ class _Autoencoder(Codec):
     def _decode(self, z: Tensor) -> Tensor: ...
 
 
-class _KL(_Autoencoder):
+class _KL(_ModuleAutoencoder):
     """diffusers' AutoencoderKL."""
 
     def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -195,7 +206,7 @@ class _KL(_Autoencoder):
         return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
 
 
-class _DiffusersTiny(_Autoencoder):
+class _DiffusersTiny(_ModuleAutoencoder):
     """diffusers' AutoencoderTiny."""
 
     def _encode(self, pictures: Tensor) -> tuple[Tensor, None]:
@@ -205,7 +216,7 @@ class _DiffusersTiny(_Autoencoder):
         return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
 
 
-class _PlainTiny(_Autoencoder):
+class _PlainTiny(_ModuleAutoencoder):
     """A tiny autoencoder of two state dicts; it works on [0, 1]."""
 
     module: TinyAutoencoder
@@ -217,12 +228,12 @@ class _PlainTiny(_Autoencoder):
         return self.module.decode(z) * 2 - 1
 
 
-def open_codec(source: str | Path, kind: Kind = "auto") -> Codec:
+def open_autoencoder(source: str | Path, kind: Kind = "auto") -> Autoencoder:
     """Loads the autoencoder that a REF names, on the CPU in float32.
 
     Args:
         source: see the module.
-        kind: refuse any other kind than this; "auto" takes what is there.
+        kind: refuse any other kind than this; "auto" takes either.
 
     Raises:
         DitlabError: there is nothing of that name, it cannot be loaded, or it is another kind.
@@ -234,13 +245,10 @@ def open_codec(source: str | Path, kind: Kind = "auto") -> Codec:
     elif (pair := _pair(path)) is not None:
         codec = _plain(text, *pair)
     elif path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        if path.is_dir():
-            found = "a folder with neither"
-        else:
-            found = "a file" if path.exists() else "nothing there"
+        actual = "a folder with neither" if path.is_dir() else "a file" if path.exists() else "nothing there"
         raise DitlabError(
             f"codec '{text}': expected a folder with config.json (diffusers), a pair of files NAME_encoder and "
-            f"NAME_decoder ({', '.join(_SUFFIXES)}), or a hub id OWNER/NAME, found {found}"
+            f"NAME_decoder ({', '.join(_SUFFIXES)}), or a hub id OWNER/NAME, found {actual}"
         )
     else:
         codec = _diffusers(text, text, "")
@@ -249,45 +257,45 @@ def open_codec(source: str | Path, kind: Kind = "auto") -> Codec:
     return codec
 
 
-def reopen_codec(record: CodecRecord, folder: Path, given: str | Path | None = None) -> Codec:
-    """Loads the codec of a record again and checks that it is the same.
+def reopen_autoencoder(record: AutoencoderRecord, folder: Path, moved: str | Path | None = None) -> Autoencoder:
+    """Loads the autoencoder of a record again and checks that it is the same.
 
     Args:
-        record: what an image set or a run keeps.
-        folder: the folder that keeps it.
-        given: where the codec lies now, if it was moved.
+        record: from an image set or a run.
+        folder: the folder of that set or run.
+        moved: where the autoencoder is now, if it was moved.
 
     Raises:
         DitlabError: it is not where it was, or has other weights or another scale.
     """
     if record.kind == "identity":
         return Identity(record.image_channels)
-    if given is not None:
-        source = str(given)
+    if moved is not None:
+        source = str(moved)
     elif record.place:
-        # Where it lay beside this folder, or else where the user's words lead from here: its hash tells whether it is.
+        # Its path from this folder, or else the user's path from here: the hash tells whether it is the same.
         places = (folder / record.place, Path(record.source).expanduser())
         source = next((str(place) for place in places if place.exists() or _pair(place) is not None), None)
         if source is None:
             raise DitlabError(
                 f"codec '{record.source}': expected the autoencoder of {folder} at {places[0]}, found nothing there; "
-                "give --codec with the place where it lies now"
+                "pass its new place as `codec`"
             )
     else:
         source = record.source
-    codec = open_codec(source)
+    codec = open_autoencoder(source)
     if (wrong := record.difference(codec.record)) is not None:
-        name, expected, found = wrong
+        name, expected, actual = wrong
         raise DitlabError(
             f"codec '{source}': expected the autoencoder that {folder} was made with, with {name} {expected}, "
-            f"found {found}"
+            f"found {actual}"
         )
     codec.record = record
     return codec
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values of weights, in the order of their names: 64 hexadecimal digits."""
+    """Returns the SHA-256 over names, shapes and float32 values of weights, sorted by name: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().to("cpu", torch.float32).contiguous()
@@ -296,8 +304,8 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _diffusers(text: str, where: str, place: str) -> Codec:
-    """An AutoencoderKL or AutoencoderTiny from a folder or the hub."""
+def _diffusers(text: str, where: str, place: str) -> Autoencoder:
+    """Loads an AutoencoderKL or AutoencoderTiny from a folder or the hub."""
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -328,7 +336,7 @@ def _diffusers(text: str, where: str, place: str) -> Codec:
         ) from None
     if module is None:
         raise DitlabError(f"codec '{text}': expected {' or '.join(known)} in its config.json, found {name}")
-    if missing:  # diffusers itself would go on with random values in their place
+    if missing:  # diffusers itself would continue with random values in their place
         raise DitlabError(f"codec '{text}': its weights and its config.json do not belong together, e.g. {missing[0]}")
     config = module.config
     if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
@@ -336,7 +344,7 @@ def _diffusers(text: str, where: str, place: str) -> Codec:
             f"codec '{text}': expected one scale for all latent channels, found latents_mean and latents_std"
         )
     stages = len(config.block_out_channels) if known[name][0] == "kl" else len(config.encoder_block_out_channels)
-    record = CodecRecord(
+    record = AutoencoderRecord(
         kind=known[name][0],
         source=text,
         place=place,
@@ -350,11 +358,11 @@ def _diffusers(text: str, where: str, place: str) -> Codec:
     return (_KL if record.kind == "kl" else _DiffusersTiny)(module, record)
 
 
-def _plain(text: str, encoder: Path, decoder: Path) -> Codec:
-    """A tiny autoencoder from two files."""
+def _plain(text: str, encoder: Path, decoder: Path) -> Autoencoder:
+    """Loads a tiny autoencoder from two files."""
     parts = _read(encoder), _read(decoder)
     module = TinyAutoencoder(*parts, where=f"codec '{text}'")
-    record = CodecRecord(
+    record = AutoencoderRecord(
         kind="tiny",
         source=text,
         place=os.path.relpath(Path(text).expanduser().resolve()),
@@ -369,7 +377,7 @@ def _plain(text: str, encoder: Path, decoder: Path) -> Codec:
 
 
 def _pair(path: Path) -> tuple[Path, Path] | None:
-    """The files NAME_encoder and NAME_decoder in a folder, or with a path as their beginning; None without any."""
+    """Returns the files NAME_encoder and NAME_decoder in a folder, or whose paths begin with `path`; None if none."""
     folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name)
     pairs: dict[str, tuple[Path, Path]] = {}
     for suffix in reversed(_SUFFIXES):
@@ -385,7 +393,7 @@ def _pair(path: Path) -> tuple[Path, Path] | None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file; nothing in it is run."""
+    """Reads a state dict from a file without running code in it."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -12,6 +12,8 @@ from ditlab.errors import DitlabError
 if TYPE_CHECKING:
     from PIL import Image
 
+__all__ = ["fitting_scale", "image_grid"]
+
 
 def image_grid(
     images: np.ndarray,
@@ -25,7 +27,7 @@ def image_grid(
 
     Args:
         images: uint8 [N, C, H, W], C 1 or 3.
-        columns: images in a row; about as many as rows where None.
+        columns: images in a row; about as many as rows if None.
         scale: every pixel becomes `scale` x `scale` pixels, without smoothing.
         gap: pixels between images and around them.
         background: grey value of the gaps, 0 to 255.
@@ -55,5 +57,5 @@ def image_grid(
 
 
 def fitting_scale(size: int, target: int = 64) -> int:
-    """A whole scale at which images of `size` pixels are comfortable to look at: about `target` pixels."""
+    """Returns the whole scale at which images of `size` pixels become about `target` pixels wide."""
     return max(1, target // size)

@@ -7,10 +7,13 @@ are taken in tiles, so memory stays bounded while time grows with the square of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from ditlab.progress import Bar
+
+__all__ = ["NearDuplicates", "area_weights", "find_near_duplicates", "thumbnails"]
 
 SIDE = 20
 ROWS, COLUMNS = 2048, 8192
@@ -18,7 +21,7 @@ ROWS, COLUMNS = 2048, 8192
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What the search found.
+    """The result of the search.
 
     Attributes:
         threshold: pairs with a correlation above this were counted.
@@ -38,7 +41,7 @@ class NearDuplicates:
 
 
 def area_weights(source: int, target: int) -> np.ndarray:
-    """Row-stochastic [target, source] matrix that averages `source` samples over `target` equal intervals."""
+    """Returns the matrix [target, source] that averages `source` samples over `target` equal intervals."""
     edges = np.linspace(0, source, target + 1)
     low, high = np.arange(source), np.arange(1, source + 1)
     overlap = np.minimum(edges[1:, None], high) - np.maximum(edges[:-1, None], low)
@@ -46,7 +49,7 @@ def area_weights(source: int, target: int) -> np.ndarray:
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Unit-length, mean-free grey thumbnails float32 [N, D], D at most 400, of uint8 images [N, C, H, W].
+    """Returns unit-length, mean-free grey thumbnails float32 [N, D], D at most 400, of uint8 images [N, C, H, W].
 
     A flat image, which has no shape to compare, gives zeros.
     """
@@ -69,7 +72,7 @@ def find_near_duplicates(
     *,
     threshold: float,
     limit: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Bar | None = None,
 ) -> NearDuplicates:
     """Compares the first `limit` images with one another.
 
@@ -78,7 +81,10 @@ def find_near_duplicates(
         pool: uint8 [N] (0 train, 1 test) or None.
         threshold: correlation above which two images count as near-duplicates, in (0, 1).
         limit: at most so many images are compared: 20,000 take seconds, 100,000 minutes.
-        progress: called with (images done, images in all).
+        progress: shows the number of images done.
+
+    Returns:
+        The counts, and the most similar pairs by index.
     """
     small = thumbnails(images[:limit])
     count = len(small)

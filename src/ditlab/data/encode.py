@@ -1,8 +1,8 @@
-"""Encoding an image set: its latents under a codec, as a set of their own that training reads like any other.
+"""Encoding an image set: its latents under an autoencoder, as a set of their own that training reads like any other.
 
-The work is cut into parts of 64 pictures. Each part becomes one file in a hidden folder beside the new set, by a
-rename, so that after a kill the same command goes on with the parts that are missing; several processes share the
-parts. When all are there, one process joins them into the set, which appears whole or not at all.
+The work is cut into parts of 64 pictures. Each part becomes one file in a hidden folder beside the new set, written
+atomically, so an interrupted encoding resumes with the missing parts. Several processes share the parts. At the end one
+process joins them into the set, which appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,16 +22,20 @@ import torch
 from torch import Tensor
 
 import ditlab
-from ditlab.data.autoencoder import Codec
-from ditlab.data.imageset import LABELS, POOL, ImageSet, require_space
+from ditlab.data.autoencoder import Autoencoder
+from ditlab.data.imageset import LABELS, POOL, ImageSet
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord, Store
-from ditlab.data.manifest import LATENT_VERSION, content_hash, hash_file
+from ditlab.data.manifest import LATENT_VERSION, SOURCE_NAMES, content_hash, hash_file
+from ditlab.data.preparing import require_space
 from ditlab.errors import DitlabError
-from ditlab.files import appear, atomic_folder, lock_folder
+from ditlab.files import atomic_folder, lock_folder, write_atomically
+from ditlab.progress import SILENT, Reporter
 from ditlab.rng import torch_generator
 
+__all__ = ["PART", "EncodeConfig", "LatentEncoder", "encode_images"]
+
 PART = 64
-"""Pictures in one part file: what a kill may lose."""
+"""Pictures in one part file, the most that a killed process loses."""
 
 _SETTINGS = "settings.json"
 
@@ -42,29 +46,29 @@ class EncodeConfig:
 
     store: Store = "moments"
     """Mean and standard deviation, of which training draws a sample each time (as DiT's did); one sample, drawn now; or
-    the mean alone. A codec without deviations gives the mean, whatever is asked for."""
+    the mean alone. An autoencoder without deviations gives the mean in any case."""
     mirrored: bool = False
     """Also encode the pictures mirrored left to right: needed to train with flips, at twice the size."""
     seed: int = 0
-    """Seed of the samples, with --store sample."""
+    """Seed of the samples, if one sample is stored."""
     batch: int = 16
     """Pictures encoded at once."""
     precision: Literal["float32", "bf16"] = "float32"
-    """What the autoencoder computes in."""
+    """Number format that the autoencoder computes in."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= PART:
             raise DitlabError(f"data encode: expected a batch of 1 to {PART} pictures, found {self.batch}")
 
 
-class Encoding:
-    """One encoding of an image set, to be worked on by one process or several, in one sitting or several.
+class LatentEncoder:
+    """Encodes an image set, in one process or several, and resumes what was interrupted.
 
     Args:
         pictures: an image set of pixels.
         out: the folder of the new set.
         codec: an autoencoder, on its device.
-        config: how.
+        config: how pictures are encoded.
         overwrite: replace another set at `out`, and drop what is left of another unfinished encoding there.
 
     Raises:
@@ -75,7 +79,7 @@ class Encoding:
         self,
         pictures: ImageSet,
         out: str | Path,
-        codec: Codec,
+        codec: Autoencoder,
         config: EncodeConfig | None = None,
         *,
         overwrite: bool = False,
@@ -111,39 +115,41 @@ class Encoding:
         self.parts = range(-(-len(pictures) // PART))
 
     def existing(self) -> ImageSet | None:
-        """The finished set of just this encoding, or None where there is nothing at `out`.
+        """Returns the finished set of this encoding, or None if there is nothing at `out`.
 
         Raises:
-            DitlabError: something else lies there, and `overwrite` is off.
+            DitlabError: `out` is something else, and `overwrite` is off.
         """
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return None
         try:
-            found = ImageSet.open(self.out)
+            images = ImageSet.open(self.out)
         except DitlabError as error:
             raise DitlabError(f"{self.out} exists and is not an image set that can be reused ({error})") from None
-        if found.latents is not None and self._asked(found.latents.record) == self._asked(self._record):
-            return found
+        if images.latents is not None and self._identity(images.latents.record) == self._identity(self._record):
+            return images
         if self.overwrite:
             return None
+        shape, kind = "x".join(map(str, images.shape)), "pixels" if images.latents is None else "latents"
         raise DitlabError(
-            f"{self.out} already holds another image set ({found.manifest.source}, {'x'.join(map(str, found.shape))}, "
-            f"{'pixels' if found.latents is None else 'latents'}); choose another folder or overwrite it"
+            f"{self.out} already holds another image set ({images.manifest.source}, {shape}, {kind}); choose another "
+            "folder or overwrite it"
         )
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Within the block the hidden folder of the parts is there, perhaps with those of an interrupted encoding, and
-        no other job works in it; held by the first process alone.
+    def locked(self) -> Iterator[None]:
+        """Locks the hidden folder of the parts within the block, so that no other job works in it.
+
+        Called by the first process alone. Parts of an interrupted encoding are used again.
 
         Raises:
             DitlabError: another job works in it, it was left by an encoding with other settings, or the disk is full.
         """
-        settings = json.dumps({"part": PART, **self._asked(self._record)}, indent=1)
-        kept = self.work / _SETTINGS
-        if kept.is_file() and kept.read_text() != settings and not self.overwrite:
+        settings = json.dumps({"part": PART, **self._identity(self._record)}, indent=1)
+        record = self.work / _SETTINGS
+        if record.is_file() and record.read_text() != settings and not self.overwrite:
             raise DitlabError(
-                f"{self.work} holds an unfinished encoding with other settings; use the same settings to go on, "
+                f"{self.work} holds an unfinished encoding with other settings; use the same settings to resume it, "
                 "or overwrite it"
             )
         left = sum(not self._file(part).exists() for part in self.parts)
@@ -155,40 +161,39 @@ class Encoding:
         try:
             if lock is None and os.name != "nt":
                 raise DitlabError(f"data encode {self.out}: another process is encoding it")
-            if not kept.is_file() or kept.read_text() != settings:
+            if not record.is_file() or record.read_text() != settings:
                 for leftover in self.work.iterdir():
                     leftover.unlink()
-                appear(kept, lambda beside: beside.write_text(settings))
+                write_atomically(record, lambda beside: beside.write_text(settings))
             yield
         finally:
             if lock is not None:
                 os.close(lock)
 
-    def encode(
-        self, rank: int = 0, world: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> None:
-        """Encodes this process's share of the parts, as far as they are not there yet.
+    def encode(self, rank: int = 0, world: int = 1, reporter: Reporter = SILENT) -> None:
+        """Encodes this process's share of the parts that are not there yet.
 
         Args:
             rank: which of the processes this is.
             world: how many share the work.
-            progress: called with (pictures done, pictures in all) of this process's share.
+            reporter: receives the number of pictures done, of this process's share.
         """
-        mine = self.parts[rank::world]
-        total = sum(len(self._indices(part)) for part in mine)
+        parts = self.parts[rank::world]
+        total = sum(len(self._indices(part)) for part in parts)
         done = 0
-        for part in mine:
-            indices = self._indices(part)
-            if not self._file(part).exists():
-                made: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
-                for start in range(0, len(indices), self.config.batch):
-                    for name, array in self._moments(indices[start : start + self.config.batch]).items():
-                        made[name].append(array)
-                    progress(done + min(start + self.config.batch, len(indices)), total)
-                arrays = {name.removesuffix(".npy"): np.concatenate(made[name]) for name in self.names}
-                appear(self._file(part), lambda beside, arrays=arrays: _save(beside, arrays))
-            done += len(indices)
-            progress(done, total)
+        with reporter.bar("encoding", total) as progress:
+            for part in parts:
+                indices = self._indices(part)
+                if not self._file(part).exists():
+                    batches: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+                    for start in range(0, len(indices), self.config.batch):
+                        for name, array in self._moments(indices[start : start + self.config.batch]).items():
+                            batches[name].append(array)
+                        progress(done + min(start + self.config.batch, len(indices)), total)
+                    arrays = {name.removesuffix(".npy"): np.concatenate(batches[name]) for name in self.names}
+                    write_atomically(self._file(part), lambda path, arrays=arrays: _save(path, arrays))
+                done += len(indices)
+                progress(done, total)
 
     def finish(self) -> ImageSet:
         """Joins the parts into the set and removes them; called by one process when all have encoded.
@@ -198,10 +203,10 @@ class Encoding:
         """
         with atomic_folder(self.out, replace=self.overwrite) as folder:
             measured = self._join(folder)
-            for name in (LABELS, POOL):
+            for name in (LABELS, POOL, SOURCE_NAMES):
                 if name in self.pictures.manifest.files:
                     shutil.copyfile(self.pictures.path / name, folder / name)
-            names = (*self.names, LABELS, POOL)
+            names = (*self.names, LABELS, POOL, SOURCE_NAMES)
             files = {name: hash_file(folder / name) for name in names if (folder / name).exists()}
             record = replace(
                 self._record,
@@ -223,8 +228,8 @@ class Encoding:
         shutil.rmtree(self.work, ignore_errors=True)
         return ImageSet.open(self.out)
 
-    def _asked(self, record: LatentRecord) -> dict[str, Any]:
-        """What two encodings must share to be the same: not places, not what was measured."""
+    def _identity(self, record: LatentRecord) -> dict[str, Any]:
+        """Returns what two encodings must share to be the same: all but places and measured values."""
         codec = replace(record.codec, source="", place="")
         return asdict(replace(record, codec=codec, path="", mean=(), std=(), overall_std=0.0))
 
@@ -235,12 +240,12 @@ class Encoding:
         return self.work / f"part-{part:06d}.npz"
 
     def _moments(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of one batch by file name, float16."""
+        """Returns the arrays of one batch by file name, float16."""
         pictures = self.pictures.batch(indices)
-        found = self._stored(pictures, indices, (LATENTS, LATENTS_STD))
+        arrays = self._stored(pictures, indices, (LATENTS, LATENTS_STD))
         if self.config.mirrored:
-            found |= self._stored(pictures.flip(-1), indices, (MIRRORED, MIRRORED_STD))
-        return {name: found[name] for name in self.names}
+            arrays |= self._stored(pictures.flip(-1), indices, (MIRRORED, MIRRORED_STD))
+        return {name: arrays[name] for name in self.names}
 
     def _stored(self, pictures: Tensor, indices: np.ndarray, names: tuple[str, str]) -> dict[str, np.ndarray]:
         with torch.autocast(self.codec.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -253,10 +258,10 @@ class Encoding:
         if self._record.store == "sample" and std is not None:
             draws = [torch_generator(self.config.seed, "encode", names[0], int(index)) for index in indices]
             mean = mean + std * torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
-        found = {names[0]: _half(mean)}
+        arrays = {names[0]: _half(mean)}
         if std is not None:
-            found[names[1]] = _half(std)
-        return found
+            arrays[names[1]] = _half(std)
+        return arrays
 
     def _join(self, folder: Path) -> dict[str, Any]:
         """Writes the arrays from the parts, one after another, and measures the scaled latents on the way."""
@@ -302,6 +307,37 @@ class Encoding:
                     yield name, values
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DitlabError(f"{path}: expected a part of an encoding, found a damaged file ({error})") from None
+
+
+def encode_images(
+    images: ImageSet,
+    codec: Autoencoder,
+    out: str | Path,
+    config: EncodeConfig | None = None,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> ImageSet:
+    """Encodes an image set in this process, or opens the finished set of the same encoding (`LatentEncoder`).
+
+    Args:
+        images: an image set of pixels.
+        codec: an autoencoder, on its device.
+        out: the folder of the new set.
+        config: how pictures are encoded.
+        overwrite: replace another set at `out`.
+        reporter: receives progress.
+
+    Raises:
+        DitlabError: see `LatentEncoder`.
+    """
+    encoder = LatentEncoder(images, out, codec, config, overwrite=overwrite)
+    existing = encoder.existing()
+    if existing is not None:
+        return existing
+    with encoder.locked():
+        encoder.encode(reporter=reporter)
+        return encoder.finish()
 
 
 def _half(values: Tensor) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Latents of an image set: what its manifest says of them, and the arrays they rest in.
+"""Latents of an image set: their record in the manifest, and their arrays.
 
-A set of latents holds the unscaled moments that its codec gave, in float16, beside labels and pools of the pictures:
+A set of latents holds the unscaled moments from its autoencoder, in float16, beside labels, pools and names of the
+pictures:
 
     latents.npy            float16 [N, c, h, w]   means (or one sample of each)
-    latents_std.npy        float16 [N, c, h, w]   standard deviations, where moments are stored
-    mirrored.npy           float16 [N, c, h, w]   the same of the pictures mirrored left to right, where asked for:
+    latents_std.npy        float16 [N, c, h, w]   standard deviations, if moments are stored
+    mirrored.npy           float16 [N, c, h, w]   the same of the pictures mirrored left to right, if chosen:
     mirrored_std.npy       float16 [N, c, h, w]   latents of a mirrored picture are not the mirrored latents
 """
 
@@ -20,34 +21,36 @@ from jaxtyping import Bool, Float
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ditlab.data.autoencoder import CodecRecord
+from ditlab.data.autoencoder import AutoencoderRecord
 from ditlab.errors import DitlabError
 
 LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD = "latents.npy", "latents_std.npy", "mirrored.npy", "mirrored_std.npy"
 
 Store = Literal["moments", "sample", "mean"]
 
+__all__ = ["LATENTS", "LATENTS_STD", "MIRRORED", "MIRRORED_STD", "LatentRecord", "Latents", "Store"]
+
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """What the manifest of a set of latents says besides that of its pictures."""
+    """The fields that the manifest of a set of latents has besides those of its pictures."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    codec: CodecRecord
+    codec: AutoencoderRecord
     """The autoencoder; its `place` is relative to the set's folder."""
     store: Store
-    """Mean and standard deviation, one sample, or the mean alone (all there is where the codec is not variational)."""
+    """Mean and standard deviation, one sample, or the mean alone (if the autoencoder is not variational)."""
     mirrored: bool
-    """Whether latents of the mirrored pictures are there too."""
+    """Whether latents of the mirrored pictures are stored too."""
     seed: int
-    """Seed of the samples, where those are stored."""
+    """Seed of the samples, if those are stored."""
     precision: Literal["float32", "bf16"]
-    """What the autoencoder computed in."""
+    """Number format that the autoencoder computed in."""
     pictures: str
     """Hash of the image set that was encoded."""
     path: str
-    """Where that set lay, relative to this one's folder."""
+    """Path of that set, relative to this one's folder."""
     picture: tuple[int, int, int]
     """(C, H, W) of the pictures."""
     mean: tuple[float, ...]
@@ -91,12 +94,12 @@ class Latents:
         noise: Float[Tensor, "b c h w"] | None,
         mirrored: Bool[Tensor, " b"] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """Scaled latents, float32.
+        """Returns scaled latents, float32.
 
         Args:
-            indices: which.
-            noise: unit-normal; the latents are then mean + std * noise. The mean where None.
-            mirrored: which of them are those of the mirrored picture; none where None.
+            indices: rows of the set.
+            noise: unit-normal; the latents are then mean + std * noise. The mean if None.
+            mirrored: which of them are those of the mirrored picture; none if None.
 
         Raises:
             DitlabError: noise without stored deviations, or mirrored ones that are not there.
@@ -105,20 +108,22 @@ class Latents:
             raise DitlabError(f"latents: expected stored moments to sample from, found '{self.record.store}'")
         if mirrored is not None and self.mirrored is None:
             raise DitlabError(
-                "latents: expected latents of the mirrored pictures too, found none; encode the set with --mirrored, "
-                "or train without flips (--training.no-flip)"
+                "latents: expected latents of the mirrored pictures too, found none; encode the set with `mirrored`, "
+                "or train without flips (`training.flip`)"
             )
-        z = _taken(self.mean, self.mirrored, indices, mirrored)
+        z = _take(self.mean, self.mirrored, indices, mirrored)
         if noise is not None and self.std is not None:
-            z = z + _taken(self.std, self.mirrored_std, indices, mirrored) * noise
+            z = z + _take(self.std, self.mirrored_std, indices, mirrored) * noise
         return (z - self.record.codec.shift) * self.record.codec.scale
 
 
-def _taken(
-    array: np.ndarray, other: np.ndarray | None, indices: Sequence[int] | np.ndarray, coins: Tensor | None
+def _take(
+    array: np.ndarray, other: np.ndarray | None, indices: Sequence[int] | np.ndarray, flip_mask: Tensor | None
 ) -> Tensor:
-    """Float32 rows of one array or, where a coin is True, of the other."""
-    taken = torch.from_numpy(np.take(array, indices, axis=0)).float()
-    if coins is None or other is None:
-        return taken
-    return torch.where(coins[:, None, None, None], torch.from_numpy(np.take(other, indices, axis=0)).float(), taken)
+    """Returns float32 rows of one array or, where the flip mask is True, of the other."""
+    values = torch.from_numpy(np.take(array, indices, axis=0)).float()
+    if flip_mask is None or other is None:
+        return values
+    return torch.where(
+        flip_mask[:, None, None, None], torch.from_numpy(np.take(other, indices, axis=0)).float(), values
+    )

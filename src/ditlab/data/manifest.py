@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +13,25 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ditlab.data.duplicates import NearDuplicates
 from ditlab.data.latents import LatentRecord
-from ditlab.data.sources.base import Skipped
+from ditlab.data.sources.base import SkippedItem, describe_skipped
 from ditlab.errors import DitlabError
 
 FORMAT, VERSION, LATENT_VERSION = "ditlab-image-set", 1, 2
-MANIFEST = "manifest.json"
+MANIFEST, SOURCE_NAMES = "manifest.json", "sources.json"
+
+__all__ = [
+    "FORMAT",
+    "LATENT_VERSION",
+    "MANIFEST",
+    "SOURCE_NAMES",
+    "VERSION",
+    "FileRecord",
+    "Manifest",
+    "content_hash",
+    "hash_file",
+    "read_manifest",
+    "write_names",
+]
 
 
 @dataclass(frozen=True)
@@ -40,16 +56,18 @@ class Manifest:
         label_counts: images of each class.
         pools: images that may only be trained on ("train"), only be tested on ("test"), or either ("free").
         exact_duplicates: images dropped because an earlier one has the same pixels.
-        near_duplicates: what the search for near-duplicates found; None where it was switched off.
-        skipped_count: images that could not be used.
-        skipped: the first thousand of them, with reasons.
+        near_duplicates: the result of the search for near-duplicates; None if it was switched off.
+        skipped_count: files or images of the source that could not be used.
+        skipped: examples of them, with reasons: up to a hundred of each kind.
         notes: what a reader of results should know, as sentences.
         origin: the source's own record, e.g. the hashes of the photographs.
         files: the set's files by name.
-        hash: identifies the content: pixels (or latents, their codec and scale), labels, class names and pools; not
-            paths or settings.
-        latents: the codec and how it was used; None for a set of pixels, whose manifest has no such field.
+        hash: identifies the content: pixels (or latents, their autoencoder and scale), labels, class names and pools;
+            not paths, names of files or settings.
+        latents: the autoencoder and how it was used; None for a set of pixels, whose manifest has no such field.
         version: 1 for a set of pixels, 2 for one of latents.
+        skipped_kinds: how many could not be used, by kind (`SkippedItem.kind`); empty in older manifests.
+        duplicate_names: (dropped image, earlier image that stays), the first thousand of `exact_duplicates`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -65,7 +83,7 @@ class Manifest:
     exact_duplicates: int
     near_duplicates: NearDuplicates | None
     skipped_count: int
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedItem, ...]
     notes: tuple[str, ...]
     origin: dict[str, Any]
     files: dict[str, FileRecord]
@@ -74,6 +92,16 @@ class Manifest:
     format: str = field(default=FORMAT)
     version: int = field(default=VERSION)
     latents: LatentRecord | None = None
+    skipped_kinds: dict[str, int] = field(default_factory=dict)
+    duplicate_names: tuple[tuple[str, str], ...] = ()
+
+    def skipped_summary(self) -> str:
+        """Returns a sentence such as "skipped 5 files: 3 .txt, 2 smaller than 32x32 pixels: a.png, b.png"; or ""."""
+        if not self.skipped_count:
+            return ""
+        items = "files" if self.source.startswith("folder:") else "images"
+        described = describe_skipped(self.skipped_kinds, self.skipped)
+        return f"skipped {self.skipped_count:,} {items}" + (f": {described}" if described else "")
 
     def write(self, folder: Path) -> None:
         """Writes `manifest.json` into a folder."""
@@ -90,8 +118,6 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         DitlabError: there is no image set, it was written by a newer version, or the manifest is damaged.
     """
-    import json
-
     path = folder / MANIFEST
     if not folder.exists():
         raise DitlabError(f"image set: expected a folder at {folder}, found nothing")
@@ -121,20 +147,27 @@ def read_manifest(folder: Path) -> Manifest:
 def content_hash(
     files: dict[str, FileRecord], class_names: tuple[str, ...], latents: LatentRecord | None = None
 ) -> str:
-    """The hash that identifies an image set, from its files' hashes and its classes: 64 hexadecimal digits.
+    """Returns the hash that identifies an image set, from its files' hashes and its classes: 64 hexadecimal digits.
 
-    That of a set of latents also covers their codec's weights and scale: equal numbers may mean other latents.
+    The names of the source files do not count. For latents the hash also covers their autoencoder's weights and scale,
+    since equal numbers may mean other latents.
     """
     lines = [f"{FORMAT} {VERSION}"]
     if latents is not None:
         codec = latents.codec
         lines = [f"{FORMAT} {LATENT_VERSION}", f"{codec.kind} {codec.sha256} {codec.scale!r} {codec.shift!r}"]
-    lines += [*(f"{name} {files[name].sha256}" for name in sorted(files)), *class_names]
+    identifying = sorted(files.keys() - {SOURCE_NAMES})
+    lines += [*(f"{name} {files[name].sha256}" for name in identifying), *class_names]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
+    """Returns size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)
+
+
+def write_names(folder: Path, names: Sequence[str]) -> None:
+    """Writes `sources.json`: the source of every image, one a line."""
+    (folder / SOURCE_NAMES).write_text("[" + ",\n".join(json.dumps(name) for name in names) + "]\n")

@@ -9,6 +9,7 @@ middle.
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,44 +23,79 @@ from ditlab.errors import DitlabError
 if TYPE_CHECKING:
     from PIL import Image
 
+__all__ = [
+    "Color",
+    "UnusableImage",
+    "centre_crop",
+    "channels",
+    "decode",
+    "planes",
+    "to_color",
+    "to_float",
+    "to_uint8",
+]
+
 Color = Literal["rgb", "grey"]
 
 
 def channels(color: Color) -> int:
-    """How many channels a colour format has: 3 for "rgb", 1 for "grey"."""
+    """Returns the number of channels of a colour format: 3 for "rgb", 1 for "grey"."""
     if color not in ("rgb", "grey"):
         raise DitlabError(f"color: expected 'rgb' or 'grey', found {color!r}")
     return 3 if color == "rgb" else 1
 
 
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, struct.error)
+"""What Pillow's decoders raise for damaged files: SyntaxError for broken PNG chunks, KeyError for unknown tags."""
+
+
+class UnusableImage(DitlabError):
+    """An image that cannot be used.
+
+    Args:
+        reason: why, in a few words.
+        kind: the short reason by which such images are counted; the reason itself if empty.
+    """
+
+    def __init__(self, reason: str, kind: str = "") -> None:
+        super().__init__(reason)
+        self.kind = kind or reason
+
+
 def decode(source: Path | bytes, color: Color) -> Image.Image:
-    """Reads one image file, upright (EXIF) and in 8 bits, transparency over white.
+    """Reads the first frame of an image file, upright (EXIF) and in 8 bits, with transparency over white.
 
     Args:
         source: a path, or the file's bytes.
         color: "rgb" gives PIL mode RGB; "grey" gives mode L (ITU-R 601 luma).
 
     Raises:
-        DitlabError: the file is not an image, is truncated, or is too large to be one; the message says which.
+        UnusableImage: the file is not an image, is truncated, or is too large to be one; the message says which.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            return to_color(ImageOps.exif_transpose(opened), color)
+    except DitlabError:
+        raise
     except UnidentifiedImageError:
-        raise DitlabError("not an image file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow's decoders report damage by any of these, SyntaxError (broken PNG chunks) among them.
-        raise DitlabError(f"unreadable image: {error}") from None
-    return to_color(image, color)
+        raise UnusableImage("not an image file", "not images") from None
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise UnusableImage(f"unreadable image: {error}", "unreadable") from None
 
 
 def to_color(image: Image.Image, color: Color) -> Image.Image:
-    """The image in 8-bit RGB or grey: 16-bit samples scaled down, transparency composited over white."""
+    """Returns the image in 8-bit RGB or grey: 16-bit samples scaled down, transparency composited over white.
+
+    Raises:
+        UnusableImage: the samples are floating-point numbers, whose range a file does not say.
+    """
     from PIL import Image
 
+    if image.mode == "F":
+        raise UnusableImage("floating-point samples, expected 8 or 16 bits", "with floating-point samples")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -69,7 +105,7 @@ def to_color(image: Image.Image, color: Color) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: `size` x `size` from the middle, antialiased by box halvings and one bicubic step.
+    """Returns ADM's centre crop: `size` x `size` from the middle, antialiased by box halvings and one bicubic step.
 
     An image whose short side is below `size` is enlarged.
     """
@@ -86,16 +122,16 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def planes(image: Image.Image) -> np.ndarray:
-    """A PIL image (mode RGB or L) as uint8 [C, H, W]."""
+    """Returns a PIL image (mode RGB or L) as uint8 [C, H, W]."""
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def to_float(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """uint8 in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1."""
+    """Converts uint8 in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1."""
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to uint8: clipped, then rounded to the nearest of the 256 values (so `to_uint8(to_float(x)) == x`)."""
+    """Converts [-1, 1] to uint8: clips, then rounds to the nearest of 256 values (so `to_uint8(to_float(x)) == x`)."""
     return images.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)

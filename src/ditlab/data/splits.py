@@ -1,10 +1,10 @@
 """Splits: which images of a set are trained on and which are held out, as a function of a seed.
 
 For one image set, seed and number of test images, the test images are the same whatever N is, and the train images
-of a smaller N are the first of those of a larger one: sets of N = 10, 100, 1000 are nested, as in the comparisons of
+of a smaller N are the first of those of a larger N: sets of N = 10, 100, 1000 are nested, as in the comparisons of
 An et al. (2410.21273) and Kadkhodaie et al. (2310.02557). Where the set has pools, test images come from pool 1 and
-train images from pool 0 only. A split that skips the first images of the order has train images that another one of
-the same family has not: two such sets, disjoint, are what the two-subset test of Kadkhodaie et al. needs.
+train images from pool 0 only. A split that skips the first images of the order has other train images and the same
+test images. Two such disjoint sets are needed for the two-subset test of Kadkhodaie et al.
 
 The order comes from raw 64-bit output of NumPy's PCG64, sorted: that stream, unlike `Generator.permutation`, is
 promised never to change between versions of NumPy.
@@ -23,6 +23,8 @@ from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.errors import DitlabError
 from ditlab.rng import numpy_generator
 
+__all__ = ["Split", "held_out_order", "make_split", "verify"]
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -31,10 +33,10 @@ class Split:
     Attributes:
         train: int64 [N], in the seeded order, so that a prefix is the split of a smaller N (and the same skip).
         test: int64 [test], in a seeded order.
-        seed: the seed of both orders ("shuffle" in An et al.).
+        seed: the seed of both orders (An et al. call it "shuffle").
         imageset: hash of the image set.
-        family: hash of (image set, seed, test indices); equal for splits that differ only in N and skip.
-        hash: hash of (family, train indices).
+        test_hash: hash of (image set, seed, test indices); equal for splits that differ only in N and skip.
+        hash: hash of (test_hash, train indices).
         skip: how many images at the head of the seeded order were left out before the train images.
     """
 
@@ -42,18 +44,18 @@ class Split:
     test: np.ndarray
     seed: int
     imageset: str
-    family: str
+    test_hash: str
     hash: str
     skip: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The record a run keeps: enough to make the split again and to know that it is the same."""
+        """Returns the record that a run keeps: enough to make the split again and to know that it is the same."""
         return {
             "seed": self.seed,
             "train": len(self.train),
             "test": len(self.test),
             "imageset": self.imageset,
-            "family": self.family,
+            "family": self.test_hash,
             "hash": self.hash,
             "skip": self.skip,
         }
@@ -64,9 +66,9 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: in
 
     Args:
         imageset: the set.
-        n: number of train images; None for all that are left.
+        n: number of train images; None for all that remain.
         test: number of test images, at least 0.
-        seed: another seed gives another shuffle: other train and other test images.
+        seed: another seed gives other train and other test images.
         skip: leave out so many images at the head of the seeded order; the train images are the next ones. With
             skip = n they are disjoint from those of skip = 0.
 
@@ -79,12 +81,12 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: in
         raise DitlabError(f"split: expected 0 or more test images, found {test}")
     if skip < 0:
         raise DitlabError(f"split: expected to skip 0 or more train images, found {skip}")
-    may_test = _allowed(imageset, TEST)
-    if test > len(may_test):
+    test_indices = held_out_order(imageset, seed)
+    if test > len(test_indices):
         raise DitlabError(
-            f"split: {test} test images asked for, but {imageset.path} has {len(may_test)} that may be tested on"
+            f"split: expected at most {len(test_indices)} test images, which {imageset.path} has, found {test}"
         )
-    test_indices = _order(may_test, len(imageset), seed, "test")[:test]
+    test_indices = test_indices[:test]
     may_train = np.setdiff1d(_allowed(imageset, TRAIN), test_indices)
     left = max(0, len(may_train) - skip)
     n = left if n is None else n
@@ -93,16 +95,24 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: in
         besides += f" and {skip} that are skipped" if skip else ""
         raise DitlabError(f"split: N = {n} train images asked for, but {imageset.path} has {left}{besides}")
     train_indices = _order(may_train, len(imageset), seed, "train")[skip : skip + n]
-    family = _hash("family", imageset.hash, str(seed), test_indices)
-    whole = _hash("split", family, train_indices)
-    return Split(train_indices, test_indices, seed, imageset.hash, family, whole, skip)
+    test_hash = _hash("family", imageset.hash, str(seed), test_indices)
+    whole = _hash("split", test_hash, train_indices)
+    return Split(train_indices, test_indices, seed, imageset.hash, test_hash, whole, skip)
+
+
+def held_out_order(imageset: ImageSet, seed: int) -> np.ndarray:
+    """Returns the indices of all images that may be tested on, int64, in the order of a seed.
+
+    The test images of a split are the first of them.
+    """
+    return _order(_allowed(imageset, TEST), len(imageset), seed, "test")
 
 
 def verify(record: dict[str, Any], imageset: ImageSet) -> Split:
     """Makes the split of a run again and checks that it is the one the run was trained with.
 
     Args:
-        record: what `Split.to_json` gave; one from before images could be skipped has no `skip`.
+        record: the result of `Split.to_json`; older ones have no `skip`.
         imageset: the image set, opened again.
 
     Raises:
@@ -117,7 +127,7 @@ def verify(record: dict[str, Any], imageset: ImageSet) -> Split:
             f"found {imageset.hash[:12]}"
         )
     split = make_split(imageset, record["train"], record["test"], record["seed"], record.get("skip", 0))
-    if (split.family, split.hash) != (record["family"], record["hash"]):
+    if (split.test_hash, split.hash) != (record["family"], record["hash"]):
         raise DitlabError(f"{imageset.path}: expected the split {record['hash'][:12]}, found {split.hash[:12]}")
     return split
 

@@ -2,14 +2,14 @@
 
 These are the distilled autoencoders of the TAESD family (Bohan 2023: TAESD, TAESDXL, TAEF1, TAEF2), each a plain chain
 of layers numbered as in `torch.nn.Sequential`, working on images in [0, 1]. With f a chain of three 3x3 convolutions
-with ReLU between them, s the identity or a 1x1 convolution, and, where a block has one, the branch
+with ReLU between them, s the identity or a 1x1 convolution, and, if a block has it, the branch
 p = conv1x1, GroupNorm(4), ReLU, conv1x1, the layers are
 
     block        x -> ReLU(f(x') + s(x')),  x' = x + p(x) or x
     encoder      conv, block, then three times (conv of stride 2 without bias, blocks), conv to the latent channels
     decoder      3 tanh(z / 3), conv, ReLU, blocks, then (nearest-neighbour doubling, conv without bias, blocks), conv
 
-A convolution without bias is thus one that changes the size, and the keys say all the rest.
+Exactly the convolutions without bias change the size; the keys say the rest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 
+__all__ = ["TinyAutoencoder"]
+
 Part = Literal["encoder", "decoder"]
 
 _BLOCK = re.compile(r"(conv\.[024]\.(weight|bias)|skip\.weight|pool\.[013]\.weight|pool\.1\.bias)")
@@ -36,7 +38,7 @@ class TinyAutoencoder(nn.Module):
     Args:
         encoder: state dict of the encoder, keys `3.conv.0.weight` and the like.
         decoder: state dict of the decoder.
-        where: what they are called in errors.
+        where: the name that errors give them.
 
     Raises:
         DitlabError: the keys or shapes are not those of this family, or the two do not belong together.
@@ -59,11 +61,11 @@ class TinyAutoencoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k g v"]:
-        """Latents of images in [0, 1]; height and width are divided by `factor`, which must divide them."""
+        """Returns latents of images in [0, 1]; height and width are divided by `factor`, which must divide them."""
         return self.encoder(images)
 
     def decode(self, latents: Float[Tensor, "b k g v"]) -> Float[Tensor, "b c h w"]:
-        """Images of latents, about [0, 1], not clipped."""
+        """Returns images of latents, about [0, 1], not clipped."""
         return self.decoder(torch.tanh(latents / 3) * 3)
 
 
@@ -98,7 +100,7 @@ class _Block(nn.Module):
 
 
 def _chain(weights: Mapping[str, Tensor], part: Part, where: str) -> tuple[nn.Sequential, int]:
-    """The layers of one state dict with its weights, and how many of them change the size."""
+    """Returns the layers of one state dict with its weights, and how many of them change the size."""
     grouped: dict[int, dict[str, Tensor]] = {}
     for key, value in weights.items():
         number, _, rest = key.partition(".")

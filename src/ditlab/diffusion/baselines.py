@@ -1,12 +1,15 @@
-"""Denoisers in closed form, made of a set of images: the two ends between which a network lies, and one between them.
+"""Baselines: denoisers in closed form, made of a set of images x_1 .. x_N.
 
-`EmpiricalBayesDenoiser` is the optimal denoiser for the images themselves, the limit of memorization: it can return
-nothing but averages of them. `WienerDenoiser` is the optimal linear one: it knows their mean and covariance, and
-nothing else. `WienerLocalityDenoiser` averages the images as the first one does, but each value by what is seen of the
-values that the second one would look at for it. Those that look through windows are in `ditlab.diffusion.local_scores`.
+    empirical Bayes     sum_i w_i x_i,  w = softmax_i(-|y - x_i|^2 / 2 sigma^2)
+    Wiener              m + U diag(l / (l + sigma^2)) U^T (y - m),  covariance U diag(l) U^T
+    Wiener-locality     empirical Bayes for each value, by the distance on those values that Wiener's matrix links to it
 
-Sources: Kamb and Ganguli 2024 (2412.20292), the ideal score, in our coordinates; Wang and Vastola 2023 (Gaussian
-score); Lukoianov et al. 2025 (2509.09672).
+The first is the optimal denoiser of the images themselves and the limit of memorization: its estimates are averages of
+them. The second is the optimal linear denoiser; it depends on their mean and covariance alone. Trained networks lie
+between the two. Baselines with windows are in `ditlab.diffusion.local_scores`.
+
+Sources: Kamb and Ganguli 2024 (2412.20292), the ideal score; Wang and Vastola 2023 (Gaussian score); Lukoianov et al.
+2025 (2509.09672).
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.softmax_mean import SoftmaxMean, by_level, check_images
 from ditlab.errors import DitlabError
 
+__all__ = ["EmpiricalBayesDenoiser", "WienerDenoiser", "WienerLocalityDenoiser"]
+
 
 class EmpiricalBayesDenoiser(Denoiser):
-    """E[x0 | y] when x0 is one of N images with equal probability: their mean under softmax(-|y - x_i|^2 / 2 sigma^2).
+    """E[x0 | y] for x0 uniform over N images: their mean under softmax(-|y - x_i|^2 / 2 sigma^2).
 
-    Sums run in float64 over chunks of images, with an exact running softmax: the result does not depend on the chunk.
-    As sigma goes to 0 it becomes the nearest image (the mean of several equally near ones).
+    Sums run in float64 over chunks of images, with an exact running softmax, so the result does not depend on the
+    chunk. As sigma goes to 0 it becomes the nearest image (the mean of the nearest ones at equal distance).
 
     Args:
-        images: [N, C, H, W] in [-1, 1]; they stay on their device, where y has to be too.
-        chunk: images handled at a time, which bounds the memory.
+        images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
+        chunk: number of images processed at a time; it limits the memory.
     """
 
     def __init__(self, images: Float[Tensor, "n c h w"], chunk: int = 1024) -> None:
@@ -50,7 +55,7 @@ class EmpiricalBayesDenoiser(Denoiser):
         mean = SoftmaxMean()
         for images, half_norms in zip(self.images.split(self.chunk), self.half_norms.split(self.chunk), strict=True):
             wide = images.double()
-            # -|y - x|^2 / 2 sigma^2 up to what all images share.
+            # -|y - x|^2 / 2 sigma^2 up to a constant of all images.
             mean.add((flat @ wide.T - half_norms) / variance, wide)
         x0 = mean.result().reshape(y.shape).to(y.dtype)
         return Prediction(x0, (y - x0) / sigma, None)
@@ -59,12 +64,12 @@ class EmpiricalBayesDenoiser(Denoiser):
 class WienerDenoiser(Denoiser):
     """The best linear denoiser: m + U diag(l / (l + sigma^2)) U^T (y - m), from the images' mean and covariance.
 
-    The covariance is that of the N images themselves (divided by N), so that this is the least mean squared error of
-    all linear denoisers on them.
+    The covariance is the population covariance of the N images (divided by N), so no linear denoiser has a smaller mean
+    squared error on them.
 
     Args:
-        images: [N, C, H, W] in [-1, 1]; the denoiser lives on their device.
-        chunk: images handled at a time when the covariance is summed.
+        images: [N, C, H, W] in [-1, 1]; the denoiser is on their device.
+        chunk: number of images processed at a time when the covariance is summed.
 
     Attributes:
         mean: float64 [D], D = C H W.
@@ -87,13 +92,13 @@ class WienerDenoiser(Denoiser):
                 covariance.addmm_(centred.T, centred, alpha=1 / count)
             variances, basis = torch.linalg.eigh(covariance)
         else:
-            # Fewer images than values: the same eigenvalues from the small N x N matrix of inner products.
+            # With fewer images than values, the N x N matrix of inner products has the same eigenvalues.
             centred = flat.double() - self.mean
             variances, small = torch.linalg.eigh(centred @ centred.T / count)
             basis = torch.nn.functional.normalize(centred.T @ small, dim=0)
-        # Directions without variance are rounding noise, and shrink to nothing at every level.
-        kept = variances > variances[-1].clamp(min=0) * max(count, size) * torch.finfo(torch.float64).eps
-        self.variances, self.basis = variances[kept].flip(0), basis[:, kept].flip(1)
+        # Directions without variance are rounding noise; their estimate is 0 at every level.
+        positive = variances > variances[-1].clamp(min=0) * max(count, size) * torch.finfo(torch.float64).eps
+        self.variances, self.basis = variances[positive].flip(0), basis[:, positive].flip(1)
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
@@ -105,18 +110,18 @@ class WienerDenoiser(Denoiser):
 
 
 class WienerLocalityDenoiser(Denoiser):
-    """Each value of x0 is the mean of that value over the images, by how near they are where it looks.
+    """Each value of x0 is the mean of that value over the images, weighted by their distance to y on its mask.
 
-    At level sigma the value q (a pixel's channel) looks at those values p with |L_qp / L_qq| at least `threshold` times
-    the largest of all such ratios, L = U diag(l / (l + sigma^2)) U^T the Wiener denoiser's matrix, always at itself.
-    Its weights are softmax(-(1 / 2 sigma^2) sum_p (y_p - x_ip)^2) over the images i. (The released code sums over the
-    columns of that mask; rows, as in the paper, are what the value q depends on.)
+    At level sigma the mask of the value q (a channel of a pixel) holds q and all values p with |L_qp / L_qq| at least
+    `threshold` times the largest of these ratios; L = U diag(l / (l + sigma^2)) U^T is the Wiener denoiser's matrix.
+    The weights are softmax(-(1 / 2 sigma^2) sum_p (y_p - x_ip)^2) over the images i. (The released code sums over the
+    columns of the mask. Here it is rows, as in the paper: the values that q depends on.)
 
     Args:
-        images: [N, C, H, W] in [-1, 1]; they stay on their device, where y has to be too.
-        threshold: 0.02 in the paper (0.05 for CIFAR-10, 0.005 for MNIST); at 0 every value looks at all of them, which
-            is empirical Bayes.
-        chunk: images handled at a time, which bounds the memory. Does not change the result.
+        images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
+        threshold: 0.02 in the paper (0.05 for CIFAR-10, 0.005 for MNIST). At 0 every mask holds all values, which is
+            empirical Bayes.
+        chunk: number of images processed at a time; it limits the memory and does not change the result.
 
     Raises:
         DitlabError: no images, or a threshold outside [0, 1].
@@ -129,7 +134,7 @@ class WienerLocalityDenoiser(Denoiser):
         self.images, self.threshold, self.chunk = images.flatten(1), threshold, chunk
         self.wiener = WienerDenoiser(images)
         self.shape, self.levels, self.device = self.wiener.shape, self.wiener.levels, images.device
-        self._last: tuple[float, Tensor] | None = None
+        self._last_mask: tuple[float, Tensor] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -137,17 +142,17 @@ class WienerLocalityDenoiser(Denoiser):
         return super().identity | {"threshold": self.threshold}
 
     def mask(self, sigma: float) -> Bool[Tensor, "d d"]:
-        """Which values (columns) each value (row) looks at; D = C H W of them, channel by channel, row by row."""
-        if self._last is None or self._last[0] != sigma:
+        """Returns the mask of each value, a row; D = C H W values, channel by channel, row by row."""
+        if self._last_mask is None or self._last_mask[0] != sigma:
             basis, variances = self.wiener.basis, self.wiener.variances
             shrinkage = (basis * (variances / (variances + sigma**2))) @ basis.T
-            own = shrinkage.diagonal()
-            # A value that is the same in all images says nothing of any other.
-            moves = own > own.max() * torch.finfo(torch.float64).eps * len(own)
-            ratios = torch.where(moves[:, None], shrinkage / torch.where(moves, own, 1.0)[:, None], 0.0).abs_()
+            diagonal = shrinkage.diagonal()
+            # A value that is the same in all images has no ratios.
+            varies = diagonal > diagonal.max() * torch.finfo(torch.float64).eps * len(diagonal)
+            ratios = torch.where(varies[:, None], shrinkage / torch.where(varies, diagonal, 1.0)[:, None], 0.0).abs_()
             mask = (ratios >= self.threshold * ratios.max()).fill_diagonal_(True)
-            self._last = sigma, mask
-        return self._last[1]
+            self._last_mask = sigma, mask
+        return self._last_mask[1]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
@@ -155,10 +160,10 @@ class WienerLocalityDenoiser(Denoiser):
         return Prediction(x0, (y - x0) / sigma, None)
 
     def _x0(self, y: Tensor, sigma: float) -> Tensor:
-        flat, looks = y.flatten(1), self.mask(sigma).to(y.dtype).T
+        flat, mask = y.flatten(1), self.mask(sigma).to(y.dtype).T
         mean = SoftmaxMean()
         for part in self.images.split(self.chunk):
             images = part.to(y.dtype)
-            logits = ((flat[:, None] - images).square() @ looks) * (-0.5 / sigma**2)
+            logits = ((flat[:, None] - images).square() @ mask) * (-0.5 / sigma**2)
             mean.add(logits.permute(2, 0, 1), images.T[:, :, None])
         return mean.result()[..., 0].T.reshape(y.shape)

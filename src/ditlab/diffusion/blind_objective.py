@@ -1,6 +1,8 @@
-"""The objective of blind denoisers: a network that is told no noise level learns to find the noise in an image.
+"""The objective of blind denoisers: a network without the noise level as input learns to estimate the noise.
 
-Source: Kadkhodaie et al. 2024, from their published training code: sigma = u^2 with u uniform, summed squared error.
+    L = sum |n_theta(x + sigma n) - sigma n|^2,  sigma = max_level u^2,  u uniform in [0, 1]
+
+Source: Kadkhodaie et al. 2024, their published training code.
 """
 
 from __future__ import annotations
@@ -16,35 +18,40 @@ from torch import Tensor, nn
 from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.objectives import Draws, Objective
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
+
+__all__ = ["BlindObjective", "BlindObjectiveConfig"]
 
 
 @dataclass(frozen=True)
 class BlindObjectiveConfig:
-    """Training of a network that sees the noisy image alone, in units of its own, and puts out the noise.
+    """Training of a network that gets the noisy image alone, in its own units, and returns the noise.
 
-    The loss is the squared error summed over an image, as in Kadkhodaie et al.'s code. The network sees our -1 as `low`
-    and our 1 as `high`; a bias-free one is homogeneous about its zero.
+    The loss is the squared error summed over an image, as in Kadkhodaie et al.'s code. The values -1 and 1 of an
+    image are `low` and `high` for the network; a bias-free network is homogeneous about its zero.
     """
 
     kind: Literal["blind"] = "blind"
     """Names this objective in config.json."""
     low: float = 0.0
-    """What the network sees for our -1."""
+    """The network's value for -1."""
     high: float = 1.0
-    """What the network sees for our 1."""
+    """The network's value for 1."""
     max_level: float = 1.0
     """Highest noise level, in the network's units: 1 in Kadkhodaie et al., 100 / 255 in Mohan et al.'s BF-CNN."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
+        """Refuses settings that cannot be trained."""
         if not -math.inf < self.low < self.high < math.inf:
             raise DitlabError(f"objective: expected finite low < high, found {self.low} and {self.high}")
         if not 0 < self.max_level < math.inf:
             raise DitlabError(f"objective: expected a finite max_level > 0, found {self.max_level}")
 
     def build(self) -> BlindObjective:
-        """The objective."""
+        """Returns the objective."""
         return BlindObjective(self)
 
 
@@ -59,21 +66,21 @@ class BlindObjective(Objective):
 
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """See `Objective.draw`."""
-        # The root of a level is uniform: low levels are drawn more often than high ones.
+        # The square root of a level is uniform, so low levels are drawn more often than high ones.
         sigma = self.config.max_level * torch.rand(count, generator=generator).square()
         return {"sigma": sigma, "noise": torch.randn(count, *shape, generator=generator)}
 
     def losses(
         self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
     ) -> dict[str, Tensor]:
-        """ "loss": the squared error of the noise, in the network's units, summed over the image."""
+        """Returns "loss": the squared error of the noise, in the network's units, summed over the image."""
         noise = draws["sigma"].reshape(-1, 1, 1, 1) * draws["noise"]
-        found = network(self.config.low + self.unit * (images + 1) + noise, None, None).float()
-        if found.shape != images.shape:
+        output = network(self.config.low + self.unit * (images + 1) + noise, None, None).float()
+        if output.shape != images.shape:
             raise DitlabError(
-                f"objective: expected {images.shape[1]} channels from the network, found {found.shape[1]}"
+                f"objective: expected {images.shape[1]} channels from the network, found {output.shape[1]}"
             )
-        return {"loss": (found - noise).square().flatten(1).sum(1)}
+        return {"loss": (output - noise).square().flatten(1).sum(1)}
 
     def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> BlindDenoiser:
         """See `Objective.denoiser`; its levels are in units of [-1, 1]."""
@@ -82,5 +89,5 @@ class BlindObjective(Objective):
         return BlindDenoiser(network, levels, low=config.low, high=config.high, shape=shape)
 
     def network_outputs(self, channels: int) -> int:
-        """C: a blind network learns no variance."""
+        """Returns C: a blind network learns no variance."""
         return channels

@@ -1,11 +1,12 @@
-"""The denoiser contract. Denoisers that are made of a network are in `ditlab.diffusion.network_denoisers`.
+"""The denoiser contract: D(y, sigma, label) estimates the clean image x0 in [-1, 1].
 
-A denoiser estimates the clean image x0 in [-1, 1] from y = x0 + sigma * n, n unit normal: D(y, sigma, label). It is the
-one thing that samplers and analyses see. In these (variance-exploding) coordinates a VP step t is the level
-sqrt((1 - abar_t) / abar_t) seen through y = x_t / sqrt(abar_t), and An et al.'s x0 = x_t - sigma_t * eps (2410.21273,
-Eq. 3) is exact.
+    y = x0 + sigma * n,  n unit normal;    eps = (y - D(y, sigma)) / sigma
 
-Source: An et al. 2024, Eq. 3.
+Samplers and analyses see denoisers and nothing else. In these (variance-exploding) coordinates a VP step t is the level
+sqrt((1 - abar_t) / abar_t), seen through y = x_t / sqrt(abar_t), and An et al.'s x0 = x_t - sigma_t * eps is exact.
+Denoisers that are made of a network are in `ditlab.diffusion.network_denoisers`.
+
+Source: An et al. 2024 (2410.21273), Eq. 3.
 """
 
 from __future__ import annotations
@@ -21,65 +22,78 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ditlab.diffusion.noise_levels import LevelRange, Levels
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError, unknown_name
+
+__all__ = ["Denoiser", "Prediction", "PredictionTarget", "Variance", "complete", "spread"]
 
 PredictionTarget = Literal["epsilon", "x0"]
 Variance = Literal["learned-range", "fixed-small", "fixed-large"]
 
-# Given levels may miss a grid's ends by float32 rounding.
+# Float32 rounding may move a level beyond a grid's ends.
 _SLACK = 1e-6
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about y: y = x0 + sigma * eps always holds."""
+    """The estimates at y; y = x0 + sigma * eps always holds."""
 
     x0: Tensor
     """Estimate of the clean image, [B, C, H, W]."""
     eps: Tensor
     """Estimate of the unit noise, [B, C, H, W]."""
     v: Tensor | None
-    """Where the reverse variance lies between posterior (-1) and beta (1), [B, C, H, W]; None where not learned."""
+    """Learned reverse variance, from the posterior's (-1) to beta (1), [B, C, H, W]; None if it is not learned."""
+
+    __repr__ = short_repr
 
 
 class Denoiser(ABC):
     """D(y, sigma, label) -> x0_hat.
 
     Call it, or `predict`, with y `[B, C, H, W]` (float32 or float64), sigma a number, a 0-dim or a `[B]` tensor, and
-    label None or int64 `[B]`; what comes back has the dtype of y. Gradients flow; the network's mode is left alone.
-    A new one implements `estimate`, and is given the attributes below.
+    label None or int64 `[B]`. The results have the dtype of y, and gradients flow through them. A subclass implements
+    `estimate` and sets the attributes below.
     """
 
     shape: tuple[int, int, int]
     """(C, H, W) of the images."""
     levels: Levels
-    """The noise levels that it knows."""
+    """The noise levels that it takes."""
     num_classes: int = 0
-    """Number of labels; 0 where it takes none. The label `num_classes` means "no label"."""
+    """Number of labels; 0 if it takes none. The label `num_classes` means "no label"."""
     null_class: bool = True
-    """Whether one that takes labels also knows "no label"; guidance needs it."""
+    """Whether a denoiser that takes labels also takes "no label", which guidance needs."""
     peak: float = 2.0
     """Intensity range M of the images, for PSNR: 2 for [-1, 1]."""
-    bounded: bool = True
-    """Whether images lie in [-1, 1], so that an estimate may be clipped to it; False for latents."""
+    pixel_space: bool = True
+    """Whether images are pixels in [-1, 1], so that an estimate may be clipped to it; False for latents."""
     blind: bool = False
     """Whether it ignores sigma."""
     origin: float = 0.0
     """The value in [-1, 1] that the network sees as zero; a bias-free network is homogeneous about it."""
     variance: Variance = "fixed-small"
-    """The reverse variance that ancestral sampling uses where the configuration leaves it to the denoiser."""
+    """The reverse variance that ancestral sampling uses if its config leaves it to the denoiser."""
     device: torch.device = torch.device("cpu")
-    """Where y has to be."""
+    """The device that y has to be on."""
 
     @property
     def module(self) -> nn.Module | None:
-        """The `nn.Module` that computes it, for analyses that look inside; None where there is none to be found."""
+        """Returns the `nn.Module` that computes the estimates, for analyses of its layers; None if there is none."""
         return None
+
+    def __repr__(self) -> str:
+        """Returns the class, the module's class, the shape, the range of levels and the number of classes."""
+        parts = [] if self.module is None else [type(self.module).__name__]
+        parts += [_dims(self.shape), f"sigma {self.levels.min:.3g} to {self.levels.max:.3g}"]
+        parts += [f"{self.num_classes} classes"] if self.num_classes else []
+        return f"{type(self).__name__.lstrip('_')}({', '.join(parts)})"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides its estimates beside the weights of `module`, as JSON values: its process and its attributes.
+        """Returns everything but the weights of `module` that decides the estimates, as JSON values.
 
-        Two denoisers of equal weights whose identities differ are not to be taken for one; a subclass adds what it has.
+        Two denoisers of equal weights are the same only if their identities are equal. Saved hashes contain it, so its
+        keys do not follow a rename. A subclass adds its own settings.
         """
         return {
             "class": type(self).__name__,
@@ -87,7 +101,7 @@ class Denoiser(ABC):
             "levels": self.levels.identity,
             "num_classes": self.num_classes,
             "null_class": self.null_class,
-            "bounded": self.bounded,
+            "bounded": self.pixel_space,
             "blind": self.blind,
             "origin": self.origin,
             "variance": self.variance,
@@ -95,7 +109,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """`predict` without its checks, for loops that have called `check` once.
+        """Returns what `predict` does, without its checks, for loops that have called `check` once.
 
         Args:
             y: [B, C, H, W], float32 or float64.
@@ -109,7 +123,7 @@ class Denoiser(ABC):
         sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
         label: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The estimate of the clean images; see `predict`."""
+        """Returns the estimate of the clean images; see `predict`."""
         return self.predict(y, sigma, label).x0
 
     def predict(
@@ -118,22 +132,22 @@ class Denoiser(ABC):
         sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
         label: Int[Tensor, " b"] | None = None,
     ) -> Prediction:
-        """The estimates of clean image and noise, and the learned variance where there is one.
+        """Returns the estimates of clean image and noise, and the learned variance if there is one.
 
         Args:
             y: noisy images, x0 + sigma * n.
-            sigma: noise level, one for all or one for each image.
-            label: class of each image; `num_classes` for none; None for none at all.
+            sigma: noise level, a single one or one for each image.
+            label: the class of each image, `num_classes` for "no label"; None for a batch without labels.
 
         Raises:
-            DitlabError: a shape, a level or a label that this denoiser does not know. On a GPU the check of a tensor
-                waits for the device; loops call `check` once and then `estimate`.
+            DitlabError: a shape, a level or a label that this denoiser does not take. On a GPU the check of a tensor
+                waits for the device, so loops call `check` once and then `estimate`.
         """
         self.check(y, sigma, label)
         return self.estimate(y, spread(sigma, y), label)
 
     def check(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> None:
-        """Raise a DitlabError where `predict` could not use these arguments."""
+        """Raises a DitlabError if `predict` cannot use these arguments."""
         if y.ndim != 4 or tuple(y.shape[1:]) != tuple(self.shape):
             raise DitlabError(f"denoiser: expected images {_dims(self.shape)}, found {_dims(y.shape[1:])}")
         if isinstance(sigma, Tensor) and sigma.numel() not in (1, len(y)):
@@ -142,24 +156,24 @@ class Denoiser(ABC):
         self.check_labels(label, len(y))
 
     def check_levels(self, sigma: float | Tensor | np.ndarray) -> None:
-        """Raise a DitlabError where a level lies outside `levels`, or is not positive."""
+        """Raises a DitlabError if a level is outside `levels` or not positive."""
         if isinstance(sigma, int | float):
             low = high = float(sigma)
         else:
             low, high = float(sigma.min()), float(sigma.max())
         # Written so that NaN fails it.
         if not (low > 0 and low >= self.levels.min * (1 - _SLACK) and high <= self.levels.max * (1 + _SLACK)):
-            found = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             raise DitlabError(
-                f"denoiser: expected a noise level sigma from {self.levels.min:g} to {self.levels.max:g}, found {found}"
+                f"denoiser: expected a noise level sigma from {self.levels.min:g} to {self.levels.max:g}, found {span}"
             )
 
     def check_labels(self, label: Tensor | None, count: int) -> None:
-        """Raise a DitlabError where a label is not one of 0 .. `num_classes`."""
+        """Raises a DitlabError if a label is not in 0 .. `num_classes`."""
         if label is None:
             return
         if self.num_classes == 0:
-            raise DitlabError("denoiser: expected no label, for it is unconditional, found labels")
+            raise DitlabError("denoiser: expected no label (it is unconditional), found labels")
         if tuple(label.shape) != (count,):
             raise DitlabError(f"denoiser: expected {count} labels, found shape {_dims(label.shape)}")
         low, high = int(label.min()), int(label.max())
@@ -169,20 +183,20 @@ class Denoiser(ABC):
             raise DitlabError(f"denoiser: expected labels from 0 to {known}, found {low if low < 0 else high}")
 
     def passes(self, sigma: float) -> int:
-        """How often each image goes through the network in one estimate at this level; guidance makes it two."""
+        """Returns how often an image goes through the network in one estimate at this level; with guidance 2."""
         return 1
 
-    def require_bounded(self, what: str) -> None:
-        """Raise a DitlabError where estimates cannot be clipped, for the sake of the setting `what`."""
-        if not self.bounded:
+    def require_pixel_space(self, what: str) -> None:
+        """Raises a DitlabError in the name of the setting `what` if estimates cannot be clipped to [-1, 1]."""
+        if not self.pixel_space:
             raise DitlabError(f"{what}: latents have no bounds to clip estimates to; expected no clipping")
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """x_t / y, where x_t is what the network sees of y at this level (its units and origin apart)."""
+        """Returns x_t / y, where x_t is the network's input for y at this level, units and origin apart."""
         return 1.0
 
     def time(self, sigma: float | Tensor) -> float | Tensor | None:
-        """What the network is told about the level; None where it is told nothing."""
+        """Returns the network's conditioning on the level; None for a blind network."""
         return sigma
 
     @staticmethod
@@ -196,26 +210,34 @@ class Denoiser(ABC):
         blind: bool = False,
         origin: float = 0.0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> Denoiser:
-        """A denoiser from any function `(y [B, C, H, W], sigma [B], label) -> x0 or unit noise [B, C, H, W]`.
+        """Returns a denoiser made of any function `(y [B, C, H, W], sigma [B], label) -> x0 or noise [B, C, H, W]`.
+
+        The function may be an `nn.Module` or a method of one. Then the module is put into `eval()` mode here, once, and
+        analyses of attention can read its layers. Its parameters keep `requires_grad`, and gradients flow: `sample` and
+        the measures run it without gradients, Jacobians with them.
 
         Args:
-            function: the user's own, working in [-1, 1]. Analyses of attention look inside it where it is an
-                `nn.Module`, or a method of one.
+            function: works on images in [-1, 1].
             shape: (C, H, W).
-            levels: levels that it knows; every positive one where not given.
+            levels: levels that it takes; every positive one if None.
             output: "x0" if it returns the clean image, "epsilon" if the unit noise.
             num_classes: number of labels.
             blind: whether it ignores sigma.
             origin: see the class.
-            device: where it computes.
+            device: the device that it computes on.
+            dtype: y and sigma are cast to it, and the result back; if None the module's, or none for a plain function.
+                Name it for a function that calls a float32 network, because some samplers compute in float64.
 
         Example:
             >>> flat = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(3, 8, 8))
             >>> flat(torch.ones(2, 3, 8, 8), 0.3).shape
             torch.Size([2, 3, 8, 8])
         """
-        return _WrappedDenoiser(function, shape, levels, output, num_classes, blind, origin, torch.device(device))
+        return _WrappedDenoiser(
+            function, shape, levels, output, num_classes, blind, origin, torch.device(device), dtype
+        )
 
 
 class _WrappedDenoiser(Denoiser):
@@ -231,6 +253,7 @@ class _WrappedDenoiser(Denoiser):
         blind: bool,
         origin: float,
         device: torch.device,
+        dtype: torch.dtype | None,
     ) -> None:
         if output not in get_args(PredictionTarget):
             raise unknown_name("output of a wrapped function", output, get_args(PredictionTarget))
@@ -238,6 +261,9 @@ class _WrappedDenoiser(Denoiser):
         self.output: PredictionTarget = output
         self.shape, self.num_classes, self.blind, self.origin, self.device = shape, num_classes, blind, origin, device
         self.levels = LevelRange(0.0, math.inf) if levels is None else levels
+        self.dtype = dtype
+        if self.module is not None:
+            self.module.eval()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -246,21 +272,28 @@ class _WrappedDenoiser(Denoiser):
 
     @property
     def module(self) -> nn.Module | None:
-        """The function itself, or the object that it is a method of, where that is an `nn.Module`."""
+        """Returns the function, or the object that it is a method of, if that is an `nn.Module`."""
         holder = getattr(self.function, "__self__", self.function)
         return holder if isinstance(holder, nn.Module) else None
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
-        each = sigma.reshape(-1) if isinstance(sigma, Tensor) else y.new_full((len(y),), sigma)
-        result = self.function(y, each, label)
+        x = y.to(self._compute_dtype(y))
+        each = sigma.reshape(-1).to(x) if isinstance(sigma, Tensor) else x.new_full((len(y),), sigma)
+        result = self.function(x, each, label)
         if result.shape != y.shape:
             raise DitlabError(f"wrapped denoiser: expected a result {_dims(y.shape)}, found {_dims(result.shape)}")
         return complete(result.to(y.dtype), y, sigma, self.output)
 
+    def _compute_dtype(self, y: Tensor) -> torch.dtype:
+        if self.dtype is not None or self.module is None:
+            return self.dtype or y.dtype
+        # Read at every call, because a module may be cast after it was wrapped.
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), y.dtype)
+
 
 def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:
-    """Sigma as `Denoiser.estimate` takes it: a float, or [B, 1, 1, 1] with the dtype and device of y."""
+    """Returns sigma as `Denoiser.estimate` takes it: a float, or [B, 1, 1, 1] with the dtype and device of y."""
     if not isinstance(sigma, Tensor):
         return float(sigma)
     return sigma.to(y).reshape(-1, 1, 1, 1).expand(len(y), 1, 1, 1)
@@ -269,7 +302,7 @@ def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:
 def complete(
     estimate: Tensor, y: Tensor, sigma: float | Tensor, target: PredictionTarget, v: Tensor | None = None
 ) -> Prediction:
-    """Both estimates from the one that `target` names, by y = x0 + sigma * eps; shapes as for `Denoiser.estimate`."""
+    """Returns both estimates from the one that `target` names, by y = x0 + sigma * eps (see `Denoiser.estimate`)."""
     if target == "epsilon":
         return Prediction(y - sigma * estimate, estimate, v)
     return Prediction(estimate, (y - estimate) / sigma, v)

@@ -1,8 +1,12 @@
 """The terms of a discrete VP process on tensors: forward marginals, posterior, reverse step, variational bound.
 
+    q(x_t | x_0) = N(sqrt(abar_t) x_0, 1 - abar_t)
+    q(x_{t-1} | x_t, x_0) = N(coef1 x_0 + coef2 x_t, beta~_t)
+    L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),  L_0 = -ln p(x_0 | x_1)
+
 Sources: Ho et al. 2020, Eqs. 4-8 and section 3.3 (discretized decoder); Nichol and Dhariwal 2021, Eq. 15 (learned
 range) and section 3.1 (bits per dimension). The decoder's normal CDF is the tanh approximation of the published code,
-because published bits per dimension were computed with it.
+with which published bits per dimension were computed.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import PredictionTarget, Variance
 from ditlab.diffusion.schedules import VPSchedule
+from ditlab.diffusion.short_repr import short_repr
+
+__all__ = ["Gaussian", "GaussianProcess", "discretized_log_likelihood", "flat_mean", "kl"]
 
 
 class Gaussian(NamedTuple):
@@ -27,14 +34,16 @@ class Gaussian(NamedTuple):
     log_variance: Tensor
     """[B, 1, 1, 1] or [B, C, H, W]."""
 
+    __repr__ = short_repr
+
     @property
     def variance(self) -> Tensor:
-        """exp(log_variance)."""
+        """Returns exp(log_variance)."""
         return self.log_variance.exp()
 
 
 class GaussianProcess:
-    """A schedule's terms, for a network's prediction and variance of the given kinds.
+    """The terms of a schedule, for a network with this kind of prediction and variance.
 
     Steps `t` are int64 `[B]` indices into the schedule; images are `[B, C, H, W]`. Coefficients are computed in float64
     and rounded once to float32.
@@ -62,34 +71,38 @@ class GaussianProcess:
         self._host = {name: torch.from_numpy(np.asarray(table, dtype=np.float32)) for name, table in tables.items()}
         self._tables = {torch.device("cpu"): self._host}
 
+    def __repr__(self) -> str:
+        """Returns the schedule and the kinds of prediction and variance."""
+        return f"GaussianProcess({self.schedule!r}, {self.prediction}, {self.variance})"
+
     def at(self, name: str, t: Tensor) -> Tensor:
-        """One table at the steps t, [B, 1, 1, 1]."""
+        """Returns the values of a table at the steps t, [B, 1, 1, 1]."""
         if t.device not in self._tables:
             self._tables[t.device] = {key: table.to(t.device) for key, table in self._host.items()}
         return self._tables[t.device][name][t].reshape(-1, 1, 1, 1)
 
     def network_time(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """What the network is told for the steps t: the steps of the full process, float32."""
+        """Returns the network's conditioning at the steps t: the steps of the full process, float32."""
         return self.at("timesteps", t).reshape(-1)
 
     def q_sample(
         self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], noise: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+        """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
         return self.at("signal", t) * x0 + self.at("noise", t) * noise
 
     def q(self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
-        """q(x_t | x_0)."""
+        """Returns q(x_t | x_0)."""
         return Gaussian(self.at("signal", t) * x0, self.at("log_noise", t))
 
     def posterior(self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0), its log variance clipped at t = 0."""
+        """Returns q(x_{t-1} | x_t, x_0), its log variance clipped at t = 0."""
         return Gaussian(self.at("coef1", t) * x0 + self.at("coef2", t) * x, self.at("log_posterior", t))
 
     def split(
         self, output: Float[Tensor, "b o h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> tuple[Tensor, Tensor | None]:
-        """(estimate of x0, v or None) from a network's raw output at x_t: the prediction, then v where learned."""
+        """Returns (estimate of x0, v or None) from a network's raw output at x_t: the prediction, then a learned v."""
         channels = x.shape[1]
         v = output[:, channels:] if self.variance == "learned-range" else None
         if self.prediction == "x0":
@@ -99,11 +112,11 @@ class GaussianProcess:
     def reverse(
         self, x0: Float[Tensor, "b c h w"], v: Tensor | None, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Gaussian:
-        """p(x_{t-1} | x_t) from an estimate of the clean image.
+        """Returns p(x_{t-1} | x_t) from an estimate of the clean image.
 
         Args:
             x0: the estimate.
-            v: where the log variance lies between the posterior's (-1) and beta's (1); None for the fixed variance.
+            v: log variance, from the posterior's (-1) to beta's (1); None for the fixed variance.
             x: x_t.
             t: steps.
         """
@@ -116,7 +129,7 @@ class GaussianProcess:
     def bound(
         self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], reverse: Gaussian
     ) -> Float[Tensor, " b"]:
-        """The term L_t of the variational bound in bits per dimension: a KL, or the decoder's likelihood at t = 0.
+        """Returns the term L_t of the variational bound in bits per dimension; at t = 0 the decoder's likelihood.
 
         Args:
             x0: the clean images.
@@ -129,27 +142,27 @@ class GaussianProcess:
         return torch.where(t == 0, decoder, bits)
 
     def prior(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension."""
+        """Returns KL(q(x_T | x_0) || N(0, 1)) in bits per dimension."""
         last = torch.full((len(x0),), len(self.schedule) - 1, device=x0.device)
         normal = Gaussian(torch.zeros_like(x0), x0.new_zeros(len(x0), 1, 1, 1))
         return flat_mean(kl(self.q(x0, last), normal)) / math.log(2)
 
 
 def flat_mean(values: Tensor) -> Tensor:
-    """[B, ...] to its mean over all but the first dimension, [B]."""
+    """Returns the mean of [B, ...] over all dimensions but the first, [B]."""
     return values.flatten(1).mean(1)
 
 
 def kl(p: Gaussian, q: Gaussian) -> Tensor:
-    """KL(p || q) in nats, element by element."""
+    """Returns KL(p || q) in nats, element by element."""
     ratio = p.log_variance - q.log_variance
     return 0.5 * (ratio.expm1() - ratio + (p.mean - q.mean) ** 2 * (-q.log_variance).exp())
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability, in nats, of 8-bit images under a normal distribution, element by element.
+    """Returns the log probability, in nats, of 8-bit images under a normal distribution, element by element.
 
-    Each of the 256 values owns the bin of width 2/255 around it; the outermost bins are open.
+    Each of the 256 values has the bin of width 2/255 around it; the outermost bins are open.
 
     Args:
         x: images in [-1, 1] whose values are multiples of 2/255 from -1.

@@ -1,11 +1,11 @@
-"""Classifier-free guidance: a denoiser that exaggerates what a class changes in the estimate.
+"""Classifier-free guidance: a denoiser that exaggerates the effect of the class on the estimate.
 
-With eps_c the estimate of the noise for the image's class and eps_u the one for no class,
+With eps_c the noise estimate for the image's class and eps_u the one without a class,
 
     eps_g = eps_u + w (eps_c - eps_u),
 
-so w = 1 is the conditional estimate and w = 0 the unconditional one. The wrapped denoiser is a denoiser like any other,
-whatever it is made of and whatever samples it; both estimates come from one call on a doubled batch.
+so w = 1 is the conditional estimate and w = 0 the unconditional one. The result is a denoiser like any other, for every
+sampler. Both estimates come from one call on a doubled batch.
 
 Sources: Ho and Salimans 2022 (2207.12598), with w + 1 of theirs as w here; Peebles and Xie 2023 (guidance of the first
 three channels alone, in the released code of DiT); Gao et al. 2023, MDT (the power-cosine schedule); Kynkäänniemi et
@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.schedules import make_schedule
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
+
+__all__ = ["GuidanceConfig", "GuidanceSchedule", "GuidedDenoiser", "guided"]
 
 GuidanceSchedule = Literal["constant", "power-cosine"]
 
@@ -35,19 +38,21 @@ class GuidanceConfig:
     """How strongly samples are pulled towards their class."""
 
     scale: float = 1.0
-    """The scale w: 1 is no guidance, above 1 exaggerates the class, 0 leaves it out, between 0 and 1 weakens it."""
+    """Scale w: 1 is no guidance; above 1 exaggerates the class; 0 ignores it; between 0 and 1 weakens it."""
     schedule: GuidanceSchedule = "constant"
-    """How the scale changes along sampling: constant, or power-cosine from 1 at pure noise to w at the image."""
+    """Scale during sampling: constant, or power-cosine, which rises from 1 at pure noise to w at the image."""
     power: float = 4.0
-    """Exponent of power-cosine; the larger it is, the later guidance sets in."""
+    """Exponent of power-cosine; the larger it is, the later guidance begins."""
     interval: tuple[float, float] | None = None
-    """(low, high): guide only at noise levels low < sigma <= high; none for all levels."""
+    """(low, high): guide at noise levels low < sigma <= high alone; none for all levels."""
     channels: int | Literal["all"] | None = None
-    """How many channels are guided, the first ones, or all; none for what was published: 3 of the 4 channels of Stable
-    Diffusion's latents, and all of any other image's."""
+    """Number of guided channels (the first ones), or all; none for the published choice: 3 of the 4 channels of Stable
+    Diffusion's latents, and all channels of other images."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Refuses settings without a meaning."""
         if not 0 <= self.scale < math.inf:  # NaN fails it too
             raise DitlabError(f"guidance: expected a scale of at least 0 (1 is no guidance), found {self.scale:g}")
         if not 0 < self.power < math.inf:
@@ -60,14 +65,14 @@ class GuidanceConfig:
 
     @property
     def on(self) -> bool:
-        """Whether it changes anything."""
+        """Whether it changes the estimate."""
         return self.scale != 1
 
     def guided_channels(self, channels: int) -> int:
-        """How many of an image's channels are guided.
+        """Returns how many of an image's channels are guided.
 
         Raises:
-            DitlabError: more than the image has.
+            DitlabError: more channels than the image has.
         """
         if self.channels == "all":
             return channels
@@ -79,23 +84,23 @@ class GuidanceConfig:
 
 
 def guided(denoiser: Denoiser, config: GuidanceConfig) -> Denoiser:
-    """A denoiser that gives guided estimates; the denoiser itself where the scale is 1.
+    """Returns a denoiser with guided estimates; the denoiser itself if the scale is 1.
 
-    It has to be given a label for each image. The channels that are not guided and the learned variance stay those of
-    the conditional estimate. The analyses of attention refuse it, for its network sees every image twice.
+    It needs a label for each image. The channels that are not guided and the learned variance are those of the
+    conditional estimate. The analyses of attention refuse it, because its network gets every image twice.
 
     Args:
-        denoiser: any that takes labels, the label `num_classes` for "no class" among them.
-        config: how strongly, and where.
+        denoiser: any denoiser that takes labels, including the label `num_classes` for "no class".
+        config: the scale, and where it applies.
 
     Raises:
-        DitlabError: the denoiser is unconditional, or knows no "no class", or has fewer channels than are to be guided.
+        DitlabError: the denoiser is unconditional, or has no "no class", or has fewer channels than are to be guided.
     """
     return GuidedDenoiser(denoiser, config) if config.on else denoiser
 
 
 class GuidedDenoiser(Denoiser):
-    """See `guided`, which makes one."""
+    """A denoiser with guidance; made by `guided`."""
 
     def __init__(self, inner: Denoiser, config: GuidanceConfig) -> None:
         if not inner.num_classes:
@@ -105,52 +110,56 @@ class GuidedDenoiser(Denoiser):
                 "guidance: expected a denoiser that also knows 'no class' (label dropout in training), found none"
             )
         self.inner, self.config = inner, config
-        self._known: dict[float, float] = {}
+        self._weight_cache: dict[float, float] = {}
         self.channels = config.guided_channels(inner.shape[0])
         self.shape, self.levels, self.num_classes = inner.shape, inner.levels, inner.num_classes
-        self.peak, self.bounded, self.blind = inner.peak, inner.bounded, inner.blind
+        self.peak, self.pixel_space, self.blind = inner.peak, inner.pixel_space, inner.blind
         self.origin, self.variance = inner.origin, inner.variance
+
+    def __repr__(self) -> str:
+        """Returns the wrapped denoiser and the guidance."""
+        return f"GuidedDenoiser({self.inner!r}, {self.config!r})"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """That of the wrapped denoiser, and the guidance."""
+        """Returns the identity of the wrapped denoiser, and the guidance."""
         return super().identity | {"inner": self.inner.identity, "guidance": asdict(self.config)}
 
     @property
     def module(self) -> nn.Module | None:
-        """The wrapped denoiser's."""
+        """Returns the wrapped denoiser's value."""
         return self.inner.module
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The wrapped denoiser's."""
+        """Returns the wrapped denoiser's value."""
         return self.inner.device
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """The wrapped denoiser's."""
+        """Returns the wrapped denoiser's value."""
         return self.inner.scale(sigma)
 
     def time(self, sigma: float | Tensor) -> float | Tensor | None:
-        """The wrapped denoiser's."""
+        """Returns the wrapped denoiser's value."""
         return self.inner.time(sigma)
 
     def passes(self, sigma: float) -> int:
-        """Twice the wrapped denoiser's where it is guided."""
+        """Returns the wrapped denoiser's number, doubled at guided levels."""
         return self.inner.passes(sigma) * (1 if self.weight(sigma) == 1 else 2)
 
     def check_labels(self, label: Tensor | None, count: int) -> None:
-        """Raise a DitlabError where there is no label, or one that the wrapped denoiser does not know."""
+        """Raises a DitlabError if there is no label, or one that the wrapped denoiser does not know."""
         if label is None:
             raise DitlabError("guidance: expected a label for each image, found none")
         self.inner.check_labels(label, count)
 
     def weight(self, sigma: float | Tensor) -> float | Tensor:
-        """The scale w at a level; a tensor of levels gives one of their shape, dtype and device."""
+        """Returns the scale w at a level; for a tensor of levels a tensor of their shape, dtype and device."""
         if isinstance(sigma, Tensor):
             return self._weights(sigma.double()).to(sigma)
-        if sigma not in self._known:
-            self._known[sigma] = float(self._weights(torch.tensor([sigma], dtype=torch.float64)))
-        return self._known[sigma]
+        if sigma not in self._weight_cache:
+            self._weight_cache[sigma] = float(self._weights(torch.tensor([sigma], dtype=torch.float64)))
+        return self._weight_cache[sigma]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
@@ -165,12 +174,12 @@ class GuidedDenoiser(Denoiser):
         return Prediction(self._guide(x0, weight), self._guide(eps, weight), None if v is None else v.chunk(2)[0])
 
     def _guide(self, both: Tensor, weight: float | Tensor) -> Tensor:
-        """eps_u + w (eps_c - eps_u), of the noise or, which is the same, of the image. At w = 1 lerp is exact."""
-        conditional, without = both.chunk(2)
+        """Returns u + w (c - u) of the noise estimates or, equally, of the image estimates. At w = 1 lerp is exact."""
+        c, u = both.chunk(2)
         count = self.channels
         if count == self.shape[0]:
-            return torch.lerp(without, conditional, weight)
-        return torch.cat([torch.lerp(without[:, :count], conditional[:, :count], weight), conditional[:, count:]], 1)
+            return torch.lerp(u, c, weight)
+        return torch.cat([torch.lerp(u[:, :count], c[:, :count], weight), c[:, count:]], 1)
 
     def _weights(self, sigma: Tensor) -> Tensor:
         w = torch.full_like(sigma, self.config.scale)
@@ -182,13 +191,13 @@ class GuidedDenoiser(Denoiser):
         return w
 
     def _part(self, sigma: Tensor) -> Tensor:
-        """t / T of power-cosine: by the denoiser's own steps where they are numbered, else by the linear process's.
+        """Returns t / T of power-cosine, by the denoiser's own steps if it has some, else by the linear process's.
 
-        That the linear process of 1,000 steps counts for a denoiser without numbered ones is ditlab's inference: no
-        publication says what t would be there.
+        Taking the linear process of 1,000 steps for a denoiser without numbered steps is ditlab's inference: no
+        publication defines t there.
         """
-        known = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
-        return known.step(sigma) / (int(known.steps[-1]) + 1)  # pyright: ignore[reportReturnType]
+        levels = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
+        return levels.step(sigma) / (int(levels.steps[-1]) + 1)  # pyright: ignore[reportReturnType]
 
 
 @cache

@@ -1,5 +1,7 @@
 """The variational bound of whole images in bits per dimension, through any denoiser.
 
+    -log2 p(x_0) / D <= L_T + sum_t L_t
+
 Source: Ho et al. 2020, Eq. 5; Nichol and Dhariwal 2021, section 3 (bits per dimension).
 """
 
@@ -16,17 +18,22 @@ from torch import Tensor
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.schedules import Respacing, VPSchedule
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
+
+__all__ = ["BitsPerDimension", "bits_per_dimension"]
 
 
 @dataclass(frozen=True, eq=False)
 class BitsPerDimension:
-    """The bound of B images and its terms at S steps, noisiest first."""
+    """The bound of B images and its terms at S steps, the noisiest first."""
+
+    __repr__ = short_repr
 
     total: Tensor
     """[B]: prior plus all terms."""
     prior: Tensor
-    """[B]: what the noisiest state still tells of the image."""
+    """[B]: L_T, the information about the image in the noisiest state."""
     terms: Tensor
     """[B, S]: L_t."""
     x0_mse: Tensor
@@ -46,20 +53,20 @@ def bits_per_dimension(
     label: Int[Tensor, " b"] | None = None,
     clip: bool = True,
 ) -> BitsPerDimension:
-    """An upper bound on the images' negative log likelihood, one noise draw at each step.
+    """Returns an upper bound on the images' negative log likelihood, with one draw of noise at each step.
 
     Args:
-        denoiser: any; its learned variance is used where it has one, else the one that belongs to it.
+        denoiser: any denoiser; the reverse variance is the learned one if there is one, else `denoiser.variance`.
         images: 8-bit images in [-1, 1].
         noise: step -> unit normal noise like `images`, 0 at the noisiest step; see `samplers.ImageNoise`.
         steps: respacing of the denoiser's levels.
-        label: class of each image.
+        label: the class of each image.
         clip: clip estimates to [-1, 1].
 
     Raises:
-        DitlabError: a shape or label that the denoiser does not know, or one of latents, which have no bits.
+        DitlabError: a shape or label that the denoiser does not take, or a denoiser of latents, which have no bits.
     """
-    if not denoiser.bounded:
+    if not denoiser.pixel_space:
         raise DitlabError("bits per dimension: expected a denoiser of 8-bit images, found one of latents")
     process = GaussianProcess(VPSchedule.from_sigmas(denoiser.levels.grid(steps)), "x0", denoiser.variance)
     sigmas = process.schedule.sigmas

@@ -1,18 +1,20 @@
-"""Denoisers in closed form that see only a window: what a network that is local, or local and shift-equivariant, could
-at best make of its training images.
+"""Baselines with windows: the best denoisers of the training images that are local, or local and shift-equivariant.
 
-Kamb and Ganguli (2412.20292) ask for the minimum of the denoising error over all estimates whose value at a pixel
-depends on the P x P window around it alone (LS), and over those that besides are the same function at every pixel
-(ELS). Both are means over training images of the pixel in the middle, each image weighted by how near its window is:
+The local score (LS) has the least denoising error of all estimates whose value at a pixel depends on the P x P window
+around it alone. The equivariant local score (ELS) has the least error of those that are also the same function at every
+pixel. Both are means of the central pixel over windows m of the training images, weighted by their distance:
 
     D(y)_p = sum w x_m / sum w,    w = exp(-|y_window(p) - x_window(m)|^2 / 2 sigma^2),
 
-where m runs over the place p itself in every training image (LS), over all places of all of them with circular windows
-(ELS), or over those places where the window hangs over the border exactly as it does at p, zeros outside (bbELS): an
-interior window is compared with all interior ones, one that meets an edge with those along that edge at the same
-distance from it, one in a corner with that place alone. Zeros cancel in the distance, so windows are as good as cut.
+- LS: m is the place p in every training image.
+- ELS: m runs over all places of all images, with circular windows.
+- bbELS (broken borders): m runs over the places where the window crosses the border exactly as at p, with zeros
+  outside. An interior window is compared with all interior windows, a window at an edge with those along that edge at
+  the same distance, a window in a corner with that place alone. Zeros cancel in the distance, so windows are cut there.
 
-In their coordinates the noisy image is x_t = a y and the score (a D(y) - x_t) / b^2, sigma = b / a; the rest is theirs.
+In the paper's coordinates the noisy image is x_t = a y and the score (a D(y) - x_t) / b^2, with sigma = b / a.
+
+Source: Kamb and Ganguli 2024 (2412.20292).
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.noise_levels import LevelRange
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.diffusion.softmax_mean import SoftmaxMean, by_level, check_images
 from ditlab.errors import DitlabError
+
+__all__ = ["Border", "EquivariantLocalScoreDenoiser", "LocalScoreDenoiser", "WindowSchedule"]
 
 Border = Literal["circular", "broken"]
 
@@ -42,12 +47,14 @@ class WindowSchedule:
     """The side P of the window at each noise level (Kamb and Ganguli's scales k(t))."""
 
     levels: tuple[float, ...]
-    """Noise levels sigma, ascending; between two of them the nearer one by their ratio counts."""
+    """Noise levels sigma, ascending; a level between two of them has the size of the nearer one by ratio."""
     sizes: tuple[int, ...]
-    """Odd sides in pixels, one a level."""
+    """Odd sides in pixels, one for each level."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        """Refuses what is no schedule."""
+        """Refuses levels and sizes that are no schedule."""
         if not self.levels or len(self.levels) != len(self.sizes) or min(self.levels) <= 0:
             raise DitlabError(
                 f"window schedule: expected one size for each of at least one positive level, found "
@@ -61,17 +68,17 @@ class WindowSchedule:
 
     @classmethod
     def of(cls, window: int | WindowSchedule) -> WindowSchedule:
-        """A schedule, from one size for all levels too."""
+        """Returns a schedule, also from a single size for all levels."""
         return window if isinstance(window, WindowSchedule) else cls((1.0,), (window,))
 
     def at(self, sigma: float) -> int:
-        """The side at a level."""
+        """Returns the side at a level."""
         nearest = min(range(len(self.levels)), key=lambda i: abs(math.log(sigma / self.levels[i])))
         return self.sizes[nearest]
 
 
 class _LocalDenoiser(Denoiser):
-    """What LS, ELS and bbELS share."""
+    """Base of LS, ELS and bbELS."""
 
     def __init__(self, what: str, images: Tensor, window: int | WindowSchedule, chunk: int | None) -> None:
         check_images(what, images, chunk)
@@ -92,21 +99,21 @@ class _LocalDenoiser(Denoiser):
 
     @abstractmethod
     def _x0(self, y: Tensor, sigma: float) -> Tensor:
-        """The estimate, float64 [B, C, H, W], at one level."""
+        """Returns the estimate at one level, float64 [B, C, H, W]."""
 
 
 class LocalScoreDenoiser(_LocalDenoiser):
-    """LS: each pixel is the mean of that pixel over the images, by how near they are in the window around it.
+    """LS: each pixel is the mean of that pixel over the images, weighted by their distance in the window around it.
 
-    Windows are cut at the border (zeros outside, on both sides, are the same). A window of at least 2 max(H, W) - 1
-    pixels sees the whole image from everywhere: that is empirical Bayes.
+    Windows are cut at the border (zeros outside are equivalent). A window of at least 2 max(H, W) - 1 pixels covers the
+    whole image from every pixel, which is empirical Bayes.
 
-    Time and memory grow with N H W, whatever the window: distances are sums over windows of one map of squares.
+    Time and memory grow with N H W for any window, because distances are window sums of one map of squares.
 
     Args:
-        images: [N, C, H, W] in [-1, 1]; they stay on their device, where y has to be too.
+        images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
         window: side of the window in pixels, odd; one for all levels, or a schedule.
-        chunk: images handled at a time, which bounds the memory. Does not change the result.
+        chunk: number of images processed at a time; it limits the memory and does not change the result.
 
     Raises:
         DitlabError: no images, or an even window.
@@ -128,25 +135,25 @@ class LocalScoreDenoiser(_LocalDenoiser):
 
 
 class EquivariantLocalScoreDenoiser(_LocalDenoiser):
-    """ELS and bbELS: each pixel is a mean of pixels of the images, by how near the windows around them are to its own.
+    """ELS and bbELS: each pixel is a mean of the images' pixels, weighted by the distance of the windows around them.
 
-    With the border "circular" (ELS) windows go on at the other side, and all places of all images count: N H W of them
-    for every pixel, so an image costs 2 N (H W)^2 (C P^2 + 1) operations and as many exponentials as it has pairs of
-    places. With "broken" (bbELS) only places count where the window meets the border in the same way.
+    With the border "circular" (ELS) windows wrap around, and all places of all images count. These are N H W places for
+    every pixel, so an image costs 2 N (H W)^2 (C P^2 + 1) operations and N (H W)^2 exponentials. With "broken" (bbELS)
+    only the places count where the window crosses the border in the same way.
 
-    Products are made in float64 where y is float64, or where rounding in float32 could move a logit by 1e-3 (small
-    levels, large windows); else in float32. Sums are float64 either way. Gradients keep every weight in memory,
-    N (H W)^2 numbers an image.
+    Products are float64 if y is float64, or if float32 rounding could change a logit by 1e-3 (small levels, large
+    windows); else float32. Sums are always float64. With gradients all weights stay in memory, N (H W)^2 numbers for
+    each image.
 
     Args:
-        images: [N, C, H, W] in [-1, 1]; they stay on their device, where y has to be too.
-        window: side of the window in pixels, odd; one for all levels, or a schedule. For ELS not above H or W.
-        border: see above.
-        chunk: images handled at a time; what keeps the distances to 4 million numbers (on a GPU 256 million) where not
-            given. Does not change the result.
+        images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
+        window: side of the window in pixels, odd; one for all levels, or a schedule. For ELS at most H and W.
+        border: "circular" or "broken".
+        chunk: number of images processed at a time; by default at most 4 million distances (on a GPU 256 million) are
+            in memory. It does not change the result.
 
     Raises:
-        DitlabError: no images, an even window, or one that would see a pixel twice.
+        DitlabError: no images, an even window, or a window that would contain a pixel twice.
     """
 
     def __init__(
@@ -176,78 +183,78 @@ class EquivariantLocalScoreDenoiser(_LocalDenoiser):
         return torch.cat([self._block(part, sigma, room) for part in y.split(min(len(y), max(1, room)))])
 
     def _block(self, y: Tensor, sigma: float, room: int) -> Tensor:
-        """The same of a few images; the distances of `room` pairs of images fit the memory."""
+        """Returns the estimates of a few images; the distances of `room` pairs of images fit into memory."""
         size = self.windows.at(sigma)
         values = self.shape[0] * size**2
         rounding = torch.finfo(torch.float32).eps * values * (1 + sigma) / sigma**2
         dtype = torch.float64 if rounding > _ROUNDING else y.dtype
         groups = [(rows.to(y.device), columns.to(y.device)) for rows, columns in self._groups(size)]
-        # The logits up to what all places share, (<y, x> - |x|^2 / 2) / sigma^2, as one product.
-        seen = self._windows(y.to(dtype), size)
-        queries = [torch.cat([q, torch.ones_like(q[..., :1])], -1) / sigma**2 for q in _gather(seen, groups)]
+        # The logits up to a constant of all places, (<y, x> - |x|^2 / 2) / sigma^2, as one product.
+        windows = self._windows(y.to(dtype), size)
+        queries = [torch.cat([q, torch.ones_like(q[..., :1])], -1) / sigma**2 for q in _gather(windows, groups)]
         means = [SoftmaxMean() for _ in groups]
         for part in self.images.split(self.chunk or max(1, room // len(y))):
             images = part.to(dtype)
-            known = _gather(self._windows(images, size), groups)
+            keys = _gather(self._windows(images, size), groups)
             centres = _gather(images[..., None, None], groups)
-            for mean, query, key, value in zip(means, queries, known, centres, strict=True):
+            for mean, query, key, value in zip(means, queries, keys, centres, strict=True):
                 offsets = key.square().sum(-1, keepdim=True) * -0.5
                 mean.add(query @ torch.cat([key, offsets], -1).mT, value)
         return _scatter([mean.result() for mean in means], groups, y.shape)
 
     def _windows(self, images: Tensor, size: int) -> Tensor:
-        """The window around each pixel, a view [B, C, H, W, P, P]."""
+        """Returns the window around each pixel, a view [B, C, H, W, P, P]."""
         pad, mode = size // 2, "circular" if self.border == "circular" else "constant"
         padded = torch.nn.functional.pad(images, (pad,) * 4, mode=mode) if pad else images
         return padded.unfold(2, size, 1).unfold(3, size, 1)
 
     def _groups(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places that are compared with one another: rows and columns, int64 [G, S], of G sets of S places each."""
+        """Yields rows and columns, int64 [G, S], of G sets of S places, which are compared within each set."""
         height, width = self.shape[1:]
         if self.border == "circular":
             along = [[list(range(height))], [list(range(width))]]
         else:
-            along = [_alike(height, size // 2), _alike(width, size // 2)]
-        # Sets of one size are handled together.
-        alike: dict[tuple[int, int], list[list[tuple[int, int]]]] = defaultdict(list)
+            along = [_same_border(height, size // 2), _same_border(width, size // 2)]
+        # Sets of equal size are processed together.
+        by_size: dict[tuple[int, int], list[list[tuple[int, int]]]] = defaultdict(list)
         for rows, columns in product(*along):
-            alike[len(rows), len(columns)].append(list(product(rows, columns)))
-        for sets in alike.values():
+            by_size[len(rows), len(columns)].append(list(product(rows, columns)))
+        for sets in by_size.values():
             places = torch.tensor(sets)
             yield places[..., 0], places[..., 1]
 
 
 _CPU_ENTRIES, _GPU_ENTRIES = 2**22, 2**28
-"""Distances that are held at once: on a CPU what its caches may hold, on a GPU what keeps it busy."""
+"""Distances in memory at once: on a CPU they fit its caches, on a GPU they keep it busy."""
 _ROUNDING = 1e-3
-"""By how much rounding may move a logit before products are made in float64."""
+"""Largest change of a logit by float32 rounding; above it products are float64."""
 
 
 def _band(side: int, radius: int) -> Tensor:
-    """[side, side]: 1 where two places are at most `radius` apart; times a vector it sums over windows."""
+    """Returns [side, side]: 1 for places at most `radius` apart. Its product with a vector sums over windows."""
     places = torch.arange(side)
     return ((places[:, None] - places).abs() <= radius).double()
 
 
-def _alike(side: int, radius: int) -> list[list[int]]:
-    """The places along a side, those together whose window hangs over both ends by as much."""
-    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+def _same_border(side: int, radius: int) -> list[list[int]]:
+    """Returns the places along a side, grouped by how far their window crosses each end."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place in range(side):
-        found[max(0, radius - place), max(0, place + radius - side + 1)].append(place)
-    return list(found.values())
+        groups[max(0, radius - place), max(0, place + radius - side + 1)].append(place)
+    return list(groups.values())
 
 
 def _gather(windows: Tensor, groups: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Windows [B, C, H, W, P, P] at the places of each group, [G, B S, C P P]."""
-    found = []
+    """Returns windows [B, C, H, W, P, P] at the places of each group, [G, B S, C P P]."""
+    parts = []
     for rows, columns in groups:
         chosen = windows[:, :, rows, columns].permute(2, 0, 3, 1, 4, 5)
-        found.append(chosen.reshape(len(rows), -1, chosen.shape[3:].numel()))
-    return found
+        parts.append(chosen.reshape(len(rows), -1, chosen.shape[3:].numel()))
+    return parts
 
 
 def _scatter(parts: list[Tensor], groups: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """[G, B S, C] at the places of each group back to images [B, C, H, W]."""
+    """Returns images [B, C, H, W] from their values [G, B S, C] at the places of each group."""
     batch, channels, height, width = shape
     flat = [
         part.reshape(len(rows), batch, -1, channels).permute(1, 3, 0, 2).flatten(2)

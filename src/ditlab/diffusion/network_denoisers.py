@@ -1,6 +1,11 @@
-"""Denoisers that are made of a network: on a discrete VP process, preconditioned as EDM, and blind ones.
+"""Denoisers that are made of a network F: on a discrete VP process, preconditioned as EDM, and blind.
 
-Sources: Karras et al. 2022, Table 1 (preconditioning); Mohan et al. 2020 (bias-free denoisers).
+    VP       x0 = y - sigma F(sqrt(abar_t) y, t),  sigma^2 = (1 - abar_t) / abar_t
+    EDM      x0 = c_skip y + c_out F(c_in y, c_noise)
+    blind    x0 = y - F(y)
+
+Sources: Ho et al. 2020, Eq. 4; Karras et al. 2022, Eq. 7 and Table 1 (preconditioning); Mohan et al. 2020 (bias-free
+denoisers).
 """
 
 from __future__ import annotations
@@ -17,44 +22,45 @@ from ditlab.diffusion.noise_levels import BetweenSteps, DiscreteLevels, LevelRan
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
 from ditlab.errors import DitlabError, unknown_name
 
+__all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "Preconditioning", "VPDenoiser"]
+
 Preconditioning = Literal["edm", "vp", "ve"]
 
 
 class NetworkDenoiser(Denoiser):
-    """What denoisers made of a network share: `network(x, t, label)` with `in_shape` and `num_classes`."""
+    """Base of denoisers that are made of `network(x, t, label)` with `in_shape` and `num_classes`."""
 
     def __init__(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
         self.network = network
-        given: Any = network.in_shape if shape is None else shape
-        self.shape = (int(given[0]), int(given[1]), int(given[2]))
+        channels, height, width = network.in_shape if shape is None else shape  # pyright: ignore[reportGeneralTypeIssues]
+        self.shape = (int(channels), int(height), int(width))
         self.num_classes = int(getattr(network, "num_classes", 0))
         self.null_class = bool(getattr(getattr(network, "config", None), "null_class", True))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`; the network's own settings too, as one with other heads may have equal weights."""
+        """See `Denoiser.identity`; with the network's settings, for other heads may have equal weights."""
         config = getattr(self.network, "config", None)
-        found = super().identity
-        if is_dataclass(config) and not isinstance(config, type):
-            found["network"] = asdict(config)
-        return found
+        if not is_dataclass(config) or isinstance(config, type):
+            return super().identity
+        return super().identity | {"network": asdict(config)}
 
     @property
     def module(self) -> nn.Module:
-        """The network."""
+        """Returns the network."""
         return self.network
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the network's parameters are."""
+        """Returns the device of the network's parameters."""
         first = next(self.network.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
     def _run(self, x: Tensor, time: float | Tensor | None, label: Tensor | None, outputs: int) -> Tensor:
-        """The network's raw output, in the dtype of x, whatever the network computes in."""
+        """Returns the network's raw output, cast to the dtype of x."""
         first = next(self.network.parameters(), None)
         dtype = x.dtype if first is None else first.dtype
-        # A time of up to 1000 keeps its integers in float32 at least.
+        # Half precision does not have all integers up to 1000.
         time_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if isinstance(time, Tensor):
             time = time.reshape(-1).to(time_dtype)
@@ -67,16 +73,16 @@ class NetworkDenoiser(Denoiser):
 
 
 class VPDenoiser(NetworkDenoiser):
-    """A network trained on a discrete VP process: it sees x_t = sqrt(abar_t) y and the step t.
+    """A network that was trained on a discrete VP process: its input is x_t = sqrt(abar_t) y and the step t.
 
     Args:
         network: raw output `[B, C, H, W]`, or `[B, 2C, H, W]` (the prediction, then v) with "learned-range".
-        schedule: the process that it was trained on; its `timesteps` are what the network is told.
-        prediction: what its first C channels are.
-        variance: what is known of the reverse variance.
-        shape: (C, H, W) where the network has no `in_shape`.
-        between: for levels between two steps, a fractional t (linear in log sigma) or the nearest step's.
-        rescale_time: tell the network t * 1000 / T, as improved-diffusion's rescale_timesteps does.
+        schedule: the process that it was trained on; the network's conditioning is its `timesteps`.
+        prediction: the meaning of the first C channels.
+        variance: the reverse variance: learned, or one of the two fixed ones.
+        shape: (C, H, W) if the network has no `in_shape`.
+        between: for a level between two steps, a fractional t (linear in log sigma) or the nearest step's t.
+        rescale_time: give the network t * 1000 / T, as improved-diffusion's rescale_timesteps does.
     """
 
     def __init__(
@@ -112,11 +118,11 @@ class VPDenoiser(NetworkDenoiser):
         return super().identity | own
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """sqrt(abar_t)."""
+        """Returns sqrt(abar_t)."""
         return (1 + sigma * sigma) ** -0.5
 
     def time(self, sigma: float | Tensor) -> float | Tensor:
-        """The step t, an exact integer on the grid."""
+        """Returns the step t, an exact integer on the grid."""
         return self.levels.step(sigma, self.between) * self.time_factor  # pyright: ignore[reportAttributeAccessIssue]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
@@ -129,13 +135,13 @@ class VPDenoiser(NetworkDenoiser):
 
 
 class EDMDenoiser(NetworkDenoiser):
-    """D(y) = c_skip y + c_out F(c_in y, c_noise) around a network F (Karras et al. 2022, Eq. 7 and Table 1).
+    """D(y) = c_skip y + c_out F(c_in y, c_noise) with a network F (Karras et al. 2022, Eq. 7 and Table 1).
 
     Args:
         network: raw output `[B, C, H, W]`.
         precond: "edm"; "vp" and "ve" are Song et al.'s processes in the same form.
         sigma_data: standard deviation of the images, for "edm".
-        shape: (C, H, W) where the network has no `in_shape`.
+        shape: (C, H, W) if the network has no `in_shape`.
     """
 
     def __init__(
@@ -162,24 +168,25 @@ class EDMDenoiser(NetworkDenoiser):
         return super().identity | {"precond": self.precond, "sigma_data": self.sigma_data}
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """c_in."""
+        """Returns c_in."""
         if self.precond == "ve":
             return 1.0
         return (sigma * sigma + (self.sigma_data**2 if self.precond == "edm" else 1.0)) ** -0.5
 
     def time(self, sigma: float | Tensor) -> float | Tensor:
-        """c_noise."""
+        """Returns c_noise."""
         if self.precond == "edm":
             return _log(sigma) / 4
         if self.precond == "ve":
             return _log(sigma / 2)
-        # 999 times the time of the VP process; float64 because ln(1 + sigma^2) cancels at small levels.
+        # 999 times the VP process's time t, the root of sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t). Float64,
+        # because ln(1 + sigma^2) cancels at small levels.
         wide = sigma.double() if isinstance(sigma, Tensor) else float(sigma)
         root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * _log1p(wide * wide)) ** 0.5
         return 999 * (root - VP_BETA_MIN) / VP_BETA_D
 
     def skip_and_out(self, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """(c_skip, c_out)."""
+        """Returns (c_skip, c_out)."""
         if self.precond == "edm":
             total = sigma * sigma + self.sigma_data**2
             return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5
@@ -193,15 +200,15 @@ class EDMDenoiser(NetworkDenoiser):
 
 
 class BlindDenoiser(NetworkDenoiser):
-    """A network that sees only the image, in units of its own, like the published bias-free CNNs.
+    """A network that gets the image alone, in its own units, like the published bias-free CNNs.
 
     Args:
         network: called as `network(x, None, None)`.
         levels: the levels that it was trained for, in units of [-1, 1].
-        low: what it sees for our -1.
-        high: what it sees for our 1.
-        output: "noise" if it returns the noise (in its units), "clean" if the image.
-        shape: (C, H, W) where the network has no `in_shape`, or is to be used at another size.
+        low: the network's value for -1.
+        high: the network's value for 1.
+        output: "noise" if it returns the noise (in its units), "clean" if it returns the image.
+        shape: (C, H, W) if the network has no `in_shape` or is used at another size.
     """
 
     blind = True
@@ -231,7 +238,7 @@ class BlindDenoiser(NetworkDenoiser):
         return super().identity | {"output": self.output, "unit": self.unit}
 
     def time(self, sigma: float | Tensor) -> None:
-        """None: the network is told nothing."""
+        """Returns None: the network has no conditioning on the level."""
         return
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:

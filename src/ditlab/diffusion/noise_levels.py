@@ -1,7 +1,11 @@
-"""Which noise levels a denoiser knows: the numbered steps of a discrete process, or a range.
+"""The noise levels that a denoiser takes: the numbered steps of a discrete process, or a range.
 
 A level is `sigma` in the variance-exploding sense, y = x0 + sigma * n. Between two steps of a discrete process the step
-number is taken linear in log sigma, in which both published schedules are smooth.
+number t is linear in log sigma, in which both published schedules are smooth:
+
+    t = t_0 + (t_1 - t_0) ln(sigma / sigma_0) / ln(sigma_1 / sigma_0)
+
+Sources: Karras et al. 2022, Eq. 5 (the spacing of a range); the interpolation is ditlab's own.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 from ditlab.diffusion.schedules import Respacing, noise_levels, respace
 from ditlab.errors import DitlabError
 
+__all__ = ["BetweenSteps", "DiscreteLevels", "LevelRange", "Levels"]
+
 BetweenSteps = Literal["interpolate", "round"]
 
 
@@ -28,7 +34,7 @@ class DiscreteLevels:
     sigmas: np.ndarray
     """float64, ascending, positive."""
     steps: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """int64, ascending: the number of each level's step; 0, 1, ... where not given."""
+    """int64, ascending: the number of each level's step; by default 0, 1, ..."""
 
     def __post_init__(self) -> None:
         sigmas = np.asarray(self.sigmas, dtype=np.float64)
@@ -42,36 +48,40 @@ class DiscreteLevels:
     def __len__(self) -> int:
         return len(self.sigmas)
 
+    def __repr__(self) -> str:
+        """Returns the number of levels and their range."""
+        return f"DiscreteLevels({len(self)} levels, {self.min:.3g} to {self.max:.3g})"
+
     @property
     def min(self) -> float:
-        """The lowest level."""
+        """Returns the lowest level."""
         return float(self.sigmas[0])
 
     @property
     def max(self) -> float:
-        """The highest level."""
+        """Returns the highest level."""
         return float(self.sigmas[-1])
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these levels from others, as JSON values: how many, and a hash of the sigmas and their steps."""
+        """Returns the number of levels and a hash of the sigmas and their steps, as JSON values."""
         digest = hashlib.sha256(self.sigmas.tobytes() + self.steps.tobytes())
         return {"count": len(self), "sha256": digest.hexdigest()}
 
     def grid(self, spec: Respacing) -> np.ndarray:
-        """The levels that a respacing keeps (see `schedules.respace`), ascending."""
+        """Returns the levels of a respacing (see `schedules.respace`), ascending."""
         return self.sigmas[respace(len(self), spec)]
 
     def nearest(self, sigma: float) -> float:
-        """The grid point that is nearest to a level, by their ratio."""
+        """Returns the level of the grid that is nearest to a level, by their ratio."""
         return float(self.sigmas[np.abs(np.log(self.sigmas / sigma)).argmin()])
 
     def step(self, sigma: float | Tensor, between: BetweenSteps = "interpolate") -> float | Tensor:
-        """The step number of a level, linear in log sigma between grid points; exact integers on them.
+        """Returns the step number of a level: linear in log sigma between two grid points, an exact integer on one.
 
         Args:
             sigma: a level, or a tensor of levels, inside the grid.
-            between: "round" takes the nearest grid point instead.
+            between: "round" for the number of the nearest grid point.
         """
         if isinstance(sigma, Tensor):
             logs, steps = self._on(sigma.device)
@@ -81,7 +91,7 @@ class DiscreteLevels:
             width = (logs[right] - logs[left]).clamp(min=1e-300)
             part = ((log - logs[left]) / width).clamp(0, 1)
             near = part.round()
-            # A level that came through float32 is still the grid point it was.
+            # A grid point that was rounded to float32 is still a grid point.
             part = near if between == "round" else torch.where((part - near).abs() < 1e-3, near, part)
             return torch.lerp(steps[left], steps[right], part)
         right = min(max(int(np.searchsorted(self.sigmas, sigma)), min(1, len(self) - 1)), len(self) - 1)
@@ -102,7 +112,7 @@ class DiscreteLevels:
 
 @dataclass(frozen=True)
 class LevelRange:
-    """Every level above `min` (or equal to it, where it is not 0) up to `max`, which may be infinite."""
+    """All levels from `min` (0 excluded) to `max`, which may be infinite."""
 
     min: float
     max: float
@@ -113,14 +123,14 @@ class LevelRange:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this range from others, as JSON values; an infinite end as text."""
+        """Returns the range as JSON values; an infinite end is text."""
         return {"min": self.min, "max": self.max if math.isfinite(self.max) else "infinite"}
 
     def grid(self, spec: Respacing) -> np.ndarray:
-        """So many levels, ascending, spaced as Karras et al. 2022 Eq. 5 between 0.002 and 80 or the range's ends.
+        """Returns `spec` levels, ascending, spaced as in Karras et al. 2022, Eq. 5, from 0.002 to 80 inside the range.
 
         Raises:
-            DitlabError: a specification other than one number, which only numbered steps could obey.
+            DitlabError: `spec` is not a count; only numbered steps have other respacings.
         """
         if not str(spec).isdigit():
             raise DitlabError(

@@ -1,8 +1,11 @@
 """Objectives: how a network is trained to denoise.
 
-An objective draws every random number of a step for the whole global batch on the CPU (`draw`), so that one process and
-many draw the same; it turns images and draws into one loss an image (`losses`); and it makes the trained network a
-denoiser (`denoiser`).
+An objective draws all random numbers of a step for the whole global batch on the CPU (`draw`), so that any number of
+processes draw the same ones. It computes one loss for each image from images and draws (`losses`), and it makes the
+trained network a denoiser (`denoiser`).
+
+    VP    L = |eps - eps_theta(x_t, t)|^2 + L_vb,  x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    EDM   L = lambda(sigma) |D(x0 + sigma n; sigma) - x0|^2
 
 Sources: Ho et al. 2020, Eq. 14 (simple loss); Nichol and Dhariwal 2021, Eq. 16 (hybrid loss); Peebles and Xie 2023 (the
 settings that are the defaults here); Karras et al. 2022, Eq. 8 and Table 1 (EDM).
@@ -24,8 +27,11 @@ from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.network_denoisers import EDMDenoiser, Preconditioning, VPDenoiser
 from ditlab.diffusion.noise_levels import BetweenSteps
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.diffusion.time_sampling import LossSecondMoment
 from ditlab.errors import DitlabError
+
+__all__ = ["Draws", "EDMObjective", "EDMObjectiveConfig", "Objective", "VPObjective", "VPObjectiveConfig"]
 
 Draws = Mapping[str, Tensor]
 
@@ -43,26 +49,28 @@ class VPObjectiveConfig:
     prediction: PredictionTarget = "epsilon"
     """What the network predicts: the noise or the clean image."""
     variance: Variance = "learned-range"
-    """Reverse variance: learned between its two bounds (needs a network with twice the channels), or one of them."""
+    """Reverse variance: learned between its two bounds (the network then has twice the channels), or one of the two."""
     loss: Literal["mse", "rescaled-mse", "kl", "kl-unscaled"] = "mse"
-    """mse: mean squared error, plus the variational bound in bits where the variance is learned; rescaled-mse: the
+    """mse: mean squared error, plus the variational bound in bits if the variance is learned; rescaled-mse: the
     bound times T / 1000; kl: T times the bound alone; kl-unscaled: the bound of one step alone."""
     time_sampling: Literal["uniform", "loss-second-moment"] = "uniform"
     """How t is drawn in training: loss-second-moment draws steps of large loss more often and weights them down."""
     rescale_time: bool = False
-    """Tell the network t * 1000 / T instead of t."""
+    """Give the network t * 1000 / T instead of t."""
     between: BetweenSteps = "interpolate"
     """For a level between two steps, the denoiser takes a fractional t or the nearest step's."""
     label_dropout: float = 0.1
     """Probability that an image's label is replaced by "no class" (conditional networks only)."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
+        """Refuses settings that cannot be trained."""
         make_schedule(self.schedule, self.steps)
         _check_dropout(self.label_dropout)
 
     def build(self) -> VPObjective:
-        """The objective."""
+        """Returns the objective."""
         return VPObjective(self)
 
 
@@ -83,8 +91,10 @@ class EDMObjectiveConfig:
     label_dropout: float = 0.1
     """Probability that an image's label is replaced by "no class" (conditional networks only)."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
+        """Refuses settings that cannot be trained."""
         if self.sigma_data <= 0 or self.p_std <= 0:
             raise DitlabError(
                 f"objective: expected sigma_data > 0 and p_std > 0, found {self.sigma_data} and {self.p_std}"
@@ -92,20 +102,24 @@ class EDMObjectiveConfig:
         _check_dropout(self.label_dropout)
 
     def build(self) -> EDMObjective:
-        """The objective."""
+        """Returns the objective."""
         return EDMObjective(self)
 
 
 class Objective(ABC):
-    """How a network is trained. It has no memory unless `state_dict` says otherwise."""
+    """How a network is trained. It keeps no history unless `history_keys` says so."""
 
     label_dropout: float
-    remembers: tuple[str, ...] = ()
-    """Names of the draws and losses `[B]` of a step that it learns from, for all images of the global batch."""
+    history_keys: tuple[str, ...] = ()
+    """Names of the draws and losses `[B]` of a step that `update` takes, for all images of the global batch."""
+
+    def __repr__(self) -> str:
+        """Returns the class and its config."""
+        return f"{type(self).__name__}({getattr(self, 'config', '')})"
 
     @abstractmethod
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """Every random number of `count` images.
+        """Draws all random numbers of `count` images.
 
         Args:
             generator: a CPU generator.
@@ -113,42 +127,42 @@ class Objective(ABC):
             shape: (C, H, W).
 
         Returns:
-            CPU tensors with first dimension `count`, of which a process keeps its slice.
+            CPU tensors with first dimension `count`; each process keeps its slice.
         """
 
     @abstractmethod
     def losses(
         self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
     ) -> dict[str, Tensor]:
-        """Losses `[B]` of the images under these draws, all on one device; "loss" is the one to descend.
+        """Returns losses `[B]` of the images under these draws, all on one device; "loss" is minimized.
 
         Args:
             network: raw output from (x, t, label).
             images: in [-1, 1].
-            label: classes 0 .. num_classes - 1; dropped ones are replaced here.
-            draws: what `draw` gave for these images.
+            label: classes 0 .. num_classes - 1; labels are dropped here.
+            draws: the result of `draw` for these images.
         """
 
     @abstractmethod
     def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> Denoiser:
-        """The network as a denoiser, at `shape` (C, H, W), or at its own `in_shape`."""
+        """Returns the network as a denoiser, at `shape` (C, H, W), or at its own `in_shape`."""
 
     @abstractmethod
     def network_outputs(self, channels: int) -> int:
-        """Channels that the network has to put out for images of so many channels."""
+        """Returns the number of output channels that the network needs for images of `channels` channels."""
 
-    def observe(self, seen: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no memory)
-        """Is given what it `remembers`, `[B]` of the whole global batch in its order, after each step."""
+    def update(self, seen: Mapping[str, Tensor]) -> None:  # noqa: B027 (most keep no history)
+        """Adds a step to the history: the values of `history_keys`, `[B]`, in the order of the global batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as JSON values."""
+        """Returns the history, as JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Restores the history that `state_dict` returned.
 
         Raises:
-            DitlabError: a state that belongs to another objective.
+            DitlabError: the state belongs to another objective.
         """
         if state:
             raise DitlabError(f"objective: expected a state without entries, found {', '.join(sorted(state))}")
@@ -157,25 +171,25 @@ class Objective(ABC):
         classes = int(getattr(network, "num_classes", 0))
         if label is None or classes == 0:
             return None
-        # Without dropout the "no class" row is never used, and a network without one is served too.
+        # Without dropout the "no class" row is never used, so a network need not have one.
         return torch.where(coins < self.label_dropout, classes, label) if self.label_dropout else label
 
 
 class VPObjective(Objective):
     """The loss of a discrete VP process; `draw` gives "t" int64, "noise" unit normal and "coin" uniform.
 
-    With time_sampling loss-second-moment `draw` depends on the losses that were observed, and gives "weight" too.
+    With time_sampling loss-second-moment `draw` depends on the history of losses, and gives "weight" too.
     """
 
     def __init__(self, config: VPObjectiveConfig, schedule: VPSchedule | None = None) -> None:
-        """`schedule` where the process is not the configuration's full one, such as a respaced one."""
+        """Takes a `schedule` if the process is not the config's full one, but for example a respaced one."""
         self.config, self.label_dropout = config, config.label_dropout
         self.schedule = make_schedule(config.schedule, config.steps) if schedule is None else schedule
         self.process = GaussianProcess(self.schedule, config.prediction, config.variance)
         self.time_factor = 1000 / config.steps if config.rescale_time else 1.0
         self.sampling: LossSecondMoment | None = None
         if config.time_sampling == "loss-second-moment":
-            self.sampling, self.remembers = LossSecondMoment(len(self.schedule)), ("t", "unweighted")
+            self.sampling, self.history_keys = LossSecondMoment(len(self.schedule)), ("t", "unweighted")
 
     def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """See `Objective.draw`."""
@@ -189,10 +203,10 @@ class VPObjective(Objective):
             "noise": torch.randn(count, *shape, generator=generator),
         }
 
-    def observe(self, seen: Mapping[str, Tensor]) -> None:
-        """See `Objective.observe`."""
+    def update(self, seen: Mapping[str, Tensor]) -> None:
+        """See `Objective.update`."""
         if self.sampling is not None:
-            self.sampling.observe(seen["t"], seen["unweighted"])
+            self.sampling.update(seen["t"], seen["unweighted"])
 
     def state_dict(self) -> dict[str, Any]:
         """See `Objective.state_dict`."""
@@ -205,14 +219,14 @@ class VPObjective(Objective):
     def losses(
         self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
     ) -> dict[str, Tensor]:
-        """ "loss", and "mse" and "vb" (bits per dimension, as it enters the loss) where they are computed.
+        """Returns "loss", and "mse" and "vb" (bits per dimension, as in the loss) if they are computed.
 
-        Where the draws have a "weight", the loss has it as a factor, and "unweighted" is the loss without.
+        If the draws have a "weight", the loss is multiplied by it, and "unweighted" is the loss without it.
         """
-        found = self._losses(network, images, label, draws)
+        losses = self._losses(network, images, label, draws)
         if "weight" in draws:
-            found |= {"unweighted": found["loss"].detach(), "loss": found["loss"] * draws["weight"]}
-        return found
+            losses |= {"unweighted": losses["loss"].detach(), "loss": losses["loss"] * draws["weight"]}
+        return losses
 
     def _losses(self, network: nn.Module, images: Tensor, label: Tensor | None, draws: Draws) -> dict[str, Tensor]:
         config, process, t, channels = self.config, self.process, draws["t"], images.shape[1]
@@ -227,7 +241,7 @@ class VPObjective(Objective):
             )
         if config.loss in ("kl", "kl-unscaled"):
             vb = process.bound(images, x, t, process.reverse(*process.split(output, x, t), x, t))
-            # One term of T: times T it estimates the whole bound.
+            # One term of T; T times it estimates the whole bound.
             vb = vb * len(self.schedule) if config.loss == "kl" else vb
             return {"loss": vb, "vb": vb}
         target = draws["noise"] if config.prediction == "epsilon" else images
@@ -255,11 +269,11 @@ class VPObjective(Objective):
         )
 
     def network_outputs(self, channels: int) -> int:
-        """2C with a learned variance, else C."""
+        """Returns 2C with a learned variance, else C."""
         return 2 * channels if self.config.variance == "learned-range" else channels
 
 
-# Song et al.'s ends of the levels in training, with images in [-1, 1] (Karras et al. 2022, Table 1).
+# Song et al.'s lowest and highest levels in training, with images in [-1, 1] (Karras et al. 2022, Table 1).
 _VP_FIRST_TIME = 1e-5
 _VE_LEVELS = (0.02, 100.0)
 
@@ -267,7 +281,7 @@ _VE_LEVELS = (0.02, 100.0)
 class EDMObjective(Objective):
     """Weighted squared error of the denoised image; `draw` gives "sigma", "noise" unit normal and "coin" uniform.
 
-    The loss is the mean over an image's values where EDM's code has their sum; Adam does not see the difference.
+    The loss is the mean over an image's values; EDM's code has their sum. Adam does not depend on that factor.
     """
 
     def __init__(self, config: EDMObjectiveConfig) -> None:
@@ -283,7 +297,7 @@ class EDMObjective(Objective):
         }
 
     def sigmas(self, unit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Training levels from unit normal ("edm") or uniform ("vp", "ve") numbers."""
+        """Returns training levels from unit normal ("edm") or uniform ("vp", "ve") numbers."""
         unit = unit.double()
         if self.config.precond == "edm":
             sigma = (unit * self.config.p_std + self.config.p_mean).exp()
@@ -296,7 +310,7 @@ class EDMObjective(Objective):
         return sigma.float()
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """The loss weight of each level."""
+        """Returns the loss weight lambda of each level."""
         if self.config.precond == "edm":
             data = self.config.sigma_data
             return (sigma**2 + data**2) / (sigma * data) ** 2
@@ -305,7 +319,7 @@ class EDMObjective(Objective):
     def losses(
         self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
     ) -> dict[str, Tensor]:
-        """ "loss" (weighted) and "mse" (of the clean image)."""
+        """Returns "loss" (weighted) and "mse" (of the clean image)."""
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         denoiser = self.denoiser(network, (images.shape[1], images.shape[2], images.shape[3]))
         label = self._drop_labels(network, label, draws["coin"])
@@ -317,7 +331,7 @@ class EDMObjective(Objective):
         return EDMDenoiser(network, self.config.precond, self.config.sigma_data, shape=shape)
 
     def network_outputs(self, channels: int) -> int:
-        """C: the level's weight stands in for a learned variance."""
+        """Returns C: no variance is learned."""
         return channels
 
 

@@ -1,16 +1,26 @@
-"""The settings of the samplers (`ditlab.diffusion.samplers`), one frozen dataclass each."""
+"""The settings of the samplers (`ditlab.diffusion.samplers`): one frozen dataclass for each.
+
+Every config takes `steps` as a number or as text. DDPM and DDIM store text, because theirs may be a respacing such as
+"ddim50"; Heun and DPM-Solver++ store the number. config.json holds these forms.
+
+Sources: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Karras et al. 2022, Algorithms 1-3 and Table 1 (Heun); Lu et
+al. 2022, Algorithm 2 (DPM-Solver++).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.diffusion.schedules import Discretization, FlowName, noise_levels
+from ditlab.diffusion.schedules import Discretization, FlowName, check_respacing, noise_levels
+from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
 
+__all__ = ["DDIMConfig", "DDPMConfig", "DPMSolverConfig", "HeunConfig", "SamplerConfig", "Spacing"]
+
 Spacing = Literal[Discretization, "grid"]
-"""How a sampler's levels are spaced: by a formula (`schedules.noise_levels`), or "grid": a denoiser with numbered steps
-is asked for its own ones, evenly respaced, and never for anything between them; another one for EDM's levels."""
+"""The spacing of a sampler's levels: a formula of `schedules.noise_levels`, or "grid". On the grid, a denoiser with
+numbered steps is called at its own steps alone, evenly respaced; a denoiser without gets EDM's levels."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +29,18 @@ class DDPMConfig:
 
     kind: Literal["ddpm"] = "ddpm"
     """Names this sampler in config.json."""
-    steps: str = "250"
-    """Respacing: a count such as 250; with numbered steps also ddim50 or 10,15,20."""
+    steps: int | str = "250"
+    """Respacing, stored as text: a count such as 250; with numbered steps also ddim50 or 10,15,20."""
     variance: Literal["auto", "fixed-small", "fixed-large"] = "auto"
-    """Reverse variance; auto: the learned one where there is one, else the one that belongs to the denoiser."""
+    """Reverse variance; auto: the denoiser's own, which is the learned one if there is one."""
     clip: bool = False
     """Clip each estimate of the clean image to [-1, 1]; never for latents."""
+
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        """Stores the steps as text; refuses those that are no respacing."""
+        object.__setattr__(self, "steps", _respacing("DDPM", self.steps))
 
 
 @dataclass(frozen=True)
@@ -33,15 +49,18 @@ class DDIMConfig:
 
     kind: Literal["ddim"] = "ddim"
     """Names this sampler in config.json."""
-    steps: str = "50"
-    """Respacing: a count such as 50; with numbered steps also ddim50 or 10,15,20."""
+    steps: int | str = "50"
+    """Respacing, stored as text: a count such as 50; with numbered steps also ddim50 or 10,15,20."""
     eta: float = 0.0
     """Share of the posterior's standard deviation that is added as fresh noise."""
     clip: bool = False
     """Clip each estimate of the clean image to [-1, 1]; never for latents."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Stores the steps as text; refuses settings without a meaning."""
+        object.__setattr__(self, "steps", _respacing("DDIM", self.steps))
         if not 0 <= self.eta <= 1:
             raise DitlabError(f"DDIM: expected eta in [0, 1], found {self.eta}")
 
@@ -52,25 +71,25 @@ class HeunConfig:
 
     kind: Literal["heun"] = "heun"
     """Names this sampler in config.json."""
-    steps: int = 18
-    """Number of levels N; the network is called 2N - 1 times."""
+    steps: int | str = 18
+    """Number of levels N, stored as a number; the network is called 2N - 1 times."""
     levels: Spacing = "edm"
-    """How the levels are spaced; grid: the denoiser's own steps, evenly."""
+    """Spacing of the levels; grid: the denoiser's own steps, evenly."""
     sigma_min: float | None = None
-    """Lowest level above 0; none for the spacing's own (edm: 0.002). Never below what the denoiser knows."""
+    """Lowest level above 0; none for the spacing's own (edm: 0.002). Never below the denoiser's lowest."""
     sigma_max: float | None = None
-    """Highest level; none for the spacing's own (edm: 80). Never above what the denoiser knows."""
+    """Highest level; none for the spacing's own (edm: 80). Never above the denoiser's highest."""
     rho: float = 7.0
     """Exponent of the spacing edm."""
     second_order: bool = True
-    """Whether each step is corrected (Heun); without, it is Euler's method and N calls."""
+    """Whether each step is corrected (Heun); if not, it is Euler's method with N calls."""
     alpha: float = 1.0
-    """How far into the step it is corrected from, in (0, 1]: Heun's method at 1, the midpoint method at 0.5."""
+    """Part of the step to where it is corrected, in (0, 1]: Heun's method at 1, the midpoint method at 0.5."""
     flow: FlowName = "linear"
     """Schedule and scaling of the differential equation that is solved: sigma = t (linear), or those of the VP or the
-    VE process. All have the same solution; what differs is the error of a step."""
+    VE process. All have the same solution; only the error of a step differs."""
     churn: float = 0.0
-    """S_churn: how much fresh noise, over all steps; 0 is deterministic."""
+    """S_churn: amount of fresh noise over all steps; 0 is deterministic."""
     churn_min: float = 0.0
     """Lowest level that is churned."""
     churn_max: float | None = None
@@ -78,8 +97,10 @@ class HeunConfig:
     churn_noise: float = 1.0
     """Standard deviation of the fresh noise."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Stores the steps as a number; refuses settings without a meaning."""
         _check_levels("Heun", self)
         if self.churn < 0:
             raise DitlabError(f"Heun: expected churn >= 0, found {self.churn}")
@@ -87,8 +108,7 @@ class HeunConfig:
             raise DitlabError(f"Heun: expected alpha in (0, 1], found {self.alpha}")
         if self.levels == "grid" and self.alpha != 1:
             raise DitlabError(
-                f"Heun: levels 'grid' are never left, so each step is corrected from the next one; expected alpha 1, "
-                f"found {self.alpha}"
+                f"Heun: on levels 'grid' steps are corrected from the next level; expected alpha 1, found {self.alpha}"
             )
 
 
@@ -101,29 +121,45 @@ class DPMSolverConfig:
 
     kind: Literal["dpm++2m"] = "dpm++2m"
     """Names this sampler in config.json."""
-    steps: int = 20
-    """Number of levels N; the network is called N times."""
+    steps: int | str = 20
+    """Number of levels N, stored as a number; the network is called N times."""
     levels: Spacing = "grid"
-    """How the levels are spaced; grid: the denoiser's own steps, evenly."""
+    """Spacing of the levels; grid: the denoiser's own steps, evenly."""
     sigma_min: float | None = None
-    """Lowest level above 0; none for the spacing's own (edm: 0.002). Never below what the denoiser knows."""
+    """Lowest level above 0; none for the spacing's own (edm: 0.002). Never below the denoiser's lowest."""
     sigma_max: float | None = None
-    """Highest level; none for the spacing's own (edm: 80). Never above what the denoiser knows."""
+    """Highest level; none for the spacing's own (edm: 80). Never above the denoiser's highest."""
     rho: float = 7.0
     """Exponent of the spacing edm."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Stores the steps as a number; refuses settings without a meaning."""
         _check_levels("DPM-Solver++", self)
 
 
 SamplerConfig = DDPMConfig | DDIMConfig | HeunConfig | DPMSolverConfig
 
 
+def _respacing(where: str, steps: object) -> str:
+    """Returns steps as text, checked."""
+    if isinstance(steps, bool) or not isinstance(steps, int | str):
+        raise DitlabError(f"{where}: expected steps as a count or a respacing such as ddim50, found {steps!r}")
+    check_respacing(str(steps))
+    return str(steps)
+
+
 def _check_levels(where: str, config: HeunConfig | DPMSolverConfig) -> None:
+    """Stores the count of steps as a number, and checks that there are such levels."""
+    value = config.steps
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).removeprefix("-").isdecimal():
+        raise DitlabError(f"{where}: expected steps as a count, found {value!r}")
+    steps = int(value)
+    object.__setattr__(config, "steps", steps)
     if config.levels != "grid":
-        noise_levels(config.levels, config.steps, config.sigma_min, config.sigma_max, config.rho)
-    elif config.steps < 1:
-        raise DitlabError(f"{where}: expected steps of at least 1, found {config.steps}")
+        noise_levels(config.levels, steps, config.sigma_min, config.sigma_max, config.rho)
+    elif steps < 1:
+        raise DitlabError(f"{where}: expected steps of at least 1, found {steps}")
     elif config.sigma_min is not None or config.sigma_max is not None:
         raise DitlabError(f"{where}: levels 'grid' are the denoiser's own; expected no sigma_min or sigma_max")

@@ -1,7 +1,9 @@
-"""Noise schedules: the discrete VP process and its respacings, and the level grids of the EDM samplers.
+"""Noise schedules: the discrete VP process and its respacings, and the noise levels of the EDM samplers.
 
-Everything here is float64 on the host; what runs on a device rounds a finished coefficient once. Levels are `sigma` in
-the variance-exploding sense, y = x0 + sigma * n; step t of a VP process is the level sqrt((1 - abar_t) / abar_t).
+    VP step t:    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n,  abar_t = prod (1 - beta_s)
+    its level:    sigma_t = sqrt((1 - abar_t) / abar_t), in y = x_0 + sigma n
+
+Everything is float64 on the host; a finished coefficient is rounded once when it goes to a device.
 
 Sources: Ho et al. 2020 (linear betas, posterior); Nichol and Dhariwal 2021 (cosine, respacing, clipped log variance);
 Karras et al. 2022, Table 1 (the four discretizations, the flows), Eq. 5 (rho schedule).
@@ -12,12 +14,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ditlab.errors import DitlabError, unknown_name
+
+__all__ = [
+    "FLOWS",
+    "LEVEL_LIMITS",
+    "VP_BETA_D",
+    "VP_BETA_MIN",
+    "Discretization",
+    "Flow",
+    "FlowName",
+    "FlowPoint",
+    "Respacing",
+    "ScheduleName",
+    "VPSchedule",
+    "check_respacing",
+    "cosine_levels",
+    "make_schedule",
+    "noise_levels",
+    "respace",
+    "vp_sigma",
+    "vp_sigma_inverse",
+]
 
 ScheduleName = Literal["linear", "cosine"]
 Discretization = Literal["edm", "vp", "ve", "iddpm"]
@@ -38,7 +61,7 @@ class VPSchedule:
     betas: np.ndarray
     """Variance added at each step, in (0, 1)."""
     timesteps: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """int64: the step of the full process that each step stands for, which is what a network is told."""
+    """int64: the step of the full process for each step; it is the network's conditioning."""
 
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, dtype=np.float64)
@@ -54,7 +77,7 @@ class VPSchedule:
 
     @classmethod
     def from_sigmas(cls, sigmas: np.ndarray, timesteps: np.ndarray | None = None) -> VPSchedule:
-        """The VP process whose steps are the levels `sigmas` (ascending, positive)."""
+        """Returns the VP process with the levels `sigmas` (ascending, positive)."""
         squares = np.asarray(sigmas, dtype=np.float64) ** 2
         before = np.concatenate([[0.0], squares[:-1]])
         # 1 - abar_t / abar_{t-1} with abar = 1 / (1 + sigma^2), written without the cancellation.
@@ -63,59 +86,63 @@ class VPSchedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def __repr__(self) -> str:
+        """Returns the number of steps and the range of levels."""
+        return f"VPSchedule({len(self)} steps, sigma {self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g})"
+
     def respaced(self, spec: Respacing) -> VPSchedule:
-        """The shorter process over the steps that `respace(self, spec)` keeps: beta'_i = 1 - abar_i / abar_{i-1}."""
-        kept = respace(self, spec)
-        abar = self.alphas_cumprod[kept]
-        return VPSchedule(1 - abar / np.concatenate([[1.0], abar[:-1]]), self.timesteps[kept])
+        """Returns the shorter process over the steps of `respace(self, spec)`: beta'_i = 1 - abar_i / abar_{i-1}."""
+        steps = respace(self, spec)
+        abar = self.alphas_cumprod[steps]
+        return VPSchedule(1 - abar / np.concatenate([[1.0], abar[:-1]]), self.timesteps[steps])
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """abar_t, the share of the clean image's variance that is left at step t."""
+        """Returns abar_t, the clean image's share of the variance at step t."""
         return np.cumprod(1 - self.betas)
 
     @cached_property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """abar_{t-1}, with 1 before the first step."""
+        """Returns abar_{t-1}, with 1 before the first step."""
         return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
     @cached_property
     def sigmas(self) -> np.ndarray:
-        """The VE level of each step, ascending."""
+        """Returns the VE level of each step, ascending."""
         return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
-        """Variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0."""
+        """Returns the variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Its logarithm, with the value of t = 1 at t = 0, where the variance itself is 0."""
+        """Returns the logarithm of `posterior_variance`, with the value of t = 1 at t = 0, where that is 0."""
         return np.log(self._without_first(self.posterior_variance))
 
     @cached_property
     def large_variance(self) -> np.ndarray:
-        """beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large"."""
+        """Returns beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large"."""
         return np.concatenate([self._without_first(self.posterior_variance)[:1], self.betas[1:]])
 
     @cached_property
     def posterior_mean_coef1(self) -> np.ndarray:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
+        """Returns the weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
         return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_mean_coef2(self) -> np.ndarray:
-        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        """Returns the weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
         return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
 
     def _without_first(self, variance: np.ndarray) -> np.ndarray:
-        # A process of one step has no second entry to borrow; its beta is the only positive variance there is.
+        # A process of one step has no second entry; its beta is the only positive variance.
         return np.concatenate([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas
 
 
 def make_schedule(name: str, steps: int) -> VPSchedule:
-    """A full VP process.
+    """Returns a full VP process.
 
     Args:
         name: "linear" (Ho et al., betas scaled by 1000 / steps) or "cosine" (Nichol and Dhariwal, Eq. 17, betas at
@@ -138,70 +165,82 @@ def make_schedule(name: str, steps: int) -> VPSchedule:
     raise unknown_name("schedule", name, ("linear", "cosine"))
 
 
+def check_respacing(spec: Respacing) -> None:
+    """Raises a DitlabError for a specification that `respace` cannot read, whatever the number of steps."""
+    _counts(spec.removeprefix("ddim") if isinstance(spec, str) else spec, spec, single=str(spec).startswith("ddim"))
+
+
 def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
-    """The steps that a shorter process keeps, ascending.
+    """Returns the steps of a shorter process, ascending.
 
     Args:
         schedule: the process to shorten, or its number of steps T.
-        spec: "250": so many, evenly from the first step to the last. "10,15,20" or a list: T is cut into that many
-            equal sections, and each is spaced by its own count. "ddim50": every k-th step from 0, k the smallest
-            stride that gives exactly 50.
+        spec: "250": 250 steps, evenly from the first to the last. "10,15,20" or a list: T is divided into three equal
+            sections of 10, 15 and 20 steps. "ddim50": every k-th step from 0, k the smallest stride that gives exactly
+            50.
 
     Raises:
-        DitlabError: a specification that cannot be read, or that asks for more steps than there are.
+        DitlabError: a specification that cannot be read, or with more steps than there are.
     """
     steps = schedule if isinstance(schedule, int) else len(schedule)
     if isinstance(spec, str) and spec.startswith("ddim"):
-        (count,) = _counts(spec.removeprefix("ddim"), spec)
+        (count,) = _counts(spec.removeprefix("ddim"), spec, single=True)
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
         raise DitlabError(f"respacing '{spec}': no integer stride takes exactly {count} of {steps} steps")
     counts = _counts(spec, spec)
-    kept: list[int] = []
+    respaced: list[int] = []
     start = 0
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
             raise DitlabError(f"respacing '{spec}': expected at most {size} steps in section {section}, found {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # The stride is added up rather than multiplied: the published step lists depend on its rounding.
+        # The stride is added repeatedly, not multiplied: the published step lists depend on its rounding.
         position = 0.0
         for _ in range(count):
-            kept.append(start + round(position))
+            respaced.append(start + round(position))
             position += stride
         start += size
-    return kept
+    return respaced
 
 
-def _counts(spec: Respacing, whole: Respacing) -> list[int]:
+def _counts(spec: Respacing, whole: Respacing, single: bool = False) -> list[int]:
     try:
         parts = [int(part) for part in (str(spec).split(",") if isinstance(spec, str | int) else spec)]
     except ValueError:
         parts = []
-    if not parts or min(parts) < 1:
+    if not parts or min(parts) < 1 or (single and len(parts) > 1):
         raise DitlabError(f"respacing '{whole}': expected counts of at least 1 such as 250, ddim50 or 10,15,20")
     return parts
 
 
 def vp_sigma(t: np.ndarray | float, beta_d: float = VP_BETA_D, beta_min: float = VP_BETA_MIN) -> np.ndarray:
-    """Level of the continuous VP process at time t in [0, 1]: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+    """Returns the continuous VP process's level at time t in [0, 1]: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
     t = np.asarray(t, dtype=np.float64)
     return np.asarray(np.sqrt(np.expm1(0.5 * beta_d * t**2 + beta_min * t)))
 
 
 def vp_sigma_inverse(sigma: np.ndarray | float) -> np.ndarray:
-    """The time in [0, 1] at which the continuous VP process has the level `sigma`."""
+    """Returns the time in [0, 1] at which the continuous VP process has the level `sigma`."""
     log = np.log1p(np.asarray(sigma, dtype=np.float64) ** 2)
     return np.asarray((np.sqrt(VP_BETA_MIN**2 + 2 * VP_BETA_D * log) - VP_BETA_MIN) / VP_BETA_D)
 
 
+class FlowPoint(NamedTuple):
+    """The coefficients of dx/dt = a x - b D(x / s; sigma) at a level, x = s y (Karras et al. 2022, Eq. 4)."""
+
+    s: float
+    a: float
+    """sigma'/sigma + s'/s."""
+    b: float
+    """s sigma'/sigma."""
+
+
 @dataclass(frozen=True)
 class Flow:
-    """Schedule sigma(t) and scaling s(t) of a probability flow, x(t) = s(t) y (Karras et al. 2022, Eq. 4, Table 1).
-
-    Its differential equation is dx/dt = (sigma'/sigma + s'/s) x - s sigma'/sigma D(x / s; sigma).
-    """
+    """Schedule sigma(t) and scaling s(t) of a probability flow, x(t) = s(t) y (Karras et al. 2022, Eq. 4, Table 1)."""
 
     time: Callable[[float], float]
     """sigma -> t; 0 at 0."""
@@ -213,6 +252,15 @@ class Flow:
     """sigma -> s."""
     shrinkage: Callable[[float], float]
     """sigma -> s'/s."""
+
+    def __repr__(self) -> str:
+        """Returns the name of the flow."""
+        return f"Flow({next((name for name, flow in FLOWS.items() if flow is self), 'custom')})"
+
+    def at(self, sigma: float) -> FlowPoint:
+        """Returns the coefficients of the differential equation at a level."""
+        growth, s = self.growth(sigma), self.scale(sigma)
+        return FlowPoint(s, growth + self.shrinkage(sigma), s * growth)
 
 
 def _vp_growth(sigma: float) -> float:
@@ -246,7 +294,7 @@ FLOWS: dict[FlowName, Flow] = {
 }
 
 
-# Lowest and highest level of each discretization when nobody asks for others (Karras et al. 2022, Table 1).
+# Default lowest and highest level of each discretization (Karras et al. 2022, Table 1).
 LEVEL_LIMITS: dict[str, tuple[float, float]] = {
     "edm": (0.002, 80.0),
     "vp": (float(vp_sigma(1e-3)), float(vp_sigma(1.0))),
@@ -258,15 +306,15 @@ LEVEL_LIMITS: dict[str, tuple[float, float]] = {
 def noise_levels(
     name: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
 ) -> np.ndarray:
-    """A descending float64 grid of `steps` levels, without the final 0 (Karras et al. 2022, Table 1).
+    """Returns a descending float64 grid of `steps` levels, without the final 0 (Karras et al. 2022, Table 1).
 
     Args:
         name: "edm" (even in sigma^(1/rho)), "vp" (even in the time of the VP process with these ends), "ve" (even in
             log sigma) or "iddpm" (picked from the levels of the cosine process with 1000 steps).
         steps: number of levels, at least 1.
-        sigma_min: last level; None for the discretization's own.
-        sigma_max: first level; None for the discretization's own.
-        rho: only for "edm".
+        sigma_min: last level; None for the discretization's default.
+        sigma_max: first level; None for the discretization's default.
+        rho: exponent, for "edm" alone.
 
     Raises:
         DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
@@ -300,10 +348,10 @@ def _vp_levels(fraction: np.ndarray, low: float, high: float, last_time: float =
 
 
 def cosine_levels(steps: int = 1000) -> np.ndarray:
-    """The levels u_0 > ... > u_M = 0 of the cosine process in VE form (Karras et al. 2022, Table 1, iDDPM column).
+    """Returns the levels u_0 > ... > u_M = 0 of the cosine process in VE form (Karras et al. 2022, Table 1, iDDPM).
 
-    abar is float32 because it was in the code behind the published results; that moves the lowest levels by up to 5e-4
-    of themselves. Everything after it is float64.
+    abar is float32, as in the code of the published results; this changes the lowest levels by up to a factor 1 + 5e-4.
+    Everything after it is float64.
     """
     abar = (0.5 * np.pi * torch.arange(steps + 1) / steps / 1.008).sin().square()
     ratios = (abar[:-1] / abar[1:]).double().clamp(min=0.001).tolist()

@@ -1,8 +1,12 @@
-"""What denoisers in closed form stand on: a mean under softmax weights that come part by part, one level at a time.
+"""The mean under softmax weights that the baselines compute, from logits and values in parts.
 
-The running softmax keeps the largest logit so far and shrinks what it has summed whenever a larger one comes (Milakov
-and Gimelshein 2018, 1805.02867), so the mean is the exact one however the parts were cut. The released code of
-Lukoianov et al. (2509.09672) normalizes each part by itself instead: its result depends on the batch size.
+    sum_k exp(l_k) v_k / sum_k exp(l_k)
+
+The running softmax keeps the largest logit so far and rescales its sums when a larger one comes, so the mean is exact
+for any division into parts. The released code of Lukoianov et al. (2509.09672) normalizes each part by itself instead,
+so its result depends on the batch size.
+
+Source: Milakov and Gimelshein 2018 (1805.02867).
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from torch import Tensor
 
 from ditlab.errors import DitlabError
 
+__all__ = ["SoftmaxMean", "by_level", "check_images"]
+
 
 class SoftmaxMean:
-    """Means of values under softmax weights, for logits and values that come part by part.
+    """Means of values under softmax weights, from logits and values in parts.
 
-    Sums are kept in float64; the products of one part are made in the dtype that its logits have.
+    Sums are float64; the products of a part have the dtype of its logits.
     """
 
     def __init__(self) -> None:
@@ -26,18 +32,18 @@ class SoftmaxMean:
         self._sums: Tensor | None = None
 
     def add(self, logits: Tensor, values: Tensor) -> None:
-        """Takes in a part.
+        """Adds a part.
 
         Args:
-            logits: [..., R, K], finite; they are used up.
+            logits: [..., R, K], finite; they are overwritten.
             values: [..., K, V], with the dtype of the logits.
         """
-        # Any constant would do in the place of the largest logit, so no gradient has to flow through it.
+        # The mean does not depend on the subtracted logit, so no gradient has to flow through it.
         best = logits.detach().amax(-1, keepdim=True).double()
         if self._best is not None:
             best = torch.maximum(best, self._best)
         weights = logits.sub_(best.to(logits.dtype)).exp_()
-        # A column of ones sums the weights themselves.
+        # A column of ones gives the sum of the weights.
         wide = torch.cat([values, torch.ones_like(values[..., :1])], -1)
         sums = (weights @ wide).double()
         if self._best is not None and self._sums is not None:
@@ -45,13 +51,13 @@ class SoftmaxMean:
         self._best, self._sums = best, sums
 
     def result(self) -> Tensor:
-        """The means, float64 [..., R, V], of all parts together; at least one part must have come."""
+        """Returns the means over all parts, float64 [..., R, V]; at least one part must have been added."""
         assert self._sums is not None
         return self._sums[..., :-1] / self._sums[..., -1:]
 
 
 def by_level(function: Callable[[Tensor, float], Tensor], y: Tensor, sigma: float | Tensor) -> Tensor:
-    """`function(y, sigma)` for images whose noise levels may differ: it is called once for each different level.
+    """Returns `function(y, sigma)` for images with different noise levels; it is called once for each level.
 
     Args:
         function: (y [b, C, H, W], level) -> [b, C, H, W].
@@ -67,7 +73,7 @@ def by_level(function: Callable[[Tensor, float], Tensor], y: Tensor, sigma: floa
 
 
 def check_images(what: str, images: Tensor, chunk: int | None) -> None:
-    """Raises DitlabError where a denoiser cannot be made of these images, or in chunks of so many."""
+    """Raises a DitlabError if a denoiser cannot be made of these images, or in chunks of this size."""
     if chunk is not None and chunk < 1:
         raise DitlabError(f"{what} denoiser: expected a chunk of at least 1 image, found {chunk}")
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():

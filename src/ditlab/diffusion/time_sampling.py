@@ -1,4 +1,6 @@
-"""Importance sampling of the step t by the losses that were seen last: steps of large loss are drawn more often.
+"""Importance sampling of the step t by its last losses: steps with a large loss are drawn more often.
+
+    p(t) proportional to sqrt(E[L_t^2]),  weight 1 / (T p(t))
 
 Source: Nichol and Dhariwal 2021, Eq. 18 and section 3.3 (the variational bound's gradient is too noisy without it).
 """
@@ -17,47 +19,53 @@ from torch import Tensor
 
 from ditlab.errors import DitlabError
 
+__all__ = ["LossSecondMoment"]
+
 LAST = 10
-"""How many losses of each step are remembered."""
+"""Number of losses of each step in the history."""
 UNIFORM = 0.001
-"""Share of draws that are uniform, lest a step of small loss is never drawn again."""
+"""Share of uniform draws, so that a step with a small loss is still drawn."""
 
 
 class LossSecondMoment:
-    """p(t) proportional to the root of the mean square of the last ten losses of t, mixed with a little uniform.
+    """p(t) proportional to the root mean square of the last ten losses of t, mixed with a uniform share of 0.001.
 
-    Until every step has ten losses, draws are uniform. A draw of t counts with the weight 1 / (T p(t)), so the weighted
-    mean estimates the same mean over all steps.
+    Draws are uniform until every step has ten losses. A draw of t has the weight 1 / (T p(t)), so the weighted mean
+    estimates the mean over all steps.
     """
 
     def __init__(self, steps: int) -> None:
-        """Remembers nothing yet of `steps` steps."""
+        """Starts with an empty history of `steps` steps."""
         self.losses = np.zeros((steps, LAST), dtype=np.float32)  # oldest first
         self.counts = np.zeros(steps, dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.counts)
 
+    def __repr__(self) -> str:
+        """Returns the number of steps and of losses in the history."""
+        return f"LossSecondMoment({len(self)} steps, {int(self.counts.sum())} losses)"
+
     def probabilities(self) -> np.ndarray:
-        """p(t), float64 [T]."""
+        """Returns p(t), float64 [T]."""
         if (self.counts < LAST).any():
             return np.full(len(self), 1 / len(self))
         root = np.sqrt(np.square(self.losses, dtype=np.float64).mean(axis=1))
         total = root.sum()
-        # Losses that are all zero tell nothing apart.
+        # If all losses are zero, every step is equally likely.
         share = root / total if total > 0 else np.full(len(self), 1 / len(self))
         return (1 - UNIFORM) * share + UNIFORM / len(self)
 
     def draw(self, generator: torch.Generator, count: int) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-        """So many steps, and their weights: a function of the generator and of what is remembered."""
+        """Returns `count` steps and their weights: a function of the generator and the history."""
         p = self.probabilities()
         edges = np.cumsum(p)
         uniform = torch.rand(count, generator=generator, dtype=torch.float64).numpy()
         t = np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), len(self) - 1)
         return torch.from_numpy(t), torch.from_numpy(1 / (len(self) * p[t])).float()
 
-    def observe(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
-        """Remembers losses, without their weights, in the order of the global batch; the oldest of a step go."""
+    def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
+        """Adds unweighted losses, in the order of the global batch; the oldest losses of a step are dropped."""
         for step, loss in zip(t.tolist(), losses.float().cpu().numpy(), strict=True):
             count = self.counts[step]
             if count == LAST:
@@ -68,7 +76,7 @@ class LossSecondMoment:
                 self.counts[step] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, as JSON values: little-endian bytes in base64, which are exact and short."""
+        """Returns the history as JSON values: little-endian bytes in base64, which are exact and short."""
         return {
             "time_sampling": "loss-second-moment",
             "losses": base64.b64encode(self.losses.astype("<f4").tobytes()).decode(),
@@ -76,10 +84,10 @@ class LossSecondMoment:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
+        """Restores the history that `state_dict` returned.
 
         Raises:
-            DitlabError: another sampling's state, or one of another number of steps.
+            DitlabError: the state of another sampling, or of another number of steps.
         """
         if set(state) != {"time_sampling", "losses", "counts"} or state["time_sampling"] != "loss-second-moment":
             raise DitlabError(

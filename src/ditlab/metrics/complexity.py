@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.nn.attention import Global, SelfAttention, attention_kernel, attention_views
+from ditlab.nn.attention import Global, SelfAttention, adapted_layers, attention_kernel
 
 BACKWARD = 3
 """A training step costs three forward passes, as a backward pass costs two (Peebles & Xie, section 4)."""
@@ -115,7 +115,7 @@ def _count(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> t
     # Kernels that mask compute every pair; what the pattern hides is taken off, layer by layer.
     names = {module: name for name, module in network.named_modules()}
     hidden = 0
-    for module, view in attention_views(network):
+    for module, view in adapted_layers(network):
         tokens = view.grid[0] * view.grid[1]
         pairs = (tokens + view.extra) ** 2
         unseen = tokens**2 - int(view.pattern.mask(view.grid).sum())

@@ -136,7 +136,7 @@ def denoising_errors(
         DitlabError: an estimate has another shape than its image, or is not finite; latents are to be clipped.
     """
     if clip:
-        denoiser.require_bounded("psnr-gap: clip")
+        denoiser.require_pixel_space("psnr-gap: clip")
     if tuple(images.shape[1:]) != tuple(denoiser.shape):
         raise DitlabError(
             f"psnr-gap: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ditlab.config import differing_settings
-from ditlab.data.imageset import ImageSet
+from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
@@ -152,7 +152,7 @@ def open_models(
         raise InvalidConfig("`models`: expected at least one model, found none")
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
     for model in models if held_out is not None else ():
-        model.use_held_out(_held_out_images(held_out, model, reporter))
+        model.use_held_out(_held_out_images(held_out, model, codec, reporter))
     _check_named_once(models)
     _check_images(models)
     if names and len(names) != len(models):
@@ -204,11 +204,7 @@ def _open(
     reporter: Reporter,
 ) -> Model:
     """Opens one of them; a source of images is prepared at the model's size."""
-    if not isinstance(data, str):
-        return open_model(source, data, codec=codec, split=split, out=out)
-    from ditlab.data import is_source, prepare
-
-    if not is_source(data):
+    if not isinstance(data, str) or not is_source(data):
         return open_model(source, data, codec=codec, split=split, out=out)
     model = open_model(source, codec=codec, split=split, out=out)
     if isinstance(model, Run):
@@ -221,12 +217,11 @@ def _open(
     return open_model(source, prepare(data, size=height, reporter=reporter), codec=codec, split=split, out=out)
 
 
-def _held_out_images(held_out: ImageSet | str | Path, model: Model, reporter: Reporter) -> ImageSet:
-    if isinstance(held_out, ImageSet):
-        return held_out
-    from ditlab.data import prepare_held_out
-
-    return prepare_held_out(model.images, str(held_out), reporter=reporter)
+def _held_out_images(held_out: ImageSet | str | Path, model: Model, codec: str | None, reporter: Reporter) -> ImageSet:
+    """Prepares held-out images exactly as the model's image set was; refuses pictures that it was trained on."""
+    return prepare_held_out(
+        model.images, held_out, train=model.split.train, codec=codec, device=str(model.device), reporter=reporter
+    )
 
 
 def kinds_of(models: Sequence[Model]) -> list[str]:

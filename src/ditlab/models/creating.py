@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +21,21 @@ from torch import nn
 
 import ditlab
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, to_json
-from ditlab.data.autoencoder import CodecRecord
+from ditlab.data.autoencoder import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, Incompatible
 from ditlab.metrics.denoising_errors import grid_levels
 from ditlab.metrics.psnr import psnr_point
 from ditlab.models.run import Run
 from ditlab.networks.registry import build_network
-from ditlab.progress import SILENT, Reporter
+from ditlab.progress import SILENT, Reporter, StopFlag
 from ditlab.rng import torch_generator
 from ditlab.training.compiling import compile_blocks
-from ditlab.training.distributed import Processes
+from ditlab.training.distributed import DistributedContext, init_distributed
 from ditlab.training.log import TrainingLog
 from ditlab.training.sharding import checkpoint_activations
-from ditlab.training.trainer import StopFlag, train
+from ditlab.training.trainer import Trainer, check_batch
 
 RESUMABLE = frozenset(
     f"training.{name}" for name in ("steps", "keep", "keep_every", "save_every", "shard", "checkpoint_activations")
@@ -78,7 +79,8 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
         config: the settings, already fitted to the images (`config.fit_to_images`).
         images: the image set.
         device: noted in the environment.
-        command: the command line that the user typed.
+        command: the command line that the user typed, or the call; that of a resumed run whose settings changed takes
+            the place of the earlier one.
 
     Raises:
         DitlabError: the folder holds something else, or a run with other settings, or the split cannot be made.
@@ -121,7 +123,7 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
                 f"run {path}: it has already made {done[-1]} steps, now training.steps = {config.training.steps} is "
                 "asked for; give another `out`, or at least as many steps"
             )
-        record = replace(found.record, config=config)
+        record = replace(found.record, config=config, command=command or found.record.command)
     elif path.is_file():
         raise DitlabError(f"run {path}: expected a new folder or a run's, found a file")
     elif path.is_dir() and any(child.name != _UNFINISHED for child in path.iterdir()):
@@ -130,7 +132,7 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
     return Run(path, record, images.path)
 
 
-def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> CodecRecord | None:
+def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> AutoencoderRecord | None:
     """What a run's record keeps of the codec of its images; None for pixels."""
     if images.latents is None:
         return None
@@ -159,54 +161,138 @@ def _write_record(path: Path, record: RunRecord) -> None:
         raise DitlabError(f"run {path}: its folder could not be written: {error.strerror}") from None
 
 
+@contextmanager
+def run_lock(folder: Path, wait: float = 30.0) -> Iterator[None]:
+    """Holds a run for this process: only one at a time trains it. The lock goes with the process, however it ends.
+
+    Args:
+        folder: the run's folder, which exists.
+        wait: seconds to wait for another process that is just ending.
+
+    Raises:
+        Incompatible: another process still trains the run after that time.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; there the user must not train a run twice at once
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise Incompatible(f"run {folder}: another process is training it") from None
+                time.sleep(0.2)
+        yield
+
+
+def create_and_train(
+    config: RunConfig,
+    images: ImageSet,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    command: str = "",
+    minutes: float | None = None,
+    stop: StopFlag | None = None,
+    reporter: Reporter = SILENT,
+) -> Run | None:
+    """Makes a run or opens an interrupted one, and trains it to its last step; with torchrun, every rank calls it.
+
+    Args:
+        config: the settings, fitted to the images.
+        images: the image set.
+        out: the run's folder.
+        device: "cpu", "cuda" or "cuda:N"; CUDA if there is one and None is given.
+        command: how the user asked for it, for config.json.
+        minutes: save and raise `TrainingInterrupted` after this time.
+        stop: when set, the run is saved and `TrainingInterrupted` raised.
+        reporter: shows notes and progress.
+
+    Returns:
+        The run, trained; None on a rank other than 0 whose rank 0 refused the input.
+
+    Raises:
+        DitlabError: settings that do not fit, or the folder holds something else, or another process trains the run.
+        TrainingInterrupted: it was stopped; the same call resumes it.
+    """
+    with init_distributed(device) as context:
+        run, refusal = None, None
+        if context.is_main:
+            try:
+                check_batch(config.training, context)
+                run = start(out, config, images, device=context.device, command=command)
+            except DitlabError as error:
+                refusal = error
+        # The other ranks wait here: they read what rank 0 wrote, or return silently where it refuses.
+        if not context.raise_together(refusal):
+            return None
+        run = run or Run.open(out, images.path)
+        notes = reporter if context.is_main else SILENT
+        if run.finished:  # every rank finds the same, for nothing is written before all have begun to train
+            notes.note(f"{run.path} is finished ({run.config.training.steps} steps)")
+            return run
+        done = run.checkpoints.steps()
+        notes.note(
+            f"training {run.path} on {run.record.split.train} images, {run.record.split.test} held out, on "
+            f"{context.device}" + (f", resuming from step {done[-1]}" if done else "")
+        )
+        with run_lock(run.path) if context.is_main else nullcontext():
+            train_run(run, context, reporter=notes, stop=stop, minutes=minutes)
+        return run
+
+
 def train_run(
     run: Run,
-    processes: Processes,
+    context: DistributedContext,
     *,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
     reporter: Reporter = SILENT,
     stop: StopFlag | None = None,
+    minutes: float | None = None,
 ) -> None:
-    """Trains a run until its last step, from its newest checkpoint.
+    """Trains a run until its last step, from its newest whole checkpoint.
 
     Args:
         run: from `start`.
-        processes: this process and the others.
-        progress: called after each step with the steps done and the last known loss.
-        reporter: takes notes.
-        stop: when set, the run is saved and `ditlab.training.trainer.Interrupted` raised.
+        context: the processes of the job.
+        reporter: receives notes and the progress of training.
+        stop: when set, the run is saved and `ditlab.training.trainer.TrainingInterrupted` raised.
+        minutes: the same after this time.
     """
     config = run.config
-    split = run.split
     network = build_network(config.network, config.training.seed)
-    if config.training.checkpoint_activations and not checkpoint_activations(network) and processes.first:
+    if config.training.checkpoint_activations and not checkpoint_activations(network) and context.is_main:
         reporter.note("this network has no list of blocks, so its activations are kept")
-    objective = config.objective.build()
-    compiled = compile_blocks(network, config.training.compile, device=processes.device, steps=config.training.steps)
-    if compiled and processes.first:
+    compiled = compile_blocks(network, config.training.compile, device=context.device, steps=config.training.steps)
+    if compiled and context.is_main:
         reporter.note("compiling the network's blocks; the first steps take longer")
-    train(
-        network=network,
-        objective=objective,
-        images=run.images if run.conditional else _Unlabelled(run.images),
-        train=split.train,
-        config=config.training,
-        processes=processes,
+    Trainer(
+        network,
+        config.objective.build(),
+        run.images if run.conditional else _Unlabelled(run.images),
+        run.split.train,
+        config.training,
         checkpoints=run.checkpoints,
         log=TrainingLog(run.path / "log.jsonl"),
-        # An objective of its own: one that remembers draws its steps by what it saw, and a measure must not change.
-        evaluate=_evaluation(run, network, config.objective.build(), processes.device),
-        progress=progress,
-        say=reporter.note,
+        context=context,
+        # An objective of its own, so that measuring does not change what the trained one remembers of its steps.
+        measure=_evaluation(run, network, config.objective.build(), context.device),
+        reporter=reporter,
+        title=run.name,
         stop=stop,
-    )
+        minutes=minutes,
+    ).fit()
 
 
 class _Unlabelled:
     """An image set whose labels an unconditional network does not get."""
 
     def __init__(self, images: ImageSet) -> None:
-        self.shape, self.sampled, self.batch = images.shape, images.sampled, images.batch
+        self.shape, self.stochastic, self.batch = images.shape, images.stochastic, images.batch
 
     def batch_labels(self, indices: np.ndarray) -> None:
         """None."""

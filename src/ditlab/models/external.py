@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlab.data.autoencoder import Codec, Identity, open_codec, reopen_codec
+from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.samplers import SamplerConfig
@@ -100,13 +100,13 @@ class ExternalModel(Model):
             )
 
     @cached_property
-    def _own_codec(self) -> Codec | None:
+    def _own_codec(self) -> Autoencoder | None:
         """The autoencoder that was given, or that lies beside the model."""
         place = self.model.decoder if self._codec is None else self._codec
-        return None if place is None else open_codec(place)
+        return None if place is None else open_autoencoder(place)
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """The autoencoder that was given, that lies beside the model, or that its images were encoded with.
 
         Raises:
@@ -116,7 +116,7 @@ class ExternalModel(Model):
             return self._own_codec
         channels = self.model.denoiser.shape[0]
         if self._images is not None and (latents := self.images.latents) is not None:
-            return reopen_codec(latents.record.codec, self.images.path)
+            return reopen_autoencoder(latents.record.codec, self.images.path)
         if channels not in (1, 3):
             raise NotFound(
                 f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder lies "
@@ -190,7 +190,7 @@ class ExternalModel(Model):
         denoiser.network.to(device)
         latent = self.model.decoder is not None or self._codec is not None
         latent = latent or (self._images is not None and self.images.latents is not None)
-        denoiser.bounded = denoiser.shape[0] in (1, 3) and not latent
+        denoiser.pixel_space = denoiser.shape[0] in (1, 3) and not latent
         self.device = device
         return denoiser, replace(self.provenance(ema=ema, label=label), weights=model.digest)
 

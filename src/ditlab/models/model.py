@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditlab.config import SplitRecord
-from ditlab.data.autoencoder import Codec, Identity
+from ditlab.data.autoencoder import Autoencoder, Identity
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
-from ditlab.data.splits import Split, make_split, verify
+from ditlab.data.splits import Split, held_out_order, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
@@ -71,7 +71,7 @@ class Model:
         name: str = "model",
         out: str | Path | None = None,
         sampler: SamplerConfig | None = None,
-        autoencoder: Codec | None = None,
+        autoencoder: Autoencoder | None = None,
         mirrored: bool = False,
     ) -> None:
         """Makes a model of a denoiser.
@@ -97,6 +97,44 @@ class Model:
         self._sampler, self._autoencoder = sampler, autoencoder
         digest = hash_of_weights(denoiser)
         self.path = Path(out) if out is not None else RESULTS / (f"{name}-{digest[:8]}" if digest else name)
+
+    @staticmethod
+    def from_diffusers(
+        module: nn.Module,
+        scheduler: Any,
+        images: ImageSet | str | Path | None = None,
+        *,
+        n: int | None = None,
+        test: int = 300,
+        seed: int = 0,
+        own_split: bool = False,
+        name: str = "diffusers",
+        out: str | Path | None = None,
+    ) -> Model:
+        """Makes a model of a network and a scheduler of the diffusers library that are in memory.
+
+        Args:
+            module: a `UNet2DModel` or a `DiTTransformer2DModel`; it is put in evaluation mode.
+            scheduler: a scheduler of a discrete VP process.
+            images: the image set, or its folder; None for a model that only samples.
+            n: number of training images; all but the test images where None.
+            test: number of test images.
+            seed: of the split.
+            own_split: whether the network was trained on exactly these training images.
+            name: what results call it.
+            out: the folder for results; `external/NAME-DIGEST` in the current folder where None.
+
+        Raises:
+            DitlabError: diffusers is not installed, or module or scheduler is of another kind.
+        """
+        from ditlab.interop.diffusers_models import import_diffusers
+        from ditlab.models.external import ExternalModel, only_averaged
+
+        split = SplitConfig(n, test, seed, own_split)
+        imported = import_diffusers(module, scheduler, name)
+        return ExternalModel(
+            only_averaged(lambda: imported), None if out is None else Path(out), data=images, split=split
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, results in {str(self.path)!r})"
@@ -239,7 +277,8 @@ class Model:
         denoiser = self.source_denoiser
         if denoiser.module is not None:
             denoiser.module.to(device)
-            denoiser.device = torch.device(device)
+            if not isinstance(getattr(type(denoiser), "device", None), property):  # else it follows the weights
+                denoiser.device = torch.device(device)
         self.device = denoiser.device
         return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
 
@@ -269,7 +308,7 @@ class Model:
         """
         from ditlab.sampling.samples import sample_model
 
-        return sample_model(self, **settings)
+        return sample_model(self, **settings)  # pyright: ignore[reportArgumentType]  # cached properties of Self
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -318,7 +357,7 @@ class Model:
         """
         images, indices = self.images, getattr(self.split, side)[:count]
         if side == "test" and self.held_out is not None:
-            images, indices = self.held_out, np.arange(min(count, len(self.held_out)))
+            images, indices = self.held_out, held_out_order(self.held_out, self.split_record.seed)[:count]
         labels = images.batch_labels(indices) if self.conditional else None
         return images.batch(indices), labels
 
@@ -334,7 +373,7 @@ class Model:
         return self.images.batch(indices, mirrored=torch.ones(len(indices), dtype=torch.bool))
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """What turns images as the denoiser sees them into pictures: an autoencoder, or the identity for pixels."""
         return self._autoencoder or Identity(self.source_denoiser.shape[0])
 
@@ -373,7 +412,7 @@ class Model:
 
     @cached_property
     def _original_images(self) -> ImageSet | None:
-        return self.images.pictures()
+        return self.images.original
 
 
 def hash_of_weights(denoiser: Denoiser) -> str:

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from ditlab.config import RunConfig, RunRecord, SplitRecord, flat, read_record
-from ditlab.data.autoencoder import Codec, Identity, reopen_codec
+from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.models.model import Model, hash_of_weights
+from ditlab.models.model import Model
 from ditlab.networks.registry import build_network
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
@@ -167,7 +167,7 @@ class Run(Model):
         return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """Its autoencoder, loaded when first asked for; the identity for a run on pixels.
 
         Raises:
@@ -175,12 +175,12 @@ class Run(Model):
         """
         if self.record.codec is None:
             return Identity()
-        return reopen_codec(self.record.codec, self.home, self._codec)
+        return reopen_autoencoder(self.record.codec, self.home, self._codec)
 
     @property
     def conditional(self) -> bool:
         """Whether the network takes class labels."""
-        return bool(getattr(self.config.network, "num_classes", 0))
+        return bool(self.config.network.classes)
 
     def checkpoint(self, step: int | None = None, reporter: Reporter = SILENT) -> Checkpoint:
         """The checkpoint of a step, the one that stands for the run, or the newest whole one.
@@ -218,17 +218,17 @@ class Run(Model):
         checkpoint = self.checkpoint(step, reporter)
         network = self.network(checkpoint, ema=ema).to(device)
         denoiser = self.config.objective.build().denoiser(network)
-        denoiser.bounded = self.record.codec is None
+        denoiser.pixel_space = self.record.codec is None
         self.device = device
         about = self.provenance(checkpoint.step, ema=ema, label=label)
-        return denoiser, replace(about, weights=hash_of_weights(denoiser))
+        return denoiser, replace(about, weights=checkpoint.weights_hash(ema))
 
     def provenance(self, step: int | None = None, *, ema: bool = True, label: str = "") -> Provenance:
         """See `Model.provenance`."""
         config = self.config
         settings = {
             "preset": config.preset,
-            "attention": getattr(config.network, "attention", ""),
+            "attention": config.network.attention_plan,
             "training_seed": config.training.seed,
             "image_set": self.record.split.imageset,
         }

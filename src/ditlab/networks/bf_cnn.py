@@ -1,53 +1,58 @@
-"""Bias-free networks: denoisers without one additive constant, so that scaling the input scales the output.
+"""BF-CNN, a bias-free network: a denoiser without any additive constant, so that scaling the input scales the output.
 
-BF-CNN is the plain stack of convolutions of Mohan et al., "Robust and Interpretable Blind Image Denoising via Bias-Free
-Convolutional Neural Networks" (2020): the first layer conv-ReLU, then conv, bias-free batch norm, ReLU, and a last bare
-conv. It sees the noisy image alone (it is blind) and puts out the noise. Its parameter names are those of the published
-weights, which load with `load_state_dict` as they are.
+Source: Mohan et al., "Robust and Interpretable Blind Image Denoising via Bias-Free Convolutional Neural Networks"
+(2020). The network is a plain stack of convolutions: conv and ReLU first; then conv, bias-free batch norm and ReLU; a
+bare conv last. It is blind (its only input is the noisy image) and predicts the noise. Its parameters have the names of
+the published weights, so `load_state_dict` reads them unchanged.
 
-The bias-free UNet is in `ditlab.networks.bf_unet`, the normalization of both in `bias_free_norm`.
+The bias-free UNet is in `ditlab.networks.bf_unet`, the normalization of both in `ditlab.networks.bf_norm`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
+from ditlab.networks.base import NetworkConfig, register
 from ditlab.networks.bf_norm import bias_free_norm, initial_gamma
 
 
 @dataclass(frozen=True)
-class BFCNNConfig:
-    """Everything that fixes the shape of a BF-CNN."""
+class BFCNNConfig(NetworkConfig):
+    """Settings that determine the shape of a BF-CNN."""
+
+    takes_noise_level: ClassVar[bool] = False
 
     kind: Literal["bf-cnn"] = "bf-cnn"
-    """Names this network in config.json."""
+    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
-    """Height and width of the image; it runs at any other too."""
+    """Height and width of the image; the network also runs at any other size."""
     channels: int = 3
     """Channels of the image."""
     width: int = 64
-    """Channels inside."""
+    """Channels of the hidden layers."""
     depth: int = 20
     """Number of convolutions (20 in the published weights, 21 in Kadkhodaie et al.'s paper)."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be built."""
-        if min(*self.image_size, self.channels, self.width) < 1 or self.depth < 2:
+        """Refuses sizes that cannot be built."""
+        sides = self.image_size if self.sized else ()
+        if min(*sides, self.channels, self.width) < 1 or self.depth < 2:
             raise DitlabError(
                 "BF-CNN config: expected sizes, channels and width of at least 1 and depth of at least 2, found "
                 f"{tuple(self.image_size)}, {self.channels}, {self.width}, {self.depth}"
             )
 
 
+@register(BFCNNConfig)
 class BFCNN(nn.Module):
-    """The bias-free CNN: noisy image -> noise, in whatever units the image has.
+    """The bias-free CNN: noisy image -> noise, in the units of the image.
 
     Example:
         >>> network = BFCNN(BFCNNConfig(channels=1, width=8, depth=4)).eval()
@@ -57,7 +62,7 @@ class BFCNN(nn.Module):
     """
 
     num_classes = 0
-    """It takes no label."""
+    """The network takes no label."""
 
     def __init__(self, config: BFCNNConfig) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class BFCNN(nn.Module):
         )
         normed = range(config.depth - 2)
         self.gammas = nn.ParameterList(initial_gamma(config.width) for _ in normed)
-        # A module only for the sake of the names: running_sd.0, running_sd.1, ...
+        # A module, so that the buffers get the published names running_sd.0, running_sd.1, ...
         self.running_sd = nn.Module()
         for layer in normed:
             self.running_sd.register_buffer(str(layer), torch.ones(1, config.width, 1, 1))
@@ -92,7 +97,7 @@ class BFCNN(nn.Module):
         """Runs the network.
 
         Args:
-            x: noisy images [B, C, H, W], zero being the network's own zero.
+            x: noisy images `[B, C, H, W]`; values are scaled about zero.
             t: ignored: the network is blind.
             label: ignored.
             augment: not supported; must be None.
@@ -107,3 +112,6 @@ class BFCNN(nn.Module):
             running = self.running_sd.get_buffer(str(layer))
             x = torch.relu(bias_free_norm(conv(x), self.gammas[layer], running, self.training))
         return self.conv_layers[-1](x)
+
+
+__all__ = ["BFCNN", "BFCNNConfig"]

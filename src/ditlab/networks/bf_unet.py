@@ -1,17 +1,17 @@
 """The bias-free UNet of Kadkhodaie, Guth, Simoncelli and Mallat, "Generalization in diffusion models arises from
-geometry-adaptive harmonic representations" (ICLR 2024): noisy image -> noise, without one additive constant.
+geometry-adaptive harmonic representations" (ICLR 2024): noisy image -> noise, without any additive constant.
 
-Block b of the encoder has convolutions of width 64 * 2^b, each with a bias-free norm and ReLU but for the very first,
-which has the ReLU alone; average pooling halves the image between blocks. Below the last lies the middle, and the
-decoder goes up again by transposed convolutions, each joined with the encoder's features of its size. The last
-convolution has neither norm nor ReLU. The names of the weights are those of the published code.
+Encoder block b has convolutions of width 64 * 2^b. A bias-free norm and a ReLU follow each, except the very first,
+which has the ReLU only. Average pooling halves the image after each block. The middle block follows. Transposed
+convolutions double the image in the decoder, whose blocks also get the encoder's features of the same size. The last
+convolution has neither norm nor ReLU. The weights have the names of the published code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,23 +19,26 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from ditlab.errors import DitlabError
+from ditlab.networks.base import NetworkConfig, register
 from ditlab.networks.bf_norm import BiasFreeNorm
 
 
 @dataclass(frozen=True)
-class BFUNetConfig:
-    """Everything that fixes the shape of a bias-free UNet."""
+class BFUNetConfig(NetworkConfig):
+    """Settings that determine the shape of a bias-free UNet."""
+
+    takes_noise_level: ClassVar[bool] = False
 
     kind: Literal["bf-unet"] = "bf-unet"
-    """Names this network in config.json."""
+    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
-    """Height and width of the image, multiples of 2^blocks; it runs at any other such size too."""
+    """Height and width of the image, multiples of 2^blocks; the network also runs at any other such size."""
     channels: int = 3
     """Channels of the image."""
     width: int = 64
-    """Channels of the first block; each further one has twice as many."""
+    """Channels of the first block; they double with each further block."""
     blocks: int = 3
-    """Blocks of the encoder, and of the decoder; the image is halved after each (the paper's B, 1 to 4)."""
+    """Number of blocks in the encoder and in the decoder; each halves the image (B in the paper, 1 to 4)."""
     encoder_convs: int = 2
     """Convolutions in each block of the encoder."""
     middle_convs: int = 2
@@ -48,7 +51,7 @@ class BFUNetConfig:
     """Side of the window of average pooling; its stride is 2 and its padding (pool_window - 1) // 2."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be built."""
+        """Refuses sizes that cannot be built."""
         counts = ("channels", "width", "blocks", "encoder_convs", "middle_convs", "decoder_convs", "pool_window")
         for name in counts:
             if getattr(self, name) < 1:
@@ -60,13 +63,8 @@ class BFUNetConfig:
         if self.sized:
             self.check_sides(*self.image_size)
 
-    @property
-    def sized(self) -> bool:
-        """Whether the image size is known."""
-        return tuple(self.image_size) != (0, 0)
-
     def check_sides(self, height: int, width: int) -> None:
-        """Raises a DitlabError where images of this size cannot be halved so often."""
+        """Raises a DitlabError if images of this size cannot be halved `blocks` times."""
         if height % 2**self.blocks or width % 2**self.blocks:
             raise DitlabError(
                 f"bias-free UNet: expected image sides that are multiples of {2**self.blocks} for {self.blocks} "
@@ -74,8 +72,9 @@ class BFUNetConfig:
             )
 
 
+@register(BFUNetConfig)
 class BFUNet(nn.Module):
-    """The bias-free UNet: noisy image -> noise, in whatever units the image has.
+    """The bias-free UNet: noisy image -> noise, in the units of the image.
 
     Example:
         >>> network = BFUNet(BFUNetConfig(channels=1, width=8, blocks=2)).eval()
@@ -85,7 +84,7 @@ class BFUNet(nn.Module):
     """
 
     num_classes = 0
-    """It takes no label."""
+    """The network takes no label."""
 
     def __init__(self, config: BFUNetConfig) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class BFUNet(nn.Module):
         self.decoder = nn.ModuleList(
             self._stage(
                 [
-                    widths[block + 1],  # half of them from below, half from the encoder
+                    widths[block + 1],  # half from the block below, half from the encoder
                     *[widths[block]] * (config.decoder_convs - 1),
                     widths[block] if block else config.channels,
                 ],
@@ -117,12 +116,12 @@ class BFUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def _stage(self, widths: list[int], *, bare_first: bool = False, bare_last: bool = False) -> nn.Sequential:
-        """Convolutions from each width to the next, each with a norm and ReLU.
+        """Returns convolutions from each width to the next, each with a norm and a ReLU.
 
         Args:
-            widths: of the input, and after each convolution.
-            bare_first: the first is not normalized.
-            bare_last: the last has neither norm nor ReLU.
+            widths: channels of the input and after each convolution.
+            bare_first: the first convolution has no norm.
+            bare_last: the last convolution has neither norm nor ReLU.
         """
         kernel, last = self.config.kernel, len(widths) - 2
         parts: list[nn.Module] = []
@@ -151,13 +150,13 @@ class BFUNet(nn.Module):
         """Runs the network.
 
         Args:
-            x: noisy images [B, C, H, W], zero being the network's own zero.
+            x: noisy images `[B, C, H, W]`; values are scaled about zero.
             t: ignored: the network is blind.
             label: ignored.
             augment: not supported; must be None.
 
         Raises:
-            DitlabError: when `augment` is given, or the image's sides cannot be halved often enough.
+            DitlabError: when `augment` is given, or the image's sides are no multiples of 2^blocks.
         """
         if augment is not None:
             raise DitlabError("bias-free UNet: expected no augmentation labels, found some")
@@ -171,3 +170,6 @@ class BFUNet(nn.Module):
         for block in reversed(range(self.config.blocks)):
             x = self.decoder[block](torch.cat([self.upsample[block](x), skips[block]], 1))
         return x
+
+
+__all__ = ["BFUNet", "BFUNetConfig"]

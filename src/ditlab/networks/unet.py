@@ -1,18 +1,20 @@
 """improved-diffusion's UNet: DDPM's convolutional denoiser with scale-shift norms, and attention at few resolutions.
 
 Source: Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), appendix A, after Ho et al.
-(2020); widths, order of layers and initial values are those of its released code (openai/improved-diffusion), against
-whose outputs the tests check. An et al., "On Inductive Biases That Enable Generalization of Diffusion Transformers",
-compare DiTs with this network.
+(2020). Widths, order of layers and initial values are those of its released code (openai/improved-diffusion); tests
+compare outputs with it. An et al., "On Inductive Biases That Enable Generalization of Diffusion Transformers", compare
+DiTs with this network.
 
-A convolution makes `width` channels of the image. Each level of the encoder has `res_blocks` residual blocks, and
-halves height and width at its end, but for the last; the middle is block, attention, block; each level of the decoder
-has one block more than the encoder's, and each of its blocks is given, behind its own channels, what the encoder had
-put out at the mirrored place. Time and label are embedded as one vector each, and their sum enters every residual block
-(`ditlab.networks.unet_blocks`). The last convolution of every residual block, the last Linear of every attention and
-the network's last convolution start at zero, so a fresh network's output is zero.
+- The first convolution maps the image to `width` channels.
+- Each level of the encoder has `res_blocks` residual blocks; each level but the last then halves height and width.
+- The middle is a residual block, attention, and a residual block.
+- Each level of the decoder has `res_blocks` + 1 blocks. Each block's input is concatenated with the output of the
+  mirrored block of the encoder.
+- Time and label are embedded as one vector each; their sum enters every residual block (`ditlab.networks.unet_blocks`).
+- The last convolution of every residual block, the last Linear of every attention layer and the network's last
+  convolution start at zero, so a new network's output is zero.
 
-The original can also be built for signals of one or three dimensions; this one is for images.
+The original can also be built for one- and three-dimensional signals; this network is for images.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.networks.base import NetworkConfig, register
 from ditlab.networks.unet_blocks import Downsample, MapAttention, ResidualBlock, Stage, Upsample
 from ditlab.nn.embeddings import LabelEmbedding, Spacing, TimeEmbedding
 
@@ -35,43 +38,45 @@ CONDITION = 4
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """Everything that fixes the shape of a UNet."""
+class UNetConfig(NetworkConfig):
+    """Settings that determine the shape of a UNet."""
+
+    takes_labels: ClassVar[bool] = True
+    can_learn_variance: ClassVar[bool] = True
 
     kind: Literal["unet"] = "unet"
-    """Names this network in config.json."""
+    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
-    """Height and width of the image or latent; each a multiple of 2^(levels - 1), for each level but the last halves
-    it. 0 0 stands for those of an image set that is not known yet: such a config can be filled in, not built."""
+    """Height and width of the image or latent, multiples of 2^(levels - 1), since each level but the last halves them.
+    0 0 means not known yet: such a config can be changed, not built."""
     channels: int = 3
     """Channels of the image or latent."""
     width: int = 128
-    """Channels at full size; an even multiple of the groups."""
+    """Channels at full size, even and a multiple of the groups."""
     res_blocks: int = 2
-    """Residual blocks of a level of the encoder; the decoder has one more."""
+    """Residual blocks of each level of the encoder; levels of the decoder have one more."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level, as multiples of the width. The original's: 1 2 2 2 at 32 pixels, 1 2 3 4 at 64 and
+    """Channels of each level, as multiples of the width. The original uses 1 2 2 2 at 32 pixels, 1 2 3 4 at 64 and
     1 1 2 2 4 4 at 256."""
     attention_at: tuple[int, ...] = (16, 8)
-    """Heights of feature maps after whose residual blocks there is attention; those that do not occur have no effect.
-    The middle has attention always."""
+    """Heights of the feature maps that have attention after each residual block; heights that do not occur have no
+    effect. The middle always has attention."""
     heads: int = 4
-    """Heads of every attention."""
+    """Heads of every attention layer."""
     heads_up: int | None = None
-    """Heads of the decoder's; as many as `heads` where not given."""
+    """Heads of the decoder's attention layers; the same as `heads` by default."""
     dropout: float = 0.0
-    """Probability of dropout in every residual block."""
+    """Dropout probability in every residual block."""
     conv_resample: bool = True
-    """Whether convolutions halve and double the size; else the mean of 2x2 pixels, and repeated pixels, do."""
+    """Whether convolutions halve and double the size, instead of the mean of 2x2 pixels and repeated pixels."""
     scale_shift: bool = True
     """Whether the condition sets scale and shift of each residual block's second norm; else it is added before it."""
     groups: int = 32
-    """Groups of every group norm. 32 in the original; narrow networks keep more of a channel's level with fewer."""
+    """Groups of every group norm. 32 in the original; with fewer, narrow networks keep more of each channel's level."""
     num_classes: int = 0
-    """Number of classes; 0 makes the network unconditional, with no label table at all."""
+    """Number of classes; 0 for an unconditional network, which has no label table."""
     null_class: bool = False
-    """Whether the label table has one more row that means "no class" (needed for label dropout and guidance); the
-    original's has none."""
+    """Whether the label table has a row for "no class", which label dropout and guidance need; none in the original."""
     learn_sigma: bool = False
     """Whether the network has a second set of output channels, v, for the variance of the reverse step."""
     time_frequencies: Spacing = "original"
@@ -79,7 +84,7 @@ class UNetConfig:
     DDPM and diffusers."""
 
     def __post_init__(self) -> None:
-        """Refuses sizes that cannot be built, with a sentence."""
+        """Refuses sizes that cannot be built."""
         where = "UNet config"
         if self.time_frequencies not in get_args(Spacing):
             raise unknown_name(f"{where} time_frequencies", self.time_frequencies, get_args(Spacing))
@@ -117,7 +122,7 @@ class UNetConfig:
                 )
 
     def _attentions(self) -> Iterator[tuple[str, int, int]]:
-        """Where there is attention: part of the network, level, heads."""
+        """Yields each place with attention: part of the network, level, heads."""
         last = len(self.multipliers) - 1
         yield "middle", last, self.heads
         for level in range(last + 1):
@@ -126,18 +131,13 @@ class UNetConfig:
                 yield "decoder", level, self.decoder_heads
 
     @property
-    def sized(self) -> bool:
-        """Whether the image size is known."""
-        return tuple(self.image_size) != (0, 0)
-
-    @property
     def width_step(self) -> int:
-        """What a width is a multiple of that every part can have."""
+        """Number that `width` must be a multiple of, so that groups and heads divide every level's channels."""
         return lcm(2, self.groups, self.heads, self.decoder_heads)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, the one at full size first."""
+        """Channels of each level, full size first."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     @property
@@ -146,20 +146,22 @@ class UNetConfig:
         return self.heads if self.heads_up is None else self.heads_up
 
     def grid(self, level: int) -> tuple[int, int]:
-        """(height, width) of the feature maps of a level, 0 being the one at full size."""
+        """Returns (height, width) of the feature maps of a level; level 0 has full size."""
         return self.image_size[0] >> level, self.image_size[1] >> level
 
     def attends(self, level: int) -> bool:
         """Whether there is attention after each residual block of a level."""
-        # As the original's flags are read: the factor by which the image is larger, rounded down.
+        # As in the original: by the ratio of the image's height to the feature map's, rounded down.
         return 2**level in {self.image_size[0] // height for height in self.attention_at}
 
 
+@register(UNetConfig)
 class UNet(nn.Module):
     """improved-diffusion's UNet.
 
-    Its `blocks` are all that lies between the first convolution and the last norm, in the order in which they run: the
-    encoder's stages and halvings, the middle's two stages, the decoder's stages. Each is called as block(x, c).
+    `blocks` holds everything between the first convolution and the last norm in the order of computation: the stages
+    and downsamplings of the encoder, the two stages of the middle, the stages of the decoder. Each is called as
+    block(x, c).
 
     Example:
         >>> import torch
@@ -171,7 +173,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         if not config.sized:
-            raise DitlabError("UNet: expected a config with an image_size, found (0, 0), which stands for any")
+            raise DitlabError("UNet: expected a config with an image_size, found (0, 0), which means not known yet")
         self.config = config
         condition = CONDITION * config.width
         self.outputs = config.channels * (2 if config.learn_sigma else 1)
@@ -188,13 +190,13 @@ class UNet(nn.Module):
         ]
         self.blocks = nn.ModuleList([*encoder, *middle, *self._decoder(skips)])
         self.skips = len(encoder)
-        """Number of blocks of the encoder, whose outputs the decoder is given, besides the first convolution's."""
+        """Number of blocks of the encoder; their outputs are skip connections, as is the first convolution's."""
         self.norm = nn.GroupNorm(config.groups, config.widths[0])
         self.out = nn.Conv2d(config.widths[0], self.outputs, 3, padding=1)
         self.reset()
 
     def _stage(self, before: int, level: int, *, heads: int, up: bool = False) -> Stage:
-        """A stage of a level, with attention unless there are no heads for it."""
+        """Returns a stage of a level, without attention if `heads` is 0."""
         config, after = self.config, self.config.widths[level]
         residual = ResidualBlock(
             before,
@@ -208,7 +210,7 @@ class UNet(nn.Module):
         return Stage(residual, attention, Upsample(after, learned=config.conv_resample) if up else None)
 
     def _encoder(self) -> tuple[list[nn.Module], list[int]]:
-        """The encoder's blocks, and the channels of what the decoder is given: the first convolution's, then theirs."""
+        """Returns the encoder's blocks, and the channels of the first convolution's and of each block's output."""
         config, blocks, skips = self.config, [], [self.config.width]
         for level, width in enumerate(config.widths):
             for _ in range(config.res_blocks):
@@ -220,13 +222,13 @@ class UNet(nn.Module):
         return blocks, skips
 
     def _decoder(self, skips: list[int]) -> list[nn.Module]:
-        """The decoder's blocks, which take up `skips` from the end."""
-        config, blocks, before, left = self.config, [], skips[-1], list(skips)
+        """Returns the decoder's blocks, which consume the skip connections from the last to the first."""
+        config, blocks, before, remaining = self.config, [], skips[-1], list(skips)
         for level, width in reversed(list(enumerate(config.widths))):
             heads = config.decoder_heads if config.attends(level) else 0
             for number in range(config.res_blocks + 1):
                 up = number == config.res_blocks and level > 0
-                blocks.append(self._stage(before + left.pop(), level, heads=heads, up=up))
+                blocks.append(self._stage(before + remaining.pop(), level, heads=heads, up=up))
                 before = width
         return blocks
 
@@ -237,11 +239,11 @@ class UNet(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 when unconditional. Label `num_classes` means "no class" where there is a null row."""
+        """Number of classes; 0 if unconditional. With a null class, the label `num_classes` means "no class"."""
         return self.config.num_classes
 
     def reset(self) -> None:
-        """The original's initial values: torch's own, and zero for the last layer of every branch and of all."""
+        """Sets torch's default initial values, and zero for the last layer of each branch and of the network."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.Embedding):
                 module.reset_parameters()
@@ -272,7 +274,7 @@ class UNet(nn.Module):
             `[B, C, H, W]`, or `[B, 2C, H, W]` with learn_sigma: the prediction first, then v.
 
         Raises:
-            DitlabError: for images of another shape than the config's, or no label where there is no null class.
+            DitlabError: for images of another shape than the config's, or a missing label without a null class.
         """
         if tuple(x.shape[1:]) != self.in_shape:
             raise DitlabError(f"UNet: expected images of shape {self.in_shape}, found {tuple(x.shape[1:])}")
@@ -280,20 +282,20 @@ class UNet(nn.Module):
             raise DitlabError("UNet: augmentation labels are not supported by this network")
         c = self.condition(t, label)
         x = self.stem(x)
-        kept = [x]
+        skips = [x]
         for number, block in enumerate(self.blocks):
-            if number >= self.skips + 2:  # behind the middle
-                x = torch.cat([x, kept.pop()], dim=1)
+            if number >= self.skips + 2:  # after the middle
+                x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, c)
             if number < self.skips:
-                kept.append(x)
+                skips.append(x)
         return self.out(nn.functional.silu(self.norm(x)))
 
     def condition(self, t: Shaped[Tensor, " b"], label: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
-        """The condition `[B, 4 width]`: the time's vector, plus the label's where the network has classes.
+        """Returns the condition `[B, 4 width]`: the time's vector, plus the label's if the network has classes.
 
         Raises:
-            DitlabError: no label where there is no null class.
+            DitlabError: a missing label without a null class.
         """
         time = self.time(t)
         if self.label is None:
@@ -307,3 +309,6 @@ def _zero(layer: nn.Conv2d | nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+__all__ = ["CONDITION", "UNet", "UNetConfig"]

@@ -1,8 +1,8 @@
-"""One self-attention layer for every transformer here, and a way to look at its maps.
+"""The self-attention layer of every transformer in ditlab, and access to attention maps.
 
 The layer is multi-head attention as in the ViT and DiT (Vaswani et al., 1706.03762; Peebles and Xie, 2212.09748): one
 fused projection to queries, keys and values, attention under a pattern (`ditlab.nn.patterns`), one projection back.
-How it is computed is a matter of `ditlab.nn.kernels`; which layer gets which pattern, of `ditlab.nn.attention_plan`.
+`ditlab.nn.kernels` computes it; `ditlab.nn.attention_plan` gives each layer its pattern.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.nn.attention_adapters import Scores, View, show_attention, view_of
-from ditlab.nn.attention_plan import NAMED_WINDOWS, Scheme, parse_plan, placement
-from ditlab.nn.kernels import Kernel, Strips, attend, attention_kernel, attention_weights, packed_strips
+from ditlab.nn.attention_adapters import AttentionAdapter, QKBias, adapter_of, register_attention
+from ditlab.nn.attention_plan import NAMED_WINDOWS, Scheme, parse_plan, place_windows
+from ditlab.nn.kernels import Kernel, TileSettings, attention, attention_kernel, attention_weights, packed_tiles
 from ditlab.nn.kernels_flex import prepare_flex
-from ditlab.nn.kernels_packed import apart, packed_attention
+from ditlab.nn.kernels_packed import packed_attention, unpack_qkv
 from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
 
 
@@ -33,11 +33,11 @@ class SelfAttention(nn.Module):
         width: channels of a token, a multiple of `heads`.
         heads: number of heads.
         grid: `(rows, columns)` of the tokens.
-        pattern: which keys a token sees.
-        extra: number of off-grid tokens behind the grid's, which see all and are seen by all.
+        pattern: which keys each token sees.
+        extra: number of off-grid tokens after the grid's, which see all tokens and are seen by all.
 
     Raises:
-        DitlabError: where `heads` does not divide `width`, or the pattern is larger than the grid.
+        DitlabError: `heads` does not divide `width`, or the pattern is larger than the grid.
 
     Example:
         >>> layer = SelfAttention(width=32, heads=4, grid=(8, 8), pattern=Window(3))
@@ -58,94 +58,97 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
-        """Moving to a device prepares the block mask there, as a compiled forward pass cannot make it."""
+        """Moves the layer and prepares the block mask on its device, since a compiled forward pass cannot make it."""
         super()._apply(fn, recurse)
         if self.qkv.weight.is_cuda:
             prepare_flex(self.pattern, self.grid, self.extra, self.qkv.weight.device)
         return self
 
     def split(self, x: Float[Tensor, "b n width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens, each `[b, heads, n, head_dim]`."""
+        """Returns queries, keys and values of the tokens, each `[b, heads, n, head_dim]`."""
         batch, tokens, width = x.shape
-        return apart(self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads))
+        return unpack_qkv(self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads))
 
     def forward(
         self, x: Float[Tensor, "b n width"], bias: Float[Tensor, "heads n n"] | None = None
     ) -> Float[Tensor, "b n width"]:
-        """Attends.
+        """Computes self-attention.
 
         Args:
             x: tokens, n = rows * columns + extra, the extra ones last.
             bias: added to the scaled scores of each head, queries by keys.
+
+        Returns:
+            Tokens of the same shape.
         """
-        strips = self._strips(x) if bias is None else None
-        if strips is not None:
-            return self._by_strips(x, strips)
-        out = attend(*self.split(x), self.pattern, self.grid, bias=bias, extra=self.extra)
+        settings = self._tile_settings(x) if bias is None else None
+        if settings is not None:
+            return self._by_tiles(x, settings)
+        out = attention(*self.split(x), self.pattern, self.grid, bias=bias, extra=self.extra)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def _strips(self, x: Tensor) -> Strips | None:
-        """How strips compute this layer's attention; None where they do not, or its projections must be called."""
-        plain = _untouched(self.qkv) and _untouched(self.proj)
+    def _tile_settings(self, x: Tensor) -> TileSettings | None:
+        """Returns how the tiles kernel computes this layer; None for another kernel, or if a projection has hooks."""
+        plain = _is_plain_linear(self.qkv) and _is_plain_linear(self.proj)
         if not plain or x.device.type != "cpu" or x.shape[1] != self.grid[0] * self.grid[1] + self.extra:
             return None
-        # Which leaves float64 as it is.
+        # Autocast leaves float64 unchanged.
         autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-        return packed_strips(
+        return packed_tiles(
             self.pattern,
             self.grid,
             device=x.device,
             dtype=torch.get_autocast_dtype("cpu") if autocast else x.dtype,
-            # Of the weights: the size of an input may be a symbol while torch compiles.
+            # Read from the weights: the size of an input may be symbolic while torch compiles.
             head_dim=self.qkv.in_features // self.heads,
             needs_grad=torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad),
         )
 
-    def _by_strips(self, x: Tensor, strips: Strips) -> Tensor:
-        """`forward`, in one tensor from projection to projection, with heads as wide as the kernel likes them."""
+    def _by_tiles(self, x: Tensor, settings: TileSettings) -> Tensor:
+        """Computes `forward` with queries, keys and values in one tensor and heads padded to multiples of 8."""
         batch, tokens, _ = x.shape
         head_dim = self.qkv.in_features // self.heads
-        spare = -head_dim % 8
+        padding = -head_dim % 8
         weight, bias = self.qkv.weight, self.qkv.bias
         back = self.proj.weight
-        if spare:
-            # Zeros in the weights, which are small beside the tokens: further channels of each head that are zero.
-            weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, spare)).flatten(0, 1)
-            bias = bias if bias is None else F.pad(bias.unflatten(0, (-1, head_dim)), (0, spare)).flatten()
-            back = F.pad(back.unflatten(1, (-1, head_dim)), (0, spare)).flatten(1)
-        qkv = F.linear(x, weight, bias).view(batch, tokens, 3, self.heads, head_dim + spare)
-        out, _ = packed_attention(qkv, head_dim, list(self.grid), *strips)
+        if padding:
+            # Padding the weights with zeros is cheaper than padding the tokens, which are larger.
+            weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
+            bias = bias if bias is None else F.pad(bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
+            back = F.pad(back.unflatten(1, (-1, head_dim)), (0, padding)).flatten(1)
+        qkv = F.linear(x, weight, bias).view(batch, tokens, 3, self.heads, head_dim + padding)
+        out, _ = packed_attention(qkv, head_dim, list(self.grid), *settings)
         return F.linear(out.transpose(1, 2).flatten(2), back, self.proj.bias)
 
-    def view(self) -> View:
-        """How its maps are made (`ditlab.nn.attention_adapters`)."""
+    def adapter(self) -> AttentionAdapter:
+        """Returns how its maps are computed (`ditlab.nn.attention_adapters`)."""
 
-        def read(args: tuple[Any, ...], named: Mapping[str, Any]) -> Scores:
+        def read(args: tuple[Any, ...], named: Mapping[str, Any]) -> QKBias:
             q, k, _ = self.split(args[0] if args else named["x"])
-            return Scores(q, k, named.get("bias", args[1] if len(args) > 1 else None))
+            return QKBias(q, k, named.get("bias", args[1] if len(args) > 1 else None))
 
-        return View(self.heads, self.grid, read, self.pattern, self.extra)
-
-
-def _untouched(projection: nn.Module) -> bool:
-    """Whether it is as made here: neither replaced nor watched, so that its weights are all there is to it."""
-    watched = projection._forward_hooks or projection._forward_pre_hooks
-    watched = watched or projection._backward_hooks or projection._backward_pre_hooks
-    return type(projection) is nn.Linear and "forward" not in projection.__dict__ and not watched
+        return AttentionAdapter(self.heads, self.grid, read, self.pattern, self.extra)
 
 
-def attention_views(network: nn.Module) -> list[tuple[nn.Module, View]]:
-    """The attention layers inside a module that can be looked into, each once, in the order of `network.modules()`.
+def _is_plain_linear(projection: nn.Module) -> bool:
+    """Whether this is a Linear without hooks or a replaced `forward`, so that its weights alone may be used."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks
+    hooks = hooks or projection._backward_hooks or projection._backward_pre_hooks
+    return type(projection) is nn.Linear and "forward" not in projection.__dict__ and not hooks
 
-    These are `SelfAttention` layers and those given to `attention_adapters.show_attention`; empty without any.
+
+def adapted_layers(network: nn.Module) -> list[tuple[nn.Module, AttentionAdapter]]:
+    """Returns the attention layers inside a module with their adapters, in the order of `network.modules()`.
+
+    These are `SelfAttention` layers and those given to `register_attention`; the list is empty without any.
     """
-    views = [(m, m.view() if isinstance(m, SelfAttention) else view_of(m)) for m in network.modules()]
-    return [(module, view) for module, view in views if view is not None]
+    layers = [(m, m.adapter() if isinstance(m, SelfAttention) else adapter_of(m)) for m in network.modules()]
+    return [(module, adapter) for module, adapter in layers if adapter is not None]
 
 
 def attention_modules(network: nn.Module) -> list[nn.Module]:
-    """The modules of `attention_views`."""
-    return [module for module, _ in attention_views(network)]
+    """Returns the modules of `adapted_layers`."""
+    return [module for module, _ in adapted_layers(network)]
 
 
 @contextmanager
@@ -155,24 +158,24 @@ def capture_attention(
     *,
     use: Callable[[int, Tensor], object] | None = None,
 ) -> Iterator[dict[int, list[Float[Tensor, "b heads n n"]]]]:
-    """Within it, every forward pass leaves the attention maps of the layers asked for.
+    """Collects the attention maps of chosen layers from every forward pass inside the context.
 
-    Training never computes these maps; here they are recomputed as softmax(q k^T / sqrt(head_dim)) from the layer's
-    inputs. A map times the layer's values is the layer's output before its last projection. Compiled modules run
-    uncompiled meanwhile, for a compiled one would pass over what watches the layers.
+    Training never computes these maps; they are recomputed as softmax(q k^T / sqrt(head_dim)) from the layer's inputs.
+    A map times the layer's values is the layer's output before its last projection. Compilation is disabled inside the
+    context, because compiled modules skip forward hooks.
 
     Args:
-        network: any module that holds layers of `attention_views`.
-        layers: which of them, 0-based in the order of `network.modules()`; negative from the end; None for all.
-        use: called with (layer, map) as soon as a layer has run; the map is then not kept, so that the memory of one
-            layer's maps is enough.
+        network: any module that contains layers of `adapted_layers`.
+        layers: indices in the order of `network.modules()`, from 0, negative from the end; None for all.
+        use: called with (layer, map) as soon as a layer has run. The map is then not kept, so memory for one layer's
+            maps is enough.
 
     Yields:
-        A dict that fills as the network runs: layer -> one map for each forward pass (none with `use`), float32 or
-        wider, on the network's device, without gradients. Rows are queries and sum to 1.
+        A dict that fills as the network runs: layer -> one map `[b, heads, n, n]` for each forward pass (none with
+        `use`), float32 or wider, on the network's device, without gradients. Rows are queries and sum to 1.
 
     Raises:
-        DitlabError: for a network without such layers, or a layer that it does not have.
+        DitlabError: the network has no such layers, or not the layer of an index.
 
     Example:
         >>> layer = SelfAttention(width=8, heads=2, grid=(4, 4), pattern=Window(3))
@@ -181,26 +184,26 @@ def capture_attention(
         >>> maps[0][0].shape
         torch.Size([1, 2, 16, 16])
     """
-    found = attention_views(network)
-    if not found:
+    known = adapted_layers(network)
+    if not known:
         raise DitlabError("attention maps: expected a network with SelfAttention layers, found none")
-    wanted = range(len(found)) if layers is None else layers
-    for layer in wanted:
-        if not -len(found) <= layer < len(found):
-            raise DitlabError(f"attention maps: expected layers below {len(found)}, found {layer}")
-    maps: dict[int, list[Tensor]] = {layer % len(found): [] for layer in wanted}
+    chosen = range(len(known)) if layers is None else layers
+    for layer in chosen:
+        if not -len(known) <= layer < len(known):
+            raise DitlabError(f"attention maps: expected layers below {len(known)}, found {layer}")
+    maps: dict[int, list[Tensor]] = {layer % len(known): [] for layer in chosen}
 
-    def hook(layer: int, view: View) -> Callable[..., None]:
-        keep = maps[layer].append if use is None else partial(use, layer)
+    def hook(layer: int, adapter: AttentionAdapter) -> Callable[..., None]:
+        receive = maps[layer].append if use is None else partial(use, layer)
 
-        def remember(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        def compute(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             with torch.no_grad():
-                q, k, bias = view.read(args, named)
-                keep(attention_weights(q, k, view.pattern, view.grid, bias=bias, extra=view.extra))
+                q, k, bias = adapter.read(args, named)
+                receive(attention_weights(q, k, adapter.pattern, adapter.grid, bias=bias, extra=adapter.extra))
 
-        return remember
+        return compute
 
-    handles = [found[layer][0].register_forward_hook(hook(layer, found[layer][1]), with_kwargs=True) for layer in maps]
+    handles = [known[layer][0].register_forward_hook(hook(layer, known[layer][1]), with_kwargs=True) for layer in maps]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield maps
@@ -220,14 +223,14 @@ __all__ = [
     "Scheme",
     "SelfAttention",
     "Window",
-    "attend",
+    "adapted_layers",
+    "attention",
     "attention_kernel",
     "attention_modules",
-    "attention_views",
     "attention_weights",
     "capture_attention",
     "check_fits",
     "parse_plan",
-    "placement",
-    "show_attention",
+    "place_windows",
+    "register_attention",
 ]

@@ -1,8 +1,8 @@
 """Which layer of a network gets which attention pattern.
 
-The named sets and the three ways to place them are those of An et al., "On Inductive Biases That Enable Generalization
-of Diffusion Transformers" (2410.21273), Tables 2-4. Where the paper leaves a list open, the choice here is an inference
-and is marked as one.
+The named sets of windows and the three placements are those of An et al., "On Inductive Biases That Enable
+Generalization of Diffusion Transformers" (2410.21273), Tables 2-4. Choices that the paper does not state are marked as
+inferred.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ NAMED_WINDOWS = MappingProxyType(
 )
 
 
-def placement(
+def place_windows(
     windows: tuple[int, ...], depth: int, scheme: str = "head", border: Border = "clip"
 ) -> tuple[Pattern, ...]:
-    """The patterns of a network's layers, first layer first: the windows in their order, global attention elsewhere.
+    """Returns the pattern of each layer, first layer first: the windows in their order, global attention elsewhere.
 
     Args:
-        windows: odd window sizes, at most `depth` of them.
+        windows: odd window sizes, at most `depth`.
         depth: the network's number of layers, at least 1.
-        scheme: "head" gives the windows to the first layers, "tail" to the last ones; "mix" spreads the global layers
-            evenly between them, the last layer global. The paper does not print its "mix": that six windows on twelve
-            layers then lie on layers 1, 3, ..., 11, and nine follow (local, local, local, global) three times, is
-            inferred from its words.
-        border: of every window.
+        scheme: "head" gives the windows to the first layers, "tail" to the last ones. "mix" spreads the global layers
+            evenly between them, the last layer global. The paper does not print its "mix"; inferred from its text: on
+            twelve layers six windows are on layers 1, 3, ..., 11, and nine repeat (local, local, local, global).
+        border: border rule of every window.
 
     Raises:
         DitlabError: for more windows than layers, an even window, or an unknown scheme or border.
 
     Example:
-        >>> [pattern.name for pattern in placement((3, 5), 4, "mix")]
+        >>> [pattern.name for pattern in place_windows((3, 5), 4, "mix")]
         ['window 3', 'global', 'window 5', 'global']
     """
     if scheme not in get_args(Scheme):
@@ -60,51 +59,54 @@ def placement(
     elif scheme == "tail":
         is_global = [layer < spare for layer in range(depth)]
     else:
-        # Layer l is global where the running count of global layers, spare / depth a layer, reaches its next integer.
+        # With spare / depth global layers per layer, layer l is global if their running sum reaches the next integer.
         is_global = [(layer + 1) * spare // depth > layer * spare // depth for layer in range(depth)]
     sizes = iter(windows)
     return tuple(Global() if skip else Window(next(sizes), border) for skip in is_global)
 
 
 def parse_plan(plan: str, depth: int, border: Border = "clip") -> tuple[Pattern, ...]:
-    """Reads a plan as it stands in configs and flags.
+    """Parses an attention plan.
 
     Args:
         plan: one of
-            a list with one entry a layer, a window size or `g` for global, each repeatable: `"3,5,7,g*9"`, `"3*4"`;
-            a list of windows with a place: `"3,5,7@mix"`, the other layers global;
-            a name, at the head unless placed: `"global"`, `"local"`, `"local-star"`, `"same-a"`, `"same-b"`,
+            a list with one entry for each layer, a window size or `g` for global, with repeats: `"3,5,7,g*9"`, `"3*4"`;
+            a list of windows with a placement: `"3,5,7@mix"`; the other layers are global;
+            a name, placed at the head by default: `"global"`, `"local"`, `"local-star"`, `"same-a"`, `"same-b"`,
             `"local-small"`, `"local-star-large"`, `"local@mix"`, `"local-star@tail"`.
-        depth: the network's number of layers.
-        border: of every window.
+        depth: number of layers of the network.
+        border: border rule of every window.
 
     Returns:
-        One pattern a layer, first layer first.
+        One pattern for each layer, first layer first.
 
     Raises:
-        DitlabError: for a name or entry that is not known, or a list that does not match `depth`.
+        DitlabError: for an unknown name or entry, or a list that does not match `depth`.
     """
     body, at, scheme = (part.strip() for part in plan.partition("@"))
     if at and scheme not in get_args(Scheme):
         raise unknown_name("placement", scheme, get_args(Scheme))
     place = scheme if at else "head"
     if body in NAMED_WINDOWS:
-        return placement(NAMED_WINDOWS[body], depth, place, border)
+        return place_windows(NAMED_WINDOWS[body], depth, place, border)
     sizes = [size for entry in body.split(",") for size in _entry(entry.strip(), plan)]
     if at:
         if None in sizes:
             raise DitlabError(f"attention plan '{plan}': expected only windows before '@', found a global layer")
-        return placement(tuple(size for size in sizes if size is not None), depth, place, border)
+        return place_windows(tuple(size for size in sizes if size is not None), depth, place, border)
     if len(sizes) != depth:
         raise DitlabError(f"attention plan '{plan}': expected one entry for each of {depth} layers, found {len(sizes)}")
     return tuple(Global() if size is None else Window(size, border) for size in sizes)
 
 
 def _entry(entry: str, plan: str) -> list[int | None]:
-    """`"5"`, `"g"`, `"5*3"` or `"g*9"` as a list of window sizes, None for global."""
+    """Parses `"5"`, `"g"`, `"5*3"` or `"g*9"` into a list of window sizes, None for global."""
     what, star, count = (part.strip() for part in entry.partition("*"))
     if any(letter.isalpha() for letter in plan.split("@")[0].replace("g", "")):
         raise unknown_name("attention plan", plan.split("@")[0], NAMED_WINDOWS)
     if not (what == "g" or what.isdecimal()) or (star and not count.isdecimal()):
         raise DitlabError(f"attention plan '{plan}': expected entries such as 5, g or g*9, found '{entry}'")
     return [None if what == "g" else int(what)] * (int(count) if star else 1)
+
+
+__all__ = ["NAMED_WINDOWS", "Scheme", "parse_plan", "place_windows"]

@@ -1,7 +1,7 @@
-"""What a network is told besides the image: where a patch lies, how much noise there is, which class it is.
+"""Embeddings of a network's other inputs: position of a patch, timestep, class.
 
 Sources: the fixed position table is that of MAE and DiT (Peebles & Xie 2023, section 3.1 and its released code); the
-sinusoid of the time step is DDPM's and DiT's (Vaswani et al. 2017).
+sinusoid of the timestep is DDPM's and DiT's (Vaswani et al. 2017).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 Spacing = Literal["original", "diffusers"]
-"""How the frequencies of a time embedding are spaced; see `frequencies`."""
+"""Spacing of a time embedding's frequencies; see `frequencies`."""
 
 
 def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "original") -> Float[Tensor, " k"]:
-    """The angular frequencies f_k = max_period^(-k / count), k < count, in float32.
+    """Returns the angular frequencies f_k = max_period^(-k / count), k < count, in float32.
 
-    With the spacing of diffusers' DiT, f_k = max_period^(-k / (count - 1)): weights trained with one of the two give
-    slightly other outputs with the other.
+    With the spacing of diffusers' DiT, f_k = max_period^(-k / (count - 1)). Weights trained with one spacing give
+    slightly different outputs with the other.
 
-    The exponent is rounded to float32 as in the originals, its exponential is taken in float64: torch's float32 `exp`
-    differs in the last bit from one processor to the next, which at t = 999 moves an angle by up to 6e-5.
+    The exponent is rounded to float32 as in the originals; its exponential is computed in float64, because torch's
+    float32 `exp` differs in the last bit between processors, which changes an angle at t = 999 by up to 6e-5.
     """
     exponents = -math.log(max_period) * torch.arange(count, dtype=torch.float32)
     exponents = exponents / (count if spacing == "original" else count - 1)
@@ -34,16 +34,16 @@ def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "or
 def sinusoid(
     t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0, spacing: Spacing = "original"
 ) -> Float[Tensor, "b w"]:
-    """Sinusoids of a time step at geometrically spaced frequencies: cosines first, then sines.
+    """Returns sinusoids of a timestep at geometrically spaced frequencies: cosines first, then sines.
 
     With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k); f_k as in `frequencies`.
-    Computed in float32 whatever the dtype of `t`, as the originals do.
+    Computed in float32 for any dtype of `t`, as in the originals.
 
     Args:
-        t: time steps `[B]`, whole or fractional, usually 0..999.
+        t: timesteps `[B]`, whole or fractional, usually 0..999.
         width: even number of channels.
         max_period: the longest period divided by 2 pi.
-        spacing: of the frequencies.
+        spacing: spacing of the frequencies.
     """
     angles = t.float()[:, None] * frequencies(width // 2, max_period, spacing).to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -56,7 +56,7 @@ def _sin_cos_1d(positions: Tensor, width: int) -> Tensor:
 
 
 def position_table(grid: tuple[int, int], width: int) -> Float[Tensor, "t d"]:
-    """The fixed two-dimensional sin-cos table, one row a token of the row-major grid.
+    """Returns the fixed two-dimensional sin-cos table, one row for each token of the row-major grid.
 
     The first half of the channels encodes the column, the second half the row (the order of MAE's code, kept by DiT).
 
@@ -76,7 +76,7 @@ def position_table(grid: tuple[int, int], width: int) -> Float[Tensor, "t d"]:
 
 
 class TimeEmbedding(nn.Module):
-    """Time step -> vector: sinusoids of 256 channels, then Linear, SiLU, Linear (DiT)."""
+    """Timestep -> vector: sinusoids of 256 channels, then Linear, SiLU, Linear (DiT)."""
 
     def __init__(self, width: int, *, sinusoid_width: int = 256, spacing: Spacing = "original") -> None:
         super().__init__()
@@ -86,19 +86,19 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """`[B]` time steps to `[B, D]`."""
+        """Maps timesteps `[B]` to `[B, D]`."""
         waves = sinusoid(t, self.sinusoid_width, spacing=self.spacing).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(waves)))
 
     def reset(self) -> None:
-        """DiT's initial values: weights N(0, 0.02), biases 0."""
+        """Sets DiT's initial values: weights N(0, 0.02), biases 0."""
         for layer in (self.hidden, self.out):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
 
 class LabelEmbedding(nn.Module):
-    """Class -> vector by a table; where labels are dropped in training, one more row, the last, means "no class"."""
+    """Class -> vector by a table; with `null`, one more row, the last, means "no class" (for label dropout)."""
 
     def __init__(self, num_classes: int, width: int, *, null: bool = True) -> None:
         super().__init__()
@@ -107,9 +107,12 @@ class LabelEmbedding(nn.Module):
         self.table = nn.Embedding(num_classes + int(null), width)
 
     def forward(self, label: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """`[B]` classes, 0..num_classes - 1, or num_classes for no class, to `[B, D]`."""
+        """Maps classes `[B]`, 0..num_classes - 1 or num_classes for "no class", to `[B, D]`."""
         return self.table(label)
 
     def reset(self) -> None:
-        """DiT's initial values: N(0, 0.02)."""
+        """Sets DiT's initial values: N(0, 0.02)."""
         nn.init.normal_(self.table.weight, std=0.02)
+
+
+__all__ = ["LabelEmbedding", "Spacing", "TimeEmbedding", "frequencies", "position_table", "sinusoid"]

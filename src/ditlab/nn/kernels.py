@@ -1,17 +1,17 @@
-"""Attention kernels: several ways to compute one thing, and the choice between them.
+"""Attention kernels, and the choice between them.
 
-softmax(q k^T / sqrt(head_dim) + bias) v, each query over the keys that its pattern lets it see (Vaswani et al.,
-1706.03762, Eq. 1, with the masks of `ditlab.nn.patterns`):
+All compute softmax(q k^T / sqrt(head_dim) + bias) v, each query over the keys that its pattern lets it see (Vaswani et
+al., 1706.03762, Eq. 1, with the masks of `ditlab.nn.patterns`):
 
-- `math` is the definition in plain operations and the reference for all others: any dtype, any transform of
-  `torch.func`, differentiable as often as one likes;
-- `sdpa` is torch's own kernel, masked where needed;
-- `strips` (`ditlab.nn.kernels_cpu`) computes tiles of queries over the keys they reach, on the CPU;
+- `math` is the definition in plain operations and the reference for the others: any dtype, any transform of
+  `torch.func`, any order of derivatives;
+- `sdpa` is torch's own kernel, with a mask if needed;
+- `tiles` (`ditlab.nn.kernels_cpu`) computes tiles of queries over the keys they reach, on the CPU;
 - `flex` (`ditlab.nn.kernels_flex`) is FlexAttention with a cached block mask, on CUDA;
-- `auto` takes what `ditlab.nn.kernel_choice` says is fastest.
+- `auto` is the fastest of them according to `ditlab.nn.kernel_choice`.
 
-All but `math` are differentiable once, backward. Tokens are the grid's, row by row, then `extra` off-grid tokens that
-see all and are seen by all.
+All except `math` are differentiable once, in reverse mode. Tokens are the grid's, in row-major order, then `extra`
+off-grid tokens that see all tokens and are seen by all.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ditlab.errors import DitlabError, unknown_name
-from ditlab.nn.kernel_choice import Choice, choose_kernel, strips_way
+from ditlab.nn.kernel_choice import Choice, choose_kernel, tiles_choice
 from ditlab.nn.kernels_cpu import tiled_attention
-from ditlab.nn.kernels_flex import attend_flex
+from ditlab.nn.kernels_flex import masked_flex_attention
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
 
-Kernel = Literal["auto", "math", "sdpa", "strips", "flex"]
+Kernel = Literal["auto", "math", "sdpa", "tiles", "flex"]
 
-_STRIPS_TAKE = (torch.float32, torch.bfloat16)
+_TILE_DTYPES = (torch.float32, torch.bfloat16)
 
 _active: str = "auto"
 _masks: dict[tuple[Pattern, Grid, int, torch.device, torch.dtype], Tensor] = {}
-_said: set[str] = set()
+_warned: set[str] = set()
 _log = logging.getLogger("ditlab")
 
 
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-    """Within it, attention is computed by the kernel of this name (process-wide; a compiled network recompiles).
+    """Selects the kernel that computes attention inside the context (process-wide; a compiled network recompiles).
 
-    Analyses that need forward-mode or second derivatives, or `torch.func.vmap`, say `with attention_kernel("math"):`.
+    For forward-mode or second derivatives, or `torch.func.vmap`, use `with attention_kernel("math"):`.
 
     Args:
-        name: "auto" (the default outside), "math", "sdpa", "strips" or "flex". A kernel that cannot do what is asked
-            of it (strips with a bias or off the CPU, flex with gradients on the CPU) leaves it to `sdpa`, said once.
+        name: "auto" (the default), "math", "sdpa", "tiles" or "flex". Where a kernel does not apply (tiles with a bias
+            or off the CPU, flex with gradients on the CPU), `sdpa` takes its place, with one warning.
 
     Raises:
         DitlabError: for an unknown name.
@@ -65,7 +65,7 @@ def attention_kernel(name: str) -> Iterator[None]:
         _active = before
 
 
-def attend(
+def attention(
     q: Float[Tensor, "b heads n d"],
     k: Float[Tensor, "b heads n d"],
     v: Float[Tensor, "b heads n d"],
@@ -76,21 +76,21 @@ def attend(
     extra: int = 0,
     kernel: str | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """Attention of each query over the keys that the pattern lets it see, scaled by `head_dim ** -0.5`.
+    """Returns attention of each query over the keys that the pattern lets it see, scaled by `head_dim ** -0.5`.
 
     Args:
-        q, k, v: queries, keys, values; n = rows * columns + extra, the extra tokens last.
-        pattern: which keys a query sees. It may be larger than the grid: a query then sees what there is.
+        q, k, v: queries, keys, values `[b, heads, n, d]`; n = rows * columns + extra, the extra tokens last.
+        pattern: which keys each query sees. It may be larger than the grid; queries then see the whole grid.
         grid: `(rows, columns)` of the tokens.
         bias: added to the scaled scores, before the softmax; queries by keys.
-        extra: number of off-grid tokens at the end, which see all and are seen by all.
-        kernel: one of the names of `attention_kernel`; None for the active one.
+        extra: number of off-grid tokens at the end, which see all tokens and are seen by all.
+        kernel: one of the names of `attention_kernel`; the active one by default.
 
     Returns:
         The attended values, in the dtype of `q`.
 
     Raises:
-        DitlabError: where the number of tokens does not match the grid, or for an unknown kernel.
+        DitlabError: the number of tokens does not match the grid, or the kernel is unknown.
     """
     if q.shape[-2] != grid[0] * grid[1] + extra:
         raise DitlabError(
@@ -100,22 +100,22 @@ def attend(
     name = _active if kernel is None else kernel
     _check_name(name)
     if name == "math":
-        return attend_math(q, k, v, pattern, grid, bias=bias, extra=extra)
+        return math_attention(q, k, v, pattern, grid, bias=bias, extra=extra)
     k, v = k.to(q.dtype), v.to(q.dtype)
     if isinstance(pattern, Partition) and bias is None and not (extra or any(n % pattern.size for n in grid)):
         return _by_window(q, k, v, pattern.size, grid, name)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    asked = (pattern, grid, q.device.type, q.dtype, q.shape[-1], needs_grad, bias is not None)
-    found, forward, backward = _resolve(name, *asked)
-    if found == "strips":
+    case = (pattern, grid, q.device.type, q.dtype, q.shape[-1], needs_grad, bias is not None)
+    resolved, forward, backward = _resolve(name, *case)
+    if resolved == "tiles":
         size, shift = _window_of(pattern, grid)
         return tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
-    run = attend_flex if found == "flex" else attend_sdpa
+    run = masked_flex_attention if resolved == "flex" else sdpa_attention
     return run(q, k, v, pattern, grid, bias=bias, extra=extra)
 
 
-class Strips(NamedTuple):
-    """How strips compute an attention; see `ditlab.nn.kernels_packed.packed_attention`."""
+class TileSettings(NamedTuple):
+    """How the tiles kernel computes an attention: arguments of `ditlab.nn.kernels_packed.packed_attention`."""
 
     window: int
     shift: bool
@@ -123,14 +123,14 @@ class Strips(NamedTuple):
     backward: str
 
 
-def packed_strips(
+def packed_tiles(
     pattern: Pattern, grid: Grid, *, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
-) -> Strips | None:
-    """How strips would compute attention without a bias; None where another kernel is the one to take."""
-    if _active not in ("auto", "strips") or isinstance(pattern, Partition):
+) -> TileSettings | None:
+    """Returns how the tiles kernel computes attention without a bias; None if another kernel is chosen."""
+    if _active not in ("auto", "tiles") or isinstance(pattern, Partition):
         return None
-    found, forward, backward = _resolve(_active, pattern, grid, device.type, dtype, head_dim, needs_grad, False)
-    return Strips(*_window_of(pattern, grid), forward, backward) if found == "strips" else None
+    kernel, forward, backward = _resolve(_active, pattern, grid, device.type, dtype, head_dim, needs_grad, False)
+    return TileSettings(*_window_of(pattern, grid), forward, backward) if kernel == "tiles" else None
 
 
 def attention_weights(
@@ -142,9 +142,9 @@ def attention_weights(
     bias: Float[Tensor, "... n n"] | None = None,
     extra: int = 0,
 ) -> Float[Tensor, "b heads n n"]:
-    """softmax(q k^T / sqrt(head_dim) + bias): rows sum to 1 and are exactly 0 outside the pattern.
+    """Returns softmax(q k^T / sqrt(head_dim) + bias): rows sum to 1 and are exactly 0 outside the pattern.
 
-    Half precisions are computed and returned in float32. Arguments as for `attend`.
+    Half precisions are computed and returned in float32. Arguments as for `attention`.
     """
     with torch.autocast(q.device.type, enabled=False):
         if q.dtype in (torch.bfloat16, torch.float16):
@@ -157,30 +157,30 @@ def attention_weights(
         return scores.softmax(-1)
 
 
-def attend_math(
+def math_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
 ) -> Tensor:
-    """The reference, in plain operations; half precisions are computed in float32. Arguments as for `attend`."""
+    """Computes the reference in plain operations, half precisions in float32. Arguments as for `attention`."""
     weights = attention_weights(q, k, pattern, grid, bias=bias, extra=extra)
     with torch.autocast(q.device.type, enabled=False):
         return (weights @ v.to(weights.dtype)).to(q.dtype)
 
 
-def attend_sdpa(
+def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
 ) -> Tensor:
-    """torch's `scaled_dot_product_attention`, with a dense mask where the pattern is not global."""
+    """Computes torch's `scaled_dot_product_attention`, with a dense mask unless the pattern is global."""
     mask = None if pattern.covers(grid) else _mask(pattern, grid, extra, q.device, q.dtype)
     if bias is not None:
         mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype) + mask
     width = q.shape[-1]
-    # CUDA's fused kernels want head dims in multiples of 8, and the CPU's is a quarter slower at 63 than at 64. The
-    # zeros change neither scores nor outputs; below 32 channels a copy costs more than it brings.
-    spare = -width % 8 if q.is_cuda or width > 32 else 0
-    if spare:
-        q, k, v = (F.pad(x, (0, spare)) for x in (q, k, v))
+    # CUDA's fused kernels need head dims in multiples of 8, and the CPU's is a quarter slower at 63 than at 64. The
+    # zeros change neither scores nor outputs. Up to 32 channels the copy costs more than it saves.
+    padding = -width % 8 if q.is_cuda or width > 32 else 0
+    if padding:
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)
-    return out[..., :width] if spare else out
+    return out[..., :width] if padding else out
 
 
 def _resolve(
@@ -193,51 +193,51 @@ def _resolve(
     needs_grad: bool,
     biased: bool,
 ) -> tuple[str, str, str]:
-    """The kernel that will run, and for strips how its forward and backward passes do; says where it falls back."""
+    """Returns the kernel that will run, and for tiles its forward and backward passes; warns of a fallback."""
     choice = Choice("sdpa")
     if name == "auto":
         choice = choose_kernel(pattern, grid, device=device, dtype=dtype, head_dim=head_dim, needs_grad=needs_grad)
-        if choice.kernel == "strips" and biased:
+        if choice.kernel == "tiles" and biased:
             choice = Choice("sdpa")
             if isinstance(pattern, Window):
-                _say_once(f"attention: {pattern.name} with a bias runs as masked sdpa, for strips take no bias")
-    elif name == "strips":
-        if device == "cpu" and dtype in _STRIPS_TAKE and not biased and not isinstance(pattern, Partition):
-            choice = strips_way(grid, dtype)
+                _warn_once(f"attention: {pattern.name} with a bias runs as masked sdpa, since tiles take no bias")
+    elif name == "tiles":
+        if device == "cpu" and dtype in _TILE_DTYPES and not biased and not isinstance(pattern, Partition):
+            choice = tiles_choice(grid, dtype)
         else:
-            _say_once(
-                "attention: strips want float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over"
+            _warn_once(
+                "attention: tiles need float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over"
             )
     elif name == "flex":
         if device == "cuda" or not needs_grad:
             choice = Choice("flex")
         else:
-            _say_once("attention: flex has no backward pass on this device; sdpa takes over")
-    forward, backward = (way.encoded() if way else "" for way in (choice.forward, choice.backward))
+            _warn_once("attention: flex has no backward pass on this device; sdpa takes over")
+    forward, backward = (tile_pass.encode() if tile_pass else "" for tile_pass in (choice.forward, choice.backward))
     return choice.kernel, forward, backward
 
 
-# While torch compiles, the choice runs for real and its answer, therefore only strings, is a constant of the graph.
-# This is torch.compiler.assume_constant_result without its import of the whole compiler, a second at every start.
+# While torch compiles, the choice is executed and its result, therefore only strings, becomes a constant of the graph.
+# This is torch.compiler.assume_constant_result without importing the whole compiler, which takes a second.
 _resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _say_once(message: str) -> None:
-    """Warns about a fallback, once a process for each message."""
-    if message not in _said:
-        _said.add(message)
+def _warn_once(message: str) -> None:
+    """Logs a warning about a fallback, once in each process."""
+    if message not in _warned:
+        _warned.add(message)
         _log.warning(message)
 
 
 def _window_of(pattern: Pattern, grid: Grid) -> tuple[int, bool]:
-    """A pattern as `tiled_attention` wants it: the window's size, 0 for global, and whether it is shifted."""
+    """Returns `window` and `shift` of `tiled_attention`: the window's size, 0 for global; whether it is shifted."""
     if isinstance(pattern, Window) and not pattern.covers(grid):
         return pattern.size, pattern.border == "shift"
     return 0, False
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: str) -> Tensor:
-    """A partition that fits the grid: each of its windows is an image of its own under global attention."""
+    """Computes a partition that fits the grid: global attention with each of its windows as an image."""
     batch, heads, tokens, width = q.shape
     down, across = grid[0] // size, grid[1] // size
 
@@ -245,7 +245,7 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: s
         cells = x.reshape(batch, heads, down, size, across, size, width).permute(0, 2, 4, 1, 3, 5, 6)
         return cells.reshape(batch * down * across, heads, size * size, width)
 
-    out = attend(cut(q), cut(k), cut(v), Global(), (size, size), kernel=kernel)
+    out = attention(cut(q), cut(k), cut(v), Global(), (size, size), kernel=kernel)
     cells = out.reshape(batch, down, across, heads, size, size, width).permute(0, 3, 1, 4, 2, 5, 6)
     return cells.reshape(batch, heads, tokens, width)
 
@@ -253,9 +253,9 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: s
 def _mask(
     pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype
 ) -> Bool[Tensor, "n n"] | Float[Tensor, "n n"]:
-    """Who sees whom, off-grid tokens included, as bool or to be added; made once.
+    """Returns the pattern's mask, off-grid tokens included, as bool or additive; cached.
 
-    A compiled graph makes its own: it may not hold tensors of a cache that outlives it.
+    A compiled graph makes its own mask: it must not hold tensors of a cache that outlives it.
     """
     if torch.compiler.is_compiling():
         return _make_mask(pattern, grid, extra, device, dtype)
@@ -265,7 +265,7 @@ def _mask(
     return _masks[key]
 
 
-# Made outside inference mode, even when first needed within it: a cached mask has to serve training too.
+# Made outside inference mode, even when first needed within it, because training may use the cached mask too.
 @torch.inference_mode(False)
 def _make_mask(pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     visible = F.pad(pattern.mask(grid), (0, extra, 0, extra), value=True)
@@ -277,3 +277,6 @@ def _make_mask(pattern: Pattern, grid: Grid, extra: int, device: torch.device, d
 def _check_name(name: str) -> None:
     if name not in get_args(Kernel):
         raise unknown_name("attention kernel", name, get_args(Kernel))
+
+
+__all__ = ["Kernel", "TileSettings", "attention", "attention_kernel", "attention_weights", "packed_tiles"]

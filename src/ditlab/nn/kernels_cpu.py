@@ -1,18 +1,17 @@
-"""Windowed attention on a CPU: the grid of queries is cut in tiles, each attends to the rectangle of keys it reaches.
+"""Windowed attention on a CPU: the grid of queries is cut into tiles; each attends to the rectangle of keys it reaches.
 
 A tile of `(rows, columns)` queries under a window of radius r reaches `rows + 2r` by `columns + 2r` keys, so the work
-grows with the number of tokens and not with its square; a small mask inside the rectangle makes it exact. A tile as
-wide as the grid is a strip, whose keys lie together in memory. Two engines compute a tile:
+grows with the number of tokens and not with its square. A small mask inside the rectangle makes it exact. The keys of a
+tile as wide as the grid are contiguous in memory. Two engines compute a tile:
 
-- "flash": torch's own CPU flash attention, forward and backward (Dao, 2307.08691), one call a tile;
-- "plain": matrix product, softmax, matrix product, for as many images and heads at a time as the cache holds, one head
-  at least. Its backward makes the weights P anew and takes dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)),
+- "flash": torch's own CPU flash attention, forward and backward (Dao, 2307.08691), one call for each tile;
+- "plain": matrix product, softmax, matrix product, for as many images and heads at a time as fit the cache, at least
+  one head. Its backward pass recomputes the weights P; then dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)),
   dQ = dS K / sqrt(d), dK = dS^T Q / sqrt(d).
 
-Global attention is the case of tiles that reach everything, or of one tile, which needs no sums: "plain" then stands in
-for torch's bfloat16 kernels, which are slow at short sequences. Which engine and tile serve which processor,
-`ditlab.nn.kernel_choice` says. The operators are registered with torch, so that a compiled graph holds each of them
-whole.
+Global attention is the case of tiles that reach all keys, or of one tile, which needs no sums: "plain" then replaces
+torch's bfloat16 kernels, which are slow for short sequences. `ditlab.nn.kernel_choice` chooses engine and tile by
+processor. The operators are registered with torch, so a compiled graph contains each as one node.
 """
 
 from __future__ import annotations
@@ -30,42 +29,42 @@ from ditlab.nn.patterns import Global, Grid, Window
 
 Engine = Literal["flash", "plain"]
 
-# Bytes of scores in flight per thread. Measured: 1/4 to 2 MiB differ by a few per cent.
+# Bytes of scores per thread that are computed at a time. Measured: 1/4 to 2 MiB differ by a few per cent.
 _CACHE = 1 << 20
-# Bytes of a float32 sum over some images' keys. Larger blocks come fresh from the system, page by page, at every call,
-# and leave the cache; "plain" has more calls to spread over its images. Measured at 64 x 64 tokens.
-_ROOM = {"flash": 1 << 23, "plain": 3 << 23}
+# Bytes of a float32 sum over the keys of some images. The system maps larger blocks page by page at every call, and
+# they exceed the cache; "plain" makes more calls for each image. Measured at 64 x 64 tokens.
+_SUM_BYTES = {"flash": 1 << 23, "plain": 3 << 23}
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a pass over the tiles is computed: by which engine, in tiles of how many rows and columns of queries."""
+class TilePass:
+    """How a forward or backward pass is computed: the engine, and rows and columns of queries in a tile."""
 
     engine: Engine
     tile: Grid
 
-    def encoded(self) -> str:
-        """As an operator's argument, which may not be an object of ours."""
+    def encode(self) -> str:
+        """Returns a string: arguments of torch operators cannot be objects."""
         return f"{self.engine}:{self.tile[0]}:{self.tile[1]}"
 
     @staticmethod
-    def decoded(text: str) -> Way:
-        """The inverse of `encoded`."""
+    def decode(text: str) -> TilePass:
+        """Reverses `encode`."""
         engine, rows, columns = text.split(":")
-        return Way("flash" if engine == "flash" else "plain", (int(rows), int(columns)))
+        return TilePass("flash" if engine == "flash" else "plain", (int(rows), int(columns)))
 
 
 class Tile(NamedTuple):
-    """A rectangle of queries, the rectangle of keys it reaches, and which of them see which."""
+    """A rectangle of queries, the rectangle of keys that it reaches, and the mask between them."""
 
     rows: slice
     columns: slice
     key_rows: slice
     key_columns: slice
-    # Additive, [queries, keys + extra]; None where every query sees every key.
+    # Additive, [queries, keys + extra]; None if every query sees every key.
     mask: Tensor | None
 
     @property
@@ -80,22 +79,22 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # as for the masks of ditlab.nn.kernels: what is cached has to serve training too
-def tiles_of(pattern: Global | Window, grid: Grid, tile: Grid, extra: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Cuts the grid in tiles of at most `tile` queries; equal masks are one tensor.
+@torch.inference_mode(False)  # as for the masks of ditlab.nn.kernels: training may use the cached tiles too
+def make_tiles(pattern: Global | Window, grid: Grid, tile: Grid, extra: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Cuts the grid into tiles of at most `tile` queries; equal masks share one tensor.
 
     Args:
-        pattern: which keys a query sees.
+        pattern: which keys each query sees.
         grid: rows and columns of the tokens.
         tile: rows and columns of queries in a tile.
-        extra: number of further keys, off the grid, that every query sees.
-        dtype: of the additive masks.
+        extra: number of off-grid keys, which every query sees.
+        dtype: dtype of the additive masks.
     """
     rows = [_reach(pattern, start, tile[0], grid[0]) for start in range(0, grid[0], tile[0])]
     columns = [_reach(pattern, start, tile[1], grid[1]) for start in range(0, grid[1], tile[1])]
     masks: dict[tuple, Tensor | None] = {}
     tiles = []
-    # Down the columns: the keys that neighbours share then stay in the cache however wide the grid is.
+    # Down the columns, so that the keys that neighbours share stay in the cache for any width of the grid.
     for column_range, key_columns, column_mask in columns:
         for row_range, key_rows, row_mask in rows:
             rule = (*_content(row_mask), *_content(column_mask))
@@ -110,7 +109,7 @@ def _content(mask: Tensor) -> tuple[torch.Size, bytes]:
 
 
 def _reach(pattern: Global | Window, start: int, step: int, length: int) -> tuple[slice, slice, Tensor]:
-    """Along one axis: a range of queries, the range of keys it reaches, and `[queries, keys]` who sees whom."""
+    """Returns, along one axis, a range of queries, the range of keys it reaches, and the mask `[queries, keys]`."""
     end = min(start + step, length)
     if isinstance(pattern, Global):
         return slice(start, end), slice(0, length), torch.ones(end - start, length, dtype=torch.bool)
@@ -121,18 +120,18 @@ def _reach(pattern: Global | Window, start: int, step: int, length: int) -> tupl
 
 
 def _additive(rows: Tensor, columns: Tensor, extra: int, dtype: torch.dtype) -> Tensor | None:
-    """The mask of a tile from the rules of its two axes; keys off the grid come last and are seen."""
-    seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    if bool(seen.all()):
+    """Returns the mask of a tile from those of its axes; off-grid keys are last and visible."""
+    visible = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+    if bool(visible.all()):
         return None
-    seen = F.pad(seen, (0, extra), value=True)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))
+    visible = F.pad(visible, (0, extra), value=True)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
 
 
 class _Tokens:
-    """Some images' queries, keys, values or gradients `[images, heads, n, d]`, read and written by tile.
+    """Queries, keys, values or gradients of some images, `[images, heads, n, d]`, read and written by tile.
 
-    The tile None stands for the tokens off the grid, which see all and are seen by all.
+    The tile None is the off-grid tokens, which see all tokens and are seen by all.
     """
 
     def __init__(self, x: Tensor, grid: Grid) -> None:
@@ -172,60 +171,60 @@ class _Tokens:
 
 
 class _Job(NamedTuple):
-    """What both passes need to know: the tiles (None among them for the off-grid queries) and the sizes."""
+    """What both passes need: the tiles (one is None if there are off-grid queries) and the sizes."""
 
     grid: Grid
     tiles: Sequence[Tile | None]
     engine: Engine
-    # Scores of the largest tile, per image and head.
+    # Number of scores of the largest tile, per image and head.
     largest: int
 
     @staticmethod
-    def of(q: Tensor, grid: list[int], window: int, shift: bool, way: str) -> _Job:
+    def of(q: Tensor, grid: list[int], window: int, shift: bool, encoded: str) -> _Job:
         rows, columns = grid
         extra = q.shape[2] - rows * columns
         pattern = Window(window, "shift" if shift else "clip") if window else Global()
-        how = Way.decoded(way)
-        tiles = tiles_of(pattern, (rows, columns), how.tile, extra, q.dtype)
+        tile_pass = TilePass.decode(encoded)
+        tiles = make_tiles(pattern, (rows, columns), tile_pass.tile, extra, q.dtype)
         largest = max(t.shape[0] * t.shape[1] * (t.key_shape[0] * t.key_shape[1] + extra) for t in tiles)
-        return _Job((rows, columns), (*tiles, None) if extra else tiles, how.engine, largest)
+        return _Job((rows, columns), (*tiles, None) if extra else tiles, tile_pass.engine, largest)
 
     def parts(self, q: Tensor, sums: bool = False) -> Iterator[tuple[slice, slice]]:
-        """Ranges of images, and of heads, that are worked on together: their scores of one tile and sums over keys fit
-        their room."""
+        """Yields ranges of images and of heads that are computed together: their scores of one tile fit `_CACHE`, and
+        their sums over keys `_SUM_BYTES`."""
         images, heads = q.shape[:2]
         pairs = _CACHE * torch.get_num_threads() // (self.largest * q.element_size())
         if sums:
-            pairs = min(pairs, _ROOM[self.engine] // (4 * q.shape[2] * q.shape[3]))
+            pairs = min(pairs, _SUM_BYTES[self.engine] // (4 * q.shape[2] * q.shape[3]))
         step, few = max(1, pairs // heads), min(heads, max(1, pairs))
         for start in range(0, images, step):
             for head in range(0, heads, few):
                 yield slice(start, min(start + step, images)), slice(head, min(head + few, heads))
 
-    def laid(self, x: Tensor) -> Tensor:
-        """Tokens as the tiles are to read them.
+    def arrange(self, x: Tensor) -> Tensor:
+        """Returns tokens in the layout that the tiles read.
 
-        Their head dim is padded with zeros to a multiple of 8, as matrix products are up to 1.5 times slower at 63; the
-        zeros change no product. What every tile reads whole lies together.
+        The head dim is padded with zeros to a multiple of 8, because matrix products are up to 1.5 times slower at 63;
+        the zeros change no product. Tokens that every tile reads as a whole are made contiguous.
         """
-        spare = -x.shape[-1] % 8
-        if spare:
-            return F.pad(x, (0, spare))
+        padding = -x.shape[-1] % 8
+        if padding:
+            return F.pad(x, (0, padding))
         return x.contiguous() if self.tiles[0] is not None and self.tiles[0].key_shape == self.grid else x
 
 
-def like_tokens(q: Tensor) -> Tensor:
-    """Room for `[b, heads, n, d]` that is `[b, n, heads, d]` in memory, so that merging the heads copies nothing."""
+def empty_tokens(q: Tensor) -> Tensor:
+    """Returns an empty `[b, heads, n, d]` stored as `[b, n, heads, d]`, so that merging the heads copies nothing."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T * scale + mask) of `[images * heads, n, d]`."""
+    """Returns softmax(q k^T * scale + mask) of `[images * heads, n, d]`."""
     return _product(q, k.transpose(1, 2), scale, mask).softmax(-1)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, plus: Tensor | None = None) -> Tensor:
-    """a b * scale, of batches of matrices, plus something."""
+    """Returns a b * scale + plus, for batches of matrices."""
     # With beta = 0 the first argument is not read.
     base, beta = (a.new_empty(1, 1, 1), 0) if plus is None else (plus, 1)
     return torch.baddbmm(base, a, b, beta=beta, alpha=scale)
@@ -234,29 +233,30 @@ def _product(a: Tensor, b: Tensor, scale: float, plus: Tensor | None = None) -> 
 @torch.library.custom_op(
     "ditlab::tiled_attention",
     mutates_args=(),
-    # Written out, because a type checker that wraps the function hides its annotations from torch.
+    # Explicit, because a type-checking wrapper of the function hides its annotations from torch.
     schema="(Tensor q, Tensor k, Tensor v, int[] grid, int window, bool shift, str forward, str backward)"
     " -> (Tensor, Tensor)",
 )
 def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, grid: list[int], window: int, shift: bool, forward: str, backward: str
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a window, by tiles; differentiable once.
+    """Computes attention under a window, by tiles; differentiable once.
 
     Args:
         q, k, v: `[b, heads, n, d]`, all float32 or all bfloat16, on the CPU; n = rows * columns, then off-grid tokens.
         grid: `[rows, columns]`.
         window: odd size, or 0 for global attention.
-        shift: whether windows are moved inside at the border, else clipped.
-        forward, backward: a `Way.encoded()` each. "flash" backward needs "flash" forward.
+        shift: whether windows are shifted inside at the border, instead of clipped.
+        forward, backward: encoded `TilePass`es. "flash" backward needs "flash" forward.
 
     Returns:
-        The output like `q`, and the log of the softmax's denominators `[b, heads, n]` (empty unless backward needs it).
+        The output with the shape of `q`, and the log of the softmax's denominators `[b, heads, n]` (empty unless the
+        backward pass needs it).
     """
-    return attend_tiles(q, k, v, grid, window, shift, forward, backward, q.shape[-1] ** -0.5)
+    return compute_tiles(q, k, v, grid, window, shift, forward, backward, q.shape[-1] ** -0.5)
 
 
-def attend_tiles(
+def compute_tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -267,21 +267,21 @@ def attend_tiles(
     backward: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`tiled_attention` of scores times `scale`, as plain code."""
+    """Computes `tiled_attention` with scores times `scale`, as a plain function."""
     job = _Job.of(q, grid, window, shift, forward)
-    out = like_tokens(q)
-    keep = Way.decoded(backward).engine == "flash" and job.engine == "flash"
+    out = empty_tokens(q)
+    keep = TilePass.decode(backward).engine == "flash" and job.engine == "flash"
     norms = q.new_empty((*q.shape[:3], 1) if keep else (0, 0, 0, 0), dtype=torch.float32)
     for part in job.parts(q):
-        q_, k_, v_ = (_Tokens(job.laid(x[part]), job.grid) for x in (q, k, v))
+        q_, k_, v_ = (_Tokens(job.arrange(x[part]), job.grid) for x in (q, k, v))
         out_ = _Tokens(out[part], job.grid)
         norms_ = _Tokens(norms[part], job.grid) if keep else None
         for tile in job.tiles:
             mask = tile.mask if tile else None
             queries, keys, values = q_.queries(tile), k_.keys(tile), v_.keys(tile)
             if job.engine == "flash":
-                found, norm = _flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
-                out_.put_queries(tile, found)
+                result, norm = _flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+                out_.put_queries(tile, result)
                 if norms_:
                     norms_.put_queries(tile, norm[..., None])
             else:
@@ -290,15 +290,15 @@ def attend_tiles(
     return out, norms.squeeze(-1) if keep else norms.new_empty(0)
 
 
-def like_results(q: Tensor, forward: str, backward: str) -> tuple[Tensor, Tensor]:
-    """Room for what `attend_tiles` returns, as it lies in memory."""
+def empty_results(q: Tensor, forward: str, backward: str) -> tuple[Tensor, Tensor]:
+    """Returns empty tensors with the shapes and memory layout of the results of `compute_tiles`."""
     keep = forward.startswith("flash") and backward.startswith("flash")
-    return like_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
+    return empty_tokens(q), q.new_empty(q.shape[:3] if keep else (0,), dtype=torch.float32)
 
 
 @tiled_attention.register_fake
 def _(q, k, v, grid, window, shift, forward, backward):  # pyright: ignore[reportUnusedFunction]
-    return like_results(q, forward, backward)
+    return empty_results(q, forward, backward)
 
 
 @torch.library.custom_op(
@@ -319,16 +319,16 @@ def tiled_attention_backward(
     shift: bool,
     backward: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `tiled_attention` with respect to q, k, v; not differentiable again.
+    """Returns the gradients of `tiled_attention` with respect to q, k, v; not differentiable again.
 
     Args:
-        grad: of the output.
-        out, norms: what the forward pass returned; read by "flash" only.
-        q, k, v, grid, window, shift, backward: as there.
+        grad: gradient of the output.
+        out, norms: results of the forward pass; read by "flash" only.
+        q, k, v, grid, window, shift, backward: as for `tiled_attention`.
     """
-    found = like_tokens(q), like_tokens(q), like_tokens(q)
-    write_gradients(found, grad, q, k, v, out, norms, grid, window, shift, backward, q.shape[-1] ** -0.5)
-    return found
+    gradients = empty_tokens(q), empty_tokens(q), empty_tokens(q)
+    write_gradients(gradients, grad, q, k, v, out, norms, grid, window, shift, backward, q.shape[-1] ** -0.5)
+    return gradients
 
 
 def write_gradients(
@@ -345,18 +345,18 @@ def write_gradients(
     backward: str,
     scale: float,
 ) -> None:
-    """`tiled_attention_backward` as plain code, its results written to `into`, whatever was there."""
+    """Computes `tiled_attention_backward` as a plain function; overwrites `into` with the results."""
     job = _Job.of(q, grid, window, shift, backward)
     dq, dk, dv = into
-    # A key is reached from several tiles: their shares are summed in float32, in place where that is the result.
+    # Several tiles reach the same key; their gradients are summed in float32, in place if the result is float32.
     alone, in_place = len(job.tiles) == 1, q.dtype == torch.float32
     for part in job.parts(q, sums=True):
-        grad_, q_, k_, v_ = (_Tokens(job.laid(x[part]), job.grid) for x in (grad, q, k, v))
+        grad_, q_, k_, v_ = (_Tokens(job.arrange(x[part]), job.grid) for x in (grad, q, k, v))
         dq_ = _Tokens(dq[part], job.grid)
         sums = [] if alone else [x[part].zero_() if in_place else torch.zeros(q_.all.shape) for x in (dk, dv)]
         sums_ = [_Tokens(x, job.grid) for x in sums]
         out_, norms_ = (
-            (_Tokens(job.laid(out[part]), job.grid), _Tokens(norms[part][..., None], job.grid))
+            (_Tokens(job.arrange(out[part]), job.grid), _Tokens(norms[part][..., None], job.grid))
             if job.engine == "flash"
             else (None, None)
         )
@@ -383,7 +383,7 @@ def write_gradients(
 def _plain_shares(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One tile's gradients of its queries, keys and values, by matrix products."""
+    """Returns one tile's gradients of its queries, keys and values, by matrix products."""
     split = q.shape[:2]
     g, q, k, v = (x.flatten(0, 1) for x in (g, q, k, v))
     weights = _weights(q, k, mask, scale)
@@ -397,7 +397,7 @@ def _plain_shares(
 
 @tiled_attention_backward.register_fake
 def _(grad, q, k, v, out, norms, grid, window, shift, backward):  # pyright: ignore[reportUnusedFunction]
-    return like_tokens(q), like_tokens(q), like_tokens(q)
+    return empty_tokens(q), empty_tokens(q), empty_tokens(q)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -408,8 +408,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad, _):
     q, k, v, out, norms = ctx.saved_tensors
-    found = tiled_attention_backward(grad, q, k, v, out, norms, ctx.grid, ctx.window, ctx.shift, ctx.backward)
-    return (*found, None, None, None, None, None)
+    gradients = tiled_attention_backward(grad, q, k, v, out, norms, ctx.grid, ctx.window, ctx.shift, ctx.backward)
+    return (*gradients, None, None, None, None, None)
 
 
 tiled_attention.register_autograd(_gradients, setup_context=_setup)
+
+
+__all__ = ["Engine", "Tile", "TilePass", "compute_tiles", "make_tiles", "tiled_attention", "write_gradients"]

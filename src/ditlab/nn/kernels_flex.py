@@ -1,8 +1,8 @@
-"""Windowed attention on CUDA: torch's FlexAttention, which skips the blocks of scores that no query of them sees.
+"""Windowed attention on CUDA: torch's FlexAttention, which skips blocks of scores that the pattern masks entirely.
 
-Dong et al., "Flex Attention" (2412.05496). Which key a query sees is read from small tables, one entry a token, so that
-all patterns on one grid share one compiled kernel. The block mask of a pattern is made once: `prepare_flex` is called
-when a layer moves to its device, because a graph under compilation must find it ready.
+Source: Dong et al., "Flex Attention" (2412.05496). Small tables with one entry for each token say which keys a query
+sees, so all patterns on one grid share one compiled kernel. `prepare_flex` makes the block mask of a pattern once, when
+a layer moves to its device: it must exist before a graph is compiled.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern
 
-# torch.nn.attention.flex_attention brings the compiler with it, over a second of imports: hence within functions only.
+# torch.nn.attention.flex_attention imports the compiler, which takes over a second: hence inside functions only.
 _block_masks: dict[tuple[Pattern, Grid, int, str], Any] = {}
 
 
 def prepare_flex(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Any | None:
-    """The block mask of a pattern, made at the first call; None where every token sees every token."""
+    """Returns the block mask of a pattern, made at the first call; None if every token sees every token."""
     if pattern.covers(grid):
         return None
     key = (pattern, grid, extra, str(device))
@@ -35,15 +35,15 @@ def prepare_flex(pattern: Pattern, grid: Grid, extra: int, device: torch.device)
     return _block_masks[key]
 
 
-def attend_flex(
+def masked_flex_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
 ) -> Tensor:
-    """FlexAttention under the pattern's block mask, compiled. Arguments as for `ditlab.nn.kernels.attend`."""
+    """Computes compiled FlexAttention with the pattern's block mask. Arguments as for `ditlab.nn.kernels.attention`."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = prepare_flex(pattern, grid, extra, q.device)
     width = q.shape[-1]
-    # The kernel wants head dims of at least 16 that are aligned in memory.
+    # The kernel needs aligned head dims of at least 16.
     padded = max(16, width + -width % 8)
     if padded != width:
         q, k, v = (F.pad(x, (0, padded - width)) for x in (q, k, v))
@@ -69,13 +69,13 @@ def _add_bias(bias: Tensor) -> Callable:
 
 
 def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Callable:
-    """The pattern as FlexAttention's predicate of (image, head, query, key)."""
+    """Returns the pattern as FlexAttention's predicate of (image, head, query, key)."""
     row_of, column_of = (
         F.pad(axis.flatten(), (0, extra), value=-1).to(device)
         for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     )
     spans = [_spans(pattern, length) for length in grid]
-    # An off-grid query sees the whole grid, so its range is that of the axis.
+    # An off-grid query sees the whole grid, so its range is the whole axis.
     first_row, end_row = (
         F.pad(spans[0][:, side].repeat_interleave(grid[1]), (0, extra), value=side * grid[0]).to(device)
         for side in range(2)
@@ -84,7 +84,7 @@ def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Cal
         F.pad(spans[1][:, side].repeat(grid[0]), (0, extra), value=side * grid[1]).to(device) for side in range(2)
     )
 
-    # FlexAttention tells masks from score changes by counting arguments, which a wrapper that checks types would hide.
+    # FlexAttention counts arguments to tell masks from score functions; a type-checking wrapper would hide them.
     @no_type_check
     def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row, column = row_of[key], column_of[key]
@@ -96,7 +96,7 @@ def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Cal
 
 
 def _spans(pattern: Pattern, length: int) -> Tensor:
-    """`[length, 2]`: along one axis, the first position that each position sees and the one after the last."""
+    """Returns `[length, 2]`: for each position of an axis, the first position that it sees and the end of its range."""
     positions = torch.arange(length)
     if isinstance(pattern, Global):
         return torch.stack((torch.zeros_like(positions), torch.full_like(positions, length)), 1)
@@ -104,3 +104,6 @@ def _spans(pattern: Pattern, length: int) -> Tensor:
         first = positions // pattern.size * pattern.size
         return torch.stack((first, (first + pattern.size).clamp(max=length)), 1)
     return torch.tensor([pattern.span(position, length) for position in range(length)])
+
+
+__all__ = ["masked_flex_attention", "prepare_flex"]

@@ -1,4 +1,4 @@
-"""Small layers that several networks share."""
+"""Small layers shared by several networks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """`[B, T, D]` to the same shape."""
+        """Maps `[B, T, D]` to the same shape."""
         return self.out(tanh_gelu(self.hidden(x)))
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel,
-    1606.08415), in x's dtype.
+    """Returns GELU in its tanh form (Hendrycks and Gimpel, 1606.08415), in x's dtype.
 
-    As x / (1 + exp(-2 z)), the same function, it is three times as fast in compiled CPU code, whose tanh is slow.
+    This is x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3). Compiled CPU code computes the equal
+    x / (1 + exp(-2 z)), which is three times as fast, because its tanh is slow.
     """
     if x.device.type != "cpu" or not torch.compiler.is_compiling():
         return nn.functional.gelu(x, approximate="tanh")
@@ -38,17 +38,17 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a few others, such as those of time and label.
+    """Multi-head attention of tokens to a few other tokens, such as those of time and label.
 
-    Queries and the last projection work on the tokens, keys and values on the others (Vaswani et al., 1706.03762). With
-    as few keys as here plain operations are fast, and they allow every transform of `torch.func`.
+    Queries come from the tokens, keys and values from the others (Vaswani et al., 1706.03762). With few keys plain
+    operations are fast, and they support every transform of `torch.func`.
 
     Args:
         width: channels of a token, a multiple of `heads`.
         heads: number of heads.
 
     Raises:
-        DitlabError: where `heads` does not divide `width`.
+        DitlabError: `heads` does not divide `width`.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b n d"], others: Float[Tensor, "b k d"]) -> Float[Tensor, "b n d"]:
-        """Tokens `[B, N, D]`, and those they attend to `[B, K, D]`, to tokens."""
+        """Maps tokens `[B, N, D]` and the tokens that they attend to, `[B, K, D]`, to tokens `[B, N, D]`."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.key_value(others).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
@@ -71,5 +71,8 @@ class CrossAttention(nn.Module):
 def modulate(
     x: Float[Tensor, "b t d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
 ) -> Float[Tensor, "b t d"]:
-    """x (1 + scale) + shift, one shift and one scale for all tokens of an image (adaLN; DiT section 3.2)."""
+    """Returns x (1 + scale) + shift, with one shift and scale for all tokens of an image (adaLN; DiT section 3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+__all__ = ["MLP", "CrossAttention", "modulate", "tanh_gelu"]

@@ -1,10 +1,11 @@
-"""Attention patterns: which keys each query token may see.
+"""Attention patterns: which keys each query token sees.
 
-A pattern states its rule once, as a boolean matrix `mask(grid)`; every kernel (`ditlab.nn.kernels`) must equal it.
-Tokens are the cells of a grid of `(rows, columns)`, numbered row by row. Sources: An et al., "On Inductive Biases That
-Enable Generalization of Diffusion Transformers" (2410.21273, Fig. 5b) for the clipped window; Hassani et al.,
-"Neighborhood Attention Transformer" (2204.07143) for the shifted one; Liu et al., "Swin Transformer" (2103.14030) and
-Hatamizadeh et al., "DiffiT" (2312.02139) for the partition.
+A pattern defines its rule once, as a boolean matrix `mask(grid)`, with which every kernel (`ditlab.nn.kernels`) must
+agree. Tokens are the cells of a grid of `(rows, columns)`, in row-major order.
+
+Sources: An et al., "On Inductive Biases That Enable Generalization of Diffusion Transformers" (2410.21273, Fig. 5b) for
+the clipped window; Hassani et al., "Neighborhood Attention Transformer" (2204.07143) for the shifted one; Liu et al.,
+"Swin Transformer" (2103.14030) and Hatamizadeh et al., "DiffiT" (2312.02139) for the partition.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class Global:
 
     @property
     def name(self) -> str:
-        """The word for it in tables and figures."""
+        """Name in tables and figures."""
         return "global"
 
     def covers(self, grid: Grid) -> bool:
-        """Whether on this grid every token sees every token: always."""
+        """Whether every token sees every token on this grid: always true."""
         return True
 
     def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
-        """All true, `[rows * columns, rows * columns]`."""
+        """Returns an all-true matrix `[rows * columns, rows * columns]`."""
         tokens = grid[0] * grid[1]
         return torch.ones(tokens, tokens, dtype=torch.bool)
 
@@ -50,8 +51,8 @@ class Window:
     """
 
     size: int
-    # What happens where the square leaves the grid: "clip" drops the outside (An et al.: fewer keys at borders),
-    # "shift" moves the square inwards until it fits (NATTEN: always size * size keys).
+    # Where the square exceeds the grid, "clip" drops the outside (An et al.: fewer keys at borders) and "shift" moves
+    # the square inwards until it fits (NATTEN: always size * size keys).
     border: Border = "clip"
 
     def __post_init__(self) -> None:
@@ -62,11 +63,11 @@ class Window:
 
     @property
     def name(self) -> str:
-        """The word for it in tables and figures."""
+        """Name in tables and figures."""
         return f"window {self.size}" + (" shifted" if self.border == "shift" else "")
 
     def span(self, position: int, length: int) -> tuple[int, int]:
-        """The range `[start, end)` that position `position` on an axis of `length` cells sees along that axis."""
+        """Returns the range `[start, end)` of cells that a position sees along an axis of `length` cells."""
         radius = self.size // 2
         if self.border == "clip":
             return max(0, position - radius), min(length, position + radius + 1)
@@ -75,14 +76,14 @@ class Window:
         return start, start + size
 
     def covers(self, grid: Grid) -> bool:
-        """Whether on this grid the window is global attention: the outermost tokens see all."""
+        """Whether every token sees every token on this grid: the outermost tokens see all."""
         return all(self.span(0, length) == (0, length) == self.span(length - 1, length) for length in grid)
 
     def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
-        """Entry `[i, j]` says whether query i sees key j; the rule of each axis holds on its own.
+        """Returns a matrix whose entry `[i, j]` says whether query i sees key j; the axes are independent.
 
         Args:
-            grid: `(rows, columns)`. A window larger than the grid is legal here and sees what there is.
+            grid: `(rows, columns)`. A window larger than the grid is allowed here and sees the whole grid.
         """
         rows, columns = (_axis_mask(self, length) for length in grid)
         return _of_axes(rows, columns)
@@ -104,18 +105,18 @@ class Partition:
 
     @property
     def name(self) -> str:
-        """The word for it in tables and figures."""
+        """Name in tables and figures."""
         return f"partition {self.size}"
 
     def covers(self, grid: Grid) -> bool:
-        """Whether on this grid there is only one window."""
+        """Whether there is only one window on this grid."""
         return self.size >= max(grid)
 
     def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
-        """Entry `[i, j]` says whether query i sees key j. Windows at the far borders are smaller where it does not fit.
+        """Returns a matrix whose entry `[i, j]` says whether query i sees key j.
 
         Args:
-            grid: `(rows, columns)`.
+            grid: `(rows, columns)`. Windows at the far borders are smaller if `size` does not divide them.
         """
         rows, columns = (torch.arange(length) // self.size for length in grid)
         return _of_axes(rows[:, None] == rows[None], columns[:, None] == columns[None])
@@ -125,12 +126,12 @@ Pattern = Global | Window | Partition
 
 
 def check_fits(pattern: Pattern, grid: Grid) -> None:
-    """Refuses a pattern that is larger than the grid it is meant for.
+    """Refuses a pattern that is larger than its grid.
 
-    Kernels accept such patterns (they see what there is); a network that asks for one has a mistake in its plan.
+    Kernels accept such patterns; in a network's plan they are a mistake.
 
     Raises:
-        DitlabError: where the window's or partition's side is larger than the longer side of the grid.
+        DitlabError: the side of the window or partition is larger than the longer side of the grid.
     """
     if not isinstance(pattern, Global) and pattern.size > max(grid):
         raise DitlabError(
@@ -140,7 +141,7 @@ def check_fits(pattern: Pattern, grid: Grid) -> None:
 
 
 def _axis_mask(window: Window, length: int) -> Bool[Tensor, "n n"]:
-    """Which positions see which along one axis."""
+    """Returns which positions see which along one axis."""
     spans = [window.span(position, length) for position in range(length)]
     start, end = torch.tensor(spans).unbind(1)
     other = torch.arange(length)
@@ -148,6 +149,9 @@ def _axis_mask(window: Window, length: int) -> Bool[Tensor, "n n"]:
 
 
 def _of_axes(rows: Bool[Tensor, "h h"], columns: Bool[Tensor, "w w"]) -> Bool[Tensor, "T T"]:
-    """The mask over the grid's tokens of which both the row rule and the column rule hold."""
+    """Returns the mask over the grid's tokens for which both the row rule and the column rule hold."""
     tokens = rows.shape[0] * columns.shape[0]
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tokens, tokens)
+
+
+__all__ = ["Border", "Global", "Grid", "Partition", "Pattern", "Window", "check_fits"]

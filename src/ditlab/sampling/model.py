@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ditlab.data.autoencoder import Codec
+    from ditlab.data.autoencoder import Autoencoder
     from ditlab.data.imageset import ImageSet
     from ditlab.diffusion.guidance import GuidanceConfig
     from ditlab.diffusion.sampler_configs import SamplerConfig
@@ -49,7 +49,7 @@ class Sampled(Protocol):
         ...
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> Autoencoder:
         """What turns images as the denoiser sees them into pictures."""
         ...
 

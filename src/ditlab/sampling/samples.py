@@ -22,7 +22,7 @@ from ditlab.sampling.options import GuidanceFlags, SampleConfig
 from ditlab.sampling.outputs import overview_png
 from ditlab.sampling.seeds import seed_list, seeds_text
 from ditlab.threads import use_threads
-from ditlab.training.distributed import Processes, pick_device, processes
+from ditlab.training.distributed import DistributedContext, init_distributed, pick_device
 
 if TYPE_CHECKING:
     from ditlab.sampling.model import Sampled
@@ -147,9 +147,9 @@ def sample_model(
     use_threads(threads)
     reporter = default_reporter() if reporter is None else reporter
     config = replace(SampleConfig() if config is None else config, **_fields(settings))
-    if out is not None:
-        with processes(device) as context:
-            return _draw_in_folder(model, config, out, context, reporter)
+    if out is not None and out is not False:
+        with init_distributed(device) as context:
+            return _draw_in_folder(model, config, True if isinstance(out, bool) else Path(out), context, reporter)
     job = make_job(model, config, pick_device(device), reporter)
     batches = MemoryBatches()
     with reporter.bar("sampling") as bar:
@@ -191,12 +191,16 @@ def _converted(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, 
 
 
 def _draw_in_folder(
-    model: Sampled, config: SampleConfig, out: str | Path | Literal[True], context: Processes, reporter: Reporter
+    model: Sampled,
+    config: SampleConfig,
+    out: Path | Literal[True],
+    context: DistributedContext,
+    reporter: Reporter,
 ) -> Samples:
     """Draws what is missing from a folder, this process its share."""
     with ExitStack() as locks:
         job, error = None, None
-        if context.first:
+        if context.is_main:
             try:
                 job = make_job(model, config, context.device, reporter)
                 folder = _folder(job, out)
@@ -208,7 +212,7 @@ def _draw_in_folder(
         job = make_job(model, config, context.device) if job is None else job
         folder = _folder(job, out)
         store = job.store(folder)
-        if context.first:
+        if context.is_main:
             for other, count in store.other_settings().items():
                 reporter.note(f"{count} unfinished images with other settings are in {other}")
         settings, complete = job.stored(folder), store.complete
@@ -217,7 +221,7 @@ def _draw_in_folder(
             return Samples(job, settings, folder=folder, drawn=False)
         if not complete:
             _draw_share(job, store, context, reporter)
-        if context.first:
+        if context.is_main:
             try:
                 settings = job.finish(store)
             except DitlabError as refusal:
@@ -228,25 +232,25 @@ def _draw_in_folder(
         return Samples(job, settings, folder=folder)
 
 
-def _folder(job: SamplingJob, out: str | Path | Literal[True]) -> Path:
-    return job.model.path / "samples" / job.name if out is True else Path(out)
+def _folder(job: SamplingJob, out: Path | Literal[True]) -> Path:
+    return job.model.path / "samples" / job.name if out is True else out
 
 
-def _agree(context: Processes, error: DitlabError | None) -> None:
+def _agree(context: DistributedContext, error: DitlabError | None) -> None:
     """Raises the error of rank 0 there, and ends the other processes silently."""
-    if not context.agree(error):
+    if not context.raise_together(error):
         raise SystemExit(0)
 
 
-def _draw_share(job: SamplingJob, store: BatchStore, context: Processes, reporter: Reporter) -> None:
+def _draw_share(job: SamplingJob, store: BatchStore, context: DistributedContext, reporter: Reporter) -> None:
     """Draws and saves this process's share of the missing batches."""
     context.wait()
     missing, finished = job.missing(store), len(store.done())
     context.wait()  # nobody begins before all have seen what is missing
-    if context.first and finished:
+    if context.is_main and finished:
         reporter.note(f"resuming: {finished} of {finished + len(missing)} batches are finished")
     title = "sampling" + (f", rank 0 of {context.world}" if context.world > 1 else "")
-    with (reporter if context.first else SILENT).bar(title) as bar:
+    with (reporter if context.is_main else SILENT).bar(title) as bar:
         for batch, arrays in job.draw(missing[context.rank :: context.world], bar):
             job.save_batch(store, batch, arrays)
     context.wait()

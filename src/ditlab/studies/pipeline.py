@@ -9,7 +9,6 @@ from pathlib import Path
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run
-from ditlab.networks.dit import DiTConfig
 from ditlab.studies.cells import Cell, train_words
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import Job, Outcome, Progress, Slot, Spent, Stage
@@ -125,12 +124,6 @@ def memory_estimate(cells: Sequence[Cell]) -> int:
     """Bytes that training the largest cell takes on the CPU, roughly: the process, weights, and kept activations."""
     largest = 0
     for cell in cells:
-        network, training = cell.config.network, cell.config.training
-        if isinstance(network, DiTConfig):
-            tokens = network.grid[0] * network.grid[1]
-            images = training.batch_size // training.accumulate
-            # About forty numbers of a token's width are kept in a block, and sixteen bytes a parameter.
-            kept = 4 * 40 * images * tokens * network.width * network.depth
-            weights = 20 * 18 * network.width**2 * network.depth
-            largest = max(largest, kept + weights)
+        training = cell.config.training
+        largest = max(largest, cell.config.network.training_bytes(training.batch_size // training.accumulate))
     return _PROCESS_BYTES + largest

@@ -102,3 +102,18 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def published_fid(network: Any) -> float | None:
+    """Returns the published FID of a network of Peebles & Xie, on the images that it was published for; else None.
+
+    Args:
+        network: a `ditlab.analyses.complexity.measure.NetworkCost`.
+    """
+    paper = published("dit/table4")
+    assert paper is not None  # it comes with ditlab
+    record = paper.value(network=network.name, quantity="fid")
+    c = network.config
+    if record is None or (c.image_size, c.channels, c.num_classes, c.learn_sigma) != ((32, 32), 4, 1000, True):
+        return None
+    return float(record["value"])

@@ -1,10 +1,14 @@
 """Checkpoints: folders that either exist whole or do not exist.
 
-    checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+    checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json  manifest.json
 
 A checkpoint is written into a hidden folder beside its final place, flushed to the disk and renamed
-(`ditlab.files`): a process that is killed at any moment leaves the older checkpoints as they were. `state.json`
-lists the size and SHA-256 of the other files, so a damaged checkpoint is recognised. Nothing is pickled.
+(`ditlab.files`): a process that is killed at any moment leaves the older checkpoints as they were. `manifest.json`,
+written last, holds the step, the length of the training log, and size and SHA-256 of every other file; it ends with a
+SHA-256 of its own. Damage of any file is therefore noticed. Nothing is pickled.
+
+In format 1 there is no manifest: `state.json` lists the weights' files and nothing vouches for `state.json`. Such
+checkpoints are still read.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,69 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError, Incompatible, NotFound
 from ditlab.files import atomic_folder
-from ditlab.training.sharding import placed_like
+from ditlab.training.log import LogLength
+from ditlab.training.sharding import like_placement
 
-FORMAT = 1
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "Manifest",
+    "load_network",
+    "load_optimizer",
+    "optimizer_state",
+    "read_manifest",
+    "read_state",
+    "read_tensors",
+    "write_manifest",
+    "write_tensors",
+]
+
+FORMAT = 2
 """Version of the checkpoint's layout; a newer one is refused."""
 
 _ALIAS = "same as "
+_TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+_FORMAT_1_KEYS = ("step", "objective", "loss_sum", "loss_count")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    path: Path
+    """The checkpoint's folder."""
+    step: int
+    """Optimizer steps done."""
+    files: dict[str, tuple[int, str]]
+    """File name -> size in bytes and SHA-256."""
+    log: LogLength | None
+    """Length of the training log when the checkpoint was written; None where unknown (format 1)."""
+
+    def weights_hash(self, ema: bool = True) -> str:
+        """Returns the SHA-256 of the file of the averaged or the raw weights."""
+        return self.files["ema.safetensors" if ema else "model.safetensors"][1]
+
+    def verify(self) -> None:
+        """Compares every file with its recorded size and SHA-256.
+
+        Raises:
+            Damaged: naming the first file that is missing or differs.
+        """
+        for name, (size, sha256) in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise Damaged(f"{file}: expected {size} bytes, found nothing")
+            if file.stat().st_size != size:
+                raise Damaged(f"{file}: expected {size} bytes, found {file.stat().st_size} (truncated?)")
+            if _digest(file) != sha256:
+                raise Damaged(f"{file}: its SHA-256 is not the recorded one; the file was changed or damaged")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, in memory."""
+    """A checkpoint in memory."""
 
     step: int
     model: dict[str, Tensor]
@@ -43,14 +97,19 @@ class Checkpoint:
     optimizer: dict[str, Any]
     state: dict[str, Any]
     path: Path
+    manifest: Manifest
+
+    def weights_hash(self, ema: bool = True) -> str:
+        """Returns the SHA-256 of the file of the averaged or the raw weights, without reading it again."""
+        return self.manifest.weights_hash(ema)
 
 
 def _stage(name: str) -> None:
-    """Called between the stages of a save; tests replace it to die there."""
+    """Does nothing between the stages of a save; tests replace it to die there."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors; those that share their memory are stored once, the others as a note."""
+    """Writes tensors as safetensors. Of tensors that share their memory one is stored, the others as a reference."""
     seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
     unique: dict[str, Tensor] = {}
     notes: dict[str, str] = {"format": "pt"}
@@ -61,19 +120,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             notes[name] = _ALIAS + seen[place]
         else:
             seen[place] = name
-            # safetensors refuses a part of another tensor's memory, so that is copied.
+            # safetensors refuses a view into another tensor's memory.
             unique[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     save_file(unique, path, metadata=notes)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads what `write_tensors` wrote.
+    """Returns the tensors of a file that `write_tensors` wrote.
 
     Raises:
-        DitlabError: for a file that is missing, or is not a whole safetensors file (a pickle is never opened).
+        NotFound: there is no such file.
+        Damaged: it is not a whole safetensors file (a pickle is never opened).
     """
     if not path.is_file():
-        raise DitlabError(f"{path}: expected a safetensors file, found nothing")
+        raise NotFound(f"{path}: expected a safetensors file, found nothing")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -82,10 +142,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(4)
         if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise DitlabError(
+            raise Damaged(
                 f"{path}: expected a safetensors file, found a pickle, which could run code and is not opened"
             ) from None
-        raise DitlabError(f"{path}: expected a whole safetensors file, found a damaged one ({error})") from None
+        raise Damaged(f"{path}: expected a whole safetensors file, found a damaged one ({error})") from None
     for name, note in notes.items():
         if note.startswith(_ALIAS):
             tensors[name] = tensors[note.removeprefix(_ALIAS)]
@@ -109,7 +169,7 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0) -> None:
-        """Nothing is written until the first save.
+        """Writes nothing until the first save.
 
         Args:
             folder: the run's `checkpoints` folder.
@@ -121,13 +181,13 @@ class CheckpointStore:
         self.keep_every = keep_every
 
     def steps(self) -> list[int]:
-        """The steps at which there is a checkpoint, ascending. Unfinished ones are not there."""
+        """Returns the steps that have a checkpoint, ascending. Unfinished checkpoints are not counted."""
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and p.name.isdigit())
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Returns the folder of the checkpoint of a step."""
         return self.folder / f"{step:09d}"
 
     def save(
@@ -138,8 +198,9 @@ class CheckpointStore:
         ema: Mapping[str, Tensor],
         optimizer: Mapping[str, Any],
         state: Mapping[str, Any],
+        log: LogLength | None = None,
     ) -> Path:
-        """Writes one checkpoint and removes those that are no longer kept.
+        """Writes one checkpoint and removes those that are no longer needed.
 
         Args:
             step: optimizer steps done.
@@ -147,6 +208,7 @@ class CheckpointStore:
             ema: the averaged state.
             optimizer: flat optimizer state, tensors and JSON values.
             state: further JSON values, returned at loading.
+            log: the length of the training log.
 
         Raises:
             DitlabError: when the disk is full or the folder cannot be written; older checkpoints are untouched.
@@ -167,121 +229,186 @@ class CheckpointStore:
                 # Each mapping is read once and in this order: those of a sharded run gather what is read.
                 tensors, scalars = _split_optimizer(optimizer)
                 write_tensors(folder / "optimizer.safetensors", tensors)
-                files = {
-                    p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)}
-                    for p in sorted(folder.glob("*.safetensors"))
-                }
-                record = {"format": FORMAT, "step": step, "files": files, "optimizer": scalars, **state}
+                record = {"format": FORMAT, "step": step, "optimizer": scalars, **state}
                 (folder / "state.json").write_text(json.dumps(record, indent=1))
+                _stage("before manifest")
+                write_manifest(folder, step, log)
                 _stage("before rename")
             _stage("after rename")
         except (OSError, SafetensorError) as error:
             raise DitlabError(f"{final}: the checkpoint could not be written: {_reason(error, self.folder)}") from None
-        self._prune()
+        self._prune(step)
         return final
 
-    def _prune(self) -> None:
-        steps = self.steps()
-        for step in steps[: -self.keep] if self.keep else []:
-            if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.path(step))
+    def _prune(self, step: int) -> None:
+        # Checkpoints after `step` are damaged ones that a resumed run has not reached again: they do not count.
+        older = [other for other in self.steps() if other <= step]
+        for other in older[: -self.keep] if self.keep else []:
+            if not (self.keep_every and other % self.keep_every == 0):
+                shutil.rmtree(self.path(other))
 
     def load(self, step: int) -> Checkpoint:
-        """Reads and checks the checkpoint of a step.
+        """Reads the checkpoint of a step and verifies every file.
 
         Raises:
-            DitlabError: naming the file, what was expected and what was found.
+            Damaged: naming the file, what was expected and what was found.
+            Incompatible: it is of a newer layout.
         """
         path = self.path(step)
-        record = read_state(path)
-        for name, expected in record["files"].items():
-            file = path / name
-            if not file.is_file():
-                raise DitlabError(f"{file}: expected {expected['bytes']} bytes, found nothing")
-            if file.stat().st_size != expected["bytes"]:
-                raise DitlabError(
-                    f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size} (truncated?)"
-                )
-            if _digest(file) != expected["sha256"]:
-                raise DitlabError(f"{file}: its SHA-256 is not the one in state.json; the file was changed or damaged")
+        manifest = read_manifest(path)
+        manifest.verify()
+        state = read_state(path)
         return Checkpoint(
-            step=record["step"],
+            step=step,
             model=read_tensors(path / "model.safetensors"),
             ema=read_tensors(path / "ema.safetensors"),
-            optimizer={**read_tensors(path / "optimizer.safetensors"), **record["optimizer"]},
-            state=record,
+            optimizer={**read_tensors(path / "optimizer.safetensors"), **state["optimizer"]},
+            state=state,
             path=path,
+            manifest=manifest,
         )
 
-    def newest(self, say: Any = None) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+    def newest(self, note: Callable[[str], None] | None = None) -> Checkpoint | None:
+        """Returns the newest whole checkpoint; None where there is none at all.
 
         Args:
-            say: called with one sentence for each damaged checkpoint that is passed over.
+            note: called with one sentence for each damaged checkpoint that is passed over.
 
         Raises:
-            DitlabError: when there are checkpoints and none is whole.
+            Damaged: there are checkpoints and none can be used.
         """
         problems: list[str] = []
         for step in reversed(self.steps()):
             try:
-                found = self.load(step)
+                checkpoint = self.load(step)
             except DitlabError as error:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                if say is not None:
-                    say(f"{problem}; going back to the checkpoint of step {step}")
-            return found
+                if note is not None:
+                    note(f"{problem}; going back to the checkpoint of step {step}")
+            return checkpoint
         if problems:
-            raise DitlabError(f"no whole checkpoint is left: {problems[0]}")
+            raise Damaged(f"no whole checkpoint is left: {problems[0]}")
         return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`.
+def write_manifest(folder: Path, step: int, log: LogLength | None = None) -> None:
+    """Writes the `manifest.json` of a folder that holds all other files of a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        step: optimizer steps done.
+        log: the length of the training log.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.name != "manifest.json")
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+    record = {"format": FORMAT, "step": step, "log": None if log is None else asdict(log), "files": files}
+    (folder / "manifest.json").write_text(_sealed(record))
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """Returns a record as JSON that ends with the SHA-256 of the record without it."""
+    own = hashlib.sha256(json.dumps(record, indent=1).encode()).hexdigest()
+    return json.dumps({**record, "sha256": own}, indent=1) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a checkpoint's `manifest.json` and checks it; of a checkpoint of format 1, what `state.json` has of it.
+
+    The other files are not read: `Manifest.verify` does that.
+
+    Args:
+        path: the checkpoint's folder, whose name is the step.
 
     Raises:
-        DitlabError: where it is missing, not JSON, or of a newer layout.
+        Damaged: it is missing or damaged, or of another step than the folder's name says.
+        Incompatible: it is of a newer layout.
+    """
+    file = path / "manifest.json"
+    if file.is_file():
+        content = file.read_bytes()
+        try:
+            record = json.loads(content)
+            version = int(record["format"])
+        except (ValueError, KeyError, TypeError):
+            raise Damaged(f"{file}: expected a checkpoint's manifest as JSON, found something else") from None
+        _check_format(file, version)
+        if _sealed({key: value for key, value in record.items() if key != "sha256"}).encode() != content:
+            raise Damaged(f"{file}: its SHA-256 is not the one at its end; the file was changed or damaged")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+        manifest = Manifest(path, record["step"], files, None if record["log"] is None else LogLength(**record["log"]))
+    else:
+        file = path / "state.json"
+        manifest = _read_format_1(path)
+    if not path.name.isdecimal() or manifest.step != int(path.name):
+        raise Damaged(f"{file}: expected the step that the folder is named after, found {manifest.step}")
+    return manifest
+
+
+def _read_format_1(path: Path) -> Manifest:
+    state = read_state(path)
+    if state["format"] != 1:
+        raise Damaged(f"{path / 'manifest.json'}: expected a checkpoint's manifest, found nothing")
+    try:
+        files = {name: (state["files"][name]["bytes"], state["files"][name]["sha256"]) for name in _TENSOR_FILES}
+        for key in _FORMAT_1_KEYS:
+            state[key]
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{path / 'state.json'}: expected a checkpoint's state, found one without {error}") from None
+    return Manifest(path, state["step"], files, None)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the JSON values of a checkpoint's `state.json`.
+
+    Raises:
+        Damaged: it is missing or not JSON.
+        Incompatible: it is of a newer layout.
     """
     file = path / "state.json"
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_bytes())
         version = int(record["format"])
+        dict(record["optimizer"])
     except FileNotFoundError:
-        raise DitlabError(f"{file}: expected a checkpoint's state, found nothing") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise DitlabError(f"{file}: expected a checkpoint's state as JSON, found something else") from None
-    if version > FORMAT:
-        raise DitlabError(
-            f"{file}: the checkpoint's format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it"
-        )
+        raise Damaged(f"{file}: expected a checkpoint's state, found nothing") from None
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{file}: expected a checkpoint's state as JSON, found something else") from None
+    _check_format(file, version)
     return record
 
 
+def _check_format(file: Path, version: int) -> None:
+    if version > FORMAT:
+        raise Incompatible(
+            f"{file}: the checkpoint's format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it"
+        )
+
+
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Puts weights into a network after comparing names and shapes.
+    """Loads weights into a network after comparing names and shapes.
 
     Raises:
-        DitlabError: for the weights of another network: the first name or shape that differs.
+        Incompatible: for the weights of another network, naming the first name or shape that differs.
     """
     expected = network.state_dict()
     for name, value in expected.items():
         if name not in tensors:
-            raise DitlabError(f"{where}: expected weights '{name}', found none; are these another network's weights?")
+            raise Incompatible(f"{where}: expected weights '{name}', found none; are these another network's weights?")
         if tensors[name].shape != value.shape:
-            raise DitlabError(
+            raise Incompatible(
                 f"{where}: '{name}' has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}; "
                 "are these another network's weights?"
             )
     surplus = sorted(tensors.keys() - expected.keys())
     if surplus:
-        raise DitlabError(f"{where}: '{surplus[0]}' belongs to another network; this one has no such weights")
-    network.load_state_dict({name: placed_like(tensors[name], value) for name, value in expected.items()})
+        raise Incompatible(f"{where}: '{surplus[0]}' belongs to another network; this one has no such weights")
+    network.load_state_dict({name: like_placement(tensors[name], value) for name, value in expected.items()})
 
 
 def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by parameter name, flat: "NAME/exp_avg" and so on, and "param_groups".
+    """Returns the optimizer's state by parameter name, flat: "NAME/exp_avg" and so on, and "param_groups".
 
     The tensors are the optimizer's own, on its device, sharded where the network is.
     """
@@ -294,7 +421,7 @@ def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The reverse of `optimizer_state`, from whole tensors, the same in every process."""
+    """Loads what `optimizer_state` returned, from whole tensors that are the same on every rank."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     nested: dict[str, dict[str, Any]] = {}

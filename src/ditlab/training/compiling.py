@@ -1,4 +1,4 @@
-"""Compiling a network's blocks one by one (DESIGN 3.1)."""
+"""Compiles a network's blocks one by one (DESIGN 3.3)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from ditlab.training.sharding import blocks_of
 
+__all__ = ["compile_blocks"]
+
 LONG_RUN = 5_000
 """Steps from which `auto` compiles on the CPU: compiling takes 15-90 seconds and saves about a tenth of a step."""
 WIDE = 192
@@ -16,14 +18,14 @@ WIDE = 192
 
 
 def compile_blocks(network: nn.Module, mode: Literal["auto", "on", "off"], *, device: torch.device, steps: int) -> bool:
-    """Compiles `network.blocks` in place, each block for itself; the names of the weights stay as they are.
+    """Compiles each of `network.blocks` in place; the names of the weights stay as they are.
 
-    torch silently runs uncompiled code once too many variants of one function were compiled, and all blocks count
-    together against that limit. So the limit is sized to the network, and reaching it is an error.
+    torch silently runs uncompiled code once it has compiled too many variants of one function, and all blocks count
+    against one limit. The limit is therefore sized to the network, and reaching it is an error.
 
     Args:
-        network: a network with a list of `blocks`; without one it is compiled whole.
-        mode: on, off, or auto: on CUDA always, on the CPU for wide networks in long runs.
+        network: a network with a list of `blocks`; one without is compiled as a whole.
+        mode: on, off or auto. auto compiles on CUDA, and on the CPU wide networks in long runs.
         device: where the network runs.
         steps: steps of the run.
 
@@ -38,7 +40,7 @@ def compile_blocks(network: nn.Module, mode: Literal["auto", "on", "off"], *, de
     if not wanted:
         return False
     parts = blocks_of(network) or [network]
-    # Variants of one block: training, evaluation, both with and without gradients, and a last batch of another size.
+    # Variants of one block: training and evaluation, with and without gradients, and a last batch of another size.
     limit = 8 * max(len(parts), 2)
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, limit)

@@ -1,4 +1,4 @@
-"""The processes of one training job, as `torchrun` starts them: one object that also stands for a single process."""
+"""The processes of one training job, as `torchrun` starts them. One process alone is the same object with world 1."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, InvalidConfig, NotFound
+
+__all__ = ["DistributedContext", "init_distributed", "no_sync", "pick_device", "replicate"]
 
 
 @dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this is, and on which device it computes."""
+class DistributedContext:
+    """This process's rank, the number of processes, and the device of this one."""
 
     rank: int
     world: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and reports."""
         return self.rank == 0
 
     def share(self, batch: int) -> slice:
-        """This process's part of a global batch of `batch` images."""
+        """Returns this rank's part of a global batch of `batch` images."""
         each = batch // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over the processes (each has an equal share of the batch)."""
+        """Returns the mean of a tensor over all ranks (each has an equal share of the batch)."""
         if self.world == 1:
             return value
         total = value.clone()
@@ -42,7 +44,7 @@ class Processes:
         return total / self.world
 
     def gathered(self, value: Tensor) -> Tensor:
-        """The processes' shares of a global batch `[b]`, of equal length, one after the other: `[world * b]`."""
+        """Concatenates the ranks' shares of a global batch: `[b]`, of equal length, to `[world * b]`."""
         if self.world == 1:
             return value
         parts = [torch.empty_like(value) for _ in range(self.world)]
@@ -50,33 +52,33 @@ class Processes:
         return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Returns whether the flag is set on any rank."""
         if self.world == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(votes)
         return bool(votes.item() > 0)
 
-    def agree(self, refusal: DitlabError | None) -> bool:
-        """Whether all processes may go on.
+    def raise_together(self, error: DitlabError | None) -> bool:
+        """Raises where a rank has an error; returns whether none has.
 
-        Where some refuse, their refusals are raised, or the first process's alone where it is one of them, so that it
-        is said once; the others get False and are to end without a word.
+        If rank 0 has one, only rank 0 raises, so that the error is shown once. The other ranks get False and should
+        return silently.
         """
-        first_refuses = self.any(self.first and refusal is not None)
-        refused = self.any(refusal is not None)
-        if refusal is not None and (self.first or not first_refuses):
-            raise refusal
-        return not refused
+        main_fails = self.any(self.is_main and error is not None)
+        fails = self.any(error is not None)
+        if error is not None and (self.is_main or not main_fails):
+            raise error
+        return not fails
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Returns when every rank has called it."""
         if self.world > 1:
             dist.barrier()
 
 
 class _Replica(nn.parallel.DistributedDataParallel):
-    """DDP that shows the network's own attributes (its number of classes, say), so objectives need not know of it."""
+    """DDP with the network's own attributes (its number of classes, say), so that objectives need not know of DDP."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -85,59 +87,62 @@ class _Replica(nn.parallel.DistributedDataParallel):
             return getattr(super().__getattr__("module"), name)
 
 
-def replicate(network: nn.Module, processes: Processes) -> nn.Module:
-    """Moves a network to the device and returns what to run there in a forward pass.
+def replicate(network: nn.Module, context: DistributedContext) -> nn.Module:
+    """Moves a network to the device and returns the module to call in a forward pass.
 
-    That is the network itself, or with several processes what makes gradients the mean over them. Each has the whole
-    network.
+    That is the network itself in one process. In several it is a DDP wrapper, which averages gradients over the ranks;
+    each rank has the whole network.
     """
-    network.to(processes.device)
-    if processes.world == 1:
+    network.to(context.device)
+    if context.world == 1:
         return network
-    return _Replica(network, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    return _Replica(network, device_ids=[context.device] if context.device.type == "cuda" else None)
 
 
-def holding(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
-    """The context of one micro-batch's passes: replicas hold their gradients back while there are `more` to come.
+def no_sync(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
+    """Returns the context of one micro-batch: replicas exchange gradients only when no `more` follow.
 
-    A sharded network adds up its parts of the gradients at each micro-batch: held back, they would be whole ones.
+    A sharded network exchanges them at each micro-batch, since gradients that wait would be whole ones.
     """
     return runner.no_sync() if more and isinstance(runner, _Replica) else nullcontext()
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device to compute on: the one named, or else CUDA where there is one, or else the CPU.
+    """Returns the named device; without a name CUDA where there is one, else the CPU.
 
     Raises:
-        DitlabError: where the named device does not exist here.
+        InvalidConfig: it is no device's name.
+        NotFound: the named device does not exist here.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DitlabError(f"--device: expected 'cpu', 'cuda' or 'cuda:N', found '{name}'") from None
+        raise InvalidConfig(f"`device`: expected 'cpu', 'cuda' or 'cuda:N', found '{name}'") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DitlabError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise NotFound(
+            f"`device`: expected one of the {torch.cuda.device_count()} CUDA devices of this machine, found '{name}'"
+        )
     return device
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
-    """The processes of this job: those that `torchrun` started, else this one alone.
+def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
+    """Yields the context of this job: of the processes that `torchrun` started, else of this one alone.
 
-    Under torchrun the group is opened here (nccl on CUDA, gloo on the CPU) and closed at the end of the block.
+    Under torchrun the process group is opened here (nccl on CUDA, gloo on the CPU) and closed at the end of the block.
     """
     picked = pick_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Processes(0, 1, picked)
+        yield DistributedContext(0, 1, picked)
         return
     if picked.type == "cuda":
         picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(picked)
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), world, picked)
+        yield DistributedContext(dist.get_rank(), world, picked)
     finally:
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """The exponential moving average of a network's weights, as a dictionary of tensors.
 
-A dictionary and one fused update rather than a copy of the module: the same code then serves sharded parameters, which
-cannot be deep-copied; of those each process averages its own part.
+A dictionary and one fused update, not a copy of the module: sharded parameters cannot be deep-copied. Of those each
+process averages its own part.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ditlab.training.sharding import local, placed_like
+from ditlab.training.sharding import like_placement, to_local
+
+__all__ = ["EMA", "ema_decay"]
 
 
 def ema_decay(step: int, limit: float) -> float:
-    """The decay of the update after `step` steps: min(limit, (1 + step) / (10 + step)).
+    """Returns the decay of the update after `step` steps: min(limit, (1 + step) / (10 + step)).
 
     The constant decay 0.9999 remembers 10,000 steps, so in a run of 3,000 the average would still be mostly the random
     initial weights. With this warm-up the average spans about the last ninth of the run until the limit is reached
@@ -29,10 +31,10 @@ class EMA:
     """Moving average of the floating-point entries of a network's state; other entries (counters) are copied."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        """Starts from the network's present weights, in float32.
+        """Starts from a copy of the network's weights, in float32.
 
         Args:
-            network: whose weights are averaged; it is never changed, except inside `applied`.
+            network: the one to average; only `applied` changes it.
             decay: the limit that the warm-up approaches, in [0, 1).
         """
         self.decay = decay
@@ -43,12 +45,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Moves the average towards the network's weights after optimizer step number `step` (the first is 1)."""
+        """Moves the average towards the network's weights after optimizer step `step` (counted from 1)."""
         state = network.state_dict()
         averaged = [name for name, value in self.weights.items() if value.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [local(self.weights[name]) for name in averaged],
-            [local(state[name].detach()).float() for name in averaged],
+            [to_local(self.weights[name]) for name in averaged],
+            [to_local(state[name].detach()).float() for name in averaged],
             1.0 - ema_decay(step, self.decay),
         )
         for name, value in self.weights.items():
@@ -58,7 +60,7 @@ class EMA:
     @contextmanager
     @torch.no_grad()
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """Within the block the network has the averaged weights; after it, its own again, to the bit."""
+        """Gives the network the averaged weights within the block, and its own back afterwards, to the bit."""
         state = network.state_dict()
         own = {name: value.clone() for name, value in state.items()}
         try:
@@ -70,6 +72,6 @@ class EMA:
                 value.copy_(own[name])
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Takes over saved averages: whole tensors of the same names and shapes."""
+        """Loads saved averages: whole tensors of the same names and shapes."""
         for name, value in self.weights.items():
-            value.copy_(placed_like(weights[name], value))
+            value.copy_(like_placement(weights[name], value))

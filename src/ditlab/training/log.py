@@ -1,6 +1,6 @@
 """The training log: `log.jsonl`, one JSON object a line.
 
-Each line has the step, the images seen so far and what was known then. Timings and memory stand under the key
+Each line has the step, the images seen so far and the values known then. Timings and memory stand under the key
 "machine", apart from everything that a repeated run must reproduce exactly.
 """
 
@@ -8,64 +8,99 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError
+
+__all__ = ["LogLength", "TrainingLog", "read_log"]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that was cut off by a kill is left out.
+    """Returns the lines of a log; a last line that a kill cut off is left out.
 
     Raises:
-        DitlabError: for a line before the last that is not JSON.
+        Damaged: for a line before the last that is not a JSON object with a step.
     """
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise DitlabError(f"{path}, line {number}: expected a JSON object, found '{line[:40]}'") from None
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            start = line[:40].decode(errors="replace")
+            raise Damaged(f"{path}, line {number}: expected a JSON object with a step, found '{start}'")
     return records
 
 
+@dataclass(frozen=True)
+class LogLength:
+    """How long a log was when a checkpoint was written."""
+
+    lines: int
+    bytes: int
+
+
 class TrainingLog:
-    """Appends lines; cuts back those that a resumed run will write again."""
+    """Appends lines to a log, and cuts off those that a resumed run will write again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def cut(self, step: int) -> None:
-        """Removes every line after `step`, whole file at a time, so that a kill leaves the old or the new one.
+    def flush(self) -> LogLength:
+        """Forces the log to disk and returns its length."""
+        if not self.path.exists():
+            return LogLength(0, 0)
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            content = file.read()
+        return LogLength(content.count(b"\n"), len(content))
+
+    def cut(self, step: int) -> LogLength:
+        """Removes every line after `step`, and lines that cannot be read; step 0 empties the log.
+
+        The file is replaced as a whole, so that a kill leaves the old or the new one.
+
+        Returns:
+            The length of what is left.
 
         Raises:
             DitlabError: when the disk is full; the log stays as it was.
         """
         if not self.path.exists():
-            return
-        kept = [record for record in read_log(self.path) if record["step"] <= step and (step > 0)]
+            return LogLength(0, 0)
+        records = [_record(line) for line in self.path.read_bytes().splitlines()]
+        lines = [json.dumps(record) + "\n" for record in records if record and 0 < step >= record["step"]]
         beside = self.path.with_suffix(".tmp")
         try:
             with beside.open("w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.path)
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise DitlabError(f"{self.path}: the log could not be written: {error.strerror}") from None
+        return LogLength(len(lines), sum(map(len, lines)))
 
     def write(self, record: dict[str, Any], machine: dict[str, Any]) -> None:
         """Appends one line.
 
         Args:
-            record: what a repeated run reproduces.
-            machine: timings and memory, which it does not.
+            record: the values that a repeated run reproduces.
+            machine: timings and memory, which it does not reproduce.
 
         Raises:
             DitlabError: when the disk is full.

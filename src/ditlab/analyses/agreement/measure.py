@@ -223,7 +223,7 @@ def _compare(
     def made(window: int | WindowSchedule | None) -> Denoiser:
         reference = make_reference(name, known, window)
         # The same levels, so that the same sampler takes the same steps.
-        reference.levels, reference.bounded = denoiser.levels, denoiser.bounded
+        reference.levels, reference.pixel_space = denoiser.levels, denoiser.pixel_space
         return reference
 
     tried = [_on_the_path(made(size), points, count) for size in sizes]
@@ -285,6 +285,6 @@ def _notes(denoiser: Denoiser, known: int, trained_on: int, mirrored: bool) -> t
         notes.append("Training mirrored images left to right, so references know each of them both ways.")
     if denoiser.num_classes:
         notes.append("The denoiser was told no class; references know none.")
-    if not denoiser.bounded:
+    if not denoiser.pixel_space:
         notes.append("Images are latents: correlations, R² and errors are those of latents.")
     return tuple(notes)

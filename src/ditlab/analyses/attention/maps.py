@@ -30,7 +30,7 @@ from ditlab.analyses.attention.result import BY_IMAGE, RADII, AttentionConfig, L
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
 from ditlab.metrics.denoising_errors import chosen_levels, level_noise, own_steps
-from ditlab.nn.attention import attention_views, capture_attention
+from ditlab.nn.attention import adapted_layers, capture_attention
 from ditlab.nn.patterns import Grid, Pattern
 from ditlab.provenance import Provenance
 
@@ -115,7 +115,7 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
 
     Raises:
         DitlabError: it has none, has layers of another kind that were not given to
-            `ditlab.nn.attention.show_attention`, or was made of a plain function, into which one cannot look.
+            `ditlab.nn.attention.register_attention`, or was made of a plain function, into which one cannot look.
     """
     module = denoiser.module
     if module is None:
@@ -123,10 +123,10 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
             f"attention: expected a denoiser made of a network, found a {type(denoiser).__name__.strip('_')} without "
             "one; give Denoiser.wrap the nn.Module itself"
         )
-    found = attention_views(module)
+    found = adapted_layers(module)
     if not found:
         other = next((type(m).__name__ for m in module.modules() if "attention" in type(m).__name__.lower()), None)
-        instead = "without" if other is None else f"with {other}; give each to ditlab.nn.attention.show_attention"
+        instead = "without" if other is None else f"with {other}; give each to ditlab.nn.attention.register_attention"
         raise DitlabError(
             f"attention: expected a network with attention layers, found {type(module).__name__} {instead}"
         )

@@ -20,9 +20,9 @@ from ditlab.analyses.attention.locality import (
     pattern_weights,
     uniform_distance,
 )
+from ditlab.analyses.sigmas import check_sigmas as check_levels
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.files import read_arrays, read_json, write_arrays, write_json
-from ditlab.metrics.denoising_errors import check_levels
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
 from ditlab.provenance import Provenance
 

@@ -24,9 +24,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ditlab.analyses.sigmas import check_sigmas as check_levels
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.files import read_arrays, read_json, write_arrays, write_json
-from ditlab.metrics.denoising_errors import check_levels
 from ditlab.provenance import Provenance
 
 Target = Literal["x0", "eps", "I-eps"]

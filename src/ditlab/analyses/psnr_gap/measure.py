@@ -55,7 +55,7 @@ def measure_baselines(
     for _, model in sorted(first_of.items()):
         images = model.batch("train", model.split_record.train)[0].to(models.device)
         for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
-            denoiser.bounded = model.images.latents is None
+            denoiser.pixel_space = model.images.latents is None
             about = replace(model.provenance(0), name=name, label="", step=None, ema=None)
             settings = replace(config, sigmas=tuple(sigmas))
             results.append(_measure(model, denoiser, settings, about, reporter, labelled=False))
@@ -143,7 +143,7 @@ def measure_gap(
         )
         before += len(used) * draws * len(levels)
     about = about or Provenance(name="denoiser")
-    if not denoiser.bounded:
+    if not denoiser.pixel_space:
         about = replace(about, settings={**about.settings, "space": "latents"})
     return PSNRResult(
         about=about,

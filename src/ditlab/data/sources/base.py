@@ -1,24 +1,27 @@
-"""What a source of images is: the small contract between those who read images and the one who writes the set.
+"""The contract between sources of images and the writer of an image set.
 
-A source yields `Item`s already fitted to the set's size and colour, and `Skipped` records for what it could not use;
-it never stops at one bad image. What makes the whole source unusable (a missing path, no image at all, unknown columns)
-is a `DitlabError` from its constructor, before anything is written.
+A source yields `Item`s in the set's size and colour, and a `SkippedItem` for each image that it could not use; it never
+stops at one bad image. If the whole source is unusable (a missing path, no image, unknown columns), its constructor
+raises a `DitlabError` before anything is written.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditlab.data.pixels import Color, centre_crop, planes, to_color
+from ditlab.data.pixels import Color, UnusableImage, centre_crop, planes, to_color
 from ditlab.errors import DitlabError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+__all__ = ["TEST", "TRAIN", "CropRule", "Item", "SkippedItem", "Source", "count_kinds", "describe_skipped"]
 
 TRAIN, TEST = 0, 1
 """Pools: an image of pool 0 may only be trained on, one of pool 1 only be tested on."""
@@ -30,9 +33,9 @@ class Item:
 
     Attributes:
         pixels: uint8 [C, size, size].
-        name: where it comes from, for messages.
+        name: its file, relative to the source's folder, or its row or crop.
         label: its class, an index into the source's `class_names`, or None.
-        pool: `TRAIN`, `TEST`, or None where the split is free to choose.
+        pool: `TRAIN`, `TEST`, or None where a split may choose.
     """
 
     pixels: np.ndarray
@@ -42,26 +45,57 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """One image that could not be used.
+class SkippedItem:
+    """One file or image that could not be used.
 
     Attributes:
         name: the file or index.
         reason: why, in a few words.
+        kind: the group that it is counted in: a file's ending such as ".txt", or a short reason.
     """
 
     name: str
     reason: str
+    kind: str = ""
+
+
+def count_kinds(skipped: Iterable[SkippedItem]) -> dict[str, int]:
+    """Counts skipped items by kind: first the endings of files, then the reasons; the most frequent first."""
+    counts = Counter(item.kind or item.reason for item in skipped)
+    return dict(sorted(counts.items(), key=lambda pair: (not pair[0].startswith("."), -pair[1], pair[0])))
+
+
+def describe_skipped(kinds: Mapping[str, int], examples: Iterable[SkippedItem], limit: int = 3) -> str:
+    """Returns a list such as "7 .heic (not a readable format), 3 .txt, 2 smaller than 32x32 pixels: a.png, b.png".
+
+    Args:
+        kinds: number of items of each kind (`count_kinds`).
+        examples: items whose names are given; those that are counted by the ending of the file need none.
+        limit: names at most for one kind.
+    """
+    names: dict[str, list[str]] = {}
+    for item in examples:
+        names.setdefault(item.kind or item.reason, []).append(item.name)
+    endings = [f"{count:,} {kind}" for kind, count in kinds.items() if kind.startswith(".")]
+    reasons = []
+    for kind, count in kinds.items():
+        if not kind.startswith("."):
+            listed = [*names.get(kind, [])[:limit], *(["..."] if count > limit else [])]
+            reasons.append(f"{count:,} {kind}" + (f": {', '.join(listed)}" if listed else ""))
+    return ", ".join([*endings, "; ".join(reasons)] if reasons else endings)
 
 
 @dataclass(frozen=True)
-class Fit:
+class CropRule:
     """How images are brought to the set's format.
 
     Attributes:
         size: height and width of every image of the set, in pixels.
         color: "rgb" or "grey".
         upscale: enlarge images whose short side is below `size`; otherwise they are skipped.
+
+    Raises:
+        DitlabError: the size is not in 2 to 4096, or the colour is unknown.
     """
 
     size: int
@@ -75,29 +109,32 @@ class Fit:
             raise DitlabError(f"color: expected 'rgb' or 'grey', found {self.color!r}")
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The image as uint8 [C, size, size].
+        """Returns the image as uint8 [C, size, size].
 
         Raises:
-            DitlabError: it is smaller than `size` and `upscale` is off.
+            UnusableImage: it is smaller than `size` and `upscale` is off.
         """
         if min(image.size) < self.size and not self.upscale:
-            raise DitlabError(f"{image.width}x{image.height} is smaller than {self.size}x{self.size}")
+            small = f"smaller than {self.size}x{self.size}"
+            raise UnusableImage(f"{image.width}x{image.height} is {small}", f"{small} pixels")
         return planes(centre_crop(to_color(image, self.color), self.size))
 
 
 class Source(ABC):
     """Images, their labels and their pools, read one by one in an order that never changes."""
 
-    fit: Fit
+    rule: CropRule
     class_names: tuple[str, ...] = ()
-    """Names of the classes; empty where the source has no labels."""
+    """Names of the classes; empty if the source has no labels."""
     count: int
     """How many images will be tried; the number that can be used may be lower."""
+    left_out: tuple[SkippedItem, ...] = ()
+    """Files of the source that will not be tried."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Item | Skipped]:
-        """Every image once, or what was wrong with it."""
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
+        """Yields every image once, or why it could not be used."""
 
     def origin(self) -> dict[str, Any]:
-        """What the manifest should remember about where the images come from, JSON-able."""
+        """Returns what the manifest keeps about where the images come from, JSON-able."""
         return {}

@@ -1,10 +1,9 @@
-"""The sources that a name can ask for: `photos`, `digits`, `folder:PATH`, `hub:ID`, `array:PATH`, `mosaic:PATH`."""
+"""The sources by name: `photos`, `digits`, `folder:PATH`, `hub:ID`, `array:PATH`, `mosaic:PATH`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.data.pixels import Color, decode
-from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.imageset import is_image_set
+from ditlab.data.pixels import Color, UnusableImage, decode
+from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
+from ditlab.data.sources.folder import Folder, listing_hash
 from ditlab.data.sources.hub import Hub
 from ditlab.data.sources.photos import Photos
 from ditlab.errors import DitlabError, unknown_name
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+__all__ = ["SOURCES", "Array", "Digits", "Mosaic", "is_source", "read_source", "source_name"]
 
 
 def read_source(
@@ -32,7 +33,8 @@ def read_source(
     """Opens a source by name, checking all that can be checked before the images are read.
 
     Args:
-        spec: `photos`, `digits`, `folder:PATH`, `hub:ID`, `array:PATH`, or `mosaic:PATH`.
+        spec: `photos`, `digits`, `folder:PATH`, `hub:ID`, `array:PATH`, `mosaic:PATH`, or the path of a folder of
+            images.
         size: height and width to which images are fitted, in pixels.
         color: "rgb" (3 channels) or "grey" (1 channel).
         upscale: enlarge images below `size` instead of skipping them.
@@ -41,9 +43,11 @@ def read_source(
     Raises:
         DitlabError: an unknown source or option, a path that does not exist, a source without images.
     """
+    spec = source_name(spec)
     kind, _, where = spec.partition(":")
     if kind not in SOURCES:
-        raise unknown_name("source", spec, [name + (":..." if takes else "") for name, (_, takes) in SOURCES.items()])
+        names = [name + (":..." if takes_path else "") for name, (_, takes_path) in SOURCES.items()]
+        raise unknown_name("source", spec, names)
     make, takes_path = SOURCES[kind]
     if takes_path and not where:
         raise DitlabError(
@@ -51,13 +55,31 @@ def read_source(
         )
     if where and not takes_path:
         raise DitlabError(f"source '{spec}': expected just '{kind}', which takes no path")
-    given = dict(options or {})
-    known = set(make.__init__.__annotations__) - {"fit", "where", "return"}
-    for name in given:
+    options = dict(options or {})
+    known = set(make.__init__.__annotations__) - {"rule", "where", "return"}
+    for name in options:
         if name not in known:
             raise DitlabError(f"source '{kind}' has no option '{name}' (it has: {', '.join(sorted(known)) or 'none'})")
-    fit = Fit(size, color, upscale)
-    return make(fit, where, **given) if takes_path else make(fit, **given)
+    rule = CropRule(size, color, upscale)
+    return make(rule, where, **options) if takes_path else make(rule, **options)
+
+
+def source_name(spec: str) -> str:
+    """Returns a source's full name: `folder:PATH` for the bare path of a folder of images, else the name itself.
+
+    A folder that is an image set, or that holds a config.json (a run, a diffusers model), is no folder of images.
+    """
+    kind = spec.partition(":")[0]
+    path = Path(spec).expanduser()
+    if kind in SOURCES or not path.is_dir() or is_image_set(path) or (path / "config.json").exists():
+        return spec
+    return f"folder:{spec}"
+
+
+def is_source(spec: str) -> bool:
+    """Returns whether a string names a source of images, rather than the folder of an image set."""
+    kind, colon, _ = source_name(spec).partition(":")
+    return not is_image_set(Path(spec)) and kind in SOURCES and bool(colon) == SOURCES[kind][1]
 
 
 class Digits(Source):
@@ -67,81 +89,41 @@ class Digits(Source):
         DitlabError: the size is above 8 and `upscale` is off.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, rule: CropRule) -> None:
         from sklearn.datasets import load_digits
 
-        self.fit = fit
+        self.rule = rule
         # Rows of 64 values from 0 to 16, which become 0 to 255.
         images, self.labels = load_digits(return_X_y=True)
         self.images = (np.asarray(images).reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
         self.class_names = tuple(str(digit) for digit in range(10))
         self.count = len(self.images)
-        _refuse_small(fit, "digits", 8)
+        _refuse_small(rule, "digits", 8)
 
-    def __iter__(self) -> Iterator[Item | Skipped]:
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
         from PIL import Image
 
         for index, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
-            yield Item(self.fit(Image.fromarray(image)), f"digit {index}", int(label))
-
-
-class Folder(Source):
-    """Every PNG, JPEG and WebP file below a folder, in the order of their names.
-
-    The class of an image is the subfolder it lies in (the first below the root); where some images lie in the root
-    itself there are no classes. A root that holds exactly the folders `train` and `test` fixes the pools, and the
-    classes are the folders below those.
-
-    Raises:
-        DitlabError: the path is missing, is not a folder, or holds no image file.
-    """
-
-    def __init__(self, fit: Fit, where: str) -> None:
-        self.fit = fit
-        self.root = Path(where).expanduser()
-        if not self.root.exists():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found nothing")
-        if not self.root.is_dir():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found a file")
-        self.files = _image_files(self.root)
-        if not self.files:
-            raise DitlabError(f"folder source: no PNG, JPEG or WebP file below {self.root}")
-        self.count = len(self.files)
-        self.pooled = {file.parts[0] for file in self.files} == {"train", "test"}
-        below = [file.parts[1:] if self.pooled else file.parts for file in self.files]
-        if all(len(parts) > 1 for parts in below):
-            self.class_names = tuple(sorted({parts[0] for parts in below}))
-        self.classes = [parts[0] for parts in below]
-
-    def __iter__(self) -> Iterator[Item | Skipped]:
-        index_of = {name: index for index, name in enumerate(self.class_names)}
-        for file, name in zip(self.files, self.classes, strict=True):
-            pool = None if not self.pooled else TRAIN if file.parts[0] == "train" else TEST
-            try:
-                yield Item(self.fit(decode(self.root / file, self.fit.color)), str(file), index_of.get(name), pool)
-            except DitlabError as error:
-                yield Skipped(str(file), str(error))
-
-    def origin(self) -> dict[str, Any]:
-        """A hash of the files' names and sizes."""
-        return {"files": len(self.files), "listing": _listing(self.root, self.files)}
+            yield Item(self.rule(Image.fromarray(image)), f"digit {index}", int(label))
 
 
 class Array(Source):
     """A NumPy file of uint8 images, [N, H, W, C], [N, C, H, W] or [N, H, W], with C of 1 or 3; pools are free.
 
     Args:
-        fit: size and colour.
+        rule: size and colour.
         where: a `.npy` file, or a `.npz` with the images and perhaps labels.
-        images_key: name of the images in the `.npz`; where None: `images`, `x` or `arr_0`, else the only 3-4-D array.
-        labels_key: name of the labels (integers [N], from 0); where None: `labels`, `label` or `y` where present.
+        images_key: name of the images in the `.npz`; if None: `images`, `x` or `arr_0`, else the only 3-4-D array.
+        labels_key: name of the labels (integers [N], from 0); where None: `labels`, `label` or `y` if present.
 
     Raises:
         DitlabError: no such file, not a NumPy file, pickled objects inside, another dtype or shape.
     """
 
-    def __init__(self, fit: Fit, where: str, *, images_key: str | None = None, labels_key: str | None = None) -> None:
-        self.fit = fit
+    def __init__(
+        self, rule: CropRule, where: str, *, images_key: str | None = None, labels_key: str | None = None
+    ) -> None:
+        self.rule = rule
         self.path = path = Path(where).expanduser()
         arrays = _load_arrays(path)
         images_key = images_key or _find_key(path, arrays, ("images", "x", "arr_0"))
@@ -152,7 +134,7 @@ class Array(Source):
         self.count = len(self.images)
         if self.count == 0:
             raise DitlabError(f"{path}: '{images_key}' holds no images")
-        _refuse_small(fit, str(path), min(self.images.shape[1:3]))
+        _refuse_small(rule, str(path), min(self.images.shape[1:3]))
         labels_key = labels_key or next((key for key in ("labels", "label", "y") if key in arrays), None)
         self.labels = None
         if labels_key is not None:
@@ -165,23 +147,23 @@ class Array(Source):
             self.labels = labels
             self.class_names = tuple(str(index) for index in range(int(labels.max()) + 1))
 
-    def __iter__(self) -> Iterator[Item | Skipped]:
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
         from PIL import Image
 
         for index in range(self.count):
             image = self.images[index]
             label = None if self.labels is None else int(self.labels[index])
-            pixels = self.fit(Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)))
+            pixels = self.rule(Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)))
             yield Item(pixels, f"image {index}", label)
 
     def origin(self) -> dict[str, Any]:
-        """The file's hash."""
+        """Returns the file's hash."""
         with self.path.open("rb") as file:
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 class Mosaic(Source):
-    """Sets stored as square lossless mosaics, images row by row, beside a `manifest.json` with counts and labels.
+    """Images stored as square lossless mosaics, images row by row, beside a `manifest.json` with counts and labels.
 
     `mosaic:DIR/NAME` reads `DIR/manifest.json` and `DIR/NAME_train_00.webp`, ... , `DIR/NAME_test_00.webp`, ...; the
     pools are the set's own train and test parts.
@@ -190,8 +172,8 @@ class Mosaic(Source):
         DitlabError: no manifest, no set of that name in it, or a mosaic file is missing.
     """
 
-    def __init__(self, fit: Fit, where: str) -> None:
-        self.fit = fit
+    def __init__(self, rule: CropRule, where: str) -> None:
+        self.rule = rule
         path = Path(where).expanduser()
         self.folder, self.name = path.parent, path.name
         manifest = self.folder / "manifest.json"
@@ -212,7 +194,7 @@ class Mosaic(Source):
             raise DitlabError(
                 f"{manifest}: expected a manifest of mosaics, found {error!r} in set {self.name}"
             ) from None
-        _refuse_small(fit, f"mosaic set {self.name}", self.side)
+        _refuse_small(rule, f"mosaic set {self.name}", self.side)
         self.count = sum(count for _, count, _ in self.parts)
         for part, _, mosaics in self.parts:
             for index in range(mosaics):
@@ -222,7 +204,7 @@ class Mosaic(Source):
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{self.name}_{part}_{index:02d}.webp"
 
-    def __iter__(self) -> Iterator[Item | Skipped]:
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
         from PIL import Image
 
         for part, count, mosaics in self.parts:
@@ -230,10 +212,10 @@ class Mosaic(Source):
             for index in range(mosaics):
                 file = self._file(part, index)
                 try:
-                    pixels = np.asarray(decode(file, self.fit.color))
-                except DitlabError as error:
+                    pixels = np.asarray(decode(file, self.rule.color))
+                except UnusableImage as error:
                     cells = (1024 // self.side) ** 2
-                    yield Skipped(file.name, str(error))
+                    yield SkippedItem(file.name, str(error), error.kind)
                     number += min(cells, count - number)
                     continue
                 rows, columns = pixels.shape[0] // self.side, pixels.shape[1] // self.side
@@ -241,13 +223,13 @@ class Mosaic(Source):
                     top, left = cell // columns * self.side, cell % columns * self.side
                     image = Image.fromarray(pixels[top : top + self.side, left : left + self.side])
                     label = None if labels is None else int(labels[number])
-                    yield Item(self.fit(image), f"{file.name} cell {cell}", label, TRAIN if part == "train" else TEST)
+                    yield Item(self.rule(image), f"{file.name} cell {cell}", label, TRAIN if part == "train" else TEST)
                     number += 1
 
     def origin(self) -> dict[str, Any]:
-        """A hash of the mosaics' names and sizes."""
+        """Returns a hash of the mosaics' names and sizes."""
         files = [self._file(part, index) for part, _, mosaics in self.parts for index in range(mosaics)]
-        return {"listing": _listing(self.folder, [file.relative_to(self.folder) for file in files])}
+        return {"listing": listing_hash((file.relative_to(self.folder), file.stat().st_size) for file in files)}
 
 
 SOURCES: dict[str, tuple[Any, bool]] = {
@@ -261,26 +243,12 @@ SOURCES: dict[str, tuple[Any, bool]] = {
 """Kind -> (class, whether something follows the colon)."""
 
 
-def _refuse_small(fit: Fit, what: str, side: int) -> None:
-    if side < fit.size and not fit.upscale:
+def _refuse_small(rule: CropRule, what: str, side: int) -> None:
+    if side < rule.size and not rule.upscale:
         raise DitlabError(
-            f"{what}: its images are {side} pixels high or wide, below the size of {fit.size}; "
+            f"{what}: its images are {side} pixels high or wide, below the size of {rule.size}; "
             "choose a smaller size or allow upscaling"
         )
-
-
-def _image_files(root: Path) -> list[Path]:
-    # os.walk, unlike rglob, sorts folder by folder without holding the tree, and says nothing of unreadable folders.
-    files = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(folder, name).relative_to(root) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted(file for file in files if not file.name.startswith("."))
-
-
-def _listing(root: Path, files: list[Path]) -> str:
-    lines = "\n".join(f"{file.as_posix()} {(root / file).stat().st_size}" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray] | np.lib.npyio.NpzFile:
@@ -305,9 +273,9 @@ def _pickled_or(error: Exception) -> str:
 
 def _find_key(path: Path, arrays: dict[str, np.ndarray] | np.lib.npyio.NpzFile, usual: tuple[str, ...]) -> str:
     names = list(arrays)
-    found = [name for name in usual if name in names]
-    if found or len(names) == 1:
-        return (found or names)[0]
+    matches = [name for name in usual if name in names]
+    if matches or len(names) == 1:
+        return (matches or names)[0]
     raise DitlabError(
         f"{path}: expected images under one of {', '.join(usual)} or a key given, found {', '.join(names)}"
     )

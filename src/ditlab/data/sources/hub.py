@@ -6,23 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditlab.data.pixels import decode
-from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.pixels import UnusableImage, decode
+from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.errors import DitlabError, unknown_name
+
+__all__ = ["Hub"]
 
 
 class Hub(Source):
-    """A dataset of the hub: its first image column, and its first class column where it has one.
+    """A dataset of the hub: its first image column, and its first class column if it has any.
 
     With one split the pools are free. With several, `train` is the train pool and the others are the test pool.
 
     Args:
-        fit: size and colour.
+        rule: size and colour.
         where: the dataset's id, e.g. `uoft-cs/cifar10`, or a local folder that `datasets.load_dataset` understands.
-        image_column: the column of images; the first one where None.
-        label_column: the column of classes (`ClassLabel`, or integers from 0); the first `ClassLabel` where None.
-        config: which configuration of the dataset, where it has several.
-        splits: which splits to read; where None: `train` and `test` (or `validation`), or the only one.
+        image_column: the column of images; the first one if None.
+        label_column: the column of classes (`ClassLabel`, or integers from 0); the first `ClassLabel` if None.
+        config: which configuration of the dataset, if it has several.
+        splits: which splits to read; if None: `train` and `test` (or `validation`), or the only one.
 
     Raises:
         DitlabError: `datasets` is not installed, the dataset cannot be reached, or a column or split does not exist.
@@ -30,7 +32,7 @@ class Hub(Source):
 
     def __init__(
         self,
-        fit: Fit,
+        rule: CropRule,
         where: str,
         *,
         image_column: str | None = None,
@@ -38,14 +40,14 @@ class Hub(Source):
         config: str | None = None,
         splits: tuple[str, ...] | None = None,
     ) -> None:
-        self.fit = fit
+        self.rule = rule
         self.where = where
-        found = _load(where, config)
-        names = splits or _usual_splits(list(found))
+        dataset = _load(where, config)
+        names = splits or _usual_splits(list(dataset))
         for name in names:
-            if name not in found:
-                raise unknown_name(f"split of '{where}':", name, found)
-        self.splits = {name: found[name] for name in names}
+            if name not in dataset:
+                raise unknown_name(f"split of '{where}':", name, dataset)
+        self.splits = {name: dataset[name] for name in names}
         features = next(iter(self.splits.values())).features
         self.image_column = _image_column(where, features, image_column)
         self.label_column = _label_column(where, features, label_column)
@@ -68,13 +70,13 @@ class Hub(Source):
         )
         return tuple(str(index) for index in range(highest + 1))
 
-    def __iter__(self) -> Iterator[Item | Skipped]:
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
         from datasets import Image
 
         for name, rows in self.splits.items():
             pool = None if len(self.splits) == 1 else TRAIN if name == "train" else TEST
             columns = [self.image_column] + ([self.label_column] if self.label_column else [])
-            # Undecoded: one damaged file is then named and skipped instead of ending the whole reading.
+            # Undecoded, so that a damaged file is named and skipped instead of ending the reading.
             rows = rows.select_columns(columns).cast_column(self.image_column, Image(decode=False))
             for index, row in enumerate(rows):
                 cell = row[self.image_column] or {}
@@ -82,16 +84,16 @@ class Hub(Source):
                 label = row[self.label_column] if self.label_column else None
                 try:
                     if not cell.get("bytes") and not cell.get("path"):
-                        raise DitlabError("no image in this row")
+                        raise UnusableImage("no image in this row", "rows without an image")
                     data = cell["bytes"] if cell.get("bytes") else Path(cell["path"])
-                    pixels = self.fit(decode(data, self.fit.color))
+                    pixels = self.rule(decode(data, self.rule.color))
                     # The hub's convention for an unknown class is -1.
                     yield Item(pixels, where, None if label is None or label < 0 else int(label), pool)
-                except DitlabError as error:
-                    yield Skipped(where, str(error))
+                except UnusableImage as error:
+                    yield SkippedItem(where, str(error), error.kind)
 
     def origin(self) -> dict[str, Any]:
-        """The dataset's columns, splits and the fingerprints that `datasets` gives them."""
+        """Returns the dataset's columns, its splits and the fingerprints of `datasets`."""
         prints = {name: getattr(rows, "_fingerprint", "") for name, rows in self.splits.items()}
         return {"image_column": self.image_column, "label_column": self.label_column, "splits": prints}
 
@@ -114,35 +116,35 @@ def _load(where: str, config: str | None) -> Any:
         raise DitlabError(f"hub source '{where}': could not be loaded (is the network reachable?): {first}") from None
 
 
-def _usual_splits(found: list[str]) -> tuple[str, ...]:
-    if len(found) == 1 or "train" not in found:
-        return tuple(found)
-    held_out = next((name for name in ("test", "validation") if name in found), None)
+def _usual_splits(names: list[str]) -> tuple[str, ...]:
+    if len(names) == 1 or "train" not in names:
+        return tuple(names)
+    held_out = next((name for name in ("test", "validation") if name in names), None)
     return ("train", held_out) if held_out else ("train",)
 
 
-def _image_column(where: str, features: Any, given: str | None) -> str:
+def _image_column(where: str, features: Any, column: str | None) -> str:
     from datasets import Image
 
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if given is not None and given not in images:
+    if column is not None and column not in images:
         raise DitlabError(
-            f"hub source '{where}': expected an image column '{given}', found columns {_listed(features)}"
+            f"hub source '{where}': expected an image column '{column}', found columns {_listed(features)}"
         )
     if not images:
         raise DitlabError(f"hub source '{where}': expected an image column, found columns {_listed(features)}")
-    return given or images[0]
+    return column or images[0]
 
 
-def _label_column(where: str, features: Any, given: str | None) -> str | None:
+def _label_column(where: str, features: Any, column: str | None) -> str | None:
     from datasets import ClassLabel
 
-    if given is None:
+    if column is None:
         return next((name for name, feature in features.items() if isinstance(feature, ClassLabel)), None)
-    feature = features.get(given)
+    feature = features.get(column)
     if isinstance(feature, ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        return given
-    raise DitlabError(f"hub source '{where}': expected a class column '{given}', found columns {_listed(features)}")
+        return column
+    raise DitlabError(f"hub source '{where}': expected a class column '{column}', found columns {_listed(features)}")
 
 
 def _listed(features: Any) -> str:

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.pixels import decode, planes
-from ditlab.data.sources.base import TEST, TRAIN, Fit, Item, Skipped, Source
+from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.errors import DitlabError
+
+__all__ = ["PHOTOGRAPHS", "Crop", "Photos", "default_scales", "find_crops", "region_map"]
 
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -37,7 +39,7 @@ PHOTOGRAPHS = {
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a crop lies in its photograph: `side` x `side` source pixels at (`top`, `left`), of one pool."""
+    """The place of a crop in its photograph: `side` x `side` source pixels at (`top`, `left`), of one pool."""
 
     top: int
     left: int
@@ -47,13 +49,13 @@ class Crop:
 
 
 def default_scales(size: int) -> tuple[int, ...]:
-    """Reduction factors for a crop size: a crop then shows 32 to 64 source pixels, a piece one can recognise."""
+    """Returns the reduction factors for a crop size, by which a crop shows 32 to 64 source pixels."""
     fine = max(1, 32 // size)
     return (fine, 2 * fine) if size <= 32 else (fine,)
 
 
 def region_map(height: int, width: int, block: int, phase: int) -> np.ndarray:
-    """The pool of every pixel of a photograph: uint8 [height, width] of `TRAIN` and `TEST`.
+    """Returns the pool of every pixel of a photograph: uint8 [height, width] of `TRAIN` and `TEST`.
 
     The photograph is divided evenly into blocks of at least `block` pixels. In a row of blocks every fourth is a test
     block, the next row's shifted by two, so that test regions are spread over the picture and touch only at corners.
@@ -76,7 +78,7 @@ def region_map(height: int, width: int, block: int, phase: int) -> np.ndarray:
 
 
 def find_crops(pools: np.ndarray, size: int, stride: int, factors: tuple[int, ...]) -> list[Crop]:
-    """Every crop whose source pixels are all of one pool, finest scale first, row by row.
+    """Returns every crop whose source pixels are all of one pool, finest scale first, row by row.
 
     Args:
         pools: the pool of every pixel, uint8 [height, width] (`region_map`).
@@ -104,9 +106,9 @@ class Photos(Source):
     """Crops of the built-in photographs; the class of a crop is the photograph it comes from.
 
     Args:
-        fit: size and colour of the crops.
-        stride: step between neighbouring crops, in crop pixels; half the size where None.
-        scales: reduction factors; `default_scales` where None.
+        rule: size and colour of the crops.
+        stride: step between neighbouring crops, in crop pixels; half the size if None.
+        scales: reduction factors; `default_scales` if None.
         flat: crops whose grey values have a standard deviation below this (0-255) are left out: plain sky and
             plain background are near-duplicates of one another.
 
@@ -115,11 +117,11 @@ class Photos(Source):
     """
 
     def __init__(
-        self, fit: Fit, *, stride: int | None = None, scales: tuple[int, ...] | None = None, flat: float = 8.0
+        self, rule: CropRule, *, stride: int | None = None, scales: tuple[int, ...] | None = None, flat: float = 8.0
     ) -> None:
-        self.fit = fit
-        self.stride = max(1, fit.size // 2) if stride is None else stride
-        self.scales = default_scales(fit.size) if scales is None else scales
+        self.rule = rule
+        self.stride = max(1, rule.size // 2) if stride is None else stride
+        self.scales = default_scales(rule.size) if scales is None else scales
         self.flat = flat
         if self.stride < 1:
             raise DitlabError(f"photos: expected a stride of at least 1, found {self.stride}")
@@ -128,7 +130,7 @@ class Photos(Source):
         self.class_names = tuple(PHOTOGRAPHS)
         self.paths = {name: _path(*where) for name, where in PHOTOGRAPHS.items()}
         # Blocks of twice the largest crop, so that a test block holds several crops in each direction.
-        self.block = 2 * fit.size * max(self.scales)
+        self.block = 2 * rule.size * max(self.scales)
         self.crops: list[tuple[str, Crop, np.ndarray]] = []
         self.flat_dropped = 0
         for index, name in enumerate(PHOTOGRAPHS):
@@ -136,30 +138,30 @@ class Photos(Source):
         self.count = len(self.crops)
         if not any(crop.pool == TEST for _, crop, _ in self.crops):
             raise DitlabError(
-                f"photos: no test crop of {fit.size}x{fit.size} at scale {max(self.scales)} fits into the photographs;"
-                " choose a smaller size or smaller scales"
+                f"photos: no test crop of {rule.size}x{rule.size} at scale {max(self.scales)} fits the photographs; "
+                "choose a smaller size or smaller scales"
             )
 
     def _cut(self, index: int, name: str) -> None:
-        photograph = decode(self.paths[name], self.fit.color)
+        photograph = decode(self.paths[name], self.rule.color)
         regions = region_map(photograph.height, photograph.width, self.block, index)
         # Box reduction on the grid of the crops: a reduced pixel never mixes source pixels from two crops' borders.
         reduced = {factor: planes(photograph.reduce(factor)) for factor in self.scales}
-        for crop in find_crops(regions, self.fit.size, self.stride, self.scales):
+        for crop in find_crops(regions, self.rule.size, self.stride, self.scales):
             top, left = crop.top // crop.factor, crop.left // crop.factor
-            pixels = reduced[crop.factor][:, top : top + self.fit.size, left : left + self.fit.size]
+            pixels = reduced[crop.factor][:, top : top + self.rule.size, left : left + self.rule.size]
             if pixels.mean(axis=0).std() < self.flat:
                 self.flat_dropped += 1
             else:
                 self.crops.append((name, crop, pixels))
 
-    def __iter__(self) -> Iterator[Item | Skipped]:
+    def __iter__(self) -> Iterator[Item | SkippedItem]:
         for name, crop, pixels in self.crops:
             where = f"{name} {crop.side}x{crop.side}+{crop.left}+{crop.top}"
             yield Item(pixels, where, self.class_names.index(name), crop.pool)
 
     def origin(self) -> dict[str, Any]:
-        """The photographs with their hashes, and how the crops were taken."""
+        """Returns the photographs with their hashes, and how the crops were taken."""
         files = {
             name: {"file": "/".join(PHOTOGRAPHS[name]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for name, path in self.paths.items()

@@ -1,0 +1,260 @@
+"""What networks cost, before anything is trained: parameters, operations, memory, training compute.
+
+Only shapes are computed, so the largest network takes seconds on any machine. GMACs are 10^9 multiply-accumulates of a
+forward pass for one image; Peebles & Xie (2212.09748) call them Gflops. Training compute is GMACs x batch size x steps
+x 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ditlab.analyses.complexity.config import CHANGES, ComplexityConfig
+from ditlab.config import Network, RunConfig
+from ditlab.errors import DitlabError
+from ditlab.files import write_json
+from ditlab.metrics.complexity import Complexity, complexity, match_width
+from ditlab.networks.registry import build_network
+from ditlab.pages.drawing import Drawing, save_drawings
+from ditlab.pages.page import Table
+from ditlab.presets import preset
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Costs", "NetworkCost", "measure_costs"]
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """One network and what it costs."""
+
+    name: str
+    config: Network
+    cost: Complexity
+    batch_size: int
+    steps: int
+
+    @property
+    def training_compute(self) -> float:
+        """GMACs of its training."""
+        return self.cost.training_compute(self.batch_size, self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name,
+            "network": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
+            **self.cost.to_json(),
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "training_gmacs": self.training_compute,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Networks and their costs; a notebook shows the table and the figure."""
+
+    networks: Sequence[NetworkCost]
+    config: ComplexityConfig
+    image_size: tuple[int, int]
+    """Height and width of the images."""
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Name -> FID that was published for it."""
+    files: list[Path] = field(default_factory=list)
+    """Files that were written."""
+
+    def table(self) -> Table:
+        """Returns one row for each network."""
+        memory = self.config.memory
+        columns = ("network", "params, M", "GMACs", "linear", *(("MiB", "bf16") if memory else ()), "training")
+        rows = []
+        for network in self.networks:
+            cost = network.cost
+            stored = (cost.activation_bytes, cost.activation_bytes_bf16)
+            mebibytes = [f"{size / 2**20:.1f}" for size in stored if size is not None]
+            numbers = (f"{cost.parameters / 1e6:.2f}", f"{cost.gmacs:.2f}", f"{cost.gmacs_without_attention:.2f}")
+            rows.append((network.name, *numbers, *mebibytes, f"{network.training_compute:.1e}"))
+        height, width = self.image_size
+        classes = f", {self.config.classes} classes" if self.config.classes else ""
+        return Table(columns, rows, f"For one image of {height}x{width}x{self.config.channels}{classes}")
+
+    def legend(self) -> str:
+        """Returns what the columns are, and the batch sizes and steps of the training compute."""
+        recipes: dict[str, list[str]] = {}
+        for network in self.networks:
+            recipes.setdefault(f"{network.batch_size} x {network.steps:,}", []).append(network.name)
+        (first, *others) = recipes
+        which = first if not others else "; ".join(f"{recipe} of {', '.join(of)}" for recipe, of in recipes.items())
+        memory = "MiB, bf16: stored for the backward pass of an image, in float32 and bfloat16; "
+        stored = memory if self.config.memory else ""
+        return f"linear: GMACs without attention matrices; {stored}training: GMACs x batch x steps x 3 ({which})"
+
+    def sentences(self) -> list[str]:
+        """Returns how near each matched network comes to the one that it was matched with."""
+        if self.config.match is None:
+            return []
+        target, *matched = self.networks
+        without = " without attention matrices" if self.config.linear else ""
+        return [
+            f"{network.name}: width {asdict(network.config)['width']} costs "
+            f"{100 * _compared(network.cost, self.config) / _compared(target.cost, self.config):.2f}% of "
+            f"{target.name}'s GMACs{without}"
+            for network in matched
+        ]
+
+    def drawings(self) -> dict[str, Drawing]:
+        """Returns the figure of parameters against GMACs."""
+        from ditlab.analyses.complexity.figures import complexity_figure
+
+        costs = [(network.name, network.cost) for network in self.networks]
+        names = ", ".join(network.name for network in self.networks)
+        return {
+            "complexity": Drawing(
+                lambda theme: complexity_figure(costs, published=self.published, theme=theme),
+                f"Parameters of {names} against their GMACs.",
+            )
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Returns file name -> matplotlib figure."""
+        return {name: drawing.figure() for name, drawing in self.drawings().items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the columns are."""
+        return [self.legend()]
+
+    def tables(self) -> list[Table]:
+        """Returns the table."""
+        return [self.table()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the numbers as JSON values."""
+        return {"networks": [network.to_json() for network in self.networks]}
+
+    def save(self, out: Path) -> list[Path]:
+        """Writes complexity.json and complexity.png; returns the paths."""
+        return [write_json(out / "complexity.json", self.to_json()), *save_drawings(self.drawings(), out)]
+
+    def _repr_html_(self) -> str:
+        from ditlab.pages.notebook import comparison_html
+
+        return comparison_html(self)
+
+
+def measure_costs(
+    presets: Sequence[str],
+    config: ComplexityConfig | None = None,
+    published: Callable[[NetworkCost], float | None] = lambda network: None,
+) -> Costs:
+    """Counts what networks cost.
+
+    Args:
+        presets: their names.
+        config: the images, and changes of the networks.
+        published: network -> its published FID, or None.
+
+    Raises:
+        DitlabError: no preset or an unknown one, settings that a network does not have, presets of different sizes.
+    """
+    if not presets:
+        raise DitlabError("complexity: expected at least one preset (e.g. dit-s/2), found none")
+    counting = _Counting(tuple(dict.fromkeys(presets)), config or ComplexityConfig())
+    networks = counting.networks()
+    fids = {network.name: fid for network in networks if (fid := published(network)) is not None}
+    return Costs(networks, counting.config, counting._image_size, fids)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    presets: tuple[str, ...]
+    config: ComplexityConfig
+
+    def networks(self) -> list[NetworkCost]:
+        """The networks of the presets, after the one that they are matched with."""
+        wanted = [(name, self._changed(name)) for name in self.presets]
+        if self.config.match is None:
+            return [self._entry(self._named(name, config), preset(name), config) for name, config in wanted]
+        match = self.config.match
+        target = self._entry(match, preset(match), self._fitted(match, preset(match).network))
+        matched = [(name, self._matched(name, config, target)) for name, config in wanted]
+        return [target, *(self._entry(self._named(name, config), preset(name), config) for name, config in matched)]
+
+    @cached_property
+    def _image_size(self) -> tuple[int, int]:
+        """Height and width of the images, the same for all networks of the table."""
+        if self.config.size:
+            return self.config.size[0], self.config.size[-1]
+        names = (*self.presets, self.config.match) if self.config.match else self.presets
+        own = {name: tuple(preset(name).network.image_size) for name in names}
+        if len({*own.values()}) > 1:
+            found = ", ".join(f"{rows}x{columns} of {name}" for name, (rows, columns) in own.items())
+            raise DitlabError(f"complexity: expected `size` for presets whose images differ in size, found {found}")
+        rows, columns = next(iter(own.values()))
+        return rows, columns
+
+    def _fitted(self, name: str, network: Network, **changes: Any) -> Network:
+        """The network for the images of the config."""
+        images: dict[str, Any] = {"image_size": self._image_size, "channels": self.config.channels}
+        if self.config.classes and network.takes_labels:
+            images["num_classes"] = self.config.classes
+        missing = [flag for name in changes if flag not in {field.name for field in fields(network)}]
+        if missing:
+            raise DitlabError(f"{name}: expected settings of a {network.kind} network, found `{missing[0]}`")
+        try:
+            return replace(network, **images, **changes)
+        except DitlabError as error:
+            raise DitlabError(f"{name}: {error}") from None
+
+    def _changed(self, name: str) -> Network:
+        """The preset's network with the changes of the config."""
+        changes = {name: getattr(self.config, name) for name in CHANGES if getattr(self.config, name) is not None}
+        return self._fitted(name, preset(name).network, **changes)
+
+    def _matched(self, name: str, config: Network, target: NetworkCost) -> Network:
+        """The network with the width at which it costs what the target costs."""
+        shape = (config.channels, *config.image_size)
+        multiple = config.width_step
+
+        def build(width: int) -> torch.nn.Module:
+            return _weightless(replace(config, width=width))
+
+        try:
+            wanted = _compared(target.cost, self.config)
+            return replace(config, width=match_width(build, shape, wanted, multiple, attention=not self.config.linear))
+        except DitlabError as error:
+            raise DitlabError(f"{name}: {error}") from None
+
+    def _named(self, name: str, config: Network) -> str:
+        """The preset's name and the settings in which the network differs from it."""
+        own, now = asdict(preset(name).network), asdict(config)
+        changed = [f"{name} {now[name]}" for name in CHANGES if name in now and now[name] != own[name]]
+        return ", ".join([name, *changed])
+
+    def _entry(self, name: str, recipe: RunConfig, config: Network) -> NetworkCost:
+        shape = (config.channels, *config.image_size)
+        labelled = config.classes > 0
+        cost = complexity(_weightless(config), shape, labelled=labelled, memory=self.config.memory)
+        training = recipe.training
+        return NetworkCost(
+            name, config, cost, self.config.batch or training.batch_size, self.config.steps or training.steps
+        )
+
+
+def _compared(cost: Complexity, config: ComplexityConfig) -> int:
+    """Operations that `match` makes equal."""
+    return cost.macs - (cost.attention_macs if config.linear else 0)
+
+
+def _weightless(config: Network) -> torch.nn.Module:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return build_network(config)

@@ -1,0 +1,41 @@
+"""Short reprs: a config shows the settings that differ from its defaults, a tensor or an array its dtype and shape."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+__all__ = ["short_repr"]
+
+
+def short_repr(self: Any) -> str:
+    """Returns the class and the fields of a dataclass or a named tuple, without those that have their default.
+
+    Assign it in the body of the class: `__repr__ = short_repr`.
+    """
+    if is_dataclass(self):
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+    else:
+        shown, defaults = self._asdict(), {}
+    parts = [
+        f"{name}={_short(value)}" for name, value in shown.items() if not _equal(value, defaults.get(name, MISSING))
+    ]
+    return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _equal(value: Any, default: Any) -> bool:
+    return default is not MISSING and not isinstance(value, Tensor | np.ndarray) and value == default
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if isinstance(value, list | tuple) and len(value) > 6:
+        return f"[{value[0]!r}, ..., {value[-1]!r}] of {len(value)}"
+    return repr(value)

@@ -1,0 +1,258 @@
+"""The float64 coefficients of every sampler step, computed before the first step from the settings and the levels.
+
+The state of every sampler is y = x0 + sigma * n. In a VP process x_t = sqrt(abar_t) y, abar_t = 1 / (1 + sigma_t^2), so
+an equation for x_{t-1}, divided by sqrt(abar_{t-1}), is one for y. Each class below states the equation that its
+coefficients belong to; `ditlab.diffusion.samplers` applies it.
+
+Sources: Ho et al. 2020, Eqs. 6-7; Nichol and Dhariwal 2021, Eq. 15; Song et al. 2020 (DDIM), Eqs. 12 and 16; Karras et
+al. 2022, Algorithms 1-3; Lu et al. 2022 (DPM-Solver++, 2211.01095), Algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.noise_levels import DiscreteLevels
+from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
+from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, FlowPoint, VPSchedule, noise_levels
+
+__all__ = ["DDIMStep", "DDPMStep", "DPMSolverStep", "FlowStep", "HeunStep", "Step", "StepTable", "make_step_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The coefficients of one step from `sigma` to `sigma_next`."""
+
+    sigma: float
+    sigma_next: float
+    """0 in the last step."""
+    std: float = 0.0
+    """Standard deviation of the fresh noise z."""
+
+    @property
+    def noisy(self) -> bool:
+        """Returns whether the step adds fresh noise."""
+        return self.std > 0
+
+    @property
+    def calls(self) -> tuple[float, ...]:
+        """Returns the levels at which the step calls the denoiser."""
+        return (self.sigma,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMStep(Step):
+    """Ho et al., Eq. 6: y_next ~ N(coef1 x0 + coef2 y, std^2).
+
+    Eq. 7 divided by sqrt(abar_{t-1}) has coef2 = sigma_next^2 / sigma^2 and coef1 = 1 - coef2.
+    """
+
+    coef2: float
+    log_std: tuple[float, float] | None = None
+    """(a, b) of a learned standard deviation exp(a + b v), which replaces `std`."""
+
+    @property
+    def noisy(self) -> bool:
+        """See `Step.noisy`."""
+        return self.std > 0 or self.log_std is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDIMStep(Step):
+    """Song et al., Eq. 12: y_next = x0 + sqrt(sigma_next^2 - std^2) eps + std z.
+
+    Eq. 16 divided by sqrt(abar_{t-1}) has std = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    """
+
+    eps_coef: float
+    """sqrt(sigma_next^2 - std^2), the weight of the direction that points to y."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverStep(Step):
+    """Lu et al., Algorithm 2: y_next = exp(-h) y - (exp(-h) - 1) D, D = (1 + 1/2r) x0 - 1/2r x0_previous.
+
+    With alpha = 1 and lambda = -ln sigma, h = ln(sigma / sigma_next) and r = h_previous / h. At level 0 lambda is
+    infinite; that step and the first one are of first order: D = x0, written 1/2r = 0.
+    """
+
+    exp_minus_h: float
+    """sigma_next / sigma."""
+    half_inverse_r: float
+    """1 / (2 r)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeunStep(Step):
+    """Karras et al., Algorithm 2: churn from `sigma` to `sigma_hat`, then Heun's step with sigma = t.
+
+    Lines 5 and 6 have sigma_hat = sigma + gamma sigma and std = S_noise sqrt(sigma_hat^2 - sigma^2).
+    """
+
+    sigma_hat: float
+    sigma_prime: float
+    """Level of the correction (line 10); 0 without one: in Euler's method, and in a step to level 0."""
+
+    @property
+    def calls(self) -> tuple[float, ...]:
+        """See `Step.calls`."""
+        return (self.sigma_hat, self.sigma_prime) if self.sigma_prime else (self.sigma_hat,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowStep(HeunStep):
+    """Karras et al., Algorithm 1 with the alpha of Algorithm 3, for x = s y: any schedule sigma(t), any scaling s(t).
+
+    `FlowPoint` has the coefficients of line 4, dx/dt = a x - b D(x / s; sigma).
+    """
+
+    h: float
+    """t_next - t_hat."""
+    alpha: float
+    """`sigma_prime` is the level at t_hat + alpha h; 1 in a step that is not corrected."""
+    hat: FlowPoint
+    """s, a and b at `sigma_hat`."""
+    prime: FlowPoint | None
+    """s, a and b at `sigma_prime`."""
+    s_next: float
+    """s at `sigma_next`."""
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """All steps of a sampler."""
+
+    steps: Sequence[Step]
+    initial_std: float
+    """Standard deviation of the state before the first step."""
+
+    @property
+    def calls(self) -> list[float]:
+        """Returns the levels at which the denoiser is called, in order."""
+        return [level for step in self.steps for level in step.calls]
+
+    def __repr__(self) -> str:
+        """Returns the number of steps and the levels that they go through."""
+        first, last = self.steps[0], self.steps[-1]
+        return f"StepTable({len(self.steps)} x {type(first).__name__}, sigma {first.sigma:.4g} to {last.sigma:.4g})"
+
+
+def make_step_table(config: SamplerConfig, denoiser: Denoiser) -> StepTable:
+    """Returns the steps of a sampler on a denoiser's levels.
+
+    Raises:
+        DitlabError: steps or levels that the denoiser cannot take.
+    """
+    if isinstance(config, HeunConfig):
+        steps = _heun_steps(denoiser, config)
+        return StepTable(steps, _initial_std(denoiser, steps, config.levels))
+    if isinstance(config, DPMSolverConfig):
+        steps = _dpm_solver_steps(denoiser, config)
+        return StepTable(steps, _initial_std(denoiser, steps, config.levels))
+    if config.clip:
+        denoiser.require_pixel_space(f"sampler '{config.kind}' with clip")
+    steps = _ddpm_steps(denoiser, config) if isinstance(config, DDPMConfig) else _ddim_steps(denoiser, config)
+    # A VP process ends in unit variance, whatever its last level.
+    return StepTable(steps, math.sqrt(1 + steps[0].sigma ** 2))
+
+
+def _initial_std(denoiser: Denoiser, steps: Sequence[Step], levels: Spacing) -> float:
+    """Returns DDPM's and DDIM's start on a process's own steps, else the standard deviation of the noise alone."""
+    own_steps = levels == "grid" and isinstance(denoiser.levels, DiscreteLevels)
+    return math.sqrt(1 + steps[0].sigma ** 2) if own_steps else steps[0].sigma
+
+
+def _descending(sigmas: np.ndarray) -> list[tuple[float, float]]:
+    """Returns (sigma, sigma_next) of every step, the last going to 0, from ascending levels."""
+    levels = [float(sigma) for sigma in sigmas[::-1]]
+    return list(zip(levels, [*levels[1:], 0.0], strict=True))
+
+
+def _ddpm_steps(denoiser: Denoiser, config: DDPMConfig) -> list[DDPMStep]:
+    process = VPSchedule.from_sigmas(denoiser.levels.grid(config.steps))
+    variance = denoiser.variance if config.variance == "auto" else config.variance
+    # ln of Ho et al.'s beta~_t and beta_t, less ln abar_{t-1}: variances of y instead of x_{t-1}.
+    log_small = process.posterior_log_variance_clipped - np.log(process.alphas_cumprod_prev)
+    log_large = np.log(process.betas) - np.log(process.alphas_cumprod_prev)
+    steps = []
+    for (sigma, sigma_next), small, large in zip(
+        _descending(process.sigmas), log_small[::-1], log_large[::-1], strict=True
+    ):
+        std, log_std = 0.0, None
+        if sigma_next > 0 and variance == "learned-range":
+            # Nichol and Dhariwal, Eq. 15, of v in [-1, 1]: ln std^2 = small + (large - small) (v + 1) / 2.
+            log_std = float(large + small) / 4, float(large - small) / 4
+        elif sigma_next > 0:
+            std = math.exp(0.5 * (large if variance == "fixed-large" else small))
+        coef2 = (sigma_next / sigma) ** 2
+        steps.append(DDPMStep(sigma=sigma, sigma_next=sigma_next, coef2=coef2, std=std, log_std=log_std))
+    return steps
+
+
+def _ddim_steps(denoiser: Denoiser, config: DDIMConfig) -> list[DDIMStep]:
+    steps = []
+    for sigma, sigma_next in _descending(denoiser.levels.grid(config.steps)):
+        std = config.eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        eps_coef = math.sqrt(sigma_next**2 - std**2)
+        steps.append(DDIMStep(sigma=sigma, sigma_next=sigma_next, eps_coef=eps_coef, std=std))
+    return steps
+
+
+def _spaced(denoiser: Denoiser, config: HeunConfig | DPMSolverConfig) -> np.ndarray:
+    """Returns the levels of a config, ascending."""
+    if config.levels == "grid":
+        return denoiser.levels.grid(str(config.steps))
+    low, high = LEVEL_LIMITS[config.levels]
+    low = max(low if config.sigma_min is None else config.sigma_min, denoiser.levels.min)
+    high = min(high if config.sigma_max is None else config.sigma_max, denoiser.levels.max)
+    return noise_levels(config.levels, int(config.steps), low, high, config.rho)[::-1]
+
+
+def _dpm_solver_steps(denoiser: Denoiser, config: DPMSolverConfig) -> list[DPMSolverStep]:
+    steps: list[DPMSolverStep] = []
+    for sigma, sigma_next in _descending(_spaced(denoiser, config)):
+        half_inverse_r = 0.0
+        if steps and sigma_next > 0:
+            h_previous, h = math.log(steps[-1].sigma / sigma), math.log(sigma / sigma_next)
+            half_inverse_r = h / h_previous / 2
+        ratio = sigma_next / sigma
+        steps.append(
+            DPMSolverStep(sigma=sigma, sigma_next=sigma_next, exp_minus_h=ratio, half_inverse_r=half_inverse_r)
+        )
+    return steps
+
+
+def _heun_steps(denoiser: Denoiser, config: HeunConfig) -> list[HeunStep]:
+    steps = []
+    for sigma, sigma_next in _descending(_spaced(denoiser, config)):
+        churned = config.churn_min <= sigma <= (math.inf if config.churn_max is None else config.churn_max)
+        gamma = min(config.churn / int(config.steps), math.sqrt(2) - 1) if churned else 0.0
+        sigma_hat = sigma * (1 + gamma)
+        if gamma and config.levels == "grid" and isinstance(denoiser.levels, DiscreteLevels):
+            sigma_hat = max(sigma, denoiser.levels.nearest(sigma_hat))
+        step = HeunStep(
+            sigma=sigma,
+            sigma_next=sigma_next,
+            sigma_hat=sigma_hat,
+            std=config.churn_noise * math.sqrt(sigma_hat**2 - sigma**2),
+            sigma_prime=sigma_next if config.second_order else 0.0,
+        )
+        steps.append(step if config.flow == "linear" and config.alpha == 1 else _flow_step(step, config))
+    return steps
+
+
+def _flow_step(step: HeunStep, config: HeunConfig) -> FlowStep:
+    """Returns the same step along the flow and with the alpha of a config."""
+    flow = FLOWS[config.flow]
+    t_hat, t_next = flow.time(step.sigma_hat), flow.time(step.sigma_next)
+    h, alpha, sigma_prime = t_next - t_hat, 1.0, step.sigma_prime
+    if sigma_prime and config.alpha != 1:
+        alpha, sigma_prime = config.alpha, flow.level(t_hat + config.alpha * h)
+    hat, prime = flow.at(step.sigma_hat), flow.at(sigma_prime) if sigma_prime else None
+    settings = vars(step) | {"sigma_prime": sigma_prime}
+    return FlowStep(**settings, h=h, alpha=alpha, hat=hat, prime=prime, s_next=flow.scale(step.sigma_next))
