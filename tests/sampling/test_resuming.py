@@ -243,11 +243,11 @@ def test_a_disk_that_fills_up(with_notes, plain, disk_of, tmp_path):
     with pytest.raises(DitlabError) as caught:
         plain.sample(out=disk / "a", **settings)
     message = str(caught.value)
-    kept = re.search(r"\(No space left on device\); (\d) finished batches are kept; the same call resumes", message)
-    assert kept is not None, message
+    match = re.search(r"\(No space left on device\); (\d) finished batches are kept; the same call resumes", message)
+    assert match is not None, message
     assert not (disk / "a").exists()
-    assert int(kept[1]) == len(list(disk.glob(".a.unfinished-*/parts/*.npz"))) > 0
+    assert int(match[1]) == len(list(disk.glob(".a.unfinished-*/parts/*.npz"))) > 0
     (disk / "fill").unlink()
-    assert with_notes(plain, out=disk / "a", **settings)[1] == [f"resuming: {kept[1]} of 5 batches are finished"]
+    assert with_notes(plain, out=disk / "a", **settings)[1] == [f"resuming: {match[1]} of 5 batches are finished"]
     plain.sample(out=tmp_path / "whole", **settings)
     assert contents(disk / "a") == contents(tmp_path / "whole")

@@ -123,9 +123,9 @@ class BatchStore:
             yield
         except OSError as error:
             count = len(self.done())
-            kept = f"{count} finished batches are kept; the same call resumes" if count else "nothing was kept"
+            outcome = f"{count} finished batches are kept; the same call resumes" if count else "nothing was kept"
             reason = error.strerror or str(error)
-            raise DitlabError(f"samples {self.out}: could not be written ({reason}); {kept}") from None
+            raise DitlabError(f"samples {self.out}: could not be written ({reason}); {outcome}") from None
 
     @property
     def complete(self) -> bool:
