@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         prepare,
         psnr_gap,
         report,
+        sample,
         train,
         two_subsets,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "prepare",
     "psnr_gap",
     "report",
+    "sample",
     "train",
     "two_subsets",
 ]

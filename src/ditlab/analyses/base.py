@@ -312,7 +312,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
                 result = replace(result, about=about)
                 groups.setdefault(self.group_key(result), []).append((place, result))
         comparisons = []
-        for members in groups.values():
+        for number, members in enumerate(groups.values(), 1):
             chosen = replace(
                 models,
                 models=tuple(models[place] for place, _ in members),
@@ -320,7 +320,17 @@ class Analysis(Generic[ConfigT, OptionsT]):
             )
             results = [result for _, result in members]
             comparisons.append(
-                Comparison(self, self.compare(results), results, chosen, settings, self.Options(), context)
+                Comparison(
+                    self,
+                    self.compare(results),
+                    results,
+                    chosen,
+                    settings,
+                    self.Options(),
+                    context,
+                    number=number,
+                    count=len(groups),
+                )
             )
         return comparisons
 

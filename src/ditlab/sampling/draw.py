@@ -48,7 +48,7 @@ def draw_batch(
     label: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """One image for each seed, all at once, as the denoiser sees images, on the CPU; see `draw`."""
+    """Returns one image for each seed, all at once, as the denoiser sees images, on the CPU; see `draw`."""
     noise = ImageNoise(seeds, denoiser.shape)
     return sample(denoiser, config, noise.initial(), label=label, noise=noise, callback=callback).cpu()
 
@@ -62,7 +62,9 @@ def draw(
     label: Tensor | None = None,
     bar: Bar | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """One image for each seed, as the denoiser sees images, on the CPU; each depends on its own seed (and label) alone.
+    """Returns one image for each seed, as the denoiser sees images, on the CPU.
+
+    Each depends on its own seed and label alone.
 
     Args:
         denoiser: any.

@@ -15,8 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
-from ditlab.analyses.attention.map_figures import patterns_figure
+from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
 from ditlab.analyses.attention.section import locality_section
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
@@ -341,7 +340,7 @@ class StudyPage:
                 ),
             )
         data = {f"attention{tail}.json": {c.place["hash"]: c.locality_record for c in panel.cells if c.locality_record}}
-        made = locality_section(comparison, pictures, number=number, data=data)
+        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
         return replace(made, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
