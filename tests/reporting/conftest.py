@@ -88,8 +88,8 @@ def write(monkeypatch, tmp_path) -> Callable[..., ReportResult]:
     monkeypatch.setattr(report, "analysis_names", lambda: ROOMS)
     configs = {"psnr-gap": PSNRConfig(images=10, points=3)}
 
-    def make(models: list[Any], *, out: Path | None = None, data: Any = None, **settings: Any) -> ReportResult:
-        opened = open_models(models, data, out=tmp_path)
-        return write_report(opened, out or tmp_path / "report.html", configs=configs, **{"samples": 0, **settings})
+    def make(models: list[Any], *, data: Any = None, split: Any = None, **settings: Any) -> ReportResult:
+        opened = open_models(models, data, split=split, out=tmp_path)
+        return write_report(opened, tmp_path / "report.html", configs=configs, **{"samples": 0, **settings})
 
     return make

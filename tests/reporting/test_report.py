@@ -20,6 +20,7 @@ from ditlab.analyses.samples import measure as sampling
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.models.model import Model
 from ditlab.models.run import Run
+from ditlab.models.split_config import SplitConfig
 from ditlab.pages import page as page_module
 from ditlab.pages import token_picker
 from ditlab.pages.drawing import Drawing
@@ -221,6 +222,16 @@ def test_a_model_of_ones_own_stands_beside_runs(runs, images, write, undrawn, tm
     assert first.levels == pytest.approx(second.levels)  # a range of levels is measured at those of the first model
     assert {"global-nearest.json", "shrink-nearest.json", "shrink-psnr-gap.json"} <= set(downloads(page))
     assert "The training images of this model are unknown" in page
+
+
+def test_a_model_of_diffusers_has_a_page(images, diffusers_folder, write, undrawn, tmp_path):
+    """A checkpoint without a log, whose training images nobody knows."""
+    source = f"diffusers:{diffusers_folder('unet', 'theirs')}"
+    result = write([source], data=images.path, split=SplitConfig(20, 10))
+    page = read(result.path)
+    assert "The training images of this model are unknown" in page
+    assert "Along training" not in page
+    assert {"psnr", "gap"} <= set(sections(page))
 
 
 def test_a_model_without_images_has_a_page(write, tmp_path):

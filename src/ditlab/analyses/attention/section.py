@@ -215,7 +215,7 @@ def attention_section(
         comparison: of the page.
         figures: those of `attention_drawings`.
         number: which section of attention this is on the page.
-        sentences: what was found.
+        sentences: what was found, the most important first.
         notes: what a reader must know about how it was measured.
     """
     locality: LocalityComparison = comparison.detail
@@ -232,9 +232,12 @@ def attention_section(
     maps = [figure for name, figure in figures.items() if name.startswith("attention-maps")]
     curves = [figure for name, figure in figures.items() if not name.startswith("attention-maps")]
     files = {f"{r.about.name}-attention.json": r.to_json() for g in locality.groups for r in g.results}
-    part = locality_section(locality, curves, number=number, sentences=sentences, notes=notes, data=files)
+    part = locality_section(locality, curves, number=number, sentences=sentences[1:], notes=notes, data=files)
     title = f"Where a token attends{heading}"
-    return Section(f"attention{ending}", title, paragraphs, pickers=pickers, pictures=maps, parts=[part])
+    verdict = sentences[0] if sentences else ""
+    return Section(
+        f"attention{ending}", title, paragraphs, pickers=pickers, pictures=maps, parts=[part], verdict=verdict
+    )
 
 
 def locality_section(
