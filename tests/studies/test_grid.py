@@ -12,7 +12,7 @@ from ditlab.data.imageset import ImageSet
 from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.studies.an2024 import FIG4, FIG6, STUDIES
-from ditlab.studies.grid import SCALES, Overrides, Plan, data_name, overridden, resolve
+from ditlab.studies.grid import SCALES, Overrides, Plan, data_name, apply_overrides, resolve
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def digits(tmp_path_factory) -> ImageSet:
 
 
 def planned(digits, study=FIG6, **overrides):
-    return resolve(study, "smoke", overridden(study, "smoke", Overrides(**overrides)), {"digits": digits}, "ditlab x")
+    return resolve(study, "smoke", apply_overrides(study, "smoke", Overrides(**overrides)), {"digits": digits}, "ditlab x")
 
 
 def test_axes_span_the_cells(digits):
@@ -88,7 +88,7 @@ def test_studies_that_cannot_be(digits, overrides, said):
 
 def test_the_paper_needs_images_and_names_are_known():
     with pytest.raises(DitlabError, match="expected --data with a source of images"):
-        overridden(FIG6, "paper", Overrides())
+        apply_overrides(FIG6, "paper", Overrides())
     with pytest.raises(DitlabError, match="unknown scale of an2024/fig6 'large'"):
         FIG6.scale("large")
 

@@ -18,9 +18,9 @@ import pytest
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.config import RunConfig, from_json
 from ditlab.errors import DitlabError
-from ditlab.studies.cells import cell_hash
+from ditlab.studies.trial import trial_hash
 from ditlab.studies.grid import Plan
-from ditlab.studies.results import panels, psnr_of_levels
+from ditlab.studies.results import facets, psnr_of_levels
 from ditlab.studies.store import Store
 
 pytestmark = pytest.mark.slow
@@ -104,7 +104,7 @@ def test_cells_hold_their_settings_and_no_path(unbroken):
     for cell in (unbroken / "out" / "cells").iterdir():
         record = json.loads((cell / "cell.json").read_text())
         config = from_json(RunConfig, record["config"], str(cell))
-        assert cell_hash(config, record["split"]["imageset"]) == cell.name == record["hash"]
+        assert trial_hash(config, record["split"]["imageset"]) == cell.name == record["hash"]
         assert record["spent"].keys() == {"train", "psnr-gap"}
         assert all(str(unbroken) not in path.read_text() for path in cell.iterdir())
         assert sum(path.stat().st_size for path in cell.iterdir()) < 30_000
@@ -256,8 +256,8 @@ def test_another_runners_cell_is_left_to_it(unbroken, tmp_path):
     plan = plan_of(unbroken)
     name = plan.cells[0]["hash"]
     with store.lock(name):
-        assert store.standing(name, plan).state == "running"
-    assert store.standing(name, plan).state == "empty"
+        assert store.status(name, plan).state == "running"
+    assert store.status(name, plan).state == "empty"
 
 
 def test_runs_of_different_splits_are_refused(copied):
@@ -268,6 +268,6 @@ def test_runs_of_different_splits_are_refused(copied):
     record = json.loads(path.read_text())
     record["about"]["split_family"] = "f" * 64
     path.write_text(json.dumps(record))
-    (panel,) = panels(plan, Store(folder / "out"))
+    (facet,) = facets(plan, Store(folder / "out"))
     with pytest.raises(DitlabError, match="have different splits"):
-        assert panel.comparison
+        assert facet.comparison

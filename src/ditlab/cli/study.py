@@ -17,9 +17,9 @@ from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.files import write_bytes
 from ditlab.studies.an2024 import STUDIES
-from ditlab.studies.cells import Cell
-from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, merged, overridden, resolve
-from ditlab.studies.pipeline import cell_jobs, memory_estimate
+from ditlab.studies.trial import Trial
+from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, merge_plans, apply_overrides, resolve
+from ditlab.studies.pipeline import trial_jobs, memory_estimate
 from ditlab.studies.runner import make_slots, run_jobs, summary
 from ditlab.studies.store import Store
 from ditlab.training.distributed import pick_device
@@ -105,7 +105,7 @@ class Run:
         study = _study(self.study)
         device = pick_device(self.device)
         make_slots(1, device=str(device), parallel=self.parallel, memory=1)
-        scale = overridden(study, self.scale, self._overrides())
+        scale = apply_overrides(study, self.scale, self._overrides())
         plan, cells, images = _resolve(study, self.scale, scale, console)
         store = Store(self.out)
         _keep(plan, store.plan(study.name, self.scale), console, dry=self.plan)
@@ -118,7 +118,7 @@ class Run:
             return _show(store, plan, console)
         memory = memory_estimate(todo)
         slots = make_slots(len(todo), device=str(device), parallel=self.parallel, memory=memory)
-        outcomes = run_jobs(cell_jobs(todo, plan, store, images), slots, console, title=f"{study.name} {self.scale}")
+        outcomes = run_jobs(trial_jobs(todo, plan, store, images), slots, console, title=f"{study.name} {self.scale}")
         result = _show(store, plan, console)
         failed = summary(outcomes)["failed"]
         if failed:
@@ -148,7 +148,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _resolve(
     study: Study, name: str, scale: Scale, console: Console
-) -> tuple[Plan, list[Cell], Mapping[str, ImageSet]]:
+) -> tuple[Plan, list[Trial], Mapping[str, ImageSet]]:
     """The plan, its cells, and the image set of each name on the data axis."""
     sources = {source: open_images(source, scale.size, console) for source in scale.data}
     plan, cells = resolve(study, name, scale, sources, command_line("study"))
@@ -175,7 +175,7 @@ def _keep(plan: Plan, folder: Path, console: Console, *, dry: bool) -> None:
         console.print(f"note: {path} stays as it is; without --plan this command would change or add to it")
         return
     try:
-        both = merged(Plan.load(path), plan)
+        both = merge_plans(Plan.load(path), plan)
     except DitlabError as error:
         console.print(f"note: {error}", markup=False)
         both = None
@@ -212,7 +212,7 @@ def _show(store: Store, plan: Plan, console: Console) -> dict[str, Any]:
         table.add_column(name, justify="right" if name in ("N", "seed", "train", "test", "gap") else "left")
     records, failures = [], []
     for cell in plan.cells:
-        standing = store.standing(cell["hash"], plan)
+        standing = store.status(cell["hash"], plan)
         averages = _averages(store, cell["hash"], plan)
         numbers = ["" if averages is None else f"{averages[k]:.2f}" for k in ("train", "test", "gap")]
         record = {**cell, "state": standing.state, "note": standing.note, "averages": averages}
@@ -276,8 +276,8 @@ class Report:
 
     def run(self, console: Console) -> dict[str, Any]:
         """Writes report.html, table.csv, table.json and figures."""
-        from ditlab.cli.exploring import study_pickers
-        from ditlab.studies.maps import map_pictures
+        from ditlab.studies.pickers import study_pickers
+        from ditlab.studies.attention_map_figures import attention_map_figures
         from ditlab.studies.study_page import StudyPage
 
         study, store = _study(self.study), Store(self.out)
@@ -285,7 +285,7 @@ class Report:
             raise DitlabError(f"study report --scale: expected different scales, found {list(self.scale)}")
         plans = [_planned(study, name, store, console) for name in self.scale]
         folder = store.plan(study.name, self.scale[0])
-        maps = map_pictures(
+        maps = attention_map_figures(
             plans,
             store,
             folder / "figures",
@@ -307,5 +307,5 @@ def _planned(study: Study, name: str, store: Store, console: Console) -> Plan:
     path = store.plan(study.name, name) / "plan.json"
     if path.exists():
         return Plan.load(path)
-    plan, _, _ = _resolve(study, name, overridden(study, name, Overrides()), console)
+    plan, _, _ = _resolve(study, name, apply_overrides(study, name, Overrides()), console)
     return plan

@@ -15,7 +15,7 @@ from ditlab.errors import DitlabError
 from ditlab.presets import PRESETS
 from ditlab.studies import cells
 from ditlab.studies.an2024 import STUDIES
-from ditlab.studies.cells import Cell, cell_config, cell_hash, train_words
+from ditlab.studies.trial import Trial, trial_config, trial_hash, train_words
 from ditlab.studies.grid import SCALES
 
 IMAGES = "0123456789abcdef" * 4
@@ -27,10 +27,10 @@ def digits(tmp_path_factory) -> ImageSet:
 
 
 def test_hashes_of_fixed_settings_never_change():
-    """If this fails because a setting was added, name it in `cells.LATER` with the value that means "as before"."""
-    assert cell_hash(PRESETS["dit-xs/1"], IMAGES) == "e84658159ab437dc"
+    """If this fails because a setting was added, name it in `cells.ADDED_DEFAULTS` with the value that means "as before"."""
+    assert trial_hash(PRESETS["dit-xs/1"], IMAGES) == "e84658159ab437dc"
     edm = PRESETS["dit-nano/2-edm"]
-    assert cell_hash(replace(edm, training=replace(edm.training, steps=7, lr=0.25)), IMAGES) == "f429bf0a682864f6"
+    assert trial_hash(replace(edm, training=replace(edm.training, steps=7, lr=0.25)), IMAGES) == "f429bf0a682864f6"
 
 
 def test_what_a_hash_covers():
@@ -41,7 +41,7 @@ def test_what_a_hash_covers():
         replace(base, training=replace(base.training, keep=5, keep_every=100, save_every=7)),
         replace(base, sampler=replace(base.sampler, clip=True)),
     ]
-    assert {cell_hash(config, IMAGES) for config in same} == {cell_hash(base, IMAGES)}
+    assert {trial_hash(config, IMAGES) for config in same} == {trial_hash(base, IMAGES)}
     other = [
         replace(base, data=replace(base.data, n=5)),
         replace(base, data=replace(base.data, test=5)),
@@ -51,16 +51,16 @@ def test_what_a_hash_covers():
         replace(base, evaluation=replace(base.evaluation, images=5)),
         replace(base, network=replace(base.network, attention="3*4")),
     ]
-    hashes = [cell_hash(base, IMAGES), cell_hash(base, IMAGES[::-1]), *(cell_hash(c, IMAGES) for c in other)]
+    hashes = [trial_hash(base, IMAGES), trial_hash(base, IMAGES[::-1]), *(trial_hash(c, IMAGES) for c in other)]
     assert len(set(hashes)) == len(hashes)
 
 
 def test_a_setting_added_later_counts_only_where_it_differs(monkeypatch):
     base = PRESETS["dit-nano/1"]
-    monkeypatch.setattr(cells, "LATER", {"training.lr": base.training.lr})
-    before = cell_hash(base, IMAGES)
+    monkeypatch.setattr(cells, "ADDED_DEFAULTS", {"training.lr": base.training.lr})
+    before = trial_hash(base, IMAGES)
     assert "training.lr" not in cells.canonical(base, IMAGES)["settings"]
-    assert cell_hash(replace(base, training=replace(base.training, lr=0.5)), IMAGES) != before
+    assert trial_hash(replace(base, training=replace(base.training, lr=0.5)), IMAGES) != before
     assert "training.lr" in cells.canonical(replace(base, training=replace(base.training, lr=0.5)), IMAGES)["settings"]
 
 
@@ -74,10 +74,10 @@ def test_flags_of_train_give_the_cell(study, scale, digits):
             settings = {**found.settings, **own, "training.flip": True, "training.betas": [0.8, 0.9]}
             if max(plan_windows(plan)) > 8:
                 continue  # the paper's windows do not fit these small images
-            config = cell_config(network, settings, digits, attention=plan, n=10, seed=2)
+            config = trial_config(network, settings, digits, attention=plan, n=10, seed=2)
             words = [*train_words(config), "--data", str(digits.path), "--out", "x"]
             parsed = Train.parse(words[1:]).settings(digits.shape, digits.num_classes)
-            assert cell_hash(parsed, digits.hash) == cell_hash(config, digits.hash)
+            assert trial_hash(parsed, digits.hash) == trial_hash(config, digits.hash)
             assert parsed == config
 
 
@@ -89,7 +89,7 @@ def plan_windows(plan: str) -> list[int]:
 
 
 def test_settings_come_from_the_preset_the_changes_and_the_images(digits):
-    config = cell_config("dit-nano/1", {"network.depth": 2, "training.lr": 0.5}, digits, attention="3,g", n=10, seed=3)
+    config = trial_config("dit-nano/1", {"network.depth": 2, "training.lr": 0.5}, digits, attention="3,g", n=10, seed=3)
     assert (config.network.depth, config.training.lr, config.network.attention) == (2, 0.5, "3,g")
     assert (config.data.n, config.data.seed, config.training.seed) == (10, 3, 3)
     assert fit_to_images(config, digits.shape, digits.num_classes) == config
@@ -110,13 +110,13 @@ def test_settings_come_from_the_preset_the_changes_and_the_images(digits):
 )
 def test_settings_that_cannot_be(digits, settings, said):
     with pytest.raises(DitlabError) as error:
-        cell_config("dit-nano/1", {"network.depth": 2, **settings}, digits, attention="3,g", n=10, seed=0)
+        trial_config("dit-nano/1", {"network.depth": 2, **settings}, digits, attention="3,g", n=10, seed=0)
     assert str(error.value).startswith(said)
 
 
 def test_a_cells_name_and_place(digits):
-    config = cell_config("dit-nano/1", {}, digits, attention="3*4", n=10, seed=1)
-    cell = Cell("ab", config, digits.hash, "digits", "dit-nano/1", "local", 10, 1)
+    config = trial_config("dit-nano/1", {}, digits, attention="3*4", n=10, seed=1)
+    cell = Trial("ab", config, digits.hash, "digits", "dit-nano/1", "local", 10, 1)
     assert cell.name == "digits dit-nano/1 local N=10 seed 1"
     assert cell.place() == {
         "hash": "ab", "data": "digits", "network": "dit-nano/1", "attention": "local", "n": 10, "seed": 1
