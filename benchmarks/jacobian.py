@@ -128,7 +128,7 @@ def published(name: str) -> VPDenoiser:
     with torch.no_grad():
         for value in network.parameters():
             value.add_(0.02 * torch.randn_like(value))
-    variance = "learned-range" if getattr(config, "learn_sigma", False) else "fixed-small"
+    variance = "learned-range" if config.learns_variance else "fixed-small"
     return VPDenoiser(network.eval(), make_schedule("linear", 1000), variance=variance)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditlab.models.run import environment
+from ditlab.models.creating import environment
 from ditlab.networks.dit import DiTConfig
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import ditlab as library
-from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli.report import write_report
 from ditlab.diffusion.objectives import VPObjectiveConfig
@@ -112,7 +112,7 @@ def test_guessed_heads_are_said(ditlab, tmp_path):
     torch.save(weights(width=384, heads=3, depth=1), tmp_path / "wide.pt")
     for out, flags in (("guessed", []), ("told", ["--heads", 3]), ("again.pt", ["--heads", 3])):
         done = ditlab("convert", "wide.pt", out, *flags)
-        assert ("note: wide.pt does not say how many attention heads it has: 6 were taken" in done.out) == (not flags)
+        assert ("note: wide.pt does not say how many attention heads it has: 6 were assumed" in done.out) == (not flags)
     done = ditlab("convert", "again.pt", "again")
     assert "note" not in done.out
     assert same("again", "told")
@@ -173,12 +173,12 @@ def test_what_cannot_be_converted(refused, place, plain, original, diffusers_fol
     nobody = place.trained("without-null", *flags, preset="dit-nano/2")
     local = place.trained("for-refusal", "--conditional", "--network.attention", "3,g", preset="dit-nano/2")
     cases = [
-        ([original, "out"], "its number of attention heads cannot be told"),
+        ([original, "out"], "do not determine the number of attention heads"),
         ([original, "out", "--heads", 3], "width must be a multiple of the 3 heads"),
         ([plain, "out"], "is a run of ditlab already"),
         ([plain, "out.pt"], "knows class-conditional networks only, this DiT has no classes"),
         ([plain, "out", "--to", "diffusers"], "knows class-conditional networks only, this DiT has no classes"),
-        ([nobody, "out.pt"], "has a row for the null class in the label table .*, this DiT's has none"),
+        ([nobody, "out.pt"], "needs a row for the null class in the label table .*, this DiT's has none"),
         ([original, "out", "--heads", 2, "--step", 4], "--step: only a run has checkpoints to choose from"),
         ([f"diffusers:{dit}", "out", "--step", 4], "--step: only a run has checkpoints to choose from"),
         ([original, "out", "--heads", 2, "--codec", "kl"], "--codec: expected a run on latents and --to diffusers"),
@@ -221,7 +221,7 @@ def test_a_checkpoint_with_code_in_it(refused, place, tmp_path, verb):
     words = {"convert": ["out"], "sample": [], "psnr-gap": ["--data", place.images]}[verb]
     says = refused(verb, tmp_path / "bad.pt", *words)
     assert "it wants to run 'posix.system' when it is opened" in says
-    assert "save its tensors there with safetensors.torch.save_file" in says
+    assert "save its tensors with safetensors.torch.save_file" in says
     assert not mark.exists()
 
 
@@ -335,7 +335,7 @@ def test_an_interrupted_download(refused, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", broken)
     for words in (["convert", "hub:me/mine", "out"], ["sample", "diffusers:me/mine"], ["psnr-gap", "hub:me/mine"]):
-        assert "the same command again goes on with what is missing" in refused(*words)
+        assert "run the same again to resume" in refused(*words)
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])

@@ -90,7 +90,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch, capsys):
                     status, said = run(words, capsys, monkeypatch)
                     assert status == 0, f"{shlex.join(words)}: {said}"
         elif block.kind == "python" and not block.reason:
-            exec(compile(block.text, page.name, "exec"), names)
+            exec(compile(block.text, page.name, "exec", dont_inherit=True), names)
         elif block.kind == "console":
             for command, *expected in (part.splitlines() for part in block.text.split("$ ")[1:]):
                 status, said = run(shlex.split(command), capsys, monkeypatch)

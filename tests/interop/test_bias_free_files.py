@@ -51,7 +51,7 @@ def test_a_unets_shape_is_told_by_its_weights(tmp_path, config, prefix, name):
     assert (model.denoiser.levels.min, model.denoiser.levels.max, model.denoiser.origin) == (0, 2, -1)
     assert model.source["format"] == "published bias-free UNet"
     assert "images in [0, 1], the noise as output and noise levels up to 1 of" in model.notes[0]
-    assert "average pooling was taken to be 2 pixels wide" in model.notes[1]
+    assert "Average pooling over 2 pixels was assumed" in model.notes[1]
     y = torch.randn(2, config.channels, 32, 32)
     torch.testing.assert_close(model.denoiser(y, 0.5), y - 2 * network((y + 1) / 2))
 
@@ -95,7 +95,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     assert is_bias_free(unet)
     assert is_bias_free(cnn)
     refused({k: v for k, v in unet.items() if k != "decoder.1.4.gammas"}, "missing, the first 'decoder.1.4.gammas'")
-    refused({k: v for k, v in unet.items() if not k.startswith("encoder.1")}, r"numbered from 0 on, found \[0, 2\]")
+    refused({k: v for k, v in unet.items() if not k.startswith("encoder.1")}, r"numbered from 0, found \[0, 2\]")
     refused({k: v for k, v in cnn.items() if k != "conv_layers.2.weight"}, r"found \[0, 1, 3\]")
     refused(cnn | {"conv_layers.0.weight": torch.zeros(4, 3, 5, 5)}, "kernels of side 3 in a BF-CNN, found 5")
     refused(unet | {"encoder.0.0.weight": torch.zeros(4, 1, 2, 2)}, r"broken.pt: expected kernels of an odd side .* 2$")

@@ -57,8 +57,8 @@ def test_a_file_gives_the_originals_outputs(golden, tmp_path, golden_name, suffi
     path = tmp_path / f"unet.{suffix}"
     torch.save(weights, path) if suffix == "pt" else save_file(weights, path)
     heads_up = None if config["num_heads_upsample"] == -1 else config["num_heads_upsample"]
-    told = UNetFile(size=config["image_size"], heads_up=heads_up)
-    model = open_improved(path, heads=config["num_heads"], told=told)
+    settings = UNetFile(size=config["image_size"], heads_up=heads_up)
+    model = open_improved(path, heads=config["num_heads"], settings=settings)
     result = model.denoiser.network(fixture["in.x"], fixture["in.t"], fixture.tensors.get("in.y"))
     torch.testing.assert_close(result, fixture["out.y"], rtol=0, atol=fixture.tolerance("out.*"))
     shape = model.denoiser.network.config
@@ -76,7 +76,7 @@ def test_a_file_gives_the_originals_outputs(golden, tmp_path, golden_name, suffi
 
 def test_attention_is_in_the_right_order_for_every_number_of_heads(tmp_path):
     network = unet(replace(SMALL, heads=8, heads_up=2))
-    model = open_improved(bare(tmp_path / "a.pt", network), heads=8, told=UNetFile(heads_up=2))
+    model = open_improved(bare(tmp_path / "a.pt", network), heads=8, settings=UNetFile(heads_up=2))
     assert torch.equal(outputs(model.denoiser.network), outputs(network))
     other = open_improved(tmp_path / "a.pt", heads=8)
     assert not torch.allclose(outputs(other.denoiser.network), outputs(network), atol=1e-4)
@@ -104,14 +104,14 @@ def test_what_a_file_does_not_say_is_taken_from_the_published_recipes(tmp_path, 
     rescaled = "time rescaled to 1000 steps" if recipe[3] else "time as it is"
     assert note.startswith(
         f"model.pt does not say everything: {recipe[0]} attention heads, images of {config.image_size[0]} pixels, the "
-        f"{recipe[1]} schedule, {recipe[2]} steps, {rescaled} were taken"
+        f"{recipe[1]} schedule, {recipe[2]} steps, {rescaled} were assumed"
     )
 
 
 def test_what_is_told_is_not_guessed(tmp_path):
     path = bare(tmp_path / "a.pt", unet(SMALL))
-    told = UNetFile(size=64, schedule="linear", steps=500, rescale_time=False, prediction="x0")
-    model = open_improved(path, heads=2, told=told)
+    settings = UNetFile(size=64, schedule="linear", steps=500, rescale_time=False, prediction="x0")
+    model = open_improved(path, heads=2, settings=settings)
     assert model.notes == ()
     assert model.denoiser.network.config == replace(SMALL, image_size=(64, 64), heads=2, attention_at=(32, 16))
     objective = objective_of(model.denoiser, "here")
@@ -189,7 +189,7 @@ def test_a_reference_to_a_file(tmp_path):
     denoiser = trained.denoiser()
     assert denoiser.shape == (3, 32, 32)
     assert torch.equal(outputs(denoiser.module), outputs(network))
-    # The network is told t * 1000 / T.
+    # The network gets t * 1000 / T.
     assert float(denoiser.time(denoiser.levels.sigmas[4])) == pytest.approx(1.0)
 
 
@@ -210,11 +210,11 @@ def test_converted_it_stays_the_same(tmp_path):
         ({"extra.weight": torch.zeros(1)}, "'extra.weight' has no counterpart"),
         ({"out.0.weight": None}, "1 parameters are missing, the first 'norm.weight'"),
         ({"out.2.weight": None}, "expected 'out.2.weight' with 4 dimensions among the weights, found none"),
-        ({"out.0.weight": torch.zeros(31)}, r"'out.0.weight' has shape \(31,\), expected \(32,\)"),
+        ({"out.0.weight": torch.zeros(31)}, r"expected 'out.0.weight' with the shape \(32,\), found \(31,\)"),
         ({"input_blocks.3.0.out_layers.3.weight": None}, "levels of equally many residual blocks"),
         ({"input_blocks.3.0.out_layers.3.weight": torch.zeros(40, 40, 3, 3)}, "multiples of 32, found channels"),
         ({"input_blocks.1.0.emb_layers.1.weight": torch.zeros(64, 100)}, "a condition of 128 channels, found 100"),
-        ({"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, "upsampling models, which are given a small picture too"),
+        ({"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, "upsampling models, whose input includes a small image"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit(tmp_path, change, says):
@@ -226,13 +226,15 @@ def test_weights_that_do_not_fit(tmp_path, change, says):
 
 def test_levels_that_no_script_of_the_original_has(tmp_path):
     path = bare(tmp_path / "a.pt", unet(replace(SMALL, multipliers=(1, 2), image_size=(16, 16))))
-    with pytest.raises(DitlabError, match=r"its image size cannot be told from its levels \(\(1, 2\)\); name it"):
+    with pytest.raises(
+        DitlabError, match=r"its levels \(\(1, 2\)\) do not determine its image size; convert it with `unet.size`"
+    ):
         open_improved(path)
-    assert open_improved(path, told=UNetFile(size=16)).denoiser.shape == (3, 16, 16)
+    assert open_improved(path, settings=UNetFile(size=16)).denoiser.shape == (3, 16, 16)
     with pytest.raises(DitlabError, match=r"image_size must be multiples of 2, found \(15, 15\)"):
-        open_improved(path, told=UNetFile(size=15))
+        open_improved(path, settings=UNetFile(size=15))
     with pytest.raises(DitlabError, match="expected heads that divide the 64 channels"):
-        open_improved(path, heads=5, told=UNetFile(size=16))
+        open_improved(path, heads=5, settings=UNetFile(size=16))
 
 
 def test_what_a_file_says_is_not_overruled(tmp_path):
@@ -241,8 +243,8 @@ def test_what_a_file_says_is_not_overruled(tmp_path):
     with pytest.raises(DitlabError, match="expected num_heads 4, as the file says, found 2"):
         open_improved(path, heads=2)
     with pytest.raises(DitlabError, match="expected noise_schedule cosine, as the file says, found linear"):
-        open_improved(path, told=UNetFile(schedule="linear"))
-    assert open_improved(path, heads=4, told=UNetFile(schedule="cosine", prediction="epsilon")).notes == ()
+        open_improved(path, settings=UNetFile(schedule="linear"))
+    assert open_improved(path, heads=4, settings=UNetFile(schedule="cosine", prediction="epsilon")).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_files_of_other_networks(tmp_path):
     with pytest.raises(DitlabError, match=r"expected weights of improved-diffusion's UNet .* \('conv_in.weight'\)"):
         open_improved(tmp_path / "other.pt")
     torch.save({"x_embedder.proj.weight": torch.zeros(1)}, tmp_path / "dit.pt")
-    with pytest.raises(DitlabError, match="expected weights of improved-diffusion's UNet with --unet flags"):
+    with pytest.raises(DitlabError, match="expected weights of improved-diffusion's UNet for settings of `unet`"):
         open_checkpoint(tmp_path / "dit.pt", unet=UNetFile(steps=1000))
     bare(tmp_path / "unet.pt", unet(SMALL))
     with pytest.raises(DitlabError, match="expected raw weights beside averaged ones"):

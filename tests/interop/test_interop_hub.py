@@ -39,8 +39,8 @@ def failing(error: Exception):
     ("error", "says"),
     [
         (answer(hub.errors.GatedRepoError, 403), "is gated; accept its terms on https://huggingface.co/a/b and log in"),
-        (answer(hub.errors.RepositoryNotFoundError, 404), r"no such repository is to be seen; .* `hf auth login`"),
-        (answer(hub.errors.HfHubHTTPError, 401), r"the hub refuses \(HTTP 401\)"),
+        (answer(hub.errors.RepositoryNotFoundError, 404), r"no such repository; .* `hf auth login`"),
+        (answer(hub.errors.HfHubHTTPError, 401), r"access refused \(HTTP 401\)"),
         (answer(hub.errors.HfHubHTTPError, 503), r"answered with an error \(HTTP 503\); try again later"),
         (hub.errors.LocalEntryNotFoundError("x"), r"cannot be reached .*`hf download a/b`"),
         (hub.errors.OfflineModeIsEnabled("x"), "cannot be reached and this machine's cache does not hold the files"),
@@ -50,7 +50,7 @@ def failing(error: Exception):
         ),
         (
             OSError("Consistency check failed: file should be of size 9"),
-            "the same command again goes on with what is missing",
+            "run the same again to resume",
         ),
         (TimeoutError(), r"was interrupted \(TimeoutError\)"),
     ],

@@ -166,7 +166,7 @@ def test_weights_of_other_networks(weights, tmp_path):
         ({"pos_embed": weights["pos_embed"].flip(1)}, "expected the fixed sin-cos table"),
         ({"pos_embed": weights["pos_embed"][:, :15]}, "expected a square grid of tokens in 'pos_embed', found 15"),
         ({"final_layer.linear.weight": torch.zeros(12, 48)}, "expected 4 or 8 output channels .*, found 3"),
-        ({"t_embedder.mlp.0.weight": torch.zeros(48, 100)}, r"has shape \(48, 100\), expected \(48, 256\)"),
+        ({"t_embedder.mlp.0.weight": torch.zeros(48, 100)}, r"with the shape \(48, 256\), found \(48, 100\)"),
     ):
         state = {key: value for key, value in {**weights, **change}.items() if value is not None}
         save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "dit.safetensors")
@@ -198,22 +198,22 @@ def test_heads():
     small = to_original(
         DiT(DiTConfig(image_size=(4, 4), width=16, depth=1, heads=2, num_classes=2)), VPObjectiveConfig()
     )
-    with pytest.raises(DitlabError, match=r"here: its number of attention heads cannot be told .* --heads H"):
+    with pytest.raises(DitlabError, match=r"do not determine the number of attention heads; convert it with `heads`"):
         infer_config(small, {}, "here")
 
 
-def test_heads_that_nobody_told_are_noted(tmp_path):
+def test_assumed_heads_are_noted(tmp_path):
     network = DiT(DiTConfig(image_size=(4, 4), width=384, depth=1, heads=3, num_classes=2))
     torch.save(to_original(network, VPObjectiveConfig()), tmp_path / "bare.pt")
     (note,) = open_original(tmp_path / "bare.pt").notes
-    assert "bare.pt does not say how many attention heads it has: 6 were taken" in note
+    assert "bare.pt does not say how many attention heads it has: 6 were assumed" in note
     assert open_original(tmp_path / "bare.pt", heads=3).notes == ()
     for name in ("told.pt", "told.safetensors"):  # a guess by the width would be 6
         write_original(network, VPObjectiveConfig(), tmp_path / name)
         model = open_original(tmp_path / name)
         assert model.denoiser.network.config == network.config
         assert model.notes == ()
-        with pytest.raises(DitlabError, match="expected --heads 3, as the file says, found 6"):
+        with pytest.raises(DitlabError, match="expected `heads` 3, as the file says, found 6"):
             open_original(tmp_path / name, heads=6)
 
 
@@ -245,7 +245,7 @@ def test_settings_and_shapes_that_make_no_sense(weights, tmp_path):
         (
             {"blocks.999999999999.attn.proj.bias": torch.zeros(48)},
             {},
-            "expected blocks numbered from 0 on, found 4 with gaps",
+            "expected blocks numbered from 0, found 4 with gaps",
         ),
     ):
         torch.save({"ema": {**weights, **change}, "args": argparse.Namespace(**args)}, path)
@@ -291,7 +291,7 @@ def test_what_the_original_cannot_express():
         ({"attention": "3,g"}, r"knows global attention only, this DiT \(3,g\) has local windows in layers 1"),
         ({"image_size": (8, 4)}, "knows square images only, this DiT is for 8x4 pixels"),
         ({"num_classes": 0}, "knows class-conditional networks only"),
-        ({"null_class": False}, "has a row for the null class .*, this DiT's has none"),
+        ({"null_class": False}, "needs a row for the null class .*, this DiT's has none"),
         ({"time_frequencies": "diffusers"}, "this DiT has 'diffusers'"),
         ({"mlp_norm_eps": 1e-5}, "1e-05 before the MLP"),
     ):

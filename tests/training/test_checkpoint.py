@@ -82,17 +82,17 @@ def test_a_checkpoint_comes_back(tmp_path):
     path = save(store, 7, 1.0)
     assert path == tmp_path / "checkpoints" / "000000007"
     assert names(path) == sorted(FILES)
-    found = store.newest()
-    assert found is not None
-    assert (found.step, found.state["objective"]) == (7, {})
+    loaded = store.newest()
+    assert loaded is not None
+    assert (loaded.step, loaded.state["objective"]) == (7, {})
     net, optimizer = trained()
-    assert all(torch.equal(found.model[k], v + 1) for k, v in net.state_dict().items())
-    assert all(torch.equal(found.ema[k], v) for k, v in net.state_dict().items())
+    assert all(torch.equal(loaded.model[k], v + 1) for k, v in net.state_dict().items())
+    assert all(torch.equal(loaded.ema[k], v) for k, v in net.state_dict().items())
     # The optimizer goes on exactly where it was.
     other = network()
-    other.load_state_dict(found.ema)
+    other.load_state_dict(loaded.ema)
     fresh = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=True)
-    load_optimizer(other, fresh, found.optimizer)
+    load_optimizer(other, fresh, loaded.optimizer)
     for n, o in ((net, optimizer), (other, fresh)):
         n(torch.ones(2, 3)).square().sum().backward()
         o.step()
@@ -104,10 +104,10 @@ def test_tied_weights_are_stored_once(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"a": weight, "b": weight, "c": weight.clone(), "view": weight[0]})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["a", "c", "view"]
-    found = read_tensors(tmp_path / "a.safetensors")
-    assert torch.equal(found["b"], weight)
-    assert found["b"] is found["a"]
-    assert torch.equal(found["view"], weight[0])
+    tensors = read_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["b"], weight)
+    assert tensors["b"] is tensors["a"]
+    assert torch.equal(tensors["view"], weight[0])
 
 
 def test_only_the_newest_stay_and_those_at_intervals(tmp_path):
@@ -129,16 +129,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path):
     file.write_bytes(whole[:-10])
     (tmp_path / "000000002" / "ema.safetensors").unlink()
     (tmp_path / ".000000004.partial-x").mkdir()
-    said = []
-    found = store.newest(said.append)
-    assert found is not None
-    assert found.step == 1
-    whole_ema = found.manifest.files["ema.safetensors"][0]
+    notes = []
+    loaded = store.newest(notes.append)
+    assert loaded is not None
+    assert loaded.step == 1
+    whole_ema = loaded.manifest.files["ema.safetensors"][0]
     problems = (
         f"{file}: expected {len(whole)} bytes, found {len(whole) - 10} (truncated?)",
         f"{tmp_path}/000000002/ema.safetensors: expected {whole_ema} bytes, found nothing",
     )
-    assert said == [f"{problem}; going back to the checkpoint of step 1" for problem in problems]
+    assert notes == [f"{problem}; going back to the checkpoint of step 1" for problem in problems]
     save(store, 3)
     assert file.read_bytes() == whole
     assert store.steps() == [1, 2, 3]

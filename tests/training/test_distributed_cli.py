@@ -16,7 +16,8 @@ import torch
 from ditlab.cli.train import Train
 from ditlab.config import RunConfig
 from ditlab.errors import DitlabError
-from ditlab.models.run import Run, start, train_run
+from ditlab.models.creating import start, train_run
+from ditlab.models.run import Run
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import DistributedContext, pick_device
 from ditlab.training.trainer import check_batch
@@ -64,8 +65,8 @@ def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_at_the_command_line(tmp_path):
     done = torchrun(tmp_path, "--out", "run", "--training.batch-size", "9")
     assert done.returncode
-    said = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
-    assert said == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ditlab: ")]
+    assert errors == ["ditlab: training: batch_size 9 must be a multiple of accumulate x processes = 2"]
     assert "init_process_group" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["image-sets"]
     words = ("--out", "run", "--training.batch-size", "8")
@@ -133,6 +134,6 @@ def test_devices():
     with pytest.raises(DitlabError, match="expected 'cpu', 'cuda' or 'cuda:N', found 'abacus'"):
         pick_device("abacus")
     with pytest.raises(
-        DitlabError, match=r"device: expected one of the \d+ CUDA devices of this machine, found 'cuda:99'"
+        DitlabError, match=r"`device`: expected one of the \d+ CUDA devices of this machine, found 'cuda:99'"
     ):
         pick_device("cuda:99")

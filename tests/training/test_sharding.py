@@ -125,9 +125,9 @@ def test_a_network_without_blocks_is_sharded_as_one(runs):
 
 
 def test_one_process_shards_nothing_and_says_so(tmp_path):
-    said = []
-    network = test_trainer.run(tmp_path / "a", 3, shard=True, note=said.append)
-    assert said == ["there is one process, so nothing is sharded; start several with torchrun"]
+    notes = []
+    network = test_trainer.run(tmp_path / "a", 3, shard=True, note=notes.append)
+    assert notes == ["there is one process, so nothing is sharded; start several with torchrun"]
     assert all(to_local(p) is p for p in network.parameters())
     test_trainer.run(tmp_path / "b", 3)
     test_trainer.assert_equal(tmp_path / "a", tmp_path / "b")
@@ -144,34 +144,34 @@ def test_recomputing_changes_no_bit(tmp_path):
 def saved_bytes(network: torch.nn.Module) -> int:
     """Bytes that the forward pass keeps for the backward pass, the weights themselves not counted."""
     known = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(test_trainer.Noise().all[:8], torch.rand(8), torch.zeros(8, dtype=torch.int64)).sum()
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def test_recomputing_saves_memory():
-    """Of each block its input alone is kept, so the bytes of one more block are those of its input."""
-    kept = {}
+    """Of each block its input alone is saved, so the bytes of one more block are those of its input."""
+    saved = {}
     for depth in (4, 8):
         for again in (False, True):
             network = test_trainer.small(depth=depth, attention=f"g*{depth}")
             if again:
                 assert checkpoint_activations(network)
-            kept[depth, again] = saved_bytes(network)
-    block, recomputed = ((kept[8, again] - kept[4, again]) / 4 for again in (False, True))
+            saved[depth, again] = saved_bytes(network)
+    block, recomputed = ((saved[8, again] - saved[4, again]) / 4 for again in (False, True))
     tokens = 8 * 16 * 32 * 4
     assert recomputed == tokens
     assert (
         block > 12 * tokens
     )  # at least: inputs of two norms, of three Linears (one four times as wide), q, k, v, GELU
-    assert kept[8, True] < 0.25 * kept[8, False]
+    assert saved[8, True] < 0.25 * saved[8, False]
 
 
 def test_a_network_without_blocks_is_not_run_twice():

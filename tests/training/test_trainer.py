@@ -112,9 +112,9 @@ def lines(folder: Path) -> list[dict]:
 
 def everything(folder: Path):
     store = CheckpointStore(folder / "checkpoints")
-    found = store.load(store.steps()[-1])
-    state = {k: v for k, v in found.state.items() if k != "files"}
-    return found.model, found.ema, found.optimizer, state
+    loaded = store.load(store.steps()[-1])
+    state = {k: v for k, v in loaded.state.items() if k != "files"}
+    return loaded.model, loaded.ema, loaded.optimizer, state
 
 
 def assert_equal(a: Path, b: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_time_limit_saves_and_ends(tmp_path):
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     # A limit that is reached with the last step interrupts nothing.
     run(tmp_path / "short", 1, minutes=1e-9)
-    with pytest.raises(DitlabError, match=r"minutes: expected a positive number, found 0\.0"):
+    with pytest.raises(DitlabError, match=r"`minutes`: expected a positive number, found 0\.0"):
         run(tmp_path / "none", 1, minutes=0.0)
 
 

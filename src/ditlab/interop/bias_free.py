@@ -1,9 +1,9 @@
 """Published weights of bias-free denoisers: BF-CNN (Mohan et al. 2020) and the UNet of Kadkhodaie et al. (2024).
 
-The files are bare state dicts, with the names that our networks have too, behind "module." where they were trained by
-torch's DataParallel. The shapes tell everything about the network but the window of the UNet's average pooling. Nothing
-tells how it was trained: images in [0, 1], the noise as output, and levels as published are assumed, and a note says
-so. Both networks run on images of any size.
+The files are bare state dicts with the parameter names of our networks, after the prefix "module." if torch's
+DataParallel trained them. The shapes determine the network except the window of the UNet's average pooling. The files
+do not say how it was trained: images in [0, 1], the noise as output and the published noise levels are assumed, and a
+note says so. Both networks run on images of any size.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from ditlab.data.manifest import hash_file
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.imported import ImportedModel, frozen
-from ditlab.interop.original_files import filled
+from ditlab.interop.imported import ImportedModel, freeze
+from ditlab.interop.original_files import load_weights
 from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 
 _PARALLEL = "module."
 _CNN, _UNET = "conv_layers.0.weight", "encoder.0.0.weight"
-"""Names that only weights of these networks have."""
+"""Parameter names that only these networks have."""
 
 _LEVELS = {BFCNNConfig: ("100 / 255", 100 / 255), BFUNetConfig: ("1", 1.0)}
-"""The highest noise level of the published training, of images in [0, 1]."""
+"""The highest noise level of the published training, for images in [0, 1]."""
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names that they have without DataParallel."""
+    """Returns the weights without the prefix of DataParallel."""
     return {key.removeprefix(_PARALLEL): value for key, value in state.items()}
 
 
 def is_bias_free(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of a bias-free CNN or UNet, by their names."""
+    """Whether the parameter names are those of a bias-free CNN or UNet."""
     names = _plain(state)
     return (_CNN in names and "running_sd.0" in names) or (_UNET in names and "mid_block.0.weight" in names)
 
 
 def infer_config(state: Mapping[str, Tensor], where: str) -> BFCNNConfig | BFUNetConfig:
-    """The shape of the network that these weights are of; the image size is a default, for it runs at any.
+    """Infers the config of a network from its weights; the image size is a default, because it runs at any size.
 
     Args:
         state: the published state dict.
         where: named in errors.
 
     Raises:
-        DitlabError: weights are missing, numbered with gaps, or of an impossible shape.
+        DitlabError: weights are missing, have gaps in their numbering, or impossible shapes.
     """
     state = _plain(state)
     first = state.get(_CNN, state.get(_UNET))
@@ -82,9 +82,9 @@ def infer_config(state: Mapping[str, Tensor], where: str) -> BFCNNConfig | BFUNe
 
 
 def _count(state: Mapping[str, Tensor], pattern: str, where: str) -> int:
-    numbers = {int(found[1]) for key in state if (found := re.match(pattern, key))}
+    numbers = {int(match[1]) for key in state if (match := re.match(pattern, key))}
     if numbers != set(range(len(numbers))):
-        raise DitlabError(f"{where}: expected layers numbered from 0 on, found {sorted(numbers)}")
+        raise DitlabError(f"{where}: expected layers numbered from 0, found {sorted(numbers)}")
     return len(numbers)
 
 
@@ -92,33 +92,36 @@ def _convs(state: Mapping[str, Tensor], stage: str) -> int:
     return sum(key.startswith(stage) and key.endswith(".weight") for key in state)
 
 
-def bias_free_of(path: Path, state: Mapping[str, Tensor]) -> ImportedModel:
-    """A published bias-free network as a denoiser.
+def build_bias_free(path: Path, state: Mapping[str, Tensor]) -> ImportedModel:
+    """Builds the denoiser of a published bias-free network.
 
     Args:
         path: the file, for its name and hash.
-        state: the weights in it.
+        state: its weights.
 
     Raises:
-        DitlabError: they are not whole, or of another network.
+        DitlabError: weights are missing, or belong to another network.
     """
     where = str(path)
     state = {key: value.float() for key, value in _plain(state).items()}
     config = infer_config(state, where)
     network: BFCNN | BFUNet
     if isinstance(config, BFCNNConfig):
-        network, kind = filled(BFCNN(config), state, {key: key for key in state}, where), "BF-CNN"
+        network, kind = load_weights(BFCNN(config), state, {key: key for key in state}, where), "BF-CNN"
     else:
-        network, kind = filled(BFUNet(config), state, {key: key for key in state}, where), "bias-free UNet"
+        network, kind = load_weights(BFUNet(config), state, {key: key for key in state}, where), "bias-free UNet"
     text, highest = _LEVELS[type(config)]
-    trained = (
+    training = (
         f"{path.name} does not say how it was trained: images in [0, 1], the noise as output and noise levels up to "
         f"{text} of that range were assumed, as published for a {kind}."
     )
-    notes = [trained]
+    notes = [training]
     if isinstance(config, BFUNetConfig):
-        notes.append(f"Its average pooling was taken to be {config.pool_window} pixels wide, which no weight tells.")
+        notes.append(f"Average pooling over {config.pool_window} pixels was assumed, which the weights do not say.")
     digest = hash_file(path).sha256
     source: dict[str, Any] = {"format": f"published {kind}", "file": path.name, "sha256": digest, "notes": notes}
     objective = BlindObjectiveConfig(max_level=highest).build()
-    return ImportedModel(path.stem, objective.denoiser(frozen(network)), HeunConfig(), source, digest, any_size=True)
+    return ImportedModel(path.stem, objective.denoiser(freeze(network)), HeunConfig(), source, digest, any_size=True)
+
+
+__all__ = ["build_bias_free", "infer_config", "is_bias_free"]

@@ -1,11 +1,11 @@
-"""Converted models: somebody else's weights in ditlab's own network, in a folder that every verb reads.
+"""Converted models: external weights in a network of ditlab, in a folder that every verb reads.
 
     OUT/
-      model.json          what it is: network, process, sampler, where the weights came from
+      model.json          network, process, sampler, and the origin of the weights
       model.safetensors   the weights
-      vae/                the diffusers autoencoder of a model of latents, where one lay beside it
+      vae/                the diffusers autoencoder of a model of latents, if the source had one
 
-Unlike a run it has no image set, no split and no log, for nobody knows them.
+Unlike a run, the folder has no image set, split or log, since these are unknown.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder
-from ditlab.interop.imported import ImportedModel, frozen, objective_of, state_on_cpu
+from ditlab.interop.imported import ImportedModel, freeze, objective_of, state_on_cpu
 from ditlab.networks.registry import NETWORKS, build_network
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 
 FORMAT = 1
-"""Version of model.json's layout; a newer one is refused."""
+"""Version of model.json's layout; newer ones are refused."""
 
 RECORD, WEIGHTS, DECODER = "model.json", "model.safetensors", "vae"
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What model.json holds."""
+    """The content of model.json."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     network: Network
-    """Its shape."""
+    """Config of the network."""
     objective: VPObjectiveConfig
     """The process that it was trained on."""
     sampler: Sampler
-    """How samples are drawn by default."""
+    """The default sampler."""
     source: dict[str, Any]
-    """Where the weights came from."""
+    """Origin of the weights."""
     weights: str
     """SHA-256 of model.safetensors."""
     format: int = FORMAT
@@ -54,19 +54,19 @@ class ModelRecord:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder holds a converted model."""
+    """Whether a folder contains a converted model."""
     return (folder / RECORD).is_file()
 
 
 def write_converted(model: ImportedModel, out: Path) -> None:
-    """Writes a converted model; the folder appears whole or not at all.
+    """Writes a converted model; the folder is complete or does not appear.
 
     Args:
-        model: whose network is one of ditlab's, trained on a VP process.
+        model: a model with a network of ditlab, trained on a VP process.
         out: a folder that does not exist yet.
 
     Raises:
-        DitlabError: the folder exists already, or cannot be written, or the process has no name in ditlab.
+        DitlabError: the folder exists or cannot be written, or the process has no name in ditlab.
     """
     network: Any = model.denoiser.network
     assert type(network.config) in NETWORKS
@@ -90,7 +90,7 @@ def open_converted(folder: Path) -> ImportedModel:
     """Reads a converted model.
 
     Raises:
-        DitlabError: model.json cannot be used, or the weights are not those that it names.
+        DitlabError: model.json is invalid, or the weights are not those that it names.
     """
     file = folder / RECORD
     try:
@@ -109,7 +109,7 @@ def open_converted(folder: Path) -> ImportedModel:
         raise DitlabError(f"{weights}: its SHA-256 is not the one in {RECORD}; the file was changed or damaged")
     network = build_network(record.network)
     load_network(network, tensors, weights)
-    denoiser = record.objective.build().denoiser(frozen(network))
+    denoiser = record.objective.build().denoiser(freeze(network))
     decoder = folder / DECODER
     return ImportedModel(
         name=folder.resolve().name,
@@ -119,3 +119,6 @@ def open_converted(folder: Path) -> ImportedModel:
         digest=hash_file(file).sha256,
         decoder=decoder if decoder.is_dir() else None,
     )
+
+
+__all__ = ["FORMAT", "ModelRecord", "is_converted", "open_converted", "write_converted"]

@@ -1,8 +1,8 @@
-"""Models of the diffusers library as denoisers, just as they are: its own module computes, in float32.
+"""Opens models of the diffusers library as denoisers, unconverted: the library's module computes, in float32.
 
-Read are `UNet2DModel` (Ho et al. 2020's network; `google/ddpm-cifar10-32` and its like) and `DiTTransformer2DModel`
-(Peebles & Xie 2023), with the noise schedule of the scheduler that lies beside them: any scheduler of a discrete VP
-process. A folder may be a pipeline's (model_index.json; unet/ or transformer/, scheduler/, vae/), or flat.
+Supported are `UNet2DModel` (Ho et al. 2020's network, such as `google/ddpm-cifar10-32`) and `DiTTransformer2DModel`
+(Peebles & Xie 2023), with the noise schedule of their scheduler: any scheduler of a discrete VP process. A folder is
+that of a pipeline (model_index.json; unet/ or transformer/, scheduler/, vae/), or flat.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.hub import download
-from ditlab.interop.imported import ImportedModel, frozen, known_schedule
+from ditlab.interop.imported import ImportedModel, freeze, match_schedule
 from ditlab.nn.attention_adapters import QKBias, register_attention
 
 _PARTS = ("transformer", "unet")
@@ -40,14 +40,14 @@ _VARIANCES: dict[str, Variance] = {
 
 
 class DiffusersNetwork(nn.Module):
-    """A model of diffusers behind ditlab's signature, `(x, t, label=None) -> raw output`.
+    """A model of diffusers with ditlab's signature, `(x, t, label=None) -> raw output`.
 
     Args:
         model: a `UNet2DModel` or `DiTTransformer2DModel`.
         shape: (C, H, W) of the images.
-        num_classes: classes of its label table; 0 without one.
-        null: whether the label `num_classes` is there too and means "no class".
-        whole_steps: whether it takes only whole steps t, for which it has a table.
+        num_classes: number of classes of its label table; 0 without one.
+        null: whether the table has a row `num_classes` for "no class".
+        whole_steps: whether it takes only whole steps t, because it has a table of them.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class DiffusersNetwork(nn.Module):
         self.in_shape, self.num_classes, self.null, self.whole_steps = shape, num_classes, null, whole_steps
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, *, augment: Tensor | None = None) -> Tensor:
-        """See the class; x `[B, C, H, W]`, t and label `[B]`.
+        """Runs the model; x is `[B, C, H, W]`, t and label are `[B]`.
 
         Raises:
-            DitlabError: augmentation labels, or no label where there is no null class.
+            DitlabError: for augmentation labels, or a missing label without a null class.
         """
         if augment is not None:
             raise DitlabError("diffusers model: augmentation labels are not supported by this network")
@@ -81,7 +81,7 @@ class VelocityDenoiser(VPDenoiser):
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
-        _, velocity, learned = super().estimate(y, sigma, label)  # as if it were the noise
+        _, velocity, learned = super().estimate(y, sigma, label)  # the raw output, read as noise
         square = 1 + sigma * sigma
         x0 = (y - sigma * square**0.5 * velocity) / square
         return Prediction(x0, (y - x0) / sigma, learned)
@@ -92,61 +92,86 @@ _PREDICTIONS: dict[str, tuple[type[VPDenoiser], PredictionTarget]] = {
     "sample": (VPDenoiser, "x0"),
     "v_prediction": (VelocityDenoiser, "epsilon"),
 }
-"""What a scheduler calls the prediction -> the denoiser that is made of it."""
+"""Scheduler's name of the prediction -> class of the denoiser and its prediction target."""
 
 
-def open_diffusers(reference: str) -> ImportedModel:
-    """A diffusers model as a denoiser.
+def open_diffusers(source: str) -> ImportedModel:
+    """Opens a diffusers model as a denoiser.
 
     Args:
-        reference: a folder, or a hub id ORGANIZATION/NAME, whose files are fetched into the hub's cache.
+        source: a folder, or a hub id ORGANIZATION/NAME, which is downloaded to the hub's cache.
 
     Raises:
-        DitlabError: diffusers is missing, there is no such model, it is of another kind or process, or damaged.
+        DitlabError: diffusers is not installed, or the model is missing, damaged, or of another kind or process.
     """
-    folder, name = find_folder(reference)
+    folder, name = find_folder(source)
     module, config, _ = load_module(folder, name)
     shape, classes, null = _shape(config, name)
-    network = frozen(DiffusersNetwork(module, shape, classes, null=null, whole_steps=_whole_steps(config)))
+    network = freeze(DiffusersNetwork(module, shape, classes, null=null, whole_steps=_needs_whole_steps(config)))
     scheduler = load_scheduler(folder, name)
     denoiser = make_denoiser(network, scheduler, config, name)
     _register_attention_layers(module, config)
-    return described(denoiser, module, scheduler, folder, reference, name)
+    return describe(denoiser, module, scheduler, folder, source, name)
 
 
-def described(
-    denoiser: VPDenoiser, module: nn.Module, scheduler: Any, folder: Path, reference: str, name: str
-) -> ImportedModel:
-    """A denoiser with all else that a folder of diffusers says.
+def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers") -> ImportedModel:
+    """Returns a model of diffusers that is in memory as a denoiser; the module is put in evaluation mode.
 
     Args:
-        denoiser: made of the module, or of what it was converted into.
-        module: the library's.
-        scheduler: the library's.
-        folder: where both lie, and a vae/ where there is one.
-        reference: as the user gave it.
-        name: what the model is called.
+        module: a `UNet2DModel` or a `DiTTransformer2DModel`.
+        scheduler: a scheduler of a discrete VP process.
+        name: what results call it.
+
+    Raises:
+        DitlabError: diffusers is not installed, or the module or the scheduler is of another kind.
     """
-    vae = folder / "vae"
-    notes = _unheeded(scheduler, name)
-    source = {
+    library()
+    config: Any = getattr(module, "config", None)
+    if type(module).__name__ not in ("UNet2DModel", "DiTTransformer2DModel"):
+        raise DitlabError(
+            f"diffusers:{name}: expected a UNet2DModel or a DiTTransformer2DModel, found {type(module).__name__}"
+        )
+    shape, classes, null = _shape(config, name)
+    network = DiffusersNetwork(module, shape, classes, null=null, whole_steps=_needs_whole_steps(config)).eval()
+    denoiser = make_denoiser(network, scheduler, config, name)
+    _register_attention_layers(module, config)
+    return describe(denoiser, module, scheduler, None, "memory", name)
+
+
+def describe(
+    denoiser: VPDenoiser, module: nn.Module, scheduler: Any, folder: Path | None, source: str, name: str
+) -> ImportedModel:
+    """Returns the record of a denoiser that was made of a model of diffusers.
+
+    Args:
+        denoiser: denoiser of the module, or of the network that it was converted into.
+        module: the library's module.
+        scheduler: the library's scheduler.
+        folder: their folder, perhaps with a vae/; None for a model in memory.
+        source: the folder or hub id that the user named.
+        name: name of the model.
+    """
+    vae = None if folder is None else folder / "vae"
+    vae = vae if vae is not None and vae.is_dir() else None
+    notes = _unsupported_clipping(scheduler, name)
+    origin = {
         "format": f"diffusers {type(module).__name__}",
-        "reference": reference,
+        "reference": source,
         "scheduler": type(scheduler).__name__,
         **({"notes": notes} if notes else {}),
     }
     return ImportedModel(
         name=name.replace("/", "--"),
         denoiser=denoiser,
-        sampler=_sampler(scheduler, latent=vae.is_dir()),
-        source=source,
+        sampler=_sampler(scheduler, latent=vae is not None),
+        source=origin,
         digest=_digest(module, scheduler),
-        decoder=vae if vae.is_dir() else None,
+        decoder=vae,
     )
 
 
 def _digest(module: Any, scheduler: Any) -> str:
-    """SHA-256 of weights and of both configs but for what names places and versions."""
+    """Returns the SHA-256 of the weights and both configs, without entries that name paths and versions."""
     digest = hashlib.sha256(weights_hash(module.state_dict()).encode())
     for part in (module, scheduler):
         config = {key: value for key, value in part.config.items() if not key.startswith("_")}
@@ -154,24 +179,24 @@ def _digest(module: Any, scheduler: Any) -> str:
     return digest.hexdigest()
 
 
-def _unheeded(scheduler: Any, name: str) -> list[str]:
-    """What a scheduler does to its estimates that no sampler of ditlab does, one sentence each."""
-    said, found = scheduler.config, []
-    if said.get("thresholding"):
-        found.append(
+def _unsupported_clipping(scheduler: Any, name: str) -> list[str]:
+    """Returns a sentence for each clipping of a scheduler that no sampler of ditlab does."""
+    config, notes = scheduler.config, []
+    if config.get("thresholding"):
+        notes.append(
             f"The scheduler of {name} clips its estimates by dynamic thresholding, which ditlab's samplers do not do, "
             "so their samples differ from diffusers' own."
         )
-    if said.get("clip_sample") and said.get("clip_sample_range", 1.0) != 1.0:
-        found.append(
-            f"The scheduler of {name} clips its estimates to +-{said['clip_sample_range']:g}, which ditlab's samplers "
-            "do not do (theirs is +-1), so their samples differ from diffusers' own."
+    if config.get("clip_sample") and config.get("clip_sample_range", 1.0) != 1.0:
+        notes.append(
+            f"The scheduler of {name} clips its estimates to +-{config['clip_sample_range']:g}, which ditlab's "
+            "samplers do not do (theirs is +-1), so their samples differ from diffusers' own."
         )
-    return found
+    return notes
 
 
 def library() -> Any:
-    """The diffusers package.
+    """Imports and returns the diffusers package.
 
     Raises:
         DitlabError: it is not installed.
@@ -183,38 +208,38 @@ def library() -> Any:
     return diffusers
 
 
-def find_folder(reference: str) -> tuple[Path, str]:
-    """Where a model's files lie, fetched if need be, and what it is called.
+def find_folder(source: str) -> tuple[Path, str]:
+    """Returns the folder of a model's files, downloaded if necessary, and the model's name.
 
     Raises:
         DitlabError: there is no such folder or repository.
     """
-    path = Path(reference).expanduser()
+    path = Path(source).expanduser()
     if path.is_dir():
         return path, path.resolve().name
-    if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        found = "a file" if path.exists() else "nothing"
-        raise DitlabError(f"diffusers:{reference}: expected a model's folder or a hub id, found {found}")
-    folder = download(reference, _WEIGHTS)
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        actual = "a file" if path.exists() else "nothing"
+        raise DitlabError(f"diffusers:{source}: expected a model's folder or a hub id, found {actual}")
+    folder = download(source, _WEIGHTS)
     part = _part(folder)
     if not any(part.glob("*.safetensors")):
-        # Older repositories hold pickles only; diffusers reads them with weights_only.
-        folder = download(reference, (*_WEIGHTS, "*.bin"))
-    return folder, reference
+        # Older repositories contain only pickles, which diffusers reads with weights_only.
+        folder = download(source, (*_WEIGHTS, "*.bin"))
+    return folder, source
 
 
 def load_module(folder: Path, name: str) -> tuple[nn.Module, Mapping[str, Any], Path]:
-    """The network in a folder, its config, and the folder of its own.
+    """Loads the network in a folder; returns it with its config and its subfolder.
 
     Raises:
-        DitlabError: there is none, of another kind than the two known ones, or damaged.
+        DitlabError: it is missing, damaged, or of an unsupported kind.
     """
     diffusers = library()
     part = _part(folder)
     kind = _class_of(part, name)
     with _quiet(diffusers):
         try:
-            module, told = getattr(diffusers, kind).from_pretrained(
+            module, report = getattr(diffusers, kind).from_pretrained(
                 part,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
@@ -224,8 +249,8 @@ def load_module(folder: Path, name: str) -> tuple[nn.Module, Mapping[str, Any], 
         except Exception as error:  # Readers of weights and of configs raise types that share no base class.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DitlabError(f"diffusers:{name}: its {kind} could not be read: {reason:.200}") from None
-    wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
-    if wrong:  # diffusers itself would go on, with random values for what is missing
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:  # diffusers itself would initialize missing weights randomly
         raise DitlabError(
             f"diffusers:{name}: its weights and its config.json do not belong together ({len(wrong)} differ, the first "
             f"'{wrong[0]}')"
@@ -234,18 +259,19 @@ def load_module(folder: Path, name: str) -> tuple[nn.Module, Mapping[str, Any], 
 
 
 def load_scheduler(folder: Path, name: str) -> Any:
-    """The scheduler that lies beside a model.
+    """Loads the scheduler of a model.
 
     Raises:
-        DitlabError: there is none, or not of a discrete VP process with finite levels, told to the network as steps.
+        DitlabError: it is missing, or not of a discrete VP process with finite levels that the network gets as steps.
     """
     diffusers = library()
     inside = folder / "scheduler"
     file = (inside if inside.is_dir() else folder) / "scheduler_config.json"
     config = _json(file, name, "the scheduler's config, without which its noise levels are not known")
     kind = getattr(diffusers, str(config.get("_class_name")), None)
-    known = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
-    if "beta_schedule" not in known or "snr_shift_scale" in known:  # the latter shifts the levels that betas give
+    parameters = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
+    # snr_shift_scale shifts the levels that betas give.
+    if "beta_schedule" not in parameters or "snr_shift_scale" in parameters:
         raise DitlabError(
             f"diffusers:{name}: expected a scheduler of a discrete VP process such as DDPMScheduler, found "
             f"{config.get('_class_name')}"
@@ -257,8 +283,8 @@ def load_scheduler(folder: Path, name: str) -> Any:
         )
     if config.get("timestep_type", "discrete") != "discrete":
         raise DitlabError(
-            f"diffusers:{name}: expected a scheduler that tells the network the step, found timestep_type "
-            f"'{config['timestep_type']}', where it tells it log(sigma) / 4"
+            f"diffusers:{name}: expected a scheduler that gives the network the step, found timestep_type "
+            f"'{config['timestep_type']}', which gives it log(sigma) / 4"
         )
     if config.get("use_flow_sigmas"):
         raise DitlabError(f"diffusers:{name}: expected the levels of a VP process, found use_flow_sigmas")
@@ -271,46 +297,45 @@ def load_scheduler(folder: Path, name: str) -> Any:
 
 
 def make_denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], name: str) -> VPDenoiser:
-    """The denoiser of a network and the process in its scheduler's config.
+    """Returns the denoiser of a network on the process of its scheduler.
 
     Args:
-        network: with `in_shape`.
-        scheduler: of diffusers.
-        config: the model's own config, which says how many channels it puts out.
+        network: a network with `in_shape`.
+        scheduler: a scheduler of diffusers.
+        config: the model's own config, for its numbers of channels.
         name: named in errors.
 
     Raises:
-        DitlabError: a prediction, variance or number of channels that is not known.
+        DitlabError: for an unknown prediction, variance or number of channels.
     """
-    said = scheduler.config
-    found = _PREDICTIONS.get(str(said.get("prediction_type", "epsilon")))
-    if found is None:
+    settings = scheduler.config
+    prediction_type = str(settings.get("prediction_type", "epsilon"))
+    if prediction_type not in _PREDICTIONS:
         raise DitlabError(
-            f"diffusers:{name}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found "
-            f"{said['prediction_type']}"
+            f"diffusers:{name}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found {prediction_type}"
         )
-    given, put = int(config["in_channels"]), int(config["out_channels"] or config["in_channels"])
-    if put not in (given, 2 * given):
-        raise DitlabError(f"diffusers:{name}: expected {given} or {2 * given} output channels, found {put}")
-    word = str(said.get("variance_type") or "fixed_small")
-    variance = _VARIANCES.get(word)
-    if variance is None or (variance == "learned-range" and put == given):
+    inputs, outputs = int(config["in_channels"]), int(config["out_channels"] or config["in_channels"])
+    if outputs not in (inputs, 2 * inputs):
+        raise DitlabError(f"diffusers:{name}: expected {inputs} or {2 * inputs} output channels, found {outputs}")
+    variance_type = str(settings.get("variance_type") or "fixed_small")
+    variance = _VARIANCES.get(variance_type)
+    if variance is None or (variance == "learned-range" and outputs == inputs):
         raise DitlabError(
-            f"diffusers:{name}: expected a variance_type of {', '.join(_VARIANCES)}, found {word} with {put} output "
-            f"channels for {given}"
+            f"diffusers:{name}: expected a variance_type of {', '.join(_VARIANCES)}, found {variance_type} with "
+            f"{outputs} output channels for {inputs}"
         )
-    if put == 2 * given:
-        variance = "learned-range"  # as all DiTs have it; schedulers such as DDIM's do not say
-    _, schedule = known_schedule(scheduler.betas.double().numpy())
-    whole = bool(getattr(network, "whole_steps", False))
-    kind, prediction = found
-    denoiser = kind(network, schedule, prediction, variance, between="round" if whole else "interpolate")
+    if outputs == 2 * inputs:
+        variance = "learned-range"  # as in all DiTs; schedulers such as DDIM's do not say
+    _, schedule = match_schedule(scheduler.betas.double().numpy())
+    between = "round" if getattr(network, "whole_steps", False) else "interpolate"
+    kind, prediction = _PREDICTIONS[prediction_type]
+    denoiser = kind(network, schedule, prediction, variance, between=between)
     denoiser.null_class = bool(getattr(network, "null", denoiser.null_class))
     return denoiser
 
 
 def _part(folder: Path) -> Path:
-    """The folder of the network itself."""
+    """Returns the subfolder of the network."""
     return next((folder / name for name in _PARTS if (folder / name / "config.json").is_file()), folder)
 
 
@@ -318,7 +343,7 @@ def _class_of(part: Path, name: str) -> str:
     config = _json(part / "config.json", name, "a model's config.json")
     kind = str(config.get("_class_name"))
     if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        return "DiTTransformer2DModel"  # what diffusers called it at first
+        return "DiTTransformer2DModel"  # its first name in diffusers
     if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
         raise DitlabError(f"diffusers:{name}: expected a UNet2DModel or a DiTTransformer2DModel, found {kind}")
     return kind
@@ -326,18 +351,18 @@ def _class_of(part: Path, name: str) -> str:
 
 def _json(file: Path, name: str, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        values = json.loads(file.read_text())
     except FileNotFoundError:
         raise DitlabError(f"diffusers:{name}: expected {what}, found no {file}") from None
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        values = None
+    if not isinstance(values, dict):
         raise DitlabError(f"diffusers:{name}: expected {what} as JSON in {file}, found something else")
-    return found
+    return values
 
 
 def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], int, bool]:
-    """(C, H, W) of the images, number of classes, whether there is a null class."""
+    """Returns (C, H, W) of the images, the number of classes, and whether there is a null class."""
     size = config["sample_size"]
     if size is None:
         raise DitlabError(f"diffusers:{name}: expected a sample_size in its config.json, found none")
@@ -354,7 +379,7 @@ def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], 
         return shape, int(config["num_embeds_ada_norm"]), True
     if config.get("time_embedding_type") not in ("positional", "learned"):
         raise DitlabError(
-            f"diffusers:{name}: expected a network that is told the step (time_embedding_type positional or learned), "
+            f"diffusers:{name}: expected a network that gets the step (time_embedding_type positional or learned), "
             f"found '{config.get('time_embedding_type')}'"
         )
     if config.get("class_embed_type") is not None:
@@ -365,14 +390,14 @@ def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], 
     return shape, int(config.get("num_class_embeds") or 0), False
 
 
-def _whole_steps(config: Mapping[str, Any]) -> bool:
+def _needs_whole_steps(config: Mapping[str, Any]) -> bool:
     return config.get("time_embedding_type") == "learned"
 
 
 def _sampler(scheduler: Any, *, latent: bool) -> SamplerConfig:
-    """Ancestral sampling where the scheduler is DDPM's, else DDIM; estimates are clipped where it does so."""
-    said = scheduler.config
-    clip = bool(said.get("clip_sample")) and said.get("clip_sample_range", 1.0) == 1.0 and not latent
+    """Returns ancestral sampling for DDPM's scheduler, else DDIM; clips estimates if the scheduler does."""
+    config = scheduler.config
+    clip = bool(config.get("clip_sample")) and config.get("clip_sample_range", 1.0) == 1.0 and not latent
     steps = len(scheduler.betas)
     if type(scheduler).__name__.startswith("DDPM"):
         return DDPMConfig(steps=str(min(250, steps)), clip=clip)
@@ -380,7 +405,7 @@ def _sampler(scheduler: Any, *, latent: bool) -> SamplerConfig:
 
 
 def _register_attention_layers(module: nn.Module, config: Mapping[str, Any]) -> None:
-    """Lets analyses look into the self-attention layers of a model, whose grids follow from where they stand."""
+    """Registers the self-attention layers of a model for analyses; their places in it determine their grids."""
     _, height, width = _shape(config, "")[0]
     for name, layer in module.named_modules():
         if type(layer).__name__ != "Attention" or not _plain(layer):
@@ -393,12 +418,12 @@ def _register_attention_layers(module: nn.Module, config: Mapping[str, Any]) -> 
             layer,
             (height // step, width // step),
             heads=layer.heads,  # pyright: ignore[reportArgumentType]
-            read=partial(_scores, layer),
+            read=partial(_queries_and_keys, layer),
         )
 
 
 def _depth(name: str, levels: int) -> int:
-    """How often the image was halved where this layer of a UNet stands."""
+    """Returns how often the image is halved at this layer of a UNet."""
     part, number, *_ = [*name.split("."), "0"]
     if part == "down_blocks":
         return int(number)
@@ -406,7 +431,7 @@ def _depth(name: str, levels: int) -> int:
 
 
 def _plain(layer: Any) -> bool:
-    """Whether a layer of diffusers is softmax(q k^T / sqrt(head_dim)) over its own input."""
+    """Whether a layer of diffusers computes softmax(q k^T / sqrt(head_dim)) over its input."""
     return (
         not layer.is_cross_attention
         and layer.spatial_norm is None
@@ -417,8 +442,8 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _scores(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> QKBias:
-    """Queries and keys of a layer of diffusers, from its own norm and projections."""
+def _queries_and_keys(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> QKBias:
+    """Returns queries and keys of a layer of diffusers, computed by its norm and projections."""
     x = args[0] if args else named["hidden_states"]
     if x.ndim == 4:
         x = x.flatten(2).transpose(1, 2)
@@ -434,7 +459,7 @@ def _scores(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> QKBi
 
 @contextmanager
 def _quiet(diffusers: Any) -> Iterator[None]:
-    """Within it diffusers logs errors only: what it warns of is either checked here or no concern of a reader."""
+    """Silences warnings of diffusers inside the context; what matters of them is checked here."""
     logging = diffusers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -442,3 +467,6 @@ def _quiet(diffusers: Any) -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+__all__ = ["DiffusersNetwork", "VelocityDenoiser", "make_denoiser", "open_diffusers"]

@@ -1,4 +1,4 @@
-"""Fetching from and sending to the Hugging Face hub, and the sentences for all that can go wrong there."""
+"""Downloads from and uploads to the Hugging Face hub, with one sentence for each of its errors."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from ditlab.errors import DitlabError
 
 
 def download(repo: str, patterns: Sequence[str] | None = None) -> Path:
-    """The files of a repository of models, in the hub's own cache on this machine; what is there is not fetched again.
+    """Downloads files of a model repository into the hub's cache on this machine; returns their folder.
 
     Args:
         repo: ORGANIZATION/NAME.
-        patterns: names of the files to fetch, with * for anything; all of them where not given.
+        patterns: names of the files, with * as wildcard; all files by default.
 
     Raises:
-        DitlabError: no such repository, or one that may not be read, no connection, or one that broke off.
+        DitlabError: the repository is missing or not readable, or the connection failed.
     """
-    with _told(repo):
+    with _hub_errors(repo):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repo, allow_patterns=None if patterns is None else list(patterns)))
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Makes a repository if there is none, and sends a folder there as one commit; returns the page's address.
+    """Uploads a folder as one commit, to a repository that is created if needed; returns the page's address.
 
     Raises:
-        DitlabError: not logged in, no right to write there, or no connection.
+        DitlabError: not logged in, no right to write, or no connection.
     """
-    with _told(repo):
+    with _hub_errors(repo):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -41,8 +41,8 @@ def upload(folder: Path, repo: str) -> str:
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Turns what the hub's library raises into one sentence."""
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turns exceptions of the hub's library into a DitlabError with one sentence."""
     try:
         from huggingface_hub import errors
     except ImportError:
@@ -58,25 +58,27 @@ def _told(repo: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise DitlabError(
-            f"hub:{repo}: no such repository is to be seen; is the name right? A private one needs `hf auth login`"
+            f"hub:{repo}: no such repository; check the name, or log in with `hf auth login` if it is private"
         ) from None
     except (errors.LocalTokenNotFoundError, PermissionError):
         raise DitlabError(f"hub:{repo}: log in first, with `hf auth login` and a token that may write there") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise DitlabError(
-            f"hub:{repo}: the hub cannot be reached and this machine's cache does not hold the files; fetch them where "
-            f"there is a network (`hf download {repo}`) and give the folder"
+            f"hub:{repo}: the hub cannot be reached and this machine's cache does not hold the files; download them "
+            f"where there is a network (`hf download {repo}`) and pass the folder"
         ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise DitlabError(
-                f"hub:{repo}: the hub refuses (HTTP {status}); `hf auth login` with a token that has the right to"
+                f"hub:{repo}: access refused (HTTP {status}); use `hf auth login` with a token that has this right"
             ) from None
         raise DitlabError(f"hub:{repo}: the hub answered with an error (HTTP {status}); try again later") from None
     except Exception as error:  # Network libraries raise types of their own that share no base class.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DitlabError(
-            f"hub:{repo}: the transfer was interrupted ({first:.100}); the same command again goes on with what is "
-            "missing"
+            f"hub:{repo}: the transfer was interrupted ({first:.100}); run the same again to resume"
         ) from None
+
+
+__all__ = ["download", "upload"]

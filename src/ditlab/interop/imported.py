@@ -1,4 +1,4 @@
-"""What reading somebody else's checkpoint gives, whatever its format: a denoiser, and what is known about it."""
+"""`ImportedModel`, the record of a checkpoint that was read from another format, and helpers to build one."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ditlab.networks.dit import DiTConfig
 
 @dataclass(frozen=True, eq=False)
 class ImportedModel:
-    """A network that ditlab did not train, as a denoiser."""
+    """A denoiser made of a network that ditlab did not train, and what is known about it."""
 
     name: str
-    """What results call it."""
+    """Name of the model in results."""
     denoiser: NetworkDenoiser
-    """Made of the network, on the CPU and in evaluation mode."""
+    """Denoiser of the network, on the CPU and in evaluation mode."""
     sampler: SamplerConfig
-    """How samples are drawn by default."""
+    """The default sampler."""
     source: Mapping[str, Any]
-    """Where it comes from: "format" and whatever else is known, as JSON values."""
+    """Origin: "format" and everything else that is known, as JSON values."""
     digest: str
-    """SHA-256 of all that its outputs depend on, 64 hexadecimal digits: tells models of one name apart."""
+    """SHA-256 of everything that its outputs depend on, 64 hexadecimal digits; distinguishes models of one name."""
     decoder: Path | None = None
-    """Folder of the diffusers autoencoder that turns its latents into pictures; None for a model of pixels."""
+    """Folder of the diffusers autoencoder that decodes its latents; None for a model of pixels."""
     any_size: bool = False
-    """Whether its network runs at any image size: the shape that its denoiser has is a default."""
+    """Whether the network runs at any image size; the denoiser's shape is then a default."""
 
     def fit(self, shape: tuple[int, int, int]) -> None:
-        """Makes a model of any size one for images of this shape (C, H, W); leaves any other alone.
+        """Sets the shape (C, H, W) of a model of any size; does nothing for other models.
 
         Raises:
             DitlabError: the network cannot have this size.
@@ -51,20 +51,20 @@ class ImportedModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of how it was read, one sentence each; kept in `source`, so they go where it goes."""
+        """Assumptions made when the checkpoint was read, one sentence each; part of `source`."""
         return tuple(self.source.get("notes", ()))
 
 
-def frozen(network: nn.Module) -> Any:
-    """The network in evaluation mode, without gradients of its weights."""
+def freeze(network: nn.Module) -> Any:
+    """Returns the network in evaluation mode, with gradients of its weights disabled."""
     return network.eval().requires_grad_(False)
 
 
-def known_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
-    """The process of these betas, and its name in ditlab if it has one.
+def match_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
+    """Returns the process with these betas, and its name in ditlab if it has one.
 
-    A named one is computed anew in float64, since others write the same numbers in float32: so levels of all models
-    trained on it are equal to the last bit.
+    A named process is recomputed in float64, because others store it in float32: noise levels of all models trained on
+    it are then equal to the last bit.
 
     Args:
         betas: variance added at each step, [T].
@@ -72,7 +72,7 @@ def known_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
     betas = np.asarray(betas, dtype=np.float64)
     for name in get_args(ScheduleName):
         if name == "linear" and len(betas) <= 20:
-            continue  # it has no such short form
+            continue  # not defined for so few steps
         schedule = make_schedule(name, len(betas))
         if np.allclose(schedule.betas, betas, rtol=1e-4, atol=0):
             return name, schedule
@@ -80,19 +80,19 @@ def known_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
 
 
 def objective_of(denoiser: NetworkDenoiser, where: str) -> VPObjectiveConfig:
-    """The objective whose denoiser this is, for a config.
+    """Returns the config of the objective that a denoiser was trained with.
 
     Raises:
         DitlabError: its process has no name in ditlab.
     """
-    if type(denoiser) is not VPDenoiser:  # not one of its kinds, which predict something else
+    if type(denoiser) is not VPDenoiser:  # subclasses predict something else
         raise DitlabError(f"{where}: expected a model that predicts the noise or the image of a VP process")
-    name, schedule = known_schedule(denoiser.schedule.betas)
-    whole = np.array_equal(schedule.timesteps, denoiser.schedule.timesteps)
-    if name is None or not whole or denoiser.time_factor not in (1, 1000 / len(schedule)):
+    name, schedule = match_schedule(denoiser.schedule.betas)
+    complete = np.array_equal(schedule.timesteps, denoiser.schedule.timesteps)
+    if name is None or not complete or denoiser.time_factor not in (1, 1000 / len(schedule)):
         raise DitlabError(
-            f"{where}: expected the linear or the cosine schedule, found another, which no config of ditlab can name; "
-            "use the model as it is, by diffusers:PATH"
+            f"{where}: expected the linear or the cosine schedule, found another, which no config can express; "
+            "open the model unconverted, as diffusers:PATH"
         )
     return VPObjectiveConfig(
         schedule=name,
@@ -105,7 +105,7 @@ def objective_of(denoiser: NetworkDenoiser, where: str) -> VPObjectiveConfig:
 
 
 def check_portable(config: DiTConfig, to: str) -> None:
-    """Raises DitlabError for a DiT with something that no other DiT has: another block, local windows, no square."""
+    """Raises DitlabError for a DiT that other formats cannot express: other blocks, local windows, not square."""
     if config.block != "adaln-zero":
         raise DitlabError(f"{to} knows adaln-zero blocks only, this DiT has {config.block} blocks")
     local = [str(number) for number, pattern in enumerate(config.patterns, 1) if not pattern.covers(config.grid)]
@@ -122,5 +122,8 @@ def check_portable(config: DiTConfig, to: str) -> None:
 
 
 def state_on_cpu(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The network's weights, on the CPU and contiguous."""
+    """Returns the network's weights, contiguous on the CPU."""
     return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+
+
+__all__ = ["ImportedModel", "check_portable", "freeze", "match_schedule", "objective_of", "state_on_cpu"]

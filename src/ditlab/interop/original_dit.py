@@ -1,9 +1,8 @@
-"""Checkpoints of the original DiT implementation (facebookresearch/DiT), read and written.
+"""Reads and writes checkpoints of the original DiT implementation (facebookresearch/DiT).
 
-How its files are opened safely is a matter of `ditlab.interop.original_files`.
-
-The names were read from the published checkpoints' keys; every tensor has the same layout there and here. The shapes
-tell everything about the network but its number of heads, which a file written here says in its `args`.
+`ditlab.interop.original_files` opens its files safely. The parameter names were read from the published checkpoints;
+every tensor has the same layout there and here. The shapes determine the network except its number of heads, which a
+file written here contains in its `args`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.imported import ImportedModel, check_portable, frozen, state_on_cpu
-from ditlab.interop.original_files import filled, read_state, whole, write_state
+from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
+from ditlab.interop.original_files import int_arg, load_weights, read_state, write_state
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.nn.embeddings import position_table
 
@@ -47,20 +46,20 @@ _BLOCK_THEIRS = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of the paper's four sizes (Peebles & Xie 2023, Table 1)."""
 _SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
-"""The size in `args.model` ("DiT-XL/2") -> heads."""
+"""Size in `args.model` ("DiT-XL/2") -> heads."""
 
 _FIRST = "x_embedder.proj.weight"
-"""A name that only weights of this network have."""
+"""A parameter name that only this network has."""
 
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DRIFT = 1e-3
-"""How far a file's position table may lie from ours. Equal in training; rounding in 400,000 steps of an average with
-decay 0.9999 moves the averaged copy by up to 2e-4 (measured), so this is what another table cannot pass as. On top
-comes rounding of its values, which lie in [-1, 1], to the dtype that the file keeps them in."""
+"""Largest accepted difference between a file's position table and ours. The tables are equal in training; rounding in
+400,000 steps of an average with decay 0.9999 moves the averaged copy by up to 2e-4 (measured). Rounding of its values,
+which are in [-1, 1], to the file's dtype is added."""
 
 
 def renamed(key: str) -> str | None:
-    """ditlab's name of one of the original's parameters; None for what ditlab recomputes or does not know."""
+    """Returns ditlab's name of a parameter of the original; None for one that ditlab recomputes or does not know."""
     return _rename(key, _NAMES, _BLOCK_NAMES)
 
 
@@ -75,27 +74,27 @@ def _rename(key: str, names: Mapping[str, str], block_names: Mapping[str, str]) 
 
 
 def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
-    """A DiT with the original's weights.
+    """Returns a DiT with the original's weights.
 
     Args:
-        state: the original's state dict. Its `pos_embed` is recomputed here, not read.
-        config: the network's shape; the original's label table has `num_classes + 1` rows where labels were dropped.
+        state: the original's state dict. Its `pos_embed` is recomputed, not read.
+        config: config of the network; the original's label table has `num_classes + 1` rows with label dropout.
 
     Raises:
-        DitlabError: for a key without a counterpart, a missing one, or another shape.
+        DitlabError: for an unknown or missing parameter, or another shape.
     """
     named = {key: renamed(key) for key in state if key != "pos_embed"}
-    return filled(DiT(config), state, named, "original DiT weights")
+    return load_weights(DiT(config), state, named, "original DiT weights")
 
 
 def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
-    """The state dict that the original code's `DiT.load_state_dict` takes, its position table included.
+    """Returns the state dict for the original code's `DiT.load_state_dict`, with its position table.
 
     Args:
-        network: one that the original code can express: adaln-zero, global attention, classes and a null class, a
-            square image.
-        objective: how it was trained; the original's code samples with the linear schedule, 1,000 steps and a
-            predicted noise, and its files cannot say otherwise.
+        network: a DiT that the original code can express: adaln-zero, global attention, classes and a null class,
+            square images.
+        objective: config of the objective that it was trained with. The original samples with the linear schedule,
+            1,000 steps and a predicted noise only.
 
     Raises:
         DitlabError: the original's format cannot express it.
@@ -108,9 +107,7 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
             f"'{config.time_frequencies}' and {config.mlp_norm_eps:g} before the MLP: its outputs would change"
         )
     if not config.null_class:
-        raise DitlabError(
-            f"{to} has a row for the null class in the label table of whatever it samples from, this DiT's has none"
-        )
+        raise DitlabError(f"{to} needs a row for the null class in the label table for sampling, this DiT's has none")
     plain = isinstance(objective, VPObjectiveConfig) and (
         objective.schedule,
         objective.steps,
@@ -118,27 +115,27 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
     ) == ("linear", 1000, "epsilon")
     if not plain:
         raise DitlabError(f"{to} knows the linear schedule with 1000 steps and a predicted noise only, found another")
-    found: dict[str, Tensor] = {"pos_embed": position_table(config.grid, config.width)[None]}
+    state: dict[str, Tensor] = {"pos_embed": position_table(config.grid, config.width)[None]}
     for name, value in state_on_cpu(network).items():
         key = _rename(name, _THEIRS, _BLOCK_THEIRS)
         assert key is not None, name  # an adaln-zero DiT has no other parameters
-        found[key] = value
-    return found
+        state[key] = value
+    return state
 
 
 def write_original(network: DiT, objective: object, path: Path) -> None:
-    """Writes `to_original` as a `.pt` file (or `.safetensors`), whole or not at all.
+    """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
 
-    The pickle is {"ema": state dict, "args": {"num_classes", "num_heads"}}: the original's sampling takes "ema" where
-    it is there. Its `args` are a plain dict, so that torch's restricted unpickler reads the file without an allow-list.
+    A `.pt` file is {"ema": state dict, "args": {"num_classes", "num_heads"}}; the original's sampling reads "ema" if
+    present. `args` is a plain dict, so torch's restricted unpickler reads the file without an allow-list.
 
     Args:
-        network: ours.
-        objective: how it was trained.
-        path: a file that does not exist yet.
+        network: a DiT of ditlab.
+        objective: config of the objective that it was trained with.
+        path: a file that does not exist.
 
     Raises:
-        DitlabError: the format cannot express the network, or the file exists already or cannot be written.
+        DitlabError: the format cannot express the network, or the file exists or cannot be written.
     """
     state = to_original(network, objective)
     args = {"num_classes": network.config.num_classes, "num_heads": network.config.heads}
@@ -146,14 +143,14 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
 
 
 def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file of the original code, and what its `args` say of the training.
+    """Reads the weights in a file of the original code, and the `args` of its training.
 
     Args:
         path: a `.pt`, `.pth` or `.ckpt` file, or `.safetensors` with the same names.
-        ema: the averaged weights where the file has both; else those of the last step.
+        ema: whether to read the averaged weights if the file has both, instead of those of the last step.
 
     Raises:
-        DitlabError: no such file, a damaged one, one with code in it, or one without weights of this network.
+        DitlabError: the file is missing, damaged, contains code, or has no weights of this network.
     """
     state, args = read_state(path, ema=ema)
     if not is_dit(state):
@@ -165,24 +162,24 @@ def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], d
 
 
 def is_dit(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of the original DiT, by their names."""
+    """Whether the parameter names are those of the original DiT."""
     return _FIRST in state
 
 
 def infer_config(
     state: Mapping[str, Tensor], args: Mapping[str, Any], where: str, *, heads: int | None = None
 ) -> DiTConfig:
-    """The shape of the network that these weights are of.
+    """Infers the config of a network from its weights.
 
     Args:
         state: the original's state dict.
-        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` where ditlab wrote it, as
-            far as they are known.
+        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` if ditlab wrote the file,
+            as far as they are known.
         where: named in errors.
-        heads: number of heads; by default what `args` say, or that of the paper's size with this width.
+        heads: number of heads; by default that of `args`, or of the paper's size with this width.
 
     Raises:
-        DitlabError: a tensor is missing or of an impossible shape, the number of heads cannot be told, or the file's
+        DitlabError: a tensor is missing or has an impossible shape, the number of heads is unknown, or the file's
             position table is not the fixed sin-cos one.
     """
     embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
@@ -201,15 +198,15 @@ def infer_config(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
             f"{outputs:g}"
         )
-    blocks = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
     if blocks != {str(number) for number in range(len(blocks))}:
-        raise DitlabError(f"{where}: expected blocks numbered from 0 on, found {len(blocks)} with gaps or doubles")
+        raise DitlabError(f"{where}: expected blocks numbered from 0, found {len(blocks)} with gaps or duplicates")
     classes, null = _classes(state, args, where)
     hidden = len(_tensor(state, "blocks.0.mlp.fc1.weight", 2, where))
-    told = told_heads(args, where)
-    if heads is not None and "num_heads" in args and heads != told:
-        raise DitlabError(f"{where}: expected --heads {told}, as the file says, found {heads}")
-    heads = heads or told or _usual_heads(width, where)
+    file_heads = heads_from_args(args, where)
+    if heads is not None and "num_heads" in args and heads != file_heads:
+        raise DitlabError(f"{where}: expected `heads` {file_heads}, as the file says, found {heads}")
+    heads = heads or file_heads or _usual_heads(width, where)
     try:
         config = DiTConfig(
             image_size=(side * patch, side * patch),
@@ -230,11 +227,11 @@ def infer_config(
         table.shape[0] != 1
         or table.shape[2] != width
         or table.dtype not in _TABLE_DTYPES
-        # A table of NaN is not within any distance.
+        # `not <=` also refuses a table with NaN.
         or not (table[0].float() - ours).abs().max() <= _TABLE_DRIFT + torch.finfo(table.dtype).eps
     ):
         raise DitlabError(
-            f"{where}: expected the fixed sin-cos table in 'pos_embed', found another, which ditlab's DiT cannot hold"
+            f"{where}: expected the fixed sin-cos table in 'pos_embed', found another, which ditlab does not support"
         )
     return config
 
@@ -246,27 +243,29 @@ def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) 
 
 
 def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> tuple[int, bool]:
-    """Number of classes, and whether the label table has a row for none."""
+    """Returns the number of classes, and whether the label table has a row for "no class"."""
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
     rows = len(_tensor(state, "y_embedder.embedding_table.weight", 2, where))
-    said = whole(args, "num_classes", where)
-    if said is None:
-        said = rows - 1  # the original trains with label dropout, which needs the further row
-    if said not in (rows, rows - 1) or said < 1:
-        raise DitlabError(f"{where}: expected a label table of {said} or {said + 1} rows (num_classes), found {rows}")
-    return said, said == rows - 1
+    classes = int_arg(args, "num_classes", where)
+    if classes is None:
+        classes = rows - 1  # the original trains with label dropout, which needs a row for "no class"
+    if classes not in (rows, rows - 1) or classes < 1:
+        raise DitlabError(
+            f"{where}: expected a label table of {classes} or {classes + 1} rows (num_classes), found {rows}"
+        )
+    return classes, classes == rows - 1
 
 
-def told_heads(args: Mapping[str, Any], where: str) -> int | None:
-    """The number of heads that a file's settings tell, by itself or by the name of a size; None where they do not.
+def heads_from_args(args: Mapping[str, Any], where: str) -> int | None:
+    """Returns the number of heads in a file's settings, given directly or by the name of a size; None without.
 
     Raises:
         DitlabError: it is no whole number.
     """
-    told = whole(args, "num_heads", where)
-    if told is not None:
-        return told
+    heads = int_arg(args, "num_heads", where)
+    if heads is not None:
+        return heads
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
     return _SIZES.get(named[1]) if named else None
 
@@ -275,44 +274,46 @@ def _usual_heads(width: int, where: str) -> int:
     heads = _HEADS.get(width)
     if heads is None:
         raise DitlabError(
-            f"{where}: its number of attention heads cannot be told from the weights (width {width}); name it: "
-            "ditlab convert FILE OUT --heads H"
+            f"{where}: the weights (width {width}) do not determine the number of attention heads; convert it with "
+            "`heads`"
         )
     return heads
 
 
 def open_original(path: str | Path, *, ema: bool = True, heads: int | None = None) -> ImportedModel:
-    """A checkpoint of the original code as a denoiser: linear schedule, 1,000 steps, learned variance (spec: DiT).
+    """Opens a checkpoint of the original code as a denoiser: linear schedule, 1,000 steps, learned variance.
 
     Args:
         path: the file.
-        ema: the averaged weights where the file has both.
-        heads: number of attention heads where the file does not tell.
+        ema: whether to read the averaged weights if the file has both.
+        heads: number of attention heads, if the file does not say.
 
     Raises:
-        DitlabError: it cannot be read safely or whole, or is of another network.
+        DitlabError: the file is damaged or unsafe, or of another network.
     """
     path = Path(path)
-    return dit_of(path, *read_original(path, ema=ema), ema=ema, heads=heads)
+    return build_dit(path, *read_original(path, ema=ema), ema=ema, heads=heads)
 
 
-def dit_of(
+def build_dit(
     path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], *, ema: bool = True, heads: int | None = None
 ) -> ImportedModel:
-    """The same, of what `read_original` found in the file."""
+    """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_original`."""
     config = infer_config(state, args, str(path), heads=heads)
-    network = frozen(from_original({key: value.float() for key, value in state.items()}, config))
-    # Without a learned variance the original's sampling takes beta_t.
+    network = freeze(from_original({key: value.float() for key, value in state.items()}, config))
+    # Without a learned variance the original samples with beta_t.
     objective = VPObjectiveConfig(variance="learned-range" if config.learn_sigma else "fixed-large")
     digest = hash_file(path).sha256
     source: dict[str, Any] = {"format": "original DiT", "file": path.name, "sha256": digest, "ema": ema}
     if "model" in args:
         source["model"] = str(args["model"])
-    if heads is None and told_heads(args, str(path)) is None:
+    if heads is None and heads_from_args(args, str(path)) is None:
         note = (
-            f"{path.name} does not say how many attention heads it has: {config.heads} were taken, as in the paper's "
-            f"DiT of width {config.width}; with another number its outputs would be wrong (ditlab convert FILE OUT "
-            "--heads H)."
+            f"{path.name} does not say how many attention heads it has: {config.heads} were assumed, as in the paper's "
+            f"DiT of width {config.width}. If this is wrong, its outputs are wrong; convert it with other `heads`."
         )
         source["notes"] = [note]
     return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+
+
+__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "open_original", "to_original", "write_original"]

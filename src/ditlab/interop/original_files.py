@@ -1,9 +1,9 @@
-"""Files that the original codes of DiT and of improved-diffusion left: opened safely, and written.
+"""Opens files of the original codes of DiT and improved-diffusion safely, and writes such files.
 
-They are pickles: a bare state dict, as the authors of both published theirs, or what DiT's training script leaves,
-{"model", "ema", "opt", "args"} with `args` an `argparse.Namespace`. Both are read with torch's restricted unpickler,
-which makes tensors, plain containers and, by an allow-list, that one class; nothing else in a file is ever run. The
-same weights in a `.safetensors` file are read too.
+They are pickles: a bare state dict, as both were published, or the output of DiT's training script, {"model", "ema",
+"opt", "args"} with `args` an `argparse.Namespace`. Both are read with torch's restricted unpickler, which creates
+tensors, plain containers and, by an allow-list, that one class; no code in a file is ever executed. A `.safetensors`
+file with the same weights is read too.
 """
 
 from __future__ import annotations
@@ -30,67 +30,67 @@ from ditlab.training.checkpoint import read_tensors
 N = TypeVar("N", bound=nn.Module)
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
-"""How the names of files end that may hold such weights."""
+"""Suffixes of files with such weights."""
 
 _ARGS = "args"
-"""Where a file says what its shapes do not: a key of a pickle, JSON among the metadata of a `.safetensors` file."""
+"""Name of the settings in a file: a key of a pickle, JSON in the metadata of a `.safetensors` file."""
 
 
 def read_state(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file of somebody's original code, by their names there, and what its `args` say of them.
+    """Reads the weights of a file by their original names, and its settings `args`.
 
     Args:
         path: a `.pt`, `.pth` or `.ckpt` file, or `.safetensors` with the same names.
-        ema: the averaged weights where the file has both; else those of the last step.
+        ema: whether to read the averaged weights if the file has both, instead of those of the last step.
 
     Raises:
-        DitlabError: no such file, a damaged one, one with code in it, or one without weights.
+        DitlabError: the file is missing, damaged, contains code, or has no weights.
     """
     if not path.is_file():
         raise DitlabError(f"{path}: expected a checkpoint, found nothing")
     args: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        found: Any = read_tensors(path)
+        content: Any = read_tensors(path)
         args = _metadata(path)
     else:
-        found = _unpickle(path)
-    if isinstance(found, dict) and ("ema" in found or "model" in found):
-        said = found.get(_ARGS)
-        said = vars(said) if isinstance(said, argparse.Namespace) else said
-        args = said if isinstance(said, dict) else {}
-        wanted = "ema" if ema and "ema" in found else "model"
-        if wanted not in found:
-            raise DitlabError(f"{path}: expected the raw weights 'model', found only {', '.join(map(str, found))}")
-        found = found[wanted]
+        content = _unpickle(path)
+    if isinstance(content, dict) and ("ema" in content or "model" in content):
+        settings = content.get(_ARGS)
+        settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+        args = settings if isinstance(settings, dict) else {}
+        chosen = "ema" if ema and "ema" in content else "model"
+        if chosen not in content:
+            raise DitlabError(f"{path}: expected the raw weights 'model', found only {', '.join(map(str, content))}")
+        content = content[chosen]
     elif not ema:
         raise DitlabError(f"{path}: expected raw weights beside averaged ones, found one set of weights only")
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise DitlabError(f"{path}: expected a state dict of tensors, found {type(found).__name__}")
-    other = next((key for key in found if not isinstance(key, str)), None)
+    if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
+        raise DitlabError(f"{path}: expected a state dict of tensors, found {type(content).__name__}")
+    other = next((key for key in content if not isinstance(key, str)), None)
     if other is not None:
         raise DitlabError(f"{path}: expected a state dict with names as keys, found the key {other!r:.50}")
-    return found, args
+    return content, args
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a whole `.safetensors` file says beside its weights, where we wrote it."""
+    """Returns the settings in a `.safetensors` file that ditlab wrote; empty in others."""
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(_ARGS, "{}")
     try:
-        found = json.loads(text)
+        settings = json.loads(text)
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
+        settings = None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _unpickle(path: Path) -> Any:
-    """What a pickle of tensors holds; code in it is never run."""
+    """Loads a pickle of tensors; code in it is never executed."""
     with path.open("rb") as file:
         start = file.read(2)
     if start not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise DitlabError(f"{path}: expected a checkpoint, found a file of another kind")
     try:
-        # The restricted unpickler warns of a newer protocol, which it then reads or refuses all the same.
+        # The restricted unpickler warns of a newer protocol, but reads or refuses it correctly.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -98,9 +98,8 @@ def _unpickle(path: Path) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run '{named[1]}' when it is opened" if named else "it holds more than tensors"
         raise DitlabError(
-            f"{path}: {what}, which could be any code, so it is not opened; if you trust who made it, load it on a "
-            "machine that has nothing to lose, save its tensors there with safetensors.torch.save_file, and give "
-            "ditlab that .safetensors file"
+            f"{path}: {what}, which could be any code, so it is not opened; if you trust its author, load it on an "
+            "isolated machine, save its tensors with safetensors.torch.save_file, and open that .safetensors file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         first = (str(error).strip() or "it ends too early").splitlines()[0]
@@ -108,16 +107,17 @@ def _unpickle(path: Path) -> Any:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], pickled: Any) -> None:
-    """Writes weights under their original names, whole or not at all.
+    """Writes weights by their original names to a file, which is complete or does not appear.
 
     Args:
-        path: a file that does not exist yet.
-        state: the weights, for a `.safetensors` file.
-        args: what their shapes do not tell, JSON values; for a `.safetensors` file.
-        pickled: what any other file holds: what the original code opens, of kinds that the restricted unpickler makes.
+        path: a file that does not exist.
+        state: the weights in a `.safetensors` file.
+        args: settings that the shapes do not determine, JSON values; in a `.safetensors` file.
+        pickled: the content of any other file: what the original code opens, of types that the restricted unpickler
+            supports.
 
     Raises:
-        DitlabError: the file exists already, or cannot be written.
+        DitlabError: the file exists, or cannot be written.
     """
     if path.exists():
         raise DitlabError(f"{path}: expected a new file, found something there")
@@ -142,38 +142,42 @@ def write_state(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]
         raise DitlabError(f"{path}: could not be written ({error}); nothing was kept") from None
 
 
-def filled(network: N, state: Mapping[str, Tensor], names: Mapping[str, str | None], where: str) -> N:
-    """The network with these weights.
+def load_weights(network: N, state: Mapping[str, Tensor], names: Mapping[str, str | None], where: str) -> N:
+    """Loads weights into a network and returns it.
 
     Args:
-        network: ours.
+        network: a network of ditlab.
         state: the weights by their original names, in our layout.
-        names: our name of each of them that is to be read; None where there is none.
+        names: original name -> our name, for each weight to read; None if there is none.
         where: named in errors.
 
     Raises:
-        DitlabError: for a name without a counterpart, a missing one, or another shape.
+        DitlabError: for a name without a counterpart, a missing parameter, or another shape.
     """
-    wanted = network.state_dict()
-    found: dict[str, Tensor] = {}
+    expected = network.state_dict()
+    weights: dict[str, Tensor] = {}
     for key, name in names.items():
-        if name is None or name not in wanted:
+        if name is None or name not in expected:
             raise DitlabError(f"{where}: '{key}' has no counterpart in this network")
-        if wanted[name].shape != state[key].shape:
+        if expected[name].shape != state[key].shape:
             raise DitlabError(
-                f"{where}: '{key}' has shape {tuple(state[key].shape)}, expected {tuple(wanted[name].shape)}"
+                f"{where}: expected '{key}' with the shape {tuple(expected[name].shape)}, found "
+                f"{tuple(state[key].shape)}"
             )
-        found[name] = state[key]
-    missing = sorted(wanted.keys() - found.keys())
+        weights[name] = state[key]
+    missing = sorted(expected.keys() - weights.keys())
     if missing:
         raise DitlabError(f"{where}: {len(missing)} parameters are missing, the first '{missing[0]}'")
-    network.load_state_dict(found)
+    network.load_state_dict(weights)
     return network
 
 
-def whole(args: Mapping[str, Any], name: str, where: str) -> int | None:
-    """A whole number among the settings; None where it is not there."""
-    found = args.get(name)
-    if found is not None and type(found) is not int:
-        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {found!r:.50}")
-    return found
+def int_arg(args: Mapping[str, Any], name: str, where: str) -> int | None:
+    """Returns a whole number from the settings; None if it is missing."""
+    value = args.get(name)
+    if value is not None and type(value) is not int:
+        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {value!r:.50}")
+    return value
+
+
+__all__ = ["SUFFIXES", "int_arg", "load_weights", "read_state", "write_state"]

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditlab.config import SplitRecord
 from ditlab.data.autoencoder import Autoencoder, Identity
@@ -31,6 +31,9 @@ from ditlab.errors import Incompatible, NotFound
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
+
+if TYPE_CHECKING:
+    from ditlab.sampling.samples import Samples
 
 __all__ = ["Model", "hash_of_weights"]
 
@@ -94,6 +97,44 @@ class Model:
         self._sampler, self._autoencoder = sampler, autoencoder
         digest = hash_of_weights(denoiser)
         self.path = Path(out) if out is not None else RESULTS / (f"{name}-{digest[:8]}" if digest else name)
+
+    @staticmethod
+    def from_diffusers(
+        module: nn.Module,
+        scheduler: Any,
+        images: ImageSet | str | Path | None = None,
+        *,
+        n: int | None = None,
+        test: int = 300,
+        seed: int = 0,
+        own_split: bool = False,
+        name: str = "diffusers",
+        out: str | Path | None = None,
+    ) -> Model:
+        """Makes a model of a network and a scheduler of the diffusers library that are in memory.
+
+        Args:
+            module: a `UNet2DModel` or a `DiTTransformer2DModel`; it is put in evaluation mode.
+            scheduler: a scheduler of a discrete VP process.
+            images: the image set, or its folder; None for a model that only samples.
+            n: number of training images; all but the test images where None.
+            test: number of test images.
+            seed: of the split.
+            own_split: whether the network was trained on exactly these training images.
+            name: what results call it.
+            out: the folder for results; `external/NAME-DIGEST` in the current folder where None.
+
+        Raises:
+            DitlabError: diffusers is not installed, or module or scheduler is of another kind.
+        """
+        from ditlab.interop.diffusers_models import import_diffusers
+        from ditlab.models.external import ExternalModel, only_averaged
+
+        split = SplitConfig(n, test, seed, own_split)
+        imported = import_diffusers(module, scheduler, name)
+        return ExternalModel(
+            only_averaged(lambda: imported), None if out is None else Path(out), data=images, split=split
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, results in {str(self.path)!r})"
@@ -236,7 +277,8 @@ class Model:
         denoiser = self.source_denoiser
         if denoiser.module is not None:
             denoiser.module.to(device)
-            denoiser.device = torch.device(device)
+            if not isinstance(getattr(type(denoiser), "device", None), property):  # else it follows the weights
+                denoiser.device = torch.device(device)
         self.device = denoiser.device
         return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
 
@@ -250,6 +292,23 @@ class Model:
     ) -> Denoiser:
         """Returns the denoiser alone; arguments as for `denoiser_and_provenance`."""
         return self.denoiser_and_provenance(step=step, ema=ema, device=device, reporter=reporter)[0]
+
+    def sample(self, **settings: Any) -> Samples:
+        """Draws images, in memory or into a folder (`out`), where the same call resumes after a kill.
+
+        Args:
+            settings: those of `ditlab.sampling.samples.sample_model`: seeds, sampler, steps, classes, out, ...
+
+        Example:
+            >>> samples = ditlab.open("runs/global").sample(seeds=range(64))  # doctest: +SKIP
+            >>> samples.save("samples")  # doctest: +SKIP
+
+        Raises:
+            DitlabError: anything that cannot be drawn or written.
+        """
+        from ditlab.sampling.samples import sample_model
+
+        return sample_model(self, **settings)  # pyright: ignore[reportArgumentType]  # cached properties of Self
 
     @property
     def log(self) -> list[dict[str, Any]]:

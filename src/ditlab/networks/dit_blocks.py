@@ -178,14 +178,4 @@ class FinalLayer(nn.Module):
         return self.out(x)
 
 
-__all__ = [
-    "BLOCKS",
-    "AdaLNBlock",
-    "AdaLNZeroBlock",
-    "Block",
-    "BlockKind",
-    "CrossAttentionBlock",
-    "FinalLayer",
-    "InContextBlock",
-    "is_modulated",
-]
+__all__ = ["BLOCKS", "Block", "BlockKind", "FinalLayer", "is_modulated"]

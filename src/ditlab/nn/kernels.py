@@ -279,13 +279,4 @@ def _check_name(name: str) -> None:
         raise unknown_name("attention kernel", name, get_args(Kernel))
 
 
-__all__ = [
-    "Kernel",
-    "TileSettings",
-    "attention",
-    "attention_kernel",
-    "attention_weights",
-    "math_attention",
-    "packed_tiles",
-    "sdpa_attention",
-]
+__all__ = ["Kernel", "TileSettings", "attention", "attention_kernel", "attention_weights", "packed_tiles"]

@@ -415,15 +415,4 @@ def _gradients(ctx, grad, _):
 tiled_attention.register_autograd(_gradients, setup_context=_setup)
 
 
-__all__ = [
-    "Engine",
-    "Tile",
-    "TilePass",
-    "compute_tiles",
-    "empty_results",
-    "empty_tokens",
-    "make_tiles",
-    "tiled_attention",
-    "tiled_attention_backward",
-    "write_gradients",
-]
+__all__ = ["Engine", "Tile", "TilePass", "compute_tiles", "make_tiles", "tiled_attention", "write_gradients"]

@@ -55,7 +55,7 @@ class Scale:
     """Analysis -> its settings, where they differ from the defaults."""
 
     def stored_settings(self, name: str) -> dict[str, Any]:
-        """Returns all settings of an analysis under their names in files, but for those that do not change its result."""
+        """Returns the settings of an analysis under their names in files, without those that do not change a result."""
         config = analysis(name).Config(**self.measured.get(name, {}))
         return {key: value for key, value in stored_config(config).items() if key not in _NOT_STORED}
 

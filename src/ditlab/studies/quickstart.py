@@ -140,15 +140,16 @@ def run_quickstart(
     trained = time.monotonic() - begun
     reporter.note("measuring the PSNR gap and writing the report")
     runs = [out / "runs" / job.name for job in jobs]
+    foreword = (
+        f"Two small diffusion transformers were trained on the same {config.n} images of {side} pixels for "
+        f"{config.steps:,} steps. In one, tokens attend to all others; in the other, to their 3x3 neighbourhood in every "
+        "layer."
+    )
     report = write_report(
         open_models(runs, images, names=kinds, device=place, reporter=reporter),
         out / "report.html",
         title="Global and local attention on the same photographs",
-        foreword=[
-            f"Two small diffusion transformers were trained on the same {config.n} images of {side} pixels for "
-            f"{config.steps:,} steps. In one, tokens attend to all others; in the other, to their 3x3 neighbourhood in "
-            "every layer."
-        ],
+        foreword=[foreword],
         commands=[("everything on this page", command)] if command else [],
         reporter=reporter,
     )

@@ -25,7 +25,7 @@ from ditlab.errors import Damaged, DitlabError, Incompatible
 from ditlab.metrics.paired import PairedDifference, paired_difference
 from ditlab.provenance import Provenance
 from ditlab.studies.grid import Plan
-from ditlab.studies.store import TrialStatus, Store
+from ditlab.studies.store import Store, TrialStatus
 
 FULL = "full measurement of the gap"
 """The comparison of finished runs by psnr-gap.json."""
@@ -148,7 +148,7 @@ class Facet:
         return contrasts
 
     def trend(self, label: str, few: int, many: int) -> PairedDifference | None:
-        """Returns the gap at a larger N minus that at a smaller one, over the seeds of both; None without common seeds."""
+        """Returns the gap at a larger N minus that at a smaller one, over common seeds; None if there are none."""
         if self.comparison is None:
             return None
         groups = [self.comparison.group(label, n) for n in (few, many)]

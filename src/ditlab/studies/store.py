@@ -23,9 +23,9 @@ from ditlab.config import to_json
 from ditlab.errors import Damaged, DitlabError, Incompatible
 from ditlab.files import read_json, write_json
 from ditlab.models.run import Run
-from ditlab.studies.trial import Trial, trial_hash
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import ResourceUse
+from ditlab.studies.trial import Trial, trial_hash
 
 __all__ = ["State", "Store", "TrialStatus", "measured_alike"]
 
@@ -168,7 +168,7 @@ class Store:
         return self.root / "runs" / f"{name}.failed.json"
 
     def record_failure(self, name: str) -> dict[str, Any] | None:
-        """Returns why a trial failed when it was last tried, and the command that repeats it; None if it did not fail."""
+        """Returns why a trial failed when it was last tried, and what repeats it; None if it did not fail."""
         try:
             return read_json(self._failure(name), "study-failure", 1)
         except DitlabError:

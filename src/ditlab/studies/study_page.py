@@ -353,7 +353,7 @@ class StudyPage:
             tables=attention_tables(comparison),
             notes=list(dict.fromkeys(note for result in results for note in result.notes)),
             pictures=pictures,
-            data={f"locality{tail}.json": comparison.to_json(), **data},
+            data={f"locality{tail}.json": comparison.to_json(), f"attention{tail}.json": records},
         )
 
     def _claims(self, paper: Published) -> Section:
@@ -451,8 +451,8 @@ def _instruments(facet: Facet) -> str:
     return (
         f"The full measurement takes up to {here['psnr-gap.images']:,} images of each side at {levels} noise levels, "
         f"after training. Along training, up to {here['evaluation.images']:,} images of each side are measured at "
-        f"{here['evaluation.levels']} noise levels. So differences of the full measurement cannot be compared with those "
-        "along training."
+        f"{here['evaluation.levels']} noise levels. So differences of the full measurement cannot be compared with "
+        "those along training."
     )
 
 

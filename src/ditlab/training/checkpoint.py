@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError, Incompatible, NotFound
 from ditlab.files import atomic_folder
 from ditlab.training.log import LogLength
 from ditlab.training.sharding import like_placement
@@ -75,16 +75,16 @@ class Manifest:
         """Compares every file with its recorded size and SHA-256.
 
         Raises:
-            DitlabError: naming the first file that is missing or differs.
+            Damaged: naming the first file that is missing or differs.
         """
         for name, (size, sha256) in self.files.items():
             file = self.path / name
             if not file.is_file():
-                raise DitlabError(f"{file}: expected {size} bytes, found nothing")
+                raise Damaged(f"{file}: expected {size} bytes, found nothing")
             if file.stat().st_size != size:
-                raise DitlabError(f"{file}: expected {size} bytes, found {file.stat().st_size} (truncated?)")
+                raise Damaged(f"{file}: expected {size} bytes, found {file.stat().st_size} (truncated?)")
             if _digest(file) != sha256:
-                raise DitlabError(f"{file}: its SHA-256 is not the recorded one; the file was changed or damaged")
+                raise Damaged(f"{file}: its SHA-256 is not the recorded one; the file was changed or damaged")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a file that `write_tensors` wrote.
 
     Raises:
-        DitlabError: for a file that is missing or is not a whole safetensors file (a pickle is never opened).
+        NotFound: there is no such file.
+        Damaged: it is not a whole safetensors file (a pickle is never opened).
     """
     if not path.is_file():
-        raise DitlabError(f"{path}: expected a safetensors file, found nothing")
+        raise NotFound(f"{path}: expected a safetensors file, found nothing")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -141,10 +142,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(4)
         if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise DitlabError(
+            raise Damaged(
                 f"{path}: expected a safetensors file, found a pickle, which could run code and is not opened"
             ) from None
-        raise DitlabError(f"{path}: expected a whole safetensors file, found a damaged one ({error})") from None
+        raise Damaged(f"{path}: expected a whole safetensors file, found a damaged one ({error})") from None
     for name, note in notes.items():
         if note.startswith(_ALIAS):
             tensors[name] = tensors[note.removeprefix(_ALIAS)]
@@ -250,7 +251,8 @@ class CheckpointStore:
         """Reads the checkpoint of a step and verifies every file.
 
         Raises:
-            DitlabError: naming the file, what was expected and what was found.
+            Damaged: naming the file, what was expected and what was found.
+            Incompatible: it is of a newer layout.
         """
         path = self.path(step)
         manifest = read_manifest(path)
@@ -273,7 +275,7 @@ class CheckpointStore:
             note: called with one sentence for each damaged checkpoint that is passed over.
 
         Raises:
-            DitlabError: when there are checkpoints and none is whole.
+            Damaged: there are checkpoints and none can be used.
         """
         problems: list[str] = []
         for step in reversed(self.steps()):
@@ -287,7 +289,7 @@ class CheckpointStore:
                     note(f"{problem}; going back to the checkpoint of step {step}")
             return checkpoint
         if problems:
-            raise DitlabError(f"no whole checkpoint is left: {problems[0]}")
+            raise Damaged(f"no whole checkpoint is left: {problems[0]}")
         return None
 
 
@@ -320,7 +322,8 @@ def read_manifest(path: Path) -> Manifest:
         path: the checkpoint's folder, whose name is the step.
 
     Raises:
-        DitlabError: where it is missing or damaged, of a newer layout, or of another step than the folder's name says.
+        Damaged: it is missing or damaged, or of another step than the folder's name says.
+        Incompatible: it is of a newer layout.
     """
     file = path / "manifest.json"
     if file.is_file():
@@ -329,30 +332,30 @@ def read_manifest(path: Path) -> Manifest:
             record = json.loads(content)
             version = int(record["format"])
         except (ValueError, KeyError, TypeError):
-            raise DitlabError(f"{file}: expected a checkpoint's manifest as JSON, found something else") from None
+            raise Damaged(f"{file}: expected a checkpoint's manifest as JSON, found something else") from None
         _check_format(file, version)
         if _sealed({key: value for key, value in record.items() if key != "sha256"}).encode() != content:
-            raise DitlabError(f"{file}: its SHA-256 is not the one at its end; the file was changed or damaged")
+            raise Damaged(f"{file}: its SHA-256 is not the one at its end; the file was changed or damaged")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
         manifest = Manifest(path, record["step"], files, None if record["log"] is None else LogLength(**record["log"]))
     else:
         file = path / "state.json"
         manifest = _read_format_1(path)
     if not path.name.isdecimal() or manifest.step != int(path.name):
-        raise DitlabError(f"{file}: expected the step that the folder is named after, found {manifest.step}")
+        raise Damaged(f"{file}: expected the step that the folder is named after, found {manifest.step}")
     return manifest
 
 
 def _read_format_1(path: Path) -> Manifest:
     state = read_state(path)
     if state["format"] != 1:
-        raise DitlabError(f"{path / 'manifest.json'}: expected a checkpoint's manifest, found nothing")
+        raise Damaged(f"{path / 'manifest.json'}: expected a checkpoint's manifest, found nothing")
     try:
         files = {name: (state["files"][name]["bytes"], state["files"][name]["sha256"]) for name in _TENSOR_FILES}
         for key in _FORMAT_1_KEYS:
             state[key]
     except (KeyError, TypeError) as error:
-        raise DitlabError(f"{path / 'state.json'}: expected a checkpoint's state, found one without {error}") from None
+        raise Damaged(f"{path / 'state.json'}: expected a checkpoint's state, found one without {error}") from None
     return Manifest(path, state["step"], files, None)
 
 
@@ -360,7 +363,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """Returns the JSON values of a checkpoint's `state.json`.
 
     Raises:
-        DitlabError: where it is missing, not JSON, or of a newer layout.
+        Damaged: it is missing or not JSON.
+        Incompatible: it is of a newer layout.
     """
     file = path / "state.json"
     try:
@@ -368,16 +372,16 @@ def read_state(path: Path) -> dict[str, Any]:
         version = int(record["format"])
         dict(record["optimizer"])
     except FileNotFoundError:
-        raise DitlabError(f"{file}: expected a checkpoint's state, found nothing") from None
+        raise Damaged(f"{file}: expected a checkpoint's state, found nothing") from None
     except (ValueError, KeyError, TypeError):
-        raise DitlabError(f"{file}: expected a checkpoint's state as JSON, found something else") from None
+        raise Damaged(f"{file}: expected a checkpoint's state as JSON, found something else") from None
     _check_format(file, version)
     return record
 
 
 def _check_format(file: Path, version: int) -> None:
     if version > FORMAT:
-        raise DitlabError(
+        raise Incompatible(
             f"{file}: the checkpoint's format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it"
         )
 
@@ -386,20 +390,20 @@ def load_network(network: nn.Module, tensors: Mapping[str, Tensor], where: Path)
     """Loads weights into a network after comparing names and shapes.
 
     Raises:
-        DitlabError: for the weights of another network, naming the first name or shape that differs.
+        Incompatible: for the weights of another network, naming the first name or shape that differs.
     """
     expected = network.state_dict()
     for name, value in expected.items():
         if name not in tensors:
-            raise DitlabError(f"{where}: expected weights '{name}', found none; are these another network's weights?")
+            raise Incompatible(f"{where}: expected weights '{name}', found none; are these another network's weights?")
         if tensors[name].shape != value.shape:
-            raise DitlabError(
+            raise Incompatible(
                 f"{where}: '{name}' has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}; "
                 "are these another network's weights?"
             )
     surplus = sorted(tensors.keys() - expected.keys())
     if surplus:
-        raise DitlabError(f"{where}: '{surplus[0]}' belongs to another network; this one has no such weights")
+        raise Incompatible(f"{where}: '{surplus[0]}' belongs to another network; this one has no such weights")
     network.load_state_dict({name: like_placement(tensors[name], value) for name, value in expected.items()})
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.errors import DitlabError
+from ditlab.errors import InvalidConfig
 
 __all__ = ["TrainingConfig"]
 
@@ -57,26 +57,28 @@ class TrainingConfig:
     """Checkpoints at multiples of this many steps are never removed; 0 for none."""
 
     def __post_init__(self) -> None:
-        """Raises DitlabError for settings that cannot be trained with."""
+        """Raises InvalidConfig for settings that cannot be trained with."""
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
-                raise DitlabError(f"training: {name} must be at least 1, found {getattr(self, name)}")
+                raise InvalidConfig(f"training: {name} must be at least 1, found {getattr(self, name)}")
         for name in ("eval_every", "keep_every", "weight_decay", "lr_halve_every"):
             if getattr(self, name) < 0:
-                raise DitlabError(f"training: {name} must not be negative, found {getattr(self, name)}")
+                raise InvalidConfig(f"training: {name} must not be negative, found {getattr(self, name)}")
         if self.keep < 1:
-            raise DitlabError(f"training: keep must be at least 1 (the last checkpoint is the run), found {self.keep}")
+            raise InvalidConfig(
+                f"training: keep must be at least 1 (the last checkpoint is the run), found {self.keep}"
+            )
         if not 0 < self.lr < math.inf:
-            raise DitlabError(f"training: lr must be positive, found {self.lr}")
+            raise InvalidConfig(f"training: lr must be positive, found {self.lr}")
         if self.lr_halve_every and self.lr_anneal:
-            raise DitlabError(
+            raise InvalidConfig(
                 f"training: expected lr_halve_every 0 or no lr_anneal, found lr_halve_every {self.lr_halve_every} and "
                 "lr_anneal"
             )
         if not 0 <= self.ema < 1:
-            raise DitlabError(f"training: ema must be in [0, 1), found {self.ema}")
+            raise InvalidConfig(f"training: ema must be in [0, 1), found {self.ema}")
         if self.batch_size % self.accumulate:
-            raise DitlabError(
+            raise InvalidConfig(
                 f"training: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
             )
 

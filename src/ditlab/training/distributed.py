@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, InvalidConfig, NotFound
 
 __all__ = ["DistributedContext", "init_distributed", "no_sync", "pick_device", "replicate"]
 
@@ -111,17 +111,18 @@ def pick_device(name: str | None) -> torch.device:
     """Returns the named device; without a name CUDA where there is one, else the CPU.
 
     Raises:
-        DitlabError: where the named device does not exist here.
+        InvalidConfig: it is no device's name.
+        NotFound: the named device does not exist here.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DitlabError(f"device: expected 'cpu', 'cuda' or 'cuda:N', found '{name}'") from None
+        raise InvalidConfig(f"`device`: expected 'cpu', 'cuda' or 'cuda:N', found '{name}'") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DitlabError(
-            f"device: expected one of the {torch.cuda.device_count()} CUDA devices of this machine, found '{name}'"
+        raise NotFound(
+            f"`device`: expected one of the {torch.cuda.device_count()} CUDA devices of this machine, found '{name}'"
         )
     return device
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError
 
 __all__ = ["LogLength", "TrainingLog", "read_log"]
 
@@ -29,7 +29,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a log; a last line that a kill cut off is left out.
 
     Raises:
-        DitlabError: for a line before the last that is not a JSON object with a step.
+        Damaged: for a line before the last that is not a JSON object with a step.
     """
     if not path.is_file():
         return []
@@ -41,7 +41,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             records.append(record)
         elif number < len(lines):
             start = line[:40].decode(errors="replace")
-            raise DitlabError(f"{path}, line {number}: expected a JSON object with a step, found '{start}'")
+            raise Damaged(f"{path}, line {number}: expected a JSON object with a step, found '{start}'")
     return records
 
 

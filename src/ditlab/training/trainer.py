@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Interrupted, Reporter, StopFlag
 from ditlab.rng import key
 from ditlab.training.batches import Batch, Batches, Images, Objective
@@ -57,9 +57,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def check_batch(config: TrainingConfig, context: DistributedContext) -> None:
-    """Raises DitlabError unless a step's batch can be cut into equal parts for all processes and micro-batches."""
+    """Raises InvalidConfig unless a step's batch can be cut into equal parts for all processes and micro-batches."""
     if config.batch_size % (config.accumulate * context.world):
-        raise DitlabError(
+        raise InvalidConfig(
             f"training: batch_size {config.batch_size} must be a multiple of accumulate x processes = "
             f"{config.accumulate * context.world}"
         )
@@ -109,12 +109,12 @@ class Trainer:
                 part of the config.
 
         Raises:
-            DitlabError: the batch cannot be shared by all processes, or `minutes` is not positive.
+            InvalidConfig: the batch cannot be shared by all processes, or `minutes` is not positive.
         """
         self.context = context or DistributedContext(0, 1, torch.device("cpu"))
         check_batch(config, self.context)
         if minutes is not None and not minutes > 0:
-            raise DitlabError(f"minutes: expected a positive number, found {minutes}")
+            raise InvalidConfig(f"`minutes`: expected a positive number, found {minutes}")
         self.network, self.objective, self.images, self.train_indices = network, objective, images, train_indices
         self.config, self.checkpoints, self.log = config, checkpoints, log
         self.measure, self.title = measure, title
@@ -177,7 +177,7 @@ class Trainer:
         """Loads the newest whole checkpoint, if there is one, and cuts the log back to it.
 
         Raises:
-            DitlabError: there are checkpoints and none can be used.
+            DitlabError: there are checkpoints and none is whole, or they are another network's.
         """
         checkpoint = self.checkpoints.newest(self.reporter.note)
         if checkpoint is not None:
@@ -201,7 +201,7 @@ class Trainer:
         except DitlabError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DitlabError(
+            raise Damaged(
                 f"{checkpoint.path / 'state.json'}: expected the state of a training run, found another ({error!r})"
             ) from None
         self.step = checkpoint.step

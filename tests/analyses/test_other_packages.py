@@ -1,0 +1,133 @@
+"""Packages of others add analyses by the entry-point group `ditlab.analyses`: help, verb, JSON, cache, section."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOM = '''
+"""How bright are a model's training images?"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ditlab.analyses.base import Analysis
+from ditlab.files import read_json, write_json
+from ditlab.provenance import Provenance
+
+
+@dataclass(frozen=True)
+class BrightnessConfig:
+    images: int = 10
+    """How many of the first training images."""
+
+
+@dataclass(frozen=True)
+class BrightnessResult:
+    about: Provenance
+    config: BrightnessConfig
+    mean: float
+    kind: ClassVar[str] = "brightness"
+    version: ClassVar[int] = 1
+
+    def to_json(self):
+        return {"kind": self.kind, "version": self.version, **asdict(self)}
+
+    def save(self, folder, name):
+        return write_json(Path(folder) / f"{name}.json", self.to_json())
+
+    @classmethod
+    def load(cls, path):
+        record = read_json(path, cls.kind, cls.version)
+        return cls(Provenance(**record["about"]), BrightnessConfig(**record["config"]), record["mean"])
+
+
+class Brightness(Analysis[BrightnessConfig, object]):
+    """Measures the mean of a model's training images."""
+
+    name = "brightness"
+    question = "How bright are the training images?"
+    Config = BrightnessConfig
+    Result = "toy_brightness:BrightnessResult"
+    report = "measure"
+
+    def measure(self, models, config, options, reporter=None):
+        def one(opened):
+            images, _ = opened.model.batch("train", config.images)
+            return BrightnessResult(opened.provenance, config, float(images.mean()))
+
+        return [self.cached(opened, config, lambda opened=opened: one(opened)) for opened in models.open()]
+
+    def compare(self, results):
+        return list(results)
+
+    def sentences(self, comparison):
+        return [f"{r.about.name} has a mean of {r.mean:.3f}." for r in comparison.results]
+
+    def tables(self, comparison):
+        from ditlab.pages.page import Table
+
+        return [Table(("model", "mean"), [(r.about.name, r.mean) for r in comparison.results])]
+
+    def to_json(self, comparison):
+        return {"means": [r.mean for r in comparison.results]}
+'''
+
+
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """A folder with the toy package, installed by pip from a wheel."""
+    wheel, site = tmp_path / "toy_brightness-1.0-py3-none-any.whl", tmp_path / "site"
+    info = "toy_brightness-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("toy_brightness.py", ROOM)
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: toy-brightness\nVersion: 1.0\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{info}/entry_points.txt", "[ditlab.analyses]\nbrightness = toy_brightness:Brightness\n")
+        file.writestr(f"{info}/RECORD", "")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True, capture_output=True, timeout=120)
+    return site
+
+
+@pytest.mark.slow
+def test_an_analysis_of_another_package(installed, tmp_path):
+    paths = [str(installed), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    def ditlab(*words: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ditlab", *map(str, words)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "brightness" in ditlab("--help")
+    assert "How many of the first training images." in " ".join(ditlab("brightness", "--help").split())
+    ditlab("data", "prepare", "photos", "sets/photos", "--size", 8)
+    train = ("train", "dit-nano/2", "--data", "sets/photos", "--n", 20, "--test", 20, "--training.steps", 2)
+    ditlab(*train, "--out", "runs/a")
+    found = json.loads(ditlab("brightness", "runs/a", "--images", 5, "--json"))
+    (mean,) = found["means"]
+    record = json.loads((tmp_path / "runs/a/analysis/brightness.json").read_text())
+    assert record["mean"] == mean
+    assert record["config"] == {"images": 5}
+    ditlab("report", "runs/a", "--samples", 0)
+    page = (tmp_path / "runs/a/report.html").read_text()
+    assert 'id="brightness"' in page
+    assert "How bright are the training images?" in page
+    assert "a has a mean of" in page
