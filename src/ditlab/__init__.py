@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         open,
         prepare,
         psnr_gap,
+        quickstart,
         sample,
+        study,
         train,
         two_subsets,
     )
@@ -46,7 +48,9 @@ __all__ = [
     "open",
     "prepare",
     "psnr_gap",
+    "quickstart",
     "sample",
+    "study",
     "train",
     "two_subsets",
 ]

@@ -1,22 +1,22 @@
-"""A cell's hash is a promise: results that were committed must be found again."""
+"""A trial's hash is a promise: results that were committed must be found again."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ditlab.cli.train import Train
-from ditlab.config import fit_to_images
+from ditlab.config import RunConfig, fit_to_images, from_json
 from ditlab.data.imageset import ImageSet
 from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.presets import PRESETS
-from ditlab.studies import cells
+from ditlab.studies import trial as trials
 from ditlab.studies.an2024 import STUDIES
-from ditlab.studies.trial import Trial, trial_config, trial_hash, train_words
-from ditlab.studies.grid import SCALES
+from ditlab.studies.pipeline import train_job
+from ditlab.studies.trial import Trial, trial_config, trial_hash
 
 IMAGES = "0123456789abcdef" * 4
 
@@ -27,7 +27,7 @@ def digits(tmp_path_factory) -> ImageSet:
 
 
 def test_hashes_of_fixed_settings_never_change():
-    """If this fails because a setting was added, name it in `cells.ADDED_DEFAULTS` with the value that means "as before"."""
+    """If this fails because a setting was added, name it in `trial.ADDED_DEFAULTS` with the value that gives the earlier behaviour."""
     assert trial_hash(PRESETS["dit-xs/1"], IMAGES) == "e84658159ab437dc"
     edm = PRESETS["dit-nano/2-edm"]
     assert trial_hash(replace(edm, training=replace(edm.training, steps=7, lr=0.25)), IMAGES) == "f429bf0a682864f6"
@@ -57,35 +57,29 @@ def test_what_a_hash_covers():
 
 def test_a_setting_added_later_counts_only_where_it_differs(monkeypatch):
     base = PRESETS["dit-nano/1"]
-    monkeypatch.setattr(cells, "ADDED_DEFAULTS", {"training.lr": base.training.lr})
+    monkeypatch.setattr(trials, "ADDED_DEFAULTS", {"training.lr": base.training.lr})
     before = trial_hash(base, IMAGES)
-    assert "training.lr" not in cells.canonical(base, IMAGES)["settings"]
+    assert "training.lr" not in trials.hashed_settings(base, IMAGES)["settings"]
     assert trial_hash(replace(base, training=replace(base.training, lr=0.5)), IMAGES) != before
-    assert "training.lr" in cells.canonical(replace(base, training=replace(base.training, lr=0.5)), IMAGES)["settings"]
+    assert (
+        "training.lr"
+        in trials.hashed_settings(replace(base, training=replace(base.training, lr=0.5)), IMAGES)["settings"]
+    )
 
 
 @pytest.mark.parametrize("study", STUDIES)
-@pytest.mark.parametrize("scale", SCALES)
-def test_flags_of_train_give_the_cell(study, scale, digits):
-    """`ditlab train` with a cell's flags resolves to the cell's settings, to the hash."""
-    found = STUDIES[study].scale(scale)
-    for network, own in found.networks.items():
-        for plan in found.attention.values():
-            settings = {**found.settings, **own, "training.flip": True, "training.betas": [0.8, 0.9]}
-            if max(plan_windows(plan)) > 8:
-                continue  # the paper's windows do not fit these small images
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_a_trials_job_gives_its_settings(study, scale, digits, tmp_path):
+    """What a worker reads from the JSON of a trial are the trial's settings, to the hash."""
+    chosen = STUDIES[study].scale(scale)
+    for network, own in chosen.networks.items():
+        for plan in chosen.attention.values():
+            settings = {**chosen.settings, **own, "training.flip": True, "training.betas": [0.8, 0.9]}
             config = trial_config(network, settings, digits, attention=plan, n=10, seed=2)
-            words = [*train_words(config), "--data", str(digits.path), "--out", "x"]
-            parsed = Train.parse(words[1:]).settings(digits.shape, digits.num_classes)
-            assert trial_hash(parsed, digits.hash) == trial_hash(config, digits.hash)
-            assert parsed == config
-
-
-def plan_windows(plan: str) -> list[int]:
-    from ditlab.nn.attention_plan import parse_plan
-
-    depth = 12 if plan == "local" else sum(int(e.partition("*")[2] or 1) for e in plan.split(",")) if "," in plan else 1
-    return [getattr(pattern, "size", 0) for pattern in parse_plan(plan, depth)]
+            job = train_job(config, digits, tmp_path / "run", device="cpu", threads=1, command="")
+            read = from_json(RunConfig, json.loads(json.dumps(job))["config"], "job")
+            assert read == config
+            assert trial_hash(read, digits.hash) == trial_hash(config, digits.hash)
 
 
 def test_settings_come_from_the_preset_the_changes_and_the_images(digits):
@@ -96,7 +90,7 @@ def test_settings_come_from_the_preset_the_changes_and_the_images(digits):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"training.learning_rate": 1}, "unknown study setting 'training.learning_rate' (nearest: "),
         ({"training": 1}, "unknown study setting 'training' (nearest: "),
@@ -108,17 +102,17 @@ def test_settings_come_from_the_preset_the_changes_and_the_images(digits):
         ({"network.depth": 3}, "study settings on dit-nano/1: attention plan '3,g': expected one entry for each of 3"),
     ],
 )
-def test_settings_that_cannot_be(digits, settings, said):
+def test_settings_that_cannot_be(digits, settings, message):
     with pytest.raises(DitlabError) as error:
         trial_config("dit-nano/1", {"network.depth": 2, **settings}, digits, attention="3,g", n=10, seed=0)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
-def test_a_cells_name_and_place(digits):
+def test_a_trials_name_and_place(digits):
     config = trial_config("dit-nano/1", {}, digits, attention="3*4", n=10, seed=1)
-    cell = Trial("ab", config, digits.hash, "digits", "dit-nano/1", "local", 10, 1)
-    assert cell.name == "digits dit-nano/1 local N=10 seed 1"
-    assert cell.place() == {
+    trial = Trial("ab", config, digits.hash, "digits", "dit-nano/1", "local", 10, 1)
+    assert trial.name == "digits dit-nano/1 local N=10 seed 1"
+    assert trial.place() == {
         "hash": "ab", "data": "digits", "network": "dit-nano/1", "attention": "local", "n": 10, "seed": 1
     }  # fmt: skip
     assert Path(digits.path).is_dir()

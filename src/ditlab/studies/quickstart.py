@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from ditlab.config import RunConfig
 from ditlab.data import ImageSet, is_source, prepare
-from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.errors import DitlabError
 from ditlab.models.comparing import open_models
 from ditlab.models.configuring import fit_run
 from ditlab.progress import SILENT, Reporter
 from ditlab.studies.pipeline import train_job, training_progress
+from ditlab.studies.quickstart_config import QuickstartConfig
 from ditlab.studies.runner import Job, Slot, Snapshot, Stage, run_jobs
 from ditlab.studies.trial import trial_config
 from ditlab.training.distributed import pick_device
@@ -26,57 +27,13 @@ from ditlab.training.distributed import pick_device
 if TYPE_CHECKING:
     from ditlab.reporting.report import ReportResult
 
-__all__ = ["PLANS", "QuickstartConfig", "QuickstartResult", "run_quickstart"]
+__all__ = ["PLANS", "QuickstartResult", "run_config", "run_quickstart"]
 
 PLANS = {"global attention": "global", "local attention": "3*4"}
 """Kind of network -> attention plan: every token sees every other, or its 3x3 neighbourhood in all four layers."""
 
 _POINTS = 20
 """Measurements and checkpoints during each run."""
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """What is trained, on what."""
-
-    n: int = 30
-    """Number of training images."""
-    size: int = 8
-    """Side of the images in pixels."""
-    preset: str = "dit-nano/1"
-    """The recipe of all runs."""
-    steps: int = 4000
-    """Training steps of each run."""
-    lr: float = 2e-3
-    """Learning rate: higher than usual, so that a short run memorizes visibly."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of split and training. Each trains both kinds of networks once; several give intervals."""
-    data: str = "photos"
-    """The images: photos (built in), or any other source or image set."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InvalidConfig(f"quickstart: expected different values of `seeds`, found {list(self.seeds)}")
-
-    def run_config(self, images: ImageSet, attention: str, seed: int, reporter: Reporter = SILENT) -> RunConfig:
-        """Returns the settings of one run.
-
-        Args:
-            images: the image set.
-            attention: the attention plan.
-            seed: of split and training.
-            reporter: told what follows from the images.
-        """
-        every = max(self.steps // _POINTS, 1)
-        settings = {
-            "training.steps": self.steps,
-            "training.lr": self.lr,
-            "training.eval_every": every,
-            "training.save_every": every,
-            "evaluation.images": 50,
-        }
-        config = trial_config(self.preset, settings, images, attention=attention, n=self.n, seed=seed)
-        return fit_run(config, images, reporter=reporter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +73,6 @@ def run_quickstart(
     Raises:
         DitlabError: images or settings that cannot be used, or a training that failed.
     """
-    from ditlab.reporting.report import write_report
-
     begun, place = time.monotonic(), pick_device(device)
     images = _images(config, out, reporter)
     side = f"{images.shape[1]}x{images.shape[2]}"
@@ -130,7 +85,7 @@ def run_quickstart(
         for kind, plan in PLANS.items():
             folder = out / "runs" / f"{kind.split()[0]}-seed{seed}"
             kinds.append(kind)
-            jobs.append(_job(config.run_config(images, plan, seed, reporter), images, folder, command))
+            jobs.append(_job(run_config(config, images, plan, seed, reporter), images, folder, command))
     cores = os.cpu_count() or 1
     parallel = min(len(jobs), cores) if place.type == "cpu" else 1
     slots = [Slot(max(cores // parallel, 1), str(place))] * parallel
@@ -139,11 +94,13 @@ def run_quickstart(
             raise DitlabError(f"training {outcome.name} failed: {outcome.reason}; to repeat it: {outcome.command}")
     trained = time.monotonic() - begun
     reporter.note("measuring the PSNR gap and writing the report")
+    from ditlab.reporting.report import write_report
+
     runs = [out / "runs" / job.name for job in jobs]
     foreword = (
         f"Two small diffusion transformers were trained on the same {config.n} images of {side} pixels for "
-        f"{config.steps:,} steps. In one, tokens attend to all others; in the other, to their 3x3 neighbourhood in every "
-        "layer."
+        f"{config.steps:,} steps. In one, tokens attend to all others; in the other, to their 3x3 neighbourhood in "
+        "every layer."
     )
     report = write_report(
         open_models(runs, images, names=kinds, device=place, reporter=reporter),
@@ -154,6 +111,30 @@ def run_quickstart(
         reporter=reporter,
     )
     return QuickstartResult(report, runs, time.monotonic() - begun, trained)
+
+
+def run_config(
+    config: QuickstartConfig, images: ImageSet, attention: str, seed: int, reporter: Reporter = SILENT
+) -> RunConfig:
+    """Returns the settings of one run.
+
+    Args:
+        config: of the quickstart.
+        images: the image set.
+        attention: the attention plan.
+        seed: of split and training.
+        reporter: told what follows from the images.
+    """
+    every = max(config.steps // _POINTS, 1)
+    settings = {
+        "training.steps": config.steps,
+        "training.lr": config.lr,
+        "training.eval_every": every,
+        "training.save_every": every,
+        "evaluation.images": 50,
+    }
+    chosen = trial_config(config.preset, settings, images, attention=attention, n=config.n, seed=seed)
+    return fit_run(chosen, images, reporter=reporter)
 
 
 def _images(config: QuickstartConfig, out: Path, reporter: Reporter) -> ImageSet:

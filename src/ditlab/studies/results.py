@@ -43,7 +43,7 @@ class TrialResults:
 
     place: Mapping[str, Any]
     """`Trial.place`."""
-    standing: TrialStatus
+    status: TrialStatus
     record: Mapping[str, Any] | None
     """cell.json."""
     psnr: PSNRResult | None
@@ -197,7 +197,7 @@ def _read(place: Mapping[str, Any], plan: Plan, store: Store) -> TrialResults:
     psnr, locality, trained = records.get("psnr-gap"), records.get("attention"), store.record(name, "cell")
     return TrialResults(
         place=place,
-        standing=store.status(name, plan),
+        status=store.status(name, plan),
         record=trained,
         psnr=None if psnr is None else _named(psnr_of_levels(psnr), place),
         psnr_record=psnr,

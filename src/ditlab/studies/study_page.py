@@ -342,9 +342,7 @@ class StudyPage:
                     "Means over layers, heads, noise levels and images. Small dots are seeds.",
                 ),
             )
-        data = {
-            f"attention{tail}.json": {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
-        }
+        records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
         differences = comparison.differences()  # a table has them if they are many
         return Section(
             f"locality{tail}",
