@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         open,
         prepare,
         psnr_gap,
+        quickstart,
         report,
         sample,
+        study,
         train,
         two_subsets,
     )
@@ -47,8 +49,10 @@ __all__ = [
     "open",
     "prepare",
     "psnr_gap",
+    "quickstart",
     "report",
     "sample",
+    "study",
     "train",
     "two_subsets",
 ]

@@ -69,6 +69,6 @@ def test_the_page_on_a_phone(smoke, opened, scheme):
 
 def test_the_page_of_fig4(smoke, opened):
     page = opened(smoke / "studies" / "an2024-fig4-smoke" / "report.html").page
-    assert "2 of 2 cells are on record" in page.locator("header").inner_text()
+    assert "2 of 2 trials are on record" in page.locator("header").inner_text()
     assert page.locator("#maps img").count() == 1
     assert page.locator("#published").count() == 0

@@ -57,7 +57,7 @@ def put(record: dict, names: str, value) -> None:
         ("psnr-gap none", "run none: expected a run's folder, found nothing"),
         ("report none", "run none: expected a run's folder, found nothing"),
         ("psnr-gap", "expected at least one run's folder, found none"),
-        ("quickstart --seeds 1 1", "quickstart --seeds: expected different seeds, found [1, 1]"),
+        ("quickstart --seeds 1 1", "expected different values of --seeds, found [1, 1]"),
         ("data prepare folder:none set", "folder source: expected a folder at none, found nothing"),
         ("data info none", "image set: expected a folder at none, found nothing"),
     ],

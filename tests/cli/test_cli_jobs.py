@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,7 @@ from PIL import Image
 
 import ditlab as package
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.cli import quickstart
 from ditlab.models.run import Run
-from ditlab.reporting.report import write_report
 from ditlab.training.log import read_log
 
 COARSE = PSNRConfig(images=10, points=3)
@@ -177,43 +174,3 @@ def test_psnr_gap_of_two_runs(ditlab, place, plain, tmp_path):
     for words in (["--levels", "0.1", "1.0", "--no-references"], ["--raw", "--step", "4", "--reduction", "psnr_mean"]):
         done = ditlab("psnr-gap", runs[0], "--images", 5, "--points", 2, "--out", tmp_path / "more", *words)
         assert done.status == 0, done.err
-
-
-def _free(run: Path) -> bool:
-    """Whether no process trains the run."""
-    import fcntl
-
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
-@pytest.mark.slow
-def test_quickstart_goes_on_after_kill_9(ditlab, tmp_path, monkeypatch):
-    """Killed while both runs train, its processes save and end by themselves; typed again, it goes on from there."""
-    pytest.importorskip("fcntl")
-    words = ["quickstart", "--out", "quick", "--size", "4", "--steps", "40", "--n", "10", "--device", "cpu"]
-    runs = [tmp_path / "quick" / "runs" / name for name in ("global-seed0", "local-seed0")]
-    first = start(words, tmp_path)
-    wait_for(lambda: all((run / "checkpoints").is_dir() and any((run / "checkpoints").glob("0*")) for run in runs))
-    first.kill()
-    first.communicate()
-    wait_for(lambda: all(_free(run) for run in runs), 60)
-    steps = [Run.open(run).checkpoints.steps()[-1] for run in runs]
-    assert all(2 <= step < 40 for step in steps), steps
-    assert not (tmp_path / "quick" / "report.html").exists()
-    monkeypatch.setattr(quickstart, "write_report", partial(write_report, configs={"psnr-gap": COARSE}))
-    done = ditlab(*words)
-    assert done.status == 0, done.err
-    for run, step in zip(runs, steps, strict=True):
-        assert Run.open(run).finished
-        told = (run.parent / f"{run.name}.txt").read_text()
-        assert f"stopped and saved after step {step}" in told
-        assert f"going on from step {step}" in told
-    page = (tmp_path / "quick" / "report.html").read_text()
-    assert "global attention" in page
-    assert "ditlab quickstart --out quick --n 10 --size 4 --steps 40" in page
-    assert f"The result: {tmp_path}/quick/report.html" in done.out

@@ -1,9 +1,8 @@
-"""`ditlab study`: what it lists, and what it refuses before anything is written."""
+"""`ditlab study`: what it lists and plans, and what it refuses before anything is written."""
 
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
@@ -28,7 +27,7 @@ def test_help(ditlab, verb):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("study", "'study' needs one of: study list, study run, study status, study report; found nothing"),
         ("study run an2024/fig7", "unknown study 'an2024/fig7' (nearest: an2024/fig"),
@@ -37,22 +36,22 @@ def test_help(ditlab, verb):
         ("study run an2024/fig6 --scale big", "unknown scale of an2024/fig6 'big' ("),
         ("study status an2024/fig6 --scale big", "unknown scale of an2024/fig6 'big' ("),
         ("study report an2024/fig6 --scale big", "unknown scale of an2024/fig6 'big' ("),
-        ("study report an2024/fig6 --scale small small", "study report --scale: expected different scales, found ["),
+        ("study report an2024/fig6 --scale small small", "study report: expected different values of --scale, found ["),
         ("study run an2024/fig6 --scale paper", "scale paper: expected --data with a source of images"),
         ("study report an2024/fig6 --scale paper", "scale paper: expected --data with a source of images"),
         (
             "study status an2024/fig6",
             "expected a plan at studies/an2024-fig6-small/plan.json, found none; `ditlab study run` makes it",
         ),
-        ("study run an2024/fig6 --n", "expected at least one value of 'n', found none: the study is empty"),
-        ("study run an2024/fig6 --seeds", "expected at least one value of 'seeds', found none: the study is empty"),
-        ("study run an2024/fig6 --attention", "expected at least one value of 'attention', found none"),
-        ("study run an2024/fig6 --n 10 10", "expected different values of 'n', found 10, 10"),
+        ("study run an2024/fig6 --n", "expected at least one value of --n, found none: the study is empty"),
+        ("study run an2024/fig6 --seeds", "expected at least one value of --seeds, found none: the study is empty"),
+        ("study run an2024/fig6 --attention", "expected at least one value of --attention, found none"),
+        ("study run an2024/fig6 --n 10 10", "expected different values of --n, found 10, 10"),
         ("study run an2024/fig6 --network dit-nona/1", "unknown preset 'dit-nona/1' (nearest: dit-nano/1"),
         ("study run an2024/fig6 --data folder:none", "folder source: expected a folder at none, found nothing"),
         ("study run an2024/fig6 --parallel 0", "--parallel: expected at least 1, found 0"),
         ("study run an2024/fig6 --device tpu", "--device: expected 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
-        ("study run an2024/fig6 --set lr", "study --set: expected NAME=VALUE, found 'lr'"),
+        ("study run an2024/fig6 --set lr", "study run: expected --set with NAME=VALUE, found 'lr'"),
         ("study run an2024/fig6 --scale smoke --data DIGITS --set lr=1", "unknown study setting 'lr' ("),
         ("study run an2024/fig6 --scale smoke --data DIGITS --steps 0", "training: steps must be at least 1, found 0"),
         ("study run an2024/fig6 --scale smoke --data DIGITS --n 5000", "N = 5000 train images asked for"),
@@ -63,8 +62,8 @@ def test_help(ditlab, verb):
         ),
     ],
 )
-def test_bad_input(refused, place, words, says):
-    assert says in refused(*(str(place.images) if word == "DIGITS" else word for word in words.split()))
+def test_bad_input(refused, place, words, message):
+    assert message in refused(*(str(place.images) if word == "DIGITS" else word for word in words.split()))
 
 
 def test_a_plan_without_training(ditlab, place, tmp_path):
@@ -83,7 +82,7 @@ def test_a_plan_without_training(ditlab, place, tmp_path):
 
 def test_a_plan_on_record_is_kept(ditlab, place, tmp_path, monkeypatch):
     """--plan leaves it alone; another part of the grid is added to it; other settings keep the earlier one beside."""
-    monkeypatch.setattr("ditlab.cli.study.run_jobs", lambda *_, **__: [])
+    monkeypatch.setattr("ditlab.studies.study.run_jobs", lambda *_, **__: [])
     folder = tmp_path / "here" / "an2024-fig6-smoke"
     words = ["study", "run", "an2024/fig6", "--scale", "smoke", "--out", "here", "--data", place.images]
 
@@ -101,7 +100,7 @@ def test_a_plan_on_record_is_kept(ditlab, place, tmp_path, monkeypatch):
     before = (folder / "plan.json").read_bytes()
     assert "stays as it is" in run("--plan")
     assert (folder / "plan.json").read_bytes() == before
-    assert "the study's plan has 3 cells" in run("--n", 20, "--seeds", 0)
+    assert "the study's plan has 3 trials" in run("--n", 20, "--seeds", 0)
     assert places() == [(0, 20, "global"), (0, 20, "local"), (1, 10, "local")]
     command = json.loads((folder / "plan.json").read_text())["command"]
     run("--n", 20, "--seeds", 0, "--attention", "global")
@@ -116,16 +115,3 @@ def test_a_plan_on_record_is_kept(ditlab, place, tmp_path, monkeypatch):
     assert (folder / "plan-previous.json").read_bytes() == before
     (folder / "plan.json").write_text("{")
     assert "WARNING" in run("--n", 10, "--seeds", 0)
-
-
-@pytest.mark.parametrize("verb", ["psnr-gap", "attention"])
-def test_an_analysis_ends_with_the_program_that_started_it(ditlab, place, plain, monkeypatch, verb):
-    """Like a training: a runner that was killed leaves nothing behind that measures on."""
-    run = place.copy(plain)
-    monkeypatch.setenv("DITLAB_PARENT", "1")
-    done = ditlab(verb, run, "--device", "cpu", "--images", 4)
-    assert done.status == 130
-    assert not (run / "analysis" / f"{verb}.json").exists()
-    monkeypatch.setenv("DITLAB_PARENT", str(os.getppid()))
-    assert ditlab(verb, run, "--device", "cpu", "--images", 4).status == 0
-    assert (run / "analysis" / f"{verb}.json").exists()

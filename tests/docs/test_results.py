@@ -36,7 +36,7 @@ def test_readme_repeats_what_was_seen_on_faces():
 def test_what_is_said_of_faces_follows_from_the_committed_cells(name):
     folder = FACES / f"{name.replace('/', '-')}-small"
     page = StudyPage(STUDIES[name], [Plan.load(folder / "plan.json")], Store(FACES))
-    assert all(cell.standing.state == "done" for panel in page.panels for cell in panel.cells)
+    assert all(cell.status.state == "done" for facet in page.facets for cell in facet.cells)
     assert page.sentences() == json.loads((folder / "table.json").read_text())["sentences"]
 
 

@@ -53,9 +53,9 @@ def run_ditlab(folder: Path, *words: object) -> tuple[int, str, str]:
 def trial_hash(config: Mapping[str, Any], imageset: str) -> str:
     """Returns the hash of a trial of a study from its config as JSON values and the hash of its image set."""
     from ditlab.config import RunConfig, from_json
-    from ditlab.studies.cells import cell_hash
+    from ditlab.studies.trial import trial_hash as hash_of
 
-    return cell_hash(from_json(RunConfig, config, "pinned config"), imageset)
+    return hash_of(from_json(RunConfig, config, "pinned config"), imageset)
 
 
 def preset_configs() -> dict[str, dict[str, Any]]:

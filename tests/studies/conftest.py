@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 
 TINY = Study(
@@ -38,7 +37,7 @@ TINY = Study(
                 "evaluation.images": 5,
                 "evaluation.levels": 3,
             },
-            psnr=PSNRConfig(images=20, points=4),
+            measured={"psnr-gap": {"images": 20, "points": 4}},
             cost="nothing",
         )
         for name in ("smoke", "small", "paper")

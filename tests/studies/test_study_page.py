@@ -1,4 +1,4 @@
-"""A study's page: from plan.json and cells alone, with every cell empty, some, or all on record."""
+"""A study's page: from plan.json and cells/ alone, with every trial empty, some, or all on record."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from ditlab.metrics.paired import paired_difference
 from ditlab.studies.an2024 import STUDIES
-from ditlab.studies.findings import seen
+from ditlab.studies.findings import answer
 from ditlab.studies.grid import Plan
 from ditlab.studies.published import differing, published, settings_here
-from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Panel, panels, verdict
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet, facets, verdict
 from ditlab.studies.store import Store
 from ditlab.studies.study_page import StudyPage
 
@@ -59,7 +59,7 @@ def plan(seeds=(0, 1, 2), analyses=("psnr-gap",)) -> Plan:
         images={"digits": {"source": "digits", "size": 8, "count": 1797, "hash": "ab" * 32}},
         settings={"dit-nano/1": {"training.steps": 30}},
         analyses={name: settings[name] for name in analyses},
-        cells=tuple(cells),
+        trials=tuple(cells),
         command="ditlab study run an2024/fig6",
     )
 
@@ -109,7 +109,7 @@ def record(root: Path, cell: dict, gap: float, best: float) -> None:
 
 def filled(root: Path, made: Plan, leave_out: tuple[str, ...] = ()) -> Store:
     made.save(root / "an2024-fig6-small")
-    for cell in made.cells:
+    for cell in made.trials:
         one, two, best_one, best_two = NUMBERS[cell["n"], cell["seed"]]
         first = cell["attention"] == "global"
         if cell["hash"] not in leave_out:
@@ -117,15 +117,15 @@ def filled(root: Path, made: Plan, leave_out: tuple[str, ...] = ()) -> Store:
     return Store(root)
 
 
-def panel_of(made: Plan, store: Store) -> Panel:
-    (panel,) = panels(made, store)
-    return panel
+def facet_of(made: Plan, store: Store) -> Facet:
+    (facet,) = facets(made, store)
+    return facet
 
 
 def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
     made = plan()
-    panel = panel_of(made, filled(tmp_path, made))
-    found = {(c.what, c.n): c.difference for c in panel.contrasts}
+    facet = facet_of(made, filled(tmp_path, made))
+    found = {(c.what, c.n): c.difference for c in facet.contrasts}
     assert found.keys() == {(what, n) for what in CONTRASTS for n in (10, 100)}
     for n in (10, 100):
         rows = np.array([NUMBERS[n, seed] for seed in range(3)])
@@ -136,7 +136,7 @@ def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
             got = found[what, n]
             assert got is not None
             assert (got.mean, got.low, got.high) == pytest.approx((wanted.mean, wanted.low, wanted.high))
-    assert seen(panel, "full") == [
+    assert answer(facet, "full") == [
         "Full measurement of the gap, local against global: at N = 10 lower; at N = 100 no difference seen."
     ]
     # Along training, by another instrument, every gap of these records is 4 dB at the last step.
@@ -144,10 +144,10 @@ def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
         equal = found[ALONG[0], n]
         assert equal is not None
         assert equal.differences == pytest.approx([0.0] * 3, abs=1e-9)
-    assert seen(panel, "lowers") == [
+    assert answer(facet, "lowers") == [
         "Gap at equal steps along training, local against global: at N = 10, 100 no difference seen."
     ]
-    falls = seen(panel, "falls")
+    falls = answer(facet, "falls")
     assert falls[0].startswith(
         "Gap of global: 2.10 dB at N = 10, 0.50 dB at N = 100. From the smallest to the largest N"
     )
@@ -157,24 +157,24 @@ def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
 def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
     """Seeds that one side lacks are left out; an N where no seed has both sides has no difference, and no error."""
     made = plan()
-    panel = panel_of(made, filled(tmp_path, made, ("local10s0", "local10s1", "local10s2", "global100s1")))
-    found = {(c.what, c.n): c.difference for c in panel.contrasts}
+    facet = facet_of(made, filled(tmp_path, made, ("local10s0", "local10s1", "local10s2", "global100s1")))
+    found = {(c.what, c.n): c.difference for c in facet.contrasts}
     for what in CONTRASTS:
         assert found[what, 10] is None
         there = found[what, 100]
         assert there is not None
         assert there.seeds == (0, 2)
-    assert seen(panel, "full") == [
+    assert answer(facet, "full") == [
         "Full measurement of the gap, local against global: at N = 100 no difference seen; at N = 10 not yet measured."
     ]
-    assert seen(panel, "best")[0].endswith("at N = 10 not yet measured.")
+    assert answer(facet, "best")[0].endswith("at N = 10 not yet measured.")
     # Kinds that share no seed at all: the first stays.
-    apart = panel_of(made, filled(tmp_path / "b", made, tuple(c["hash"] for c in made.cells if apart_(c))))
+    apart = facet_of(made, filled(tmp_path / "b", made, tuple(c["hash"] for c in made.trials if apart_(c))))
     assert apart.comparison is not None
     assert apart.comparison.labels == ("global",)
     assert all(c.difference is None for c in apart.contrasts)
     # What is on record and not counted is named, here and on the page.
-    assert panel.alone == []
+    assert facet.alone == []
     assert sorted(apart.alone) == ["local N=10 seed 2", "local N=100 seed 2"]
     (gap,) = (s for s in StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path / "b")).sections() if s.id == "gap")
     assert gap.notes[-1].endswith("with the same seed: local N=10 seed 2, local N=100 seed 2.")
@@ -186,11 +186,11 @@ def apart_(cell) -> bool:
 
 def test_one_seed_says_so(tmp_path):
     made = plan(seeds=(0,))
-    panel = panel_of(made, filled(tmp_path, made))
+    facet = facet_of(made, filled(tmp_path, made))
     for about in ("lowers", "best"):
-        (line,) = seen(panel, about)
+        (line,) = answer(facet, about)
         assert line.endswith("at N = 10, 100 one seed, so nothing can be said.")
-    assert not any(c.difference.seen for c in panel.contrasts if c.difference is not None)
+    assert not any(c.difference.seen for c in facet.contrasts if c.difference is not None)
 
 
 def test_verdicts():
@@ -208,12 +208,12 @@ def test_ranges_that_do_not_overlap_cannot_be_compared(tmp_path):
     """They are measured, so this is not what an empty cell gives."""
     made = plan(seeds=(0,))
     store = filled(tmp_path, made)
-    path = store.cell("local10s0") / "trajectory.json"
+    path = store.trial("local10s0") / "trajectory.json"
     changed = json.loads(path.read_text())
     for point in changed["points"]:
         point["train_psnr"] += 50
     path.write_text(json.dumps(changed))
-    (line,) = seen(panel_of(made, store), "matched")
+    (line,) = answer(facet_of(made, store), "matched")
     assert line.endswith("at N = 100 one seed, so nothing can be said; at N = 10 cannot be compared.")
 
 
@@ -225,12 +225,12 @@ def test_a_record_that_lacks_a_field_is_not_on_record(ditlab, tmp_path, file, fi
     """It is to be made again; neither the page nor the status falls over it."""
     made = plan()
     store = filled(tmp_path / "studies", made)
-    path = store.cell("local10s0") / f"{file}.json"
+    path = store.trial("local10s0") / f"{file}.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != field}))
     assert store.record("local10s0", file) is None
-    panel = panel_of(made, store)
-    assert next(c for c in panel.cells if c.place["hash"] == "local10s0").standing.state != "done"
-    for what, contrast in ((c.what, c) for c in panel.contrasts if c.n == 10):
+    facet = facet_of(made, store)
+    assert next(c for c in facet.trials if c.place["hash"] == "local10s0").status.state != "done"
+    for what, contrast in ((c.what, c) for c in facet.contrasts if c.n == 10):
         expected = (1, 2) if (what == FULL) == (file == "psnr-gap") else (0, 1, 2)
         assert contrast.difference is not None
         assert contrast.difference.seeds == expected
@@ -252,8 +252,8 @@ def test_the_status_has_no_numbers_of_other_settings(ditlab, tmp_path):
 
     made = plan()
     store = filled(tmp_path / "studies", made)
-    for cell in made.cells:
-        path = store.cell(cell["hash"]) / "psnr-gap.json"
+    for cell in made.trials:
+        path = store.trial(cell["hash"]) / "psnr-gap.json"
         changed = json.loads(path.read_text())
         changed["averages"]["mse_mean"] = {"train": 21.0, "test": 20.0, "gap": 1.0}
         path.write_text(json.dumps(changed))
@@ -278,7 +278,7 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
     result = json.loads(done.out)
     page = (tmp_path / result["report"]).read_text()
     for words in (
-        "12 of 12 cells are on record (3 paired seeds).",
+        "12 of 12 trials are on record (3 paired seeds).",
         "Local against global, three ways",
         "The full measurement takes up to 50 images of each side at 3 noise levels",
         "Gap at matched train PSNR along training, local against global: ",
@@ -287,7 +287,7 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
         "2.10",
         "read from a figure",
         "7.49",
-        "No cell of this page has a network and an N of the paper",
+        "No trial of this page has a network and an N of the paper",
         "A note.",
         "ditlab study run an2024/fig6",
     ):
@@ -310,31 +310,31 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
 @pytest.mark.slow
 def test_pages_of_empty_and_half_empty_studies(ditlab, tmp_path):
     made = plan()
-    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells))
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.trials))
     assert ditlab(tmp_path, "study", "report", "an2024/fig6").status == 0
     page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
     assert page.count("<td>empty</td>") == 12
     assert "Nothing is on record." in page
-    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells if c["seed"] > 0))
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.trials if c["seed"] > 0))
     done = ditlab(tmp_path, "study", "report", "an2024/fig6")
     assert done.status == 0, done.err
     page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
     assert page.count("<td>empty</td>") == 8
-    assert "4 of 12 cells are on record" in page
+    assert "4 of 12 trials are on record" in page
 
 
 def test_several_scales_on_one_page(ditlab, tmp_path):
     from dataclasses import replace
 
     made = plan()
-    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.cells))
+    filled(tmp_path / "studies", made, tuple(c["hash"] for c in made.trials))
     other = replace(made, scale="paper", plans={"global": "global", "local": "5,g*3"})
     other.save(tmp_path / "studies" / "an2024-fig6-paper")
     done = ditlab(tmp_path, "study", "report", "an2024/fig6", "--scale", "small", "paper")
     assert done.status == 0, done.err
     page = (tmp_path / "studies" / "an2024-fig6-small" / "report.html").read_text()
     assert len(set(re.findall(r'<section id="(cells[^"]*)"', page))) == 2
-    headings = re.findall(r"<h2[^>]*>(Cells of the grid.*?)</h2>", page)
+    headings = re.findall(r"<h2[^>]*>(Trials of the grid.*?)</h2>", page)
     assert [h.rpartition(", ")[2] for h in headings] == ["scale small)", "scale paper)"]
 
 
@@ -373,7 +373,7 @@ def test_what_differs_from_the_paper():
     assert rows["training.steps"] == ("400,000", "30")
     assert rows["training.lr"] == ("0.0001", "0.001")
     assert rows["network.width"] == ("252 (dit-xs/1), 384 (dit-s/1)", "64")
-    assert "shuffles" not in rows
+    assert "seeds" not in rows
     assert "objective.schedule" not in rows
     (test,) = [setting for setting in six.settings if setting["name"] == "data.test"]
     assert test["certainty"] == "inferred"

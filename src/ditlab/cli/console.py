@@ -176,7 +176,7 @@ def with_flags(message: str, flags: frozenset[str]) -> str:
 
 def command_line(verb: str) -> str:
     """Returns the command as the user typed it, for config.json and reports."""
-    return shlex.join(["ditlab", verb, *sys.argv[1 + len(verb.split()) :]])
+    return shlex.join(["ditlab", *verb.split(), *sys.argv[1 + len(verb.split()) :]])
 
 
 @contextmanager

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ditlab.analyses.attention.config import AttentionConfig
-from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 
 SMOKE = Scale(
@@ -29,9 +27,8 @@ SMOKE = Scale(
         "evaluation.images": 10,
         "evaluation.levels": 5,
     },
-    psnr=PSNRConfig(images=50, points=10),
-    attention_maps=AttentionConfig(images=4),
-    cost="a cell takes about 15 seconds on one CPU core; it shows that everything works, and nothing else",
+    measured={"psnr-gap": {"images": 50, "points": 10}, "attention": {"images": 4}},
+    cost="a trial takes about 15 seconds on one CPU core; it shows that everything works, and nothing else",
 )
 
 SMALL = Scale(
@@ -52,8 +49,8 @@ SMALL = Scale(
         "evaluation.images": 40,
         "evaluation.levels": 10,
     },
-    psnr=PSNRConfig(images=300, points=20),
-    cost="a cell takes about three minutes of one CPU core, two of them training",
+    measured={"psnr-gap": {"images": 300, "points": 20}},
+    cost="a trial takes about three minutes of one CPU core, two of them training",
 )
 
 PAPER = Scale(
@@ -63,7 +60,7 @@ PAPER = Scale(
     seeds=(0, 1, 2),
     size=32,
     settings={"data.test": 300, "training.steps": 400_000},
-    cost="400,000 steps a cell: days of a large GPU",
+    cost="400,000 steps a trial: days of a large GPU",
 )
 
 FIG6 = Study(

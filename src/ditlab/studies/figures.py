@@ -1,4 +1,4 @@
-"""Figures of a study: how two kinds of runs differ at each number of training images, in several ways side by side."""
+"""Figures of a study: how two kinds of runs differ at each number of training images, compared in several ways."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def differences_figure(
     ways: Sequence[tuple[str, Mapping[int, PairedDifference | None]]], *, unit: str = "dB", theme: Theme = LIGHT
 ) -> Figure:
-    """Differences second - first against N, one panel a way of comparing, with intervals over paired seeds.
+    """Draws differences second - first against N, one plot for each way of comparing, with intervals over paired seeds.
 
-    A filled mark is a difference whose interval leaves zero out; small dots are the seeds. N without a difference, and
+    A filled mark is a difference whose interval excludes zero; small dots are the seeds. N without a difference, and
     intervals of a single seed, are left out.
 
     Args:
@@ -72,8 +72,8 @@ def _legend(figure: Figure, theme: Theme) -> None:
         return Line2D([], [], color=color, marker="o", ms=6.5, mfc=inside, mec=color, mew=1.6, lw=1.8, label=label)
 
     handles = [
-        mark(color, "mean and 95 % interval, zero left out"),
-        mark(theme.background, "the interval holds zero, or one seed"),
+        mark(color, "mean and 95 % interval that excludes zero"),
+        mark(theme.background, "the interval includes zero, or one seed"),
         Line2D([], [], color=theme.muted, marker="o", ms=3.5, lw=0, label="a seed"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=3)

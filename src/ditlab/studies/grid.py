@@ -1,7 +1,7 @@
-"""A study: axes, the runs that they span, the analyses on each, and the published numbers it is compared with.
+"""A study: axes, the trials that they span, the analyses of each, and the published numbers it is compared with.
 
-A study is declared once, at several scales, and never measured by hand. `resolve` turns it, with what the user wants
-otherwise, into a `Plan`: a list of cells, written as plan.json. Nothing is trained before every cell was checked.
+A study is declared once, at several scales. `resolve` turns it, with the user's overrides, into a `Plan`: a list of
+trials, written as plan.json. Every trial is checked before anything is trained.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ditlab.analyses.attention.config import AttentionConfig
-from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses import analysis
+from ditlab.analyses.stored import stored_config
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.errors import Damaged, Incompatible, InvalidConfig, unknown_name
 from ditlab.files import read_json, write_json
 from ditlab.presets import PRESETS
-from ditlab.studies.cells import Cell, cell_config, cell_hash
+from ditlab.studies.trial import Trial, trial_config, trial_hash
+
+__all__ = ["SCALES", "Overrides", "Plan", "Scale", "Study", "apply_overrides", "data_name", "merge_plans", "resolve"]
 
 SCALES = ("smoke", "small", "paper")
-"""Minutes, in CI; a cell of a few minutes on two CPU cores; the paper's own settings."""
+"""Minutes, in CI; trials of a few minutes on two CPU cores; the paper's own settings."""
+
+_NOT_STORED = ("batch_size", "chunk")
+"""Settings of analyses that do not change a result beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,18 @@ class Scale:
     size: int
     """Side of the images in pixels."""
     cost: str
-    """What a cell costs, in words, and on what machine."""
+    """What a trial costs, in words, and on what machine."""
     data: tuple[str, ...] = ()
     """Sources of images; empty where the user must name one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of every run by dotted name."""
-    psnr: PSNRConfig = field(default_factory=PSNRConfig)
-    """How the PSNR gap is measured."""
-    attention_maps: AttentionConfig = field(default_factory=AttentionConfig)
-    """How the locality of attention is measured."""
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Analysis -> its settings, where they differ from the defaults."""
 
-    def analysis(self, name: str) -> dict[str, Any]:
-        """The settings of an analysis as JSON values, but for those that do not change its result."""
-        settings = asdict({"psnr-gap": self.psnr, "attention": self.attention_maps}[name])
-        del settings["batch_size"]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    def stored_settings(self, name: str) -> dict[str, Any]:
+        """Returns the settings of an analysis under their names in files, without those that do not change a result."""
+        config = analysis(name).Config(**self.measured.get(name, {}))
+        return {key: value for key, value in stored_config(config).items() if key not in _NOT_STORED}
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,20 @@ class Study:
     """As on the command line, "an2024/fig6"."""
     title: str
     question: str
-    """What it is to find out, one sentence."""
+    """One sentence."""
     scales: Mapping[str, Scale]
     analyses: tuple[str, ...]
-    """What is measured on each cell: "psnr-gap", "attention"."""
+    """What is measured on each trial, e.g. "psnr-gap"."""
     asks: tuple[str, ...] = ()
-    """What the page's first sentences answer, in order (`ditlab.studies.study_page.seen`)."""
+    """The questions that the page's first sentences answer, in order (`ditlab.studies.findings.answer`)."""
     published: str = ""
     """Key of its numbers in published/*.json ("an2024/fig6"); empty where there are none."""
     margin: float | None = None
-    """In dB: two kinds of runs whose difference lies inside it are called similar. Declared with the study, and so
-    before its runs are looked at; None makes no such claim."""
+    """In dB: two kinds of runs whose difference is inside it are called similar. It is declared with the study, before
+    its runs are measured; None makes no such claim."""
 
     def scale(self, name: str) -> Scale:
-        """One of its scales. Raises DitlabError for an unknown name."""
+        """Returns one of its scales; raises NotFound for an unknown name."""
         if name not in self.scales:
             raise unknown_name(f"scale of {self.name}", name, self.scales)
         return self.scales[name]
@@ -87,7 +89,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user wants otherwise than the scale says; None leaves an axis as it is."""
+    """A user's values of the axes, and settings; None leaves an axis as the scale has it."""
 
     data: tuple[str, ...] | None = None
     size: int | None = None
@@ -98,8 +100,8 @@ class Overrides:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def overridden(study: Study, scale: str, overrides: Overrides) -> Scale:
-    """A scale with a user's axes and settings in it.
+def apply_overrides(study: Study, scale: str, overrides: Overrides) -> Scale:
+    """Returns a scale with a user's axes and settings.
 
     An attention plan may be named as the scale does ("local") or written out ("3,3,g*4"); a network is any preset.
 
@@ -110,7 +112,7 @@ def overridden(study: Study, scale: str, overrides: Overrides) -> Scale:
     where = f"study {study.name}, scale {scale}"
     data = base.data if overrides.data is None else overrides.data
     if overrides.data is None and not data:
-        raise DitlabError(f"{where}: expected --data with a source of images (folder:PATH, hub:ID, ...), found none")
+        raise InvalidConfig(f"{where}: expected `data` with a source of images (folder:PATH, hub:ID, ...), found none")
     networks = base.networks if overrides.networks is None else overrides.networks
     attention = base.attention if overrides.attention is None else overrides.attention
     n = base.n if overrides.n is None else overrides.n
@@ -118,14 +120,14 @@ def overridden(study: Study, scale: str, overrides: Overrides) -> Scale:
     axes = {"data": data, "network": tuple(networks), "attention": tuple(attention), "n": n, "seeds": seeds}
     for name, values in axes.items():
         if not values:
-            raise DitlabError(f"{where}: expected at least one value of '{name}', found none: the study is empty")
+            raise InvalidConfig(f"{where}: expected at least one value of `{name}`, found none: the study is empty")
         if len(set(values)) != len(values):
-            raise DitlabError(f"{where}: expected different values of '{name}', found {', '.join(map(str, values))}")
+            raise InvalidConfig(f"{where}: expected different values of `{name}`, found {', '.join(map(str, values))}")
     for name in networks:
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
     if min(n) < 1:
-        raise DitlabError(f"{where}: expected numbers of training images of at least 1, found {min(n)}")
+        raise InvalidConfig(f"{where}: expected numbers of training images of at least 1, found {min(n)}")
     return replace(
         base,
         data=data,
@@ -139,13 +141,13 @@ def overridden(study: Study, scale: str, overrides: Overrides) -> Scale:
 
 
 def data_name(source: str) -> str:
-    """A short name of a source or an image set's folder: "celeba32" of "mosaic:images/celeba32"."""
+    """Returns a short name of a source or an image set's folder: "celeba32" of "mosaic:images/celeba32"."""
     return Path(source.rpartition(":")[2]).name or source
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved study: which cells it has, of which images, measured how."""
+    """A resolved study: which trials it has, of which images, measured how."""
 
     study: str
     scale: str
@@ -158,9 +160,9 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]]
     """Name on the network axis -> the settings of its runs on top of the preset, by dotted name."""
     analyses: Mapping[str, Mapping[str, Any]]
-    """What is measured on each cell ("psnr-gap", "attention"), with its settings."""
-    cells: tuple[Mapping[str, Any], ...]
-    """`Cell.place` of each, in the order in which they are trained."""
+    """What is measured on each trial, with its settings under their names in files."""
+    trials: tuple[Mapping[str, Any], ...]
+    """`Trial.place` of each, in the order in which they are trained; "cells" in files."""
     margin: float | None = None
     """`Study.margin`."""
     command: str = ""
@@ -170,8 +172,9 @@ class Plan:
     version = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
-        return {"kind": self.kind, "version": self.version, **asdict(self), "cells": [dict(c) for c in self.cells]}
+        """Returns everything, as JSON values."""
+        values = {("cells" if name == "trials" else name): value for name, value in asdict(self).items()}
+        return {"kind": self.kind, "version": self.version, **values, "cells": [dict(place) for place in self.trials]}
 
     def save(self, folder: Path) -> Path:
         """Writes plan.json, whole or not at all."""
@@ -179,63 +182,56 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Reads what `save` wrote. Raises DitlabError where it is absent, damaged or something else."""
+        """Reads what `save` wrote; raises DitlabError if it is missing, damaged or something else."""
         record = read_json(path, cls.kind, cls.version)
-        values = {k: v for k, v in record.items() if k not in ("kind", "version")}
+        values = {name: value for name, value in record.items() if name not in ("kind", "version", "cells")}
         try:
-            plan = cls(**{**values, "cells": tuple(values["cells"])})
-            for cell in plan.cells:
+            plan = cls(**values, trials=tuple(record["cells"]))
+            for place in plan.trials:
                 for name in ("hash", "data", "network", "attention", "n", "seed"):
-                    cell[name]
+                    place[name]
         except (KeyError, TypeError) as error:
-            raise DitlabError(f"{path}: a field of the plan is missing or unknown ({error})") from error
+            raise Damaged(f"{path}: a field of the plan is missing or unknown ({error})") from error
         return plan
 
 
-def merged(old: Plan, new: Plan) -> Plan | None:
-    """One plan of the cells of both, in the order of `resolve`; None where they do not make one grid.
+def merge_plans(old: Plan, new: Plan) -> Plan | None:
+    """Returns one plan with the trials of both, in the order of `resolve`; None if they do not make one grid.
 
-    They do where the study, the scale and the analyses are the same, and every image set, network and attention plan
-    that both name is the same in both. Cells that neither asked for are not in it.
+    They do if the study, the scale and the analyses are the same, and every image set, network and attention plan that
+    both name is the same in both. Trials that neither asked for are not in it.
     """
 
-    def alike(name: str) -> bool:
-        one, two = getattr(old, name), getattr(new, name)
-        return all(_json(one[key]) == _json(two[key]) for key in one.keys() & two.keys())
-
-    def hashes(plan: Plan) -> dict[str, str]:
-        return {name: facts["hash"] for name, facts in plan.images.items()}
+    def agree(name: str) -> bool:
+        """Whether a mapping has the same values in both plans, for the keys that both have."""
+        first, second = _json(getattr(old, name)), _json(getattr(new, name))
+        return all(first[key] == second[key] for key in first.keys() & second.keys())
 
     same = all(
         _json(getattr(old, name)) == _json(getattr(new, name)) for name in ("study", "scale", "analyses", "margin")
     )
-    mine, theirs = hashes(old), hashes(new)
-    if (
-        not same
-        or not alike("plans")
-        or not alike("settings")
-        or any(mine[k] != theirs[k] for k in mine.keys() & theirs)
-    ):
+    same_images = all(old.images[name]["hash"] == new.images[name]["hash"] for name in old.images.keys() & new.images)
+    if not (same and same_images and agree("plans") and agree("settings")):
         return None
-    axes = {name: _joined(old.axes[name], new.axes[name]) for name in new.axes}
+    axes = {name: _join(old.axes[name], new.axes[name]) for name in new.axes}
     axes |= {name: sorted(axes[name]) for name in ("n", "seed")}
-    cells = {cell["hash"]: dict(cell) for plan in (old, new) for cell in plan.cells}
+    places = {place["hash"]: dict(place) for plan in (old, new) for place in plan.trials}
     order = ("seed", "data", "network", "n", "attention")
-    known = {cell["hash"] for cell in old.cells}
+    known = {place["hash"] for place in old.trials}
+    commands = "\n".join(dict.fromkeys([old.command, new.command])).strip()
     return replace(
         new,
         axes=axes,
         plans={**old.plans, **new.plans},
         images={**old.images, **new.images},
         settings={**old.settings, **new.settings},
-        cells=tuple(sorted(cells.values(), key=lambda cell: [axes[name].index(cell[name]) for name in order])),
-        # The commands that together planned it.
-        command=old.command if cells.keys() == known else "\n".join(dict.fromkeys([old.command, new.command])).strip(),
+        trials=tuple(sorted(places.values(), key=lambda place: [axes[name].index(place[name]) for name in order])),
+        command=old.command if places.keys() == known else commands,
     )
 
 
-def _joined(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
-    """The values of both, in the order of the one that has them all, if one does: the scale's own comes first."""
+def _join(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """Returns the values of both; if one has them all, in its order, for that is the scale's own."""
     first, second = (new, old) if set(new) >= set(old) else (old, new)
     return list(dict.fromkeys([*first, *second]))
 
@@ -246,39 +242,40 @@ def _json(value: Any) -> Any:
 
 def resolve(
     study: Study, scale_name: str, scale: Scale, images: Mapping[str, ImageSet], command: str = ""
-) -> tuple[Plan, list[Cell]]:
-    """Every cell of a study, checked, and the plan that lists them.
+) -> tuple[Plan, list[Trial]]:
+    """Returns every trial of a study, checked, and the plan that lists them.
 
-    Cells are ordered so that a study that is cut short has whole seeds: by seed, then data, network, N and attention.
+    Trials are ordered so that a study that is cut short has whole seeds: by seed, then data, network, N and attention.
 
     Args:
         study: the study.
         scale_name: the scale's name.
-        scale: the scale, with a user's changes (`overridden`).
+        scale: the scale, with a user's changes (`apply_overrides`).
         images: source -> the image set made of it at the scale's size.
-        command: the command line, kept in the plan.
+        command: how the user asked for it, kept in the plan.
 
     Raises:
-        DitlabError: a setting is unknown or cannot be, or a set has too few images for the largest N and the test set.
+        DitlabError: a setting is unknown or impossible, or a set has too few images for the largest N and the test set.
     """
     names = {source: data_name(source) for source in images}
     if len(set(names.values())) != len(names):
         names = {source: source for source in images}
-    cells = []
-    for seed, (source, found), network, n, (label, attention) in product(
+    trials: list[Trial] = []
+    for seed, (source, image_set), network, n, (label, attention) in product(
         scale.seeds, images.items(), scale.networks, scale.n, scale.attention.items()
     ):
         settings = {**scale.settings, **scale.networks[network]}
-        config = cell_config(network, settings, found, attention=attention, n=n, seed=seed)
-        cells.append(Cell(cell_hash(config, found.hash), config, found.hash, names[source], network, label, n, seed))
-    for found in images.values():
+        config = trial_config(network, settings, image_set, attention=attention, n=n, seed=seed)
+        hashed = trial_hash(config, image_set.hash)
+        trials.append(Trial(hashed, config, image_set.hash, names[source], network, label, n, seed))
+    for image_set in images.values():
         for seed in scale.seeds:
-            make_split(found, max(scale.n), cells[0].config.data.test, seed, cells[0].config.data.skip)
-    hashes: dict[str, Cell] = {}
-    for cell in cells:
-        twin = hashes.setdefault(cell.hash, cell)
-        if twin is not cell:
-            raise DitlabError(f"study {study.name}: '{twin.name}' and '{cell.name}' are the same run")
+            make_split(image_set, max(scale.n), trials[0].config.data.test, seed, trials[0].config.data.skip)
+    hashes: dict[str, Trial] = {}
+    for trial in trials:
+        twin = hashes.setdefault(trial.hash, trial)
+        if twin is not trial:
+            raise Incompatible(f"study {study.name}: '{twin.name}' and '{trial.name}' are the same run")
     plan = Plan(
         study=study.name,
         scale=scale_name,
@@ -291,13 +288,15 @@ def resolve(
         },
         plans=dict(scale.attention),
         images={
-            names[source]: {"source": source, "size": found.shape[1], "count": len(found), "hash": found.hash}
-            for source, found in images.items()
+            names[source]: {
+                "source": source, "size": image_set.shape[1], "count": len(image_set), "hash": image_set.hash
+            }
+            for source, image_set in images.items()
         },
         settings={name: {**scale.settings, **own} for name, own in scale.networks.items()},
-        analyses={name: scale.analysis(name) for name in study.analyses},
-        cells=tuple(cell.place() for cell in cells),
+        analyses={name: scale.stored_settings(name) for name in study.analyses},
+        trials=tuple(trial.place() for trial in trials),
         margin=study.margin,
         command=command,
-    )
-    return plan, cells
+    )  # fmt: skip
+    return plan, trials

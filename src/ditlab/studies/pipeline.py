@@ -1,103 +1,123 @@
-"""From a plan's cells to the runner's jobs: train, then measure, each result recorded as soon as it exists."""
+"""From the trials of a plan to jobs: train, then measure; each result is recorded as soon as it exists."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from ditlab.config import RunConfig, to_json
 from ditlab.data.imageset import ImageSet
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run
-from ditlab.studies.cells import Cell, train_words
 from ditlab.studies.grid import Plan
-from ditlab.studies.runner import Job, Outcome, Progress, Slot, Spent, Stage
+from ditlab.studies.runner import Job, Outcome, Progress, ResourceUse, Slot, Stage
 from ditlab.studies.store import Store
+from ditlab.studies.trial import Trial
 from ditlab.training.log import read_log
 
+__all__ = ["memory_estimate", "train_job", "training_progress", "trial_jobs"]
+
 _PROCESS_BYTES = 700 * 2**20
-"""What a process takes before it trains anything: Python, torch and its libraries."""
+"""Memory of a process before it trains anything: Python, torch and its libraries."""
+
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {"psnr-gap": {"baselines": False}}
+"""Analysis -> options that differ from its defaults: baselines are no trials."""
 
 
-def cell_jobs(cells: Sequence[Cell], plan: Plan, store: Store, images: Mapping[str, ImageSet]) -> list[Job]:
-    """One job a cell.
+def trial_jobs(trials: Sequence[Trial], plan: Plan, store: Store, images: Mapping[str, ImageSet]) -> list[Job]:
+    """Returns one job for each trial.
 
     Args:
-        cells: of `resolve`.
+        trials: of `resolve`.
         plan: of `resolve`.
-        store: where results and runs lie.
+        store: where results and runs are.
         images: name on the data axis -> image set.
     """
-    return [_job(cell, plan, store, images[cell.data]) for cell in cells]
+    return [_job(trial, plan, store, images[trial.data]) for trial in trials]
 
 
-def _job(cell: Cell, plan: Plan, store: Store, images: ImageSet) -> Job:
+def train_job(
+    config: RunConfig, images: ImageSet, out: Path, *, device: str | None, threads: int, command: str
+) -> dict[str, Any]:
+    """Returns what a worker needs to train a run (`ditlab.studies.worker`).
+
+    Args:
+        config: the settings, fitted to the images.
+        images: the image set.
+        out: the run's folder.
+        device: where it computes.
+        threads: CPU threads.
+        command: what repeats it, for its config.json.
+    """
+    job = {"call": "train", "config": to_json(config), "images": str(images.path), "out": str(out)}
+    return {**job, "device": device, "threads": threads, "command": command}
+
+
+def _job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
     def ended(outcome: Outcome) -> None:
         if outcome.state == "failed":
-            store.note_failure(cell.hash, outcome.reason, outcome.command)
+            store.note_failure(trial.hash, outcome.reason, outcome.command)
         else:
-            store.forget_failure(cell.hash)
+            store.forget_failure(trial.hash)
 
     return Job(
-        name=cell.name,
-        output=store.output(cell.hash),
-        stages=lambda slot: _stages(cell, plan, store, images, slot),
-        lock=lambda: store.lock(cell.hash),
+        name=trial.name,
+        output=store.output(trial.hash),
+        stages=lambda slot: _stages(trial, plan, store, images, slot),
+        lock=lambda: store.lock(trial.hash),
         ended=ended,
     )
 
 
-def _stages(cell: Cell, plan: Plan, store: Store, images: ImageSet, slot: Slot) -> list[Stage]:
-    """What is still to be done on a cell. One whose run folder is gone is trained again only where a result misses."""
-    if store.complete(cell.hash, plan):
+def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot) -> list[Stage]:
+    """Returns what is left to do for a trial; one without a run folder is trained again only if a result is missing."""
+    if store.complete(trial.hash, plan):
         return []
-    run = store.run(cell.hash)
-    place = ["--device", slot.device, "--threads", str(slot.threads)]
+    folder, facts = store.run(trial.hash), plan.images[trial.data]
+    begun = (folder / "config.json").is_file()
+    finished = begun and Run.open(folder).finished
     stages = []
-    finished = (run / "config.json").is_file() and Run.open(run).finished
-    facts = plan.images[cell.data]
-    if finished and not store.trained(cell.hash):
-        # Model, and killed before it was recorded.
-        store.record_training(cell, facts, None)
+    if finished and not store.trained(trial.hash):
+        # The runner was killed after training and before recording it.
+        store.record_training(trial, facts, None)
     if not finished:
-        fresh = not (run / "config.json").is_file()
-        words = [*train_words(cell.config), "--data", str(images.path), "--out", str(run), *place]
+        file = store.job(trial.hash, "train")
+        job = train_job(trial.config, images, folder, device=slot.device, threads=slot.threads, command=plan.command)
 
-        def record(spent: Spent) -> None:
-            store.record_training(cell, facts, spent if fresh else None)
+        def record(use: ResourceUse) -> None:
+            store.record_training(trial, facts, None if begun else use)
 
-        stages.append(Stage("train", tuple(words), record, training_progress(run, cell.config.training.steps)))
-    for analysis in plan.analyses:
-        if finished and not store.measured(cell.hash, plan, analysis):
-            # Measured, and killed before it was recorded; what is absent or was measured otherwise is refused.
+        progress = training_progress(folder, trial.config.training.steps)
+        stages.append(Stage("train", job, file, record, progress))
+    for name in plan.analyses:
+        if finished and not store.measured(trial.hash, plan, name):
+            # The same after a measurement; what is missing or was measured with other settings is refused.
             with suppress(DitlabError):
-                store.record_analysis(cell, plan, analysis, None)
-        if not store.measured(cell.hash, plan, analysis):
-            words = [*_analysis_words(analysis, plan, cell, run), "--data", str(images.path), *place]
-            stages.append(Stage(analysis, tuple(words), _recorder(store, cell, plan, analysis)))
+                store.record_analysis(trial, plan, name, None)
+        if not store.measured(trial.hash, plan, name):
+            job = {
+                "call": "analyze",
+                "analysis": name,
+                "model": str(folder),
+                "images": str(images.path),
+                "config": dict(plan.analyses[name]),
+                "options": dict(_OPTIONS.get(name, {})),
+                "names": [trial.attention],
+                "device": slot.device,
+                "threads": slot.threads,
+            }
+            stages.append(Stage(name, job, store.job(trial.hash, name), _recorder(store, trial, plan, name)))
     return stages
 
 
-def _recorder(store: Store, cell: Cell, plan: Plan, analysis: str) -> Callable[[Spent], None]:
-    return lambda spent: store.record_analysis(cell, plan, analysis, spent)
-
-
-def _analysis_words(analysis: str, plan: Plan, cell: Cell, run: Path) -> list[str]:
-    """The command line of an analysis, but for where the images lie and where it computes."""
-    words = [analysis, str(run)]
-    for name, value in plan.analyses[analysis].items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{flag}")
-        elif value is not None and value != []:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    if analysis == "psnr-gap":
-        words.append("--no-references")
-    return [*words, "--labels", cell.attention]
+def _recorder(store: Store, trial: Trial, plan: Plan, name: str) -> Callable[[ResourceUse], None]:
+    return lambda use: store.record_analysis(trial, plan, name, use)
 
 
 def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
-    """How far the training of a run is, by its log.
+    """Returns a function that tells how far the training of a run is, by its log.
 
     Args:
         run: the run's folder; it need not exist yet.
@@ -107,7 +127,7 @@ def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
     def progress() -> Progress | None:
         try:
             lines = read_log(run / "log.jsonl")
-        except (DitlabError, OSError):  # a damaged log is the trainer's to refuse; here there is just no news
+        except (DitlabError, OSError):  # the trainer refuses a damaged log
             return None
         line = next((line for line in reversed(lines) if "loss" in line), None)
         if line is None:
@@ -120,10 +140,10 @@ def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
     return progress
 
 
-def memory_estimate(cells: Sequence[Cell]) -> int:
-    """Bytes that training the largest cell takes on the CPU, roughly: the process, weights, and kept activations."""
+def memory_estimate(trials: Sequence[Trial]) -> int:
+    """Returns roughly how many bytes training the largest trial takes on the CPU: process, weights, activations."""
     largest = 0
-    for cell in cells:
-        training = cell.config.training
-        largest = max(largest, cell.config.network.training_bytes(training.batch_size // training.accumulate))
+    for trial in trials:
+        training = trial.config.training
+        largest = max(largest, trial.config.network.training_bytes(training.batch_size // training.accumulate))
     return _PROCESS_BYTES + largest

@@ -1,4 +1,4 @@
-"""Published numbers, and in what a study's settings differ from those they were measured with.
+"""Published numbers, and how a study's settings differ from those they were measured with.
 
 published/*.json hold each value with its unit, its source, and how certain it is: "stated" in the text or a table,
 "read from a figure", "inferred", or "unknown" (a guess where nothing was found).
@@ -20,7 +20,7 @@ from ditlab.studies.grid import Plan
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper says about a study's question."""
+    """What a paper reports about a study's question."""
 
     paper: str
     certainty: Mapping[str, str]
@@ -33,12 +33,12 @@ class Published:
     """images, network, attention, n, quantity, value, unit, source, certainty."""
 
     def value(self, **wanted: Any) -> Mapping[str, Any] | None:
-        """The first value with these fields, or None."""
+        """Returns the first value with these fields, or None."""
         return next((v for v in self.values if all(v[k] == w for k, w in wanted.items())), None)
 
 
 def published(study: str) -> Published | None:
-    """What is published about a study ("an2024/fig6"); None where nothing is on file."""
+    """Returns what is published about a study ("an2024/fig6"); None if nothing is on file."""
     path = files("ditlab.studies") / "published" / f"{study.partition('/')[0]}.json"
     if not path.is_file():
         return None
@@ -56,19 +56,19 @@ def published(study: str) -> Published | None:
 
 
 def settings_here(plan: Plan, network: str) -> dict[str, Any]:
-    """A plan's settings under the names that published/*.json use, for one network of it."""
-    found = flat(preset(network)) | dict(plan.settings[network])
+    """Returns a plan's settings under the names that published/*.json use, for one network of it."""
+    settings = flat(preset(network)) | dict(plan.settings[network])
     sizes = sorted({int(facts["size"]) for facts in plan.images.values()})
-    found["images"] = ", ".join(plan.images)
-    found["network.image_size"] = "; ".join(f"{size}, {size}" for size in sizes)
-    found["n"] = ", ".join(f"{n:,}" for n in plan.axes["n"])
-    found["shuffles"] = str(len(plan.axes["seed"]))
-    depth = found["network.depth"]
+    settings["images"] = ", ".join(plan.images)
+    settings["network.image_size"] = "; ".join(f"{size}, {size}" for size in sizes)
+    settings["n"] = ", ".join(f"{n:,}" for n in plan.axes["n"])
+    settings["seeds"] = str(len(plan.axes["seed"]))
+    depth = settings["network.depth"]
     local = [text for name, text in plan.plans.items() if name != "global"]
-    found["windows"] = "; ".join(_windows(text, depth) for text in local) or None
-    for analysis, settings in plan.analyses.items():
-        found |= {f"{analysis}.{name}": value for name, value in settings.items()}
-    return found
+    settings["windows"] = "; ".join(_windows(text, depth) for text in local) or None
+    for analysis, config in plan.analyses.items():
+        settings |= {f"{analysis}.{name}": value for name, value in config.items()}
+    return settings
 
 
 def _windows(plan: str, depth: int) -> str:
@@ -83,20 +83,20 @@ def _windows(plan: str, depth: int) -> str:
 
 
 def differing(paper: Published, plan: Plan, network: str) -> list[tuple[str, str, str, str]]:
-    """(setting, the paper's value, its certainty and source, the value here) where they differ."""
+    """Returns (setting, the paper's value, its certainty and source, the value here) where they differ."""
     here = settings_here(plan, network)
     rows = []
     for setting in paper.settings:
         name, value = setting["name"], setting["value"]
         if isinstance(value, dict):
-            value = value.get(network, ", ".join(f"{one} ({of})" for of, one in value.items()))
+            value = value.get(network, ", ".join(f"{theirs} ({of})" for of, theirs in value.items()))
         if here.get(name) is not None and _text(here[name]) != _text(value):
             rows.append((name, _text(value), f"{setting['certainty']}: {setting['source']}", _text(here[name])))
     return rows
 
 
 def _text(value: Any) -> str:
-    """A setting as a reader would write it; equal settings have equal texts."""
+    """A setting as a reader would write it; equal settings give equal texts."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

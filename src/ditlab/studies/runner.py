@@ -1,9 +1,8 @@
-"""The local runner: several jobs at a time, each a chain of `ditlab` processes, in as many slots as fit.
+"""Runs several jobs at a time on this machine, each a chain of worker processes (`ditlab.studies.worker`).
 
-A job that fails ends alone, with what its process said last. Ctrl-C lets every process save and ends them. If the
-runner itself is killed, its processes notice (DITLAB_PARENT) and end by themselves: training saves first, and an
-analysis that was not finished is measured anew. What was finished stays recorded, so that the same call goes on from
-there. A job that another runner works on is waited for, not repeated.
+A job that fails does not stop the others. Ctrl-C lets every process save and end. If the runner itself is killed, its
+workers notice (DITLAB_PARENT) and stop: training saves a checkpoint, an unfinished analysis is lost and measured again.
+What was recorded stays recorded, so the same call resumes. A job that another runner works on is waited for.
 """
 
 from __future__ import annotations
@@ -14,29 +13,42 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.files import write_json
+from ditlab.memory import available_memory
+from ditlab.progress import SILENT, Reporter
 
-from ditlab.errors import DitlabError
+__all__ = [
+    "JOB_KIND",
+    "JOB_VERSION",
+    "Job",
+    "Outcome",
+    "Progress",
+    "ResourceUse",
+    "RunningJob",
+    "Slot",
+    "Snapshot",
+    "Stage",
+    "clock",
+    "make_slots",
+    "run_jobs",
+]
 
-_POLL = 0.2
-_SHOW = 0.5
-_TELL = 30.0
-"""Seconds between looks at the processes, updates of the table, and lines where there is no terminal."""
+JOB_KIND, JOB_VERSION = "job", 1
+"""What the JSON of a job says that it is."""
 
-_ASK = 1.0
-"""Seconds after which a job that another runner holds is asked for again."""
+_POLL_SECONDS = 0.2
+_SHOW_SECONDS = 0.5
+"""Time between two looks at the processes, and between two snapshots while nothing changes."""
 
-_MOST_ROWS = 30
-"""A longer table shows only what runs and what failed, and counts the rest."""
+_ASK_SECONDS = 1.0
+"""Time after which the lock of a job that another runner holds is tried again."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,9 @@ class Slot:
     threads: int
     """Its CPU threads."""
     device: str = "cpu"
-    """What --device it gets."""
+    """Where it computes."""
     gpu: str | None = None
-    """What CUDA_VISIBLE_DEVICES it gets; None leaves the environment's."""
+    """Its CUDA_VISIBLE_DEVICES; None leaves the environment's."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +70,17 @@ class Progress:
     done: int
     total: int
     seconds_left: float | None
-    news: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a process took."""
+class ResourceUse:
+    """What a process used."""
 
     seconds: float
-    """By the clock."""
+    """Wall-clock time."""
     cpu_seconds: float | None
-    """Of all its threads; None where the system does not say."""
+    """Processor time of all its threads; None where the system does not report it."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +88,19 @@ class Stage:
     """One process of a job."""
 
     name: str
-    """What the table calls it ("train")."""
-    words: tuple[str, ...]
-    """The command line after `ditlab`."""
-    record: Callable[[Spent], None] = lambda spent: None
-    """Called when the process ended well; keeps what it made. A DitlabError of it fails the job."""
+    """What tables call it ("train")."""
+    job: Mapping[str, Any]
+    """What the worker is to do, as JSON values (`ditlab.studies.worker`)."""
+    file: Path
+    """Where that is written for the worker."""
+    record: Callable[[ResourceUse], None] = lambda use: None
+    """Called when the process ended well; records what it made. Its DitlabError fails the job."""
     progress: Callable[[], Progress | None] = lambda: None
 
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        return shlex.join(["ditlab", *self.words])
+        return shlex.join(["python", "-m", "ditlab.studies.worker", str(self.file)])
 
 
 @dataclass(frozen=True)
@@ -95,13 +109,13 @@ class Job:
 
     name: str
     output: Path
-    """The file to which all that its processes say is appended."""
+    """The file to which its processes' output is appended."""
     stages: Callable[[Slot], Sequence[Stage]]
-    """The processes that are still needed; asked when the job starts and its lock is held. None needed: it is done."""
+    """The processes that are still needed, asked when the job starts and its lock is held; none if it is done."""
     lock: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True)
     """Yields whether the job is this runner's; held until it ends."""
     ended: Callable[[Outcome], None] = lambda outcome: None
-    """Told how it ended."""
+    """Called with how it ended."""
 
 
 @dataclass(frozen=True)
@@ -118,230 +132,250 @@ class Outcome:
 
 
 @dataclass
-class _Running:
+class RunningJob:
+    """A job that is running, and its present process."""
+
     job: Job
     slot: Slot
-    held: ExitStack
+    lock: ExitStack
     begun: float
+    """When the job started, like `stage_begun` of the clock `time.monotonic`."""
     stages: list[Stage]
+    """Those that are left, the present one first."""
     process: subprocess.Popen[bytes] | None = None
     stage_begun: float = 0.0
     cpu_seconds: float | None = None
 
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.job.name
 
-@dataclass
-class _Board:
-    """What the table shows."""
+    @property
+    def stage_seconds(self) -> float:
+        """How long its present process has been running."""
+        return time.monotonic() - self.stage_begun
 
-    names: list[str]
-    state: dict[str, str] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    def progress(self) -> Progress | None:
+        """Returns how far its present process is; None where that is not known."""
+        return self.stages[0].progress() if self.stages else None
 
 
-def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot], console: Console, *, title: str) -> list[Outcome]:
+@dataclass(frozen=True)
+class Snapshot:
+    """How far all jobs are."""
+
+    title: str
+    states: Mapping[str, str]
+    """Name of each job -> "waiting", the name of its stage, "done in 1:02", "failed: ..."."""
+    running: Mapping[str, RunningJob]
+    outcomes: Mapping[str, Outcome]
+
+    @property
+    def failed(self) -> int:
+        """How many jobs failed."""
+        return sum(outcome.state == "failed" for outcome in self.outcomes.values())
+
+    @property
+    def done(self) -> int:
+        """How many jobs ended well."""
+        return len(self.outcomes) - self.failed
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs have not started."""
+        return len(self.states) - len(self.outcomes) - len(self.running)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    slots: Sequence[Slot],
+    *,
+    title: str,
+    show: Callable[[Snapshot], None] | None = None,
+    reporter: Reporter = SILENT,
+) -> list[Outcome]:
     """Runs every job, as many at a time as there are slots, and returns how each ended, in their order.
 
     Args:
         jobs: with different names.
         slots: at least one.
-        console: where the table is shown; plain lines where it is no terminal.
-        title: of the table.
+        title: of the table or bar of progress.
+        show: called at each change of a job's state, and twice a second; None draws a bar of the reporter.
+        reporter: takes notes and, without `show`, the progress.
 
     Raises:
         KeyboardInterrupt: after every process has saved and ended.
     """
-    runner = _Runner(jobs, slots, console, title)
-    try:
-        runner.run()
-    finally:
-        runner.end()
-    return [runner.board.outcomes[job.name] for job in jobs]
+    with reporter.bar(title, len(jobs)) if show is None else nullcontext() as bar:
+
+        def draw(snapshot: Snapshot) -> None:
+            if show is not None:
+                show(snapshot)
+            elif bar is not None:
+                bar(len(snapshot.outcomes), running=str(len(snapshot.running)), failed=str(snapshot.failed))
+
+        runner = _Runner(jobs, slots, title, draw, reporter)
+        try:
+            runner.run()
+        finally:
+            runner.end()
+    return [runner.outcomes[job.name] for job in jobs]
 
 
+@dataclass
 class _Runner:
-    def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], console: Console, title: str) -> None:
-        self.board = _Board([job.name for job in jobs], {job.name: "waiting" for job in jobs})
-        self._waiting, self._elsewhere, self._ask = list(jobs), list[Job](), 0.0
-        self._free, self._running = list(slots), list[_Running]()
-        self._console, self._title = console, title
-        self._told = time.monotonic()
+    jobs: Sequence[Job]
+    slots: Sequence[Slot]
+    title: str
+    show: Callable[[Snapshot], None]
+    reporter: Reporter
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._states = {job.name: "waiting" for job in self.jobs}
+        self._waiting, self._elsewhere, self._ask_at = list(self.jobs), list[Job](), 0.0
+        self._free, self._running = list(self.slots), list[RunningJob]()
+        self._shown_at = 0.0
 
     def run(self) -> None:
-        shown = 0.0
-        with (
-            Live(console=self._console, auto_refresh=False, transient=True)
-            if self._console.is_terminal
-            else (nullcontext()) as live
-        ):
-            while self._waiting or self._running or self._elsewhere:
-                self._fill()
-                self._look()
-                if time.monotonic() - shown > _SHOW:
-                    shown = time.monotonic()
-                    if live is not None:
-                        live.update(self._table(), refresh=True)
-                    else:
-                        self._tell()
-                time.sleep(_POLL)
+        while self._waiting or self._running or self._elsewhere:
+            self._start_jobs()
+            self._check_processes()
+            if time.monotonic() - self._shown_at > _SHOW_SECONDS:
+                self._show()
+            time.sleep(_POLL_SECONDS)
 
     def end(self) -> None:
         """Asks every process that still runs to save, and waits for it."""
-        for one in self._running:
-            if one.process is not None and one.process.poll() is None:
-                one.process.send_signal(signal.SIGINT)
-        for one in self._running:
-            if one.process is not None:
-                one.process.wait()
-            one.held.close()
+        for running in self._running:
+            if running.process is not None and running.process.poll() is None:
+                running.process.send_signal(signal.SIGINT)
+        for running in self._running:
+            if running.process is not None:
+                running.process.wait()
+            running.lock.close()
 
-    def _fill(self) -> None:
-        """Gives free slots to jobs; those that another runner holds are asked again after all others, now and then."""
-        if self._free and not self._waiting and time.monotonic() >= self._ask:
+    def _start_jobs(self) -> None:
+        """Gives free slots to jobs; the locks of those that another runner holds are tried again from time to time."""
+        if self._free and not self._waiting and time.monotonic() >= self._ask_at:
             self._waiting, self._elsewhere = self._elsewhere, []
         while self._free and self._waiting:
             job = self._waiting.pop(0)
-            held = ExitStack()
+            lock = ExitStack()
             try:
-                mine = held.enter_context(job.lock())
+                mine = lock.enter_context(job.lock())
             except OSError as error:
-                self._finish(job, held, time.monotonic(), f"{job.output.parent}: {error.strerror}", "")
+                self._finish(job, lock, time.monotonic(), f"{job.output.parent}: {error.strerror}", "")
                 continue
             if not mine:
-                held.close()
-                self._say(job.name, "another runner works on it")
+                lock.close()
+                self._set_state(job.name, "another runner works on it")
                 self._elsewhere.append(job)
-                self._ask = time.monotonic() + _ASK
+                self._ask_at = time.monotonic() + _ASK_SECONDS
                 continue
-            one = _Running(job, self._free.pop(0), held, time.monotonic(), [])
+            running = RunningJob(job, self._free.pop(0), lock, time.monotonic(), [])
             try:
-                one.stages = list(job.stages(one.slot))
+                running.stages = list(job.stages(running.slot))
             except (DitlabError, OSError) as error:
-                self._free.insert(0, one.slot)
-                self._finish(job, held, one.begun, str(error), "")
+                self._free.insert(0, running.slot)
+                self._finish(job, lock, running.begun, str(error), "")
                 continue
-            self._running.append(one)
-            self._next(one)
+            self._running.append(running)
+            self._start_stage(running)
 
-    def _next(self, one: _Running) -> None:
-        """Starts the first of a job's stages that are left, or ends the job."""
-        if not one.stages:
-            self._close(one, "", "")
+    def _start_stage(self, running: RunningJob) -> None:
+        """Starts the first of the stages that are left, or ends the job."""
+        if not running.stages:
+            self._close(running, "", "")
             return
-        stage = one.stages[0]
+        stage = running.stages[0]
         try:
-            one.process = _start(stage, one.slot, one.job.output)
+            running.process = _start(stage, running.slot, running.job.output)
         except OSError as error:
-            self._close(one, f"{one.job.output}: could not be written: {error.strerror}", stage.command)
+            reason = f"{running.job.output}: could not be written: {error.strerror}"
+            self._close(running, reason, stage.command)
             return
-        one.stage_begun, one.cpu_seconds = time.monotonic(), None
-        self._say(one.job.name, stage.name)
+        except DitlabError as error:
+            self._close(running, str(error), stage.command)
+            return
+        running.stage_begun, running.cpu_seconds = time.monotonic(), None
+        self._set_state(running.name, stage.name)
 
-    def _look(self) -> None:
-        """Takes up every process that has ended."""
-        for one in list(self._running):
-            if one.process is None:
+    def _check_processes(self) -> None:
+        """Records what processes that have ended made, and starts what comes next."""
+        for running in list(self._running):
+            if running.process is None:
                 continue
             # Read before the poll, which takes an ended process out of the system's list.
-            found = _cpu_seconds(one.process.pid)
-            one.cpu_seconds = one.cpu_seconds if found is None else found
-            if one.process.poll() is None:
+            cpu_seconds = _cpu_seconds(running.process.pid)
+            running.cpu_seconds = running.cpu_seconds if cpu_seconds is None else cpu_seconds
+            if running.process.poll() is None:
                 continue
-            stage, status = one.stages[0], one.process.returncode
+            stage, status = running.stages[0], running.process.returncode
             if status:
-                self._close(one, _failure(one.job, status), stage.command)
+                self._close(running, _failure(running.job, status), stage.command)
                 continue
             try:
-                stage.record(Spent(round(time.monotonic() - one.stage_begun, 1), one.cpu_seconds))
+                stage.record(ResourceUse(round(running.stage_seconds, 1), running.cpu_seconds))
             except (DitlabError, OSError) as error:
-                self._close(one, str(error), stage.command)
+                self._close(running, str(error), stage.command)
                 continue
-            one.stages.pop(0)
-            self._next(one)
+            running.stages.pop(0)
+            self._start_stage(running)
 
-    def _close(self, one: _Running, reason: str, command: str) -> None:
-        self._running.remove(one)
-        self._free.append(one.slot)
-        self._finish(one.job, one.held, one.begun, reason, command)
+    def _close(self, running: RunningJob, reason: str, command: str) -> None:
+        self._running.remove(running)
+        self._free.append(running.slot)
+        self._finish(running.job, running.lock, running.begun, reason, command)
 
-    def _finish(self, job: Job, held: ExitStack, begun: float, reason: str, command: str) -> None:
+    def _finish(self, job: Job, lock: ExitStack, begun: float, reason: str, command: str) -> None:
         seconds = time.monotonic() - begun
         outcome = Outcome(job.name, "failed" if reason else "done", seconds, reason, command)
-        self.board.outcomes[job.name] = outcome
+        self.outcomes[job.name] = outcome
         try:
             job.ended(outcome)
-        except (DitlabError, OSError) as error:  # the job has ended all the same, and the others go on
-            self._console.print(f"note: {job.name}: {error}", markup=False)
+        except (DitlabError, OSError) as error:  # the job has ended all the same, and the others continue
+            self.reporter.note(f"{job.name}: {error}")
         finally:
-            held.close()
-        self._say(job.name, f"failed: {reason}" if reason else f"done in {clock(seconds)}")
+            lock.close()
+        self._set_state(job.name, f"failed: {reason}" if reason else f"done in {clock(seconds)}")
 
-    def _say(self, name: str, state: str) -> None:
-        before, self.board.state[name] = self.board.state[name], state
-        if not self._console.is_terminal and state != before:
-            ended = len(self.board.outcomes)
-            self._console.print(f"[{ended}/{len(self.board.names)}] {name}: {state}", markup=False)
+    def _set_state(self, name: str, state: str) -> None:
+        before, self._states[name] = self._states[name], state
+        if state != before:
+            self._show()
 
-    def _tell(self) -> None:
-        """Now and then, where there is no terminal, how far everything that runs is."""
-        if time.monotonic() - self._told < _TELL:
-            return
-        self._told = time.monotonic()
-        for one in self._running:
-            news = one.stages[0].progress() if one.stages else None
-            if news is not None:
-                self._console.print(f"{one.job.name}: {_news(news)}", markup=False)
-
-    def _table(self) -> Table:
-        ended = self.board.outcomes
-        failed = sum(outcome.state == "failed" for outcome in ended.values())
-        done = len(ended) - failed
-        counts = f"{done} done, {len(self._running)} running, {len(self._waiting) + len(self._elsewhere)} waiting"
-        table = Table(title=f"{self._title}: {counts}" + (f", {failed} failed" if failed else ""), title_justify="left")
-        for name, justify in (("cell", "left"), ("state", "left"), ("step", "right"), ("left", "right"), ("", "left")):
-            table.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType]
-        running = {one.job.name: one for one in self._running}
-        for name in self.board.names:
-            outcome, state = ended.get(name), self.board.state[name]
-            if name in running:
-                table.add_row(name, state, *_columns(running[name]), style="bold")
-            elif outcome is not None and outcome.state == "failed":
-                table.add_row(name, "failed", "", "", outcome.reason, style="red")
-            elif len(self.board.names) <= _MOST_ROWS:
-                table.add_row(name, state, "", "", "", style="dim")
-        return table
-
-
-def _columns(one: _Running) -> tuple[str, str, str]:
-    news = one.stages[0].progress() if one.stages else None
-    if news is None:
-        return "", "", f"{clock(time.monotonic() - one.stage_begun)} so far"
-    left = "" if news.seconds_left is None else clock(news.seconds_left)
-    return f"{news.done:,} of {news.total:,}", left, news.news
-
-
-def _news(news: Progress) -> str:
-    left = "" if news.seconds_left is None else f", {clock(news.seconds_left)} left"
-    return f"step {news.done:,} of {news.total:,}{left}" + (f", {news.news}" if news.news else "")
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
+        running = {running.name: running for running in self._running}
+        self.show(Snapshot(self.title, dict(self._states), running, dict(self.outcomes)))
 
 
 def clock(seconds: float) -> str:
-    """A time as hours, minutes and seconds ("1:02:03", "2:03")."""
+    """Returns a time as hours, minutes and seconds ("1:02:03", "2:03")."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _worker(file: Path) -> list[str]:
+    """The words of the worker's command line."""
+    return [sys.executable, "-m", "ditlab.studies.worker", str(file)]
+
+
 def _start(stage: Stage, slot: Slot, output: Path) -> subprocess.Popen[bytes]:
     output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(stage.file, {"kind": JOB_KIND, "version": JOB_VERSION, **stage.job})
     environment = {**os.environ, "DITLAB_PARENT": str(os.getpid()), "OMP_NUM_THREADS": str(slot.threads)}
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
     with output.open("ab") as file:
         file.write(f"$ {stage.command}\n".encode())
         file.flush()
-        # A session of its own: Ctrl-C reaches it once, through `end`, and not a second time from the terminal.
+        # In a session of its own, Ctrl-C reaches it once, through `end`, and not a second time from the terminal.
         return subprocess.Popen(
-            [sys.executable, "-m", "ditlab", *stage.words],
+            _worker(stage.file),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -351,7 +385,7 @@ def _start(stage: Stage, slot: Slot, output: Path) -> subprocess.Popen[bytes]:
 
 
 def _cpu_seconds(pid: int) -> float | None:
-    """Processor time of a process so far, one that has just ended included; None where the system does not say."""
+    """Processor time of a process so far, or of one that has just ended; None where the system does not report it."""
     try:
         # After the name in brackets, which may hold spaces, the 12th and 13th fields are user and system time.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -361,44 +395,47 @@ def _cpu_seconds(pid: int) -> float | None:
 
 
 def _failure(job: Job, status: int) -> str:
-    """Why a process failed: the last line it said, or the signal that ended it."""
+    """Why a process failed: the last line of its output, or the signal that ended it."""
     if status < 0:
         name = signal.Signals(-status).name
-        hint = ", perhaps for want of memory" if -status == signal.SIGKILL else ""
+        hint = ", perhaps because memory ran out" if -status == signal.SIGKILL else ""
         return f"its process was ended by {name}{hint}"
     try:
         text = job.output.read_text(errors="replace")
     except OSError:
         text = ""
     lines = [line for line in text.splitlines() if line.strip()]
-    said = lines[-1].removeprefix("ditlab: ") if lines and not lines[-1].startswith("$ ") else "it said nothing"
-    return f"{said} (status {status}; all it said: {job.output})"
+    silent = not lines or lines[-1].startswith("$ ")
+    last = "it printed nothing" if silent else lines[-1].removeprefix("ditlab: ")
+    return f"{last} (status {status}; its whole output: {job.output})"
 
 
 def make_slots(jobs: int, *, device: str, parallel: int | None, memory: int) -> list[Slot]:
-    """As many slots as fit this machine.
+    """Returns as many slots as fit this machine.
 
-    On CUDA one a GPU, or `parallel` shared out among them; on the CPU one a core, with one thread, as many as fit into
-    the free memory, or `parallel` with the cores shared out among them.
+    On CUDA one for each GPU, or `parallel` spread over them. On the CPU one for each core, with one thread, as many as
+    fit into the free memory; or `parallel` with the cores spread over them.
 
     Args:
         jobs: never more slots than these.
         device: "cpu", "cuda" for all GPUs, or "cuda:N" for one.
         parallel: how many instead.
-        memory: what one process takes on the CPU, in bytes, an estimate.
+        memory: an estimate of what one process takes on the CPU, in bytes.
 
     Raises:
-        DitlabError: `parallel` is below 1.
+        InvalidConfig: `parallel` is below 1.
     """
     if parallel is not None and parallel < 1:
-        raise DitlabError(f"--parallel: expected at least 1, found {parallel}")
+        raise InvalidConfig(f"`parallel`: expected at least 1, found {parallel}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _gpus() if device.startswith("cuda") else []
     if ":" in device and gpus:
         gpus = [gpus[int(device.partition(":")[2])]]
-    fit = len(gpus) if gpus else min(cores, max(1, free_memory() // max(memory, 1)))
+    available = available_memory()
+    fitting = cores if available is None else max(1, available // max(memory, 1))
+    fit = len(gpus) if gpus else min(cores, fitting)
     # Threads depend neither on how many jobs are left nor on the memory that is free now: the rounding of sums depends
-    # on threads, and a study that was interrupted is to give the numbers of one that was not.
+    # on threads, and an interrupted study must give the numbers of an uninterrupted one.
     threads = max(1, cores // (parallel or len(gpus) or cores))
     count = min(parallel or fit, max(jobs, 1))
     if not gpus:
@@ -413,20 +450,3 @@ def _gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return [gpu.strip() for gpu in named.split(",")][:count] if named else [str(i) for i in range(count)]
-
-
-def free_memory() -> int:
-    """Bytes of memory that processes can take now; where the system does not say, none are counted against it."""
-    found = Path("/proc/meminfo")
-    if found.is_file():
-        for line in found.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return sys.maxsize
-
-
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Counts of how jobs ended, and why those that failed did."""
-    counts = Counter(outcome.state for outcome in outcomes)
-    failed = [{"name": o.name, "reason": o.reason, "command": o.command} for o in outcomes if o.state == "failed"]
-    return {"done": counts["done"], "failed": failed}

@@ -1,11 +1,12 @@
-"""Where studies keep what they know: small JSON of every cell, made to be committed, beside the run folders.
+"""Where studies keep results: small JSON files of every trial, made to be committed, beside the run folders.
 
     OUT/
-      cells/HASH/    cell.json  trajectory.json  psnr-gap.json  attention.json
-      runs/HASH/     the run's folder (weights; not to be committed), HASH.txt what its processes said
+      cells/HASH/    cell.json  trajectory.json  psnr-gap.json  attention.json: the results of a trial
+      runs/HASH/     the run's folder (weights; not to be committed)
+      runs/          HASH.txt, the output of its processes; HASH.STAGE.json, what each of them was to do
       STUDY-SCALE/   plan.json  report.html  table.csv  table.json  figures/
 
-Each file is written whole or not at all. What is recorded in `cells/` stays valid when the run's folder is deleted.
+Each file is written whole or not at all. What is recorded in `cells/` stays valid if the run's folder is deleted.
 """
 
 from __future__ import annotations
@@ -17,38 +18,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ditlab.analyses import analysis as find_analysis
 from ditlab.config import to_json
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError, Incompatible
 from ditlab.files import read_json, write_json
 from ditlab.models.run import Run
-from ditlab.studies.cells import Cell, cell_hash
 from ditlab.studies.grid import Plan
-from ditlab.studies.runner import Spent
+from ditlab.studies.runner import ResourceUse
+from ditlab.studies.trial import Trial, trial_hash
 
-RESULTS = {"psnr-gap": "psnr-gap", "attention": "attention-locality"}
-"""Analysis (the verb, and the file's name) -> the kind that its JSON states."""
+__all__ = ["State", "Store", "TrialStatus", "measured_alike"]
 
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "cell": {"name": str, "split": dict, "spent": dict, "environment": dict, "command": str},
     "trajectory": {"points": list},
     "psnr-gap": {"about": dict, "config": dict, "averages": dict, "curves": dict, "peak": float},
-    "attention": {"about": dict, "config": dict},
 }
-"""File -> fields without which it counts as damaged, and what they must be."""
+"""File -> fields without which it counts as damaged, and their types; of other analyses "about" and "config"."""
 
 _PROBES, _PROBE_SECONDS = 3, 0.02
-"""How often a cell's lock is tried, and the pause between: `locked` holds it for a moment."""
+"""How often a trial's lock is tried, and the pause between: `locked` holds it for a moment."""
 
 State = Literal["empty", "partial", "running", "trained", "failed", "done"]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a cell is."""
+class TrialStatus:
+    """How far a trial is."""
 
     state: State
     note: str = ""
-    """What else there is to say, for a table."""
+    """Details, for a table."""
 
 
 class Store:
@@ -58,30 +58,34 @@ class Store:
         self.root = root
 
     def plan(self, study: str, scale: str) -> Path:
-        """The folder of a study at a scale."""
+        """Returns the folder of a study at a scale."""
         return self.root / f"{study.replace('/', '-')}-{scale}"
 
-    def cell(self, name: str) -> Path:
-        """The folder of a cell's results."""
+    def trial(self, name: str) -> Path:
+        """Returns the folder of a trial's results."""
         return self.root / "cells" / name
 
     def run(self, name: str) -> Path:
-        """The folder of a cell's run."""
+        """Returns the folder of a trial's run."""
         return self.root / "runs" / name
 
     def output(self, name: str) -> Path:
-        """The file of all that a cell's processes said."""
+        """Returns the file of the output of a trial's processes."""
         return self.root / "runs" / f"{name}.txt"
+
+    def job(self, name: str, stage: str) -> Path:
+        """Returns the file that tells a trial's process what to do."""
+        return self.root / "runs" / f"{name}.{stage}.json"
 
     @contextmanager
     def lock(self, name: str) -> Iterator[bool]:
-        """Holds a cell for this process, where no other holds it; yields whether it does.
+        """Holds a trial for this process, unless another process holds it; yields whether it does.
 
-        The lock goes with the process, however it ends.
+        The lock is released when the process ends, however it ends.
         """
         try:
             import fcntl
-        except ImportError:  # no such lock on Windows; there two runners on one store are the user's own care
+        except ImportError:  # Windows has no such lock; there the user must not start two runners on one store
             yield True
             return
         path = self.root / "runs" / f"{name}.lock"
@@ -99,78 +103,79 @@ class Store:
             yield True
 
     def locked(self, name: str) -> bool:
-        """Whether a runner works on a cell at this moment."""
+        """Returns whether a runner works on a trial at this moment."""
         try:
             import fcntl
 
             with (self.root / "runs" / f"{name}.lock").open() as file:
                 try:
-                    # Shared, so that those who only look are not in each other's way.
+                    # Shared, so that several readers do not block each other.
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return True
-        except (ImportError, OSError):  # no lock was ever made, or it may not be read: nobody works there
+        except (ImportError, OSError):  # no lock was ever made, or it may not be read: no runner works there
             return False
         return False
 
     def record(self, name: str, file: str) -> dict[str, Any] | None:
-        """One of a cell's JSON files; None where it is absent or damaged, so that it is made again."""
-        kind = RESULTS.get(file, f"study-{file}")
+        """Returns one of a trial's JSON files; None if it is missing or damaged, so that it is made again."""
+        kind, version = (f"study-{file}", 1) if file in ("cell", "trajectory") else _kind(file)
         try:
-            found = read_json(self.cell(name) / f"{file}.json", kind, 1)
+            record = read_json(self.trial(name) / f"{file}.json", kind, version)
         except DitlabError:
             return None
-        return found if _whole(found, file) else None
+        return record if _whole(record, file) else None
 
     def trained(self, name: str) -> bool:
-        """Whether a cell's training is on record."""
-        found = self.record(name, "cell")
-        return found is not None and self.record(name, "trajectory") is not None
+        """Returns whether a trial's training is on record."""
+        return self.record(name, "cell") is not None and self.record(name, "trajectory") is not None
 
     def measured(self, name: str, plan: Plan, analysis: str) -> bool:
-        """Whether a cell has an analysis on record that was made with the plan's settings."""
-        found = self.record(name, analysis)
-        return found is not None and measured_alike(found, plan, analysis)
+        """Returns whether a trial has an analysis on record that was made with the plan's settings."""
+        record = self.record(name, analysis)
+        return record is not None and measured_alike(record, plan, analysis)
 
     def complete(self, name: str, plan: Plan) -> bool:
-        """Whether all that a plan asks of a cell is on record."""
+        """Returns whether everything that a plan asks of a trial is on record."""
         return self.trained(name) and all(self.measured(name, plan, analysis) for analysis in plan.analyses)
 
-    def standing(self, name: str, plan: Plan) -> Standing:
-        """How far a cell is, from what lies on the disk."""
+    def status(self, name: str, plan: Plan) -> TrialStatus:
+        """Returns how far a trial is, from the files on the disk."""
         folder = self.run(name)
         gone = "" if folder.is_dir() else "run folder deleted"
         if self.complete(name, plan):
-            return Standing("done", f"{gone}, its results stand" if gone else "")
+            return TrialStatus("done", f"{gone}, its results stay valid" if gone else "")
         if self.locked(name):
-            return Standing("running")
+            return TrialStatus("running")
         failure = self.record_failure(name)
         if failure is not None:
-            return Standing("failed", failure["reason"])
+            return TrialStatus("failed", failure["reason"])
         if self.trained(name):
             missing = [a for a in plan.analyses if not self.measured(name, plan, a)]
             todo = f"{' and '.join(missing)} to be measured"
-            return Standing("empty", f"{gone}, {todo}: to be trained again") if gone else Standing("trained", todo)
+            return (
+                TrialStatus("empty", f"{gone}, {todo}: to be trained again") if gone else TrialStatus("trained", todo)
+            )
         if (folder / "config.json").is_file():
             try:
                 steps = Run.open(folder).checkpoints.steps()
             except DitlabError as error:
-                return Standing("failed", str(error))
-            return Standing("partial", f"step {steps[-1]:,} saved" if steps else "begun")
-        return Standing("empty")
+                return TrialStatus("failed", str(error))
+            return TrialStatus("partial", f"step {steps[-1]:,} saved" if steps else "started")
+        return TrialStatus("empty")
 
     def _failure(self, name: str) -> Path:
         return self.root / "runs" / f"{name}.failed.json"
 
     def record_failure(self, name: str) -> dict[str, Any] | None:
-        """Why a cell failed when it was last tried, and the command to repeat it; None where it did not."""
+        """Returns why a trial failed when it was last tried, and what repeats it; None if it did not fail."""
         try:
             return read_json(self._failure(name), "study-failure", 1)
         except DitlabError:
             return None
 
     def note_failure(self, name: str, reason: str, command: str) -> None:
-        """Keeps why a cell failed; a disk too full for that loses only the note."""
+        """Records why a trial failed; if the disk is too full for that, only the note is lost."""
         record = {"kind": "study-failure", "version": 1, "reason": reason, "command": command}
         try:
             write_json(self._failure(name), record)
@@ -181,25 +186,25 @@ class Store:
         """Removes the note of a failure."""
         self._failure(name).unlink(missing_ok=True)
 
-    def record_training(self, cell: Cell, images: Mapping[str, Any], spent: Spent | None) -> None:
+    def record_training(self, trial: Trial, images: Mapping[str, Any], use: ResourceUse | None) -> None:
         """Writes trajectory.json and then cell.json from a finished run's folder.
 
         Args:
-            cell: the cell.
+            trial: the trial.
             images: what the plan says of its image set.
-            spent: by its process; None where it took several, of which not all are known.
+            use: what its process used; None if there were several, not all of which are known.
 
         Raises:
-            DitlabError: the run is not finished, or is not the cell's; or the disk is full.
+            DitlabError: the run is not finished, or is another trial's; or the disk is full.
         """
-        run = Run.open(self.run(cell.hash))
-        found = cell_hash(run.config, run.record.split.imageset)
-        if found != cell.hash:
-            raise DitlabError(f"run {run.path}: expected the settings of cell {cell.hash}, found those of {found}")
+        run = Run.open(self.run(trial.hash))
+        actual = trial_hash(run.config, run.record.split.imageset)
+        if actual != trial.hash:
+            raise Incompatible(f"run {run.path}: expected the settings of trial {trial.hash}, found those of {actual}")
         if not run.finished:
-            raise DitlabError(f"run {run.path}: expected {run.config.training.steps} steps, found fewer")
+            raise Incompatible(f"run {run.path}: expected {run.config.training.steps} steps, found fewer")
         log = run.log
-        folder = self.cell(cell.hash)
+        folder = self.trial(trial.hash)
         names = ("step", "train_psnr", "test_psnr", "psnr_gap", "train_loss", "test_loss")
         points = [{name: line[name] for name in names if name in line} for line in log if "train_loss" in line]
         write_json(folder / "trajectory.json", {"kind": "study-trajectory", "version": 1, "points": points})
@@ -208,63 +213,71 @@ class Store:
             {
                 "kind": "study-cell",
                 "version": 1,
-                **cell.place(),
-                "name": cell.name,
+                **trial.place(),
+                "name": trial.name,
                 "images": dict(images),
                 "split": asdict(run.record.split),
                 "config": _without_path(to_json(run.config)),
                 "command": run.record.command,
                 "environment": run.record.environment,
                 "step_seconds": round(_step_seconds(log), 1),
-                "spent": {} if spent is None else {"train": asdict(spent)},
+                "spent": {} if use is None else {"train": asdict(use)},
                 "memory_bytes": max((line.get("machine", {}).get("memory_bytes", 0) for line in log), default=0),
             },
         )
 
-    def record_analysis(self, cell: Cell, plan: Plan, analysis: str, spent: Spent | None) -> None:
-        """Copies an analysis from the run's folder into the cell, and its time into cell.json.
+    def record_analysis(self, trial: Trial, plan: Plan, analysis: str, use: ResourceUse | None) -> None:
+        """Copies an analysis from the run's folder to the trial's results, and what it used into cell.json.
 
         Args:
-            cell: the cell.
+            trial: the trial.
             plan: the plan whose settings it must have.
-            analysis: its verb.
-            spent: by its process; None where that is not known.
+            analysis: its name.
+            use: what its process used; None if that is not known.
 
         Raises:
-            DitlabError: the analysis is absent, damaged, of other weights or images, or made with other settings; or
+            DitlabError: the analysis is missing, damaged, of other weights or images, or made with other settings; or
                 the disk is full.
         """
-        run = Run.open(self.run(cell.hash))
+        run = Run.open(self.run(trial.hash))
         path = run.path / "analysis" / f"{analysis}.json"
-        record = read_json(path, RESULTS[analysis], 1)
+        record = read_json(path, *_kind(analysis))
         if not _whole(record, analysis):
-            raise DitlabError(f"{path}: expected a whole result, found one that lacks fields")
+            raise Damaged(f"{path}: expected a whole result, found one without some fields")
         about = record["about"]
         expected = (run.config.training.steps, True, run.record.split.hash)
         if tuple(about.get(name) for name in ("step", "ema", "split_hash")) != expected:
-            raise DitlabError(f"{path}: expected a result of the averaged weights of step {expected[0]}, found another")
+            raise Incompatible(
+                f"{path}: expected a result of the averaged weights of step {expected[0]}, found another"
+            )
         if about.get("settings", {}).get("images_from", "test") != "test":
-            raise DitlabError(f"{path}: expected a result on held-out images, found one on other images")
+            raise Incompatible(f"{path}: expected a result on held-out images, found one on other images")
         if not measured_alike(record, plan, analysis):
-            raise DitlabError(f"{path}: expected a result with the study's settings, found other settings")
-        write_json(self.cell(cell.hash) / f"{analysis}.json", record)
-        known = self.record(cell.hash, "cell")
-        if known is not None and spent is not None:
-            known["spent"][analysis] = asdict(spent)
-            write_json(self.cell(cell.hash) / "cell.json", known)
+            raise Incompatible(f"{path}: expected a result with the study's settings, found other settings")
+        write_json(self.trial(trial.hash) / f"{analysis}.json", record)
+        known = self.record(trial.hash, "cell")
+        if known is not None and use is not None:
+            known["spent"][analysis] = asdict(use)
+            write_json(self.trial(trial.hash) / "cell.json", known)
+
+
+def _kind(analysis: str) -> tuple[str, int]:
+    """The kind and the newest known version of the JSON of an analysis's results."""
+    result = find_analysis(analysis).result_class()
+    return result.kind, result.version
 
 
 def _whole(record: Mapping[str, Any], file: str) -> bool:
-    """Whether a record has the fields that everything here relies on."""
-    wanted = _FIELDS.get(file, {})
-    # A whole number is a number too.
-    return all(isinstance(record.get(name), (float, int) if kind is float else kind) for name, kind in wanted.items())
+    """Whether a record has the fields that are read from it."""
+    fields = _FIELDS.get(file, {"about": dict, "config": dict})
+    # JSON writes whole numbers without a point.
+    return all(isinstance(record.get(name), (float, int) if kind is float else kind) for name, kind in fields.items())
 
 
 def measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:
-    """Whether a result was measured with a plan's settings."""
-    found = record.get("config", {})
-    return all(found.get(name) == value for name, value in plan.analyses[analysis].items())
+    """Returns whether a result was measured with a plan's settings."""
+    config = record.get("config", {})
+    return all(config.get(name) == value for name, value in plan.analyses[analysis].items())
 
 
 def _without_path(config: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +285,7 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_seconds(log: list[dict[str, Any]]) -> float:
-    """Time of the training steps by the log, over all the times that the run was taken up."""
+    """Seconds of all training steps by the log, those before resuming included."""
     seconds, before = 0.0, 0
     for line in log:
         rate = line.get("machine", {}).get("images_per_second", 0)

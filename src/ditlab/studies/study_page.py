@@ -1,7 +1,7 @@
-"""The page of a study: what its recorded cells say, beside what was published, and which cells are empty.
+"""The page of a study: what its recorded trials show, beside what was published, and which trials are empty.
 
-Made from plan.json and cells/ alone. Every sentence about a difference comes from the interval of paired seeds; nothing
-here computes a statistic of its own.
+It is made from plan.json and cells/ alone. Every sentence about a difference comes from the interval of paired seeds;
+nothing here computes a statistic of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure
 from ditlab.pages.theme import Theme, assign
 from ditlab.pages.token_picker import AttentionPicker
 from ditlab.studies.figures import differences_figure
-from ditlab.studies.findings import findings, said, seen, ways_of
+from ditlab.studies.findings import answer, contrasts, findings, phrase
 from ditlab.studies.grid import Study
 from ditlab.studies.published import Published, differing, published, settings_here
-from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Panel, panels
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet, facets
 from ditlab.studies.store import Store
 
 if TYPE_CHECKING:
@@ -39,20 +39,21 @@ if TYPE_CHECKING:
 
     from ditlab.studies.grid import Plan
 
+__all__ = ["StudyPage"]
+
 _NOT_CORRECTED = (
-    "Intervals are 95 % t intervals over paired seeds, each seed with its own shuffle of the images. No correction is "
-    "made for looking at several N: of twenty intervals about one leaves zero out by chance."
+    "Intervals are 95 % t intervals over paired seeds; each seed has its own split of the images. They are not "
+    "corrected for comparing at several N: about one of twenty intervals excludes zero by chance."
 )
 _THREE_WAYS = (
-    "A smaller gap at equal steps can be mere slower fitting. So each two kinds of runs are compared in three ways: "
-    "the gap after the same number of steps, the gap where both have reached the same train PSNR, and the best test "
-    "PSNR that each reaches along training. These three are measured alike, along training, and can be held against "
-    "each other."
+    "A smaller gap at equal steps can only mean slower fitting. So each two kinds of runs are compared in three ways: "
+    "the gap after the same number of steps, the gap at the same train PSNR, and the best test PSNR that each reaches "
+    "along training. These three are measured in the same way, along training, and can be compared with each other."
 )
 
 
 _ANSWERS: Mapping[str, Sequence[str]] = {"lowers": ("full", "lowers", "matched")}
-"""A claim's question -> the questions of `seen` whose answers belong to it, where they are several."""
+"""A claim's question -> the questions whose answers belong to it, if they are several."""
 
 _MAPS = "maps"
 """The section of attention maps and token pickers."""
@@ -63,24 +64,24 @@ class StudyPage:
 
     def __init__(self, study: Study, plans: Sequence[Plan], store: Store, maps: Sequence[ThemedFigure] = ()) -> None:
         self.study, self.plans, self.store = study, plans, store
-        self.panels: list[Panel] = [panel for plan in plans for panel in panels(plan, store)]
+        self.facets: list[Facet] = [facet for plan in plans for facet in facets(plan, store)]
         self.paper = published(study.published) if study.published else None
-        self.slots = assign(label for panel in self.panels for label in panel.labels)
+        self.slots = assign(label for facet in self.facets for label in facet.labels)
         self._maps = maps
         self._figures: dict[str, ThemedFigure] = {}
 
     def save(
         self, folder: Path, pickers: Callable[[int], Sequence[AttentionPicker]] = lambda room: ()
-    ) -> dict[str, Any]:
-        """Writes report.html, table.csv, table.json and figures/; returns the sentences and where the files lie.
+    ) -> tuple[Path, list[str]]:
+        """Writes report.html, table.csv, table.json and figures/; returns the path of the page and its sentences.
 
         Args:
             folder: where they go.
-            pickers: makes token pickers that take at most so many bytes, which is what the rest of the page leaves.
+            pickers: makes token pickers of at most so many bytes, which is what the rest of the page leaves.
         """
         sentences = self.sentences()
         sections = self.sections()
-        rows = [{"scale": p.plan.scale, **cell.row()} for p in self.panels for cell in p.cells]
+        rows = [{"scale": f.plan.scale, **trial.row()} for f in self.facets for trial in f.trials]
         data = PageData(
             title=self.study.title,
             summary=[self.study.question, *sentences],
@@ -97,77 +98,79 @@ class StudyPage:
         write_text(folder / "table.csv", _csv(rows))
         for name, figure in self._figures.items():
             write_bytes(folder / "figures" / f"{name}.png", figure.light)
-        return {"report": str(page), "sentences": sentences}
+        return page, sentences
 
     def sentences(self) -> list[str]:
-        """What was found, in order of importance."""
+        """Returns what was found, the most important first."""
         lines = []
-        for panel in self.panels:
-            prefix = f"{self._name(panel)}: " if len(self.panels) > 1 else ""
-            lines += [prefix + line for line in findings(panel, self.study.asks)]
+        for facet in self.facets:
+            prefix = f"{self._name(facet)}: " if len(self.facets) > 1 else ""
+            lines += [prefix + line for line in findings(facet, self.study.asks)]
         return lines
 
-    def _name(self, panel: Panel) -> str:
-        """What headings call a panel; the scale only where there are several."""
-        return panel.name + (f", scale {panel.plan.scale}" if len(self.plans) > 1 else "")
+    def _name(self, facet: Facet) -> str:
+        """The name of a facet in headings; with the scale if there are several."""
+        return facet.name + (f", scale {facet.plan.scale}" if len(self.plans) > 1 else "")
 
     def sections(self) -> list[Section]:
-        """Every section, panel by panel."""
-        found = []
-        for number, panel in enumerate(self.panels, 1):
+        """Returns every section, facet by facet."""
+        sections: list[Section] = []
+        for number, facet in enumerate(self.facets, 1):
             tail = "" if number == 1 else f"-{number}"
-            name = f" ({self._name(panel)})" if len(self.panels) > 1 else ""
-            found += [
-                self._grid(panel, tail, name),
-                self._gap(panel, tail, name),
-                self._ways(panel, tail, name),
-                self._curves(panel, tail, name),
-                self._along(panel, tail, name),
-                self._locality(panel, number, tail, name),
+            name = f" ({self._name(facet)})" if len(self.facets) > 1 else ""
+            sections += [
+                self._grid(facet, tail, name),
+                self._gap(facet, tail, name),
+                self._ways(facet, tail, name),
+                self._curves(facet, tail, name),
+                self._along(facet, tail, name),
+                self._locality(facet, tail, name),
             ]
-        found.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
+        sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
-            found += [self._claims(self.paper), self._published(self.paper), self._settings(self.paper)]
-        found.append(self._costs())
-        return found
+            sections += [self._claims(self.paper), self._published(self.paper), self._settings(self.paper)]
+        sections.append(self._costs())
+        return sections
 
     def _picture(self, name: str, drawing: Callable[[Theme], Figure], alt: str, caption: str) -> ThemedFigure:
         self._figures[name] = ThemedFigure.draw(drawing, alt, caption)
         return self._figures[name]
 
-    def _grid(self, panel: Panel, tail: str, name: str) -> Section:
-        """Which cells are on record."""
+    def _grid(self, facet: Facet, tail: str, name: str) -> Section:
+        """Which trials are on record."""
         rows = []
-        for label in panel.labels:
-            for seed in panel.plan.axes["seed"]:
-                cells = {
-                    c.place["n"]: c for c in panel.cells if (c.place["attention"], c.place["seed"]) == (label, seed)
+        for label in facet.labels:
+            for seed in facet.plan.axes["seed"]:
+                trials = {
+                    t.place["n"]: t for t in facet.trials if (t.place["attention"], t.place["seed"]) == (label, seed)
                 }
-                rows.append((label, seed, *(_mark(cells[n].row()) if n in cells else None for n in panel.counts)))
-        columns = ("attention", "seed", *(f"N = {n:,}" for n in panel.counts))
-        states = Counter(c.standing.state for c in panel.cells)
+                rows.append((label, seed, *(_mark(trials[n].row()) if n in trials else None for n in facet.counts)))
+        columns = ("attention", "seed", *(f"N = {n:,}" for n in facet.counts))
+        states = Counter(trial.status.state for trial in facet.trials)
         words = ", ".join(f"{count} {state}" for state, count in states.items())
-        what = "gap in dB" if "psnr-gap" in panel.plan.analyses else "mean attention distance in tokens"
-        facts = panel.plan.images[panel.data]
-        plans = ", ".join(f"{label}: `{text}`" for label, text in panel.plan.plans.items())
+        what = "gap in dB" if "psnr-gap" in facet.plan.analyses else "mean attention distance in tokens"
+        facts = facet.plan.images[facet.data]
+        plans = ", ".join(f"{label}: `{text}`" for label, text in facet.plan.plans.items())
         about = (
-            f"Images: {facts['count']:,} of {panel.data} at {facts['size']}x{facts['size']} pixels (set "
-            f"{str(facts['hash'])[:12]}). Network: {panel.network}. Attention plans, one entry a layer: {plans}."
+            f"Images: {facts['count']:,} of {facet.data} at {facts['size']}x{facts['size']} pixels (set "
+            f"{str(facts['hash'])[:12]}). Network: {facet.network}. Attention plans, one entry for each layer: {plans}."
         )
         return Section(
             f"cells{tail}",
-            f"Cells of the grid{name}",
+            f"Trials of the grid{name}",
             [about],
-            pictures=self._patterns(panel, tail),
-            tables=[Table(columns, rows, f"Each cell's {what}, or how far it is; {len(panel.cells)} cells: {words}")],
+            pictures=self._patterns(facet, tail),
+            tables=[
+                Table(columns, rows, f"Each trial's {what}, or how far it is; {len(facet.trials)} trials: {words}")
+            ],
         )
 
-    def _patterns(self, panel: Panel, tail: str) -> list[ThemedFigure]:
+    def _patterns(self, facet: Facet, tail: str) -> list[ThemedFigure]:
         """What each plan with windows lets a token see (An et al., Fig. 5)."""
-        settings = settings_here(panel.plan, panel.network)
-        side = int(panel.plan.images[panel.data]["size"]) // settings["network.patch"]
+        settings = settings_here(facet.plan, facet.network)
+        side = int(facet.plan.images[facet.data]["size"]) // settings["network.patch"]
         pictures = []
-        for label, text in panel.plan.plans.items():
+        for label, text in facet.plan.plans.items():
             plan = parse_plan(text, settings["network.depth"], settings["network.border"])
             if any(pattern.name != "global" for pattern in plan):
                 pictures.append(
@@ -175,79 +178,79 @@ class StudyPage:
                         f"patterns-{len(pictures) + 1}{tail}",
                         lambda theme, plan=plan: patterns_figure(plan, (side, side), theme=theme),
                         f"What a corner, an edge and a middle token see in each layer of {label} attention.",
-                        f"What {label} attention lets a token see, layer by layer (An et al., Fig. 5).",
+                        f"The tokens that {label} attention lets a token see, by layer (An et al., Fig. 5).",
                     )
                 )
         return pictures
 
-    def _gap(self, panel: Panel, tail: str, name: str) -> Section:
-        """The gap of each kind at each N, and its fall with N."""
-        comparison = panel.comparison
+    def _gap(self, facet: Facet, tail: str, name: str) -> Section:
+        """The gap of each kind at each N, and how it falls with N."""
+        comparison = facet.comparison
         if comparison is None:
             return Section(f"gap{tail}", "")
         rows = []
-        for n in panel.counts:
-            for label in panel.labels:
+        for n in facet.counts:
+            for label in facet.labels:
                 g = comparison.group(label, n)
                 if g is not None:
                     values = (g.mean("train"), g.mean("test"), g.mean("gap"), g.std())
                     rows.append((label, n, len(g.seeds), *values))
         table = Table(("attention", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "std of gap"), rows)
         trends = []
-        for label in panel.labels:
-            for d in panel.trends(label):
+        for label in facet.labels:
+            for d in facet.trends(label):
                 trends.append((label, d.second, d.first, *_interval(d)))
         fall = Table(
             ("attention", "gap at", "minus gap at", "difference, dB", "95 % interval", "seeds"),
             trends,
-            "The gap against the next smaller N",
+            "The gap minus that at the next smaller N",
         )
         bars = self._picture(
             f"gap-bars{tail}",
             lambda theme: gap_bars(comparison, slots=self.slots, theme=theme),
-            f"Bars of the average PSNR gap by number of training images, for {' and '.join(panel.labels)}.",
+            f"Bars of the average PSNR gap by number of training images, for {' and '.join(facet.labels)}.",
             "Average over noise levels of the gap, truncated at zero at each level (as Fig. 6). Dots are seeds.",
         )
-        notes = list(dict.fromkeys(note for c in panel.cells if c.psnr_record for note in c.psnr_record["notes"]))
-        if panel.alone:
-            notes.append(f"Not counted here, for want of other kinds with the same seed: {', '.join(panel.alone)}.")
+        notes = list(dict.fromkeys(note for t in facet.trials if t.psnr_record for note in t.psnr_record["notes"]))
+        if facet.alone:
+            notes.append(f"Not counted, because no other kind has the same seed: {', '.join(facet.alone)}.")
         return Section(
             f"gap{tail}",
             f"The PSNR gap against N{name}",
             tables=[table, *([fall] if trends else [])],
             notes=notes,
             pictures=[bars],
-            data={f"psnr-gap{tail}.json": {c.place["hash"]: c.psnr_record for c in panel.cells if c.psnr_record}},
+            data={f"psnr-gap{tail}.json": {t.place["hash"]: t.psnr_record for t in facet.trials if t.psnr_record}},
         )
 
-    def _ways(self, panel: Panel, tail: str, name: str) -> Section:
-        """Two kinds of attention compared in the full measurement and in three ways along training."""
-        pairs = list(combinations(panel.labels, 2))
+    def _ways(self, facet: Facet, tail: str, name: str) -> Section:
+        """Two kinds of attention, compared in the full measurement and in three ways along training."""
+        pairs = list(combinations(facet.labels, 2))
         tables, pictures, points = [], [], []
         for i, (first, second) in enumerate(pairs):
-            ways = ways_of(panel, first, second)
+            ways = contrasts(facet, first, second)
             if not any(c.difference is not None for way in ways.values() for c in way):
                 continue
             tables += [
                 _differences(
-                    panel.counts, {what: ways[what] for what in ALONG}, f"{second} minus {first}, along training"
+                    facet.counts, {what: ways[what] for what in ALONG}, f"{second} minus {first}, along training"
                 ),
-                _differences(panel.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
+                _differences(facet.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
             ]
             points += [
-                c.difference.sentence(f"{said(what)}, N = {n:,}")
-                for place, n in enumerate(panel.counts)
+                c.difference.sentence(f"{phrase(what)}, N = {n:,}")
+                for place, n in enumerate(facet.counts)
                 for what in CONTRASTS
                 if (c := ways[what][place]).difference is not None
             ]
-            # The full measurement is drawn in bars of its own (`_gap`); here those that were measured alike.
+            # The full measurement has bars of its own (`_gap`); here are those that were measured in the same way.
             shown = [(what, {c.n: c.difference for c in ways[what]}) for what in ALONG]
             if any(d is not None for _, way in shown for d in way.values()):
                 pictures.append(
                     self._picture(
                         f"differences{tail}" + (f"-{i + 1}" if len(pairs) > 1 else ""),
                         lambda theme, shown=shown: differences_figure(shown, theme=theme),
-                        f"Differences {second} minus {first} against N in three panels: {', '.join(ALONG)}.",
+                        f"Differences {second} minus {first} against N in three plots: {', '.join(ALONG)}.",
                         f"{second} minus {first} along training, over paired seeds. A lower gap and a higher test PSNR "
                         "are better.",
                     )
@@ -256,51 +259,51 @@ class StudyPage:
             return Section(f"ways{tail}", "")
         return Section(
             f"ways{tail}",
-            f"{' against '.join(reversed(panel.labels)).capitalize()}, three ways{name}"
-            if len(panel.labels) == 2
-            else f"The kinds of attention compared, three ways{name}",
-            [_THREE_WAYS, _instruments(panel)],
+            f"{' against '.join(reversed(facet.labels)).capitalize()}, three ways{name}"
+            if len(facet.labels) == 2
+            else f"The kinds of attention, compared in three ways{name}",
+            [_THREE_WAYS, _instruments(facet)],
             points=points,
             tables=tables,
             notes=[_NOT_CORRECTED],
             pictures=pictures,
-            data={f"matched{tail}.json": [m.to_json() for m in panel.matched]},
+            data={f"matched{tail}.json": [m.to_json() for m in facet.matched]},
         )
 
-    def _curves(self, panel: Panel, tail: str, name: str) -> Section:
-        comparison = panel.comparison
+    def _curves(self, facet: Facet, tail: str, name: str) -> Section:
+        comparison = facet.comparison
         if comparison is None:
             return Section(f"curves{tail}", "")
         picture = self._picture(
             f"psnr-curves{tail}",
             lambda theme: psnr_curves(comparison, slots=self.slots, theme=theme),
-            f"Train and test PSNR by diffusion step for {' and '.join(panel.labels)}, a column a number of images.",
-            "Solid lines: training images; broken lines: held-out images of the same kind (An et al., Fig. 2).",
+            f"Train and test PSNR by diffusion step for {' and '.join(facet.labels)}, a column for each N.",
+            "Solid lines: training images. Dashed lines: held-out images of the same kind (An et al., Fig. 2).",
         )
         return Section(f"curves{tail}", f"Train and test PSNR by noise level{name}", pictures=[picture])
 
-    def _along(self, panel: Panel, tail: str, name: str) -> Section:
+    def _along(self, facet: Facet, tail: str, name: str) -> Section:
         """PSNR along training, a part for each N."""
         parts = []
-        for n in panel.counts if "psnr-gap" in panel.plan.analyses else ():
-            runs = panel.trajectories(n)
+        for n in facet.counts if "psnr-gap" in facet.plan.analyses else ():
+            runs = facet.trajectories(n)
             if not runs:
                 continue
-            matched = [m for m in panel.matched if m.n == n]
-            one = matched[0] if len(matched) == 1 else None
+            matched = [m for m in facet.matched if m.n == n]
+            only = matched[0] if len(matched) == 1 else None
             parts.append(
                 Section(
                     f"along-{n}{tail}",
                     f"N = {n:,}",
-                    pictures=self._along_pictures(panel, n, tail, one),
+                    pictures=self._along_pictures(facet, n, tail, only),
                     tables=[_folded(m) for m in matched],
                 )
             )
-        note = "Averaged weights, a coarse grid of noise levels, the same images and noise each time."
+        note = "Measured with averaged weights at few noise levels, each time with the same images and noise."
         return Section(f"along{tail}", f"Along training{name}", notes=[note] if parts else (), parts=parts)
 
-    def _along_pictures(self, panel: Panel, n: int, tail: str, one: MatchedComparison | None) -> list[ThemedFigure]:
-        runs, names = panel.trajectories(n), " and ".join(panel.labels)
+    def _along_pictures(self, facet: Facet, n: int, tail: str, matched: MatchedComparison | None) -> list[ThemedFigure]:
+        runs, names = facet.trajectories(n), " and ".join(facet.labels)
         return [
             self._picture(
                 f"gap-along-training-n{n}{tail}",
@@ -310,14 +313,14 @@ class StudyPage:
             ),
             self._picture(
                 f"matched-psnr-n{n}{tail}",
-                lambda theme: matched_psnr(runs, one, slots=self.slots, theme=theme),
+                lambda theme: matched_psnr(runs, matched, slots=self.slots, theme=theme),
                 f"Test PSNR against train PSNR along the training of {names}, N = {n}.",
-                "At equal train PSNR a curve that lies higher generalizes better at the same fit.",
+                "At equal train PSNR, the higher curve generalizes better.",
             ),
         ]
 
-    def _locality(self, panel: Panel, number: int, tail: str, name: str) -> Section:
-        comparison = panel.locality
+    def _locality(self, facet: Facet, tail: str, name: str) -> Section:
+        comparison = facet.locality
         if comparison is None:
             return Section(f"locality{tail}", "")
         results = [r for g in comparison.groups for r in g.results]
@@ -325,7 +328,7 @@ class StudyPage:
             self._picture(
                 f"locality{tail}",
                 lambda theme: locality_curves(results, slots=self.slots, theme=theme),
-                "Mean attention distance by layer and attention by distance, a column a number of training images.",
+                "Mean attention distance by layer and attention by distance, a column for each N.",
                 "Means over heads, noise levels, images and seeds.",
             )
         ]
@@ -335,46 +338,47 @@ class StudyPage:
                 self._picture(
                     f"locality-by-n{tail}",
                     lambda theme: locality_by_n(results, slots=self.slots, theme=theme),
-                    f"Locality of attention against the number of training images for {' and '.join(panel.labels)}.",
-                    "Means over layers, heads, noise levels and images; small dots are seeds.",
+                    f"Locality of attention against the number of training images for {' and '.join(facet.labels)}.",
+                    "Means over layers, heads, noise levels and images. Small dots are seeds.",
                 ),
             )
-        data = {f"attention{tail}.json": {c.place["hash"]: c.locality_record for c in panel.cells if c.locality_record}}
+        records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
+        data = {f"attention{tail}.json": records}
         made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
         return replace(made, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
-        """What the paper says, and what was seen here."""
+        """What the paper reports, and what was measured here."""
         parts = []
         for number, claim in enumerate(paper.claims, 1):
             here = [
-                f"{self._name(panel)}: {line}" if len(self.panels) > 1 else line
-                for panel in self.panels
-                for about in _ANSWERS.get(claim["about"], (claim["about"],))
-                for line in seen(panel, about)
+                f"{self._name(facet)}: {line}" if len(self.facets) > 1 else line
+                for facet in self.facets
+                for question in _ANSWERS.get(claim["about"], (claim["about"],))
+                for line in answer(facet, question)
             ]
             where = f"The paper: {claim['source']}, {claim['certainty']}. Here:"
             parts.append(Section(f"claim-{number}", claim["text"], [where], here or ["Nothing is on record."]))
         notes = [f"{word[0].upper()}{word[1:]}: {meaning}." for word, meaning in paper.certainty.items()]
-        title = "What the paper says, and what was seen here"
+        title = "What the paper reports, and what was measured here"
         return Section("claims", title, [f"{paper.paper}."], notes=notes, parts=parts)
 
     def _published(self, paper: Published) -> Section:
         """Published gaps and the measured ones, in one table by N."""
         columns = ("images", "network", "N", "gap, global", "gap, local", "difference", "source")
         measured = []
-        for panel in self.panels:
-            for n in panel.counts:
-                groups = [panel.comparison and panel.comparison.group(label, n) for label in ("global", "local")]
+        for facet in self.facets:
+            for n in facet.counts:
+                groups = [facet.comparison and facet.comparison.group(label, n) for label in ("global", "local")]
                 a, b = (None if g is None else g.mean() for g in groups)
                 if a is not None or b is not None:
                     seeds = max(len(g.seeds) for g in groups if g is not None)
                     gap = None if a is None or b is None else b - a
-                    size = panel.plan.images[panel.data]["size"]
-                    scale = f", scale {panel.plan.scale}" if len(self.plans) > 1 else ""
-                    place = (f"{panel.data} at {size}x{size}{scale}", panel.network, n)
+                    size = facet.plan.images[facet.data]["size"]
+                    scale = f", scale {facet.plan.scale}" if len(self.plans) > 1 else ""
+                    place = (f"{facet.data} at {size}x{size}{scale}", facet.network, n)
                     measured.append((*place, a, b, gap, f"measured here, {seeds} seed{'s' if seeds > 1 else ''}"))
-        told = []
+        reported = []
         keys = dict.fromkeys((v["images"], v["network"], v["n"]) for v in paper.values if v["quantity"] == "gap")
         for images, network, n in keys:
             pair = [
@@ -383,71 +387,73 @@ class StudyPage:
             ]
             if pair[0] is not None and pair[1] is not None:
                 a, b = pair[0]["value"], pair[1]["value"]
-                told.append((images, network, n, a, b, b - a, f"{pair[0]['source']}, {pair[0]['certainty']}"))
-        if not told:
+                reported.append((images, network, n, a, b, b - a, f"{pair[0]['source']}, {pair[0]['certainty']}"))
+        if not reported:
             return Section("published", "")
-        first = told[0][0]
-        alike = {(panel.network, n) for panel in self.panels for n in panel.counts} & {(r[1], r[2]) for r in told}
+        first = reported[0][0]
+        shared = {(facet.network, n) for facet in self.facets for n in facet.counts} & {(r[1], r[2]) for r in reported}
         words = (
-            "The cells of this page that have a network and an N of the paper's stand beside its numbers."
-            if alike
-            else "No cell of this page has a network and an N of the paper's, so only the pattern of the numbers can "
-            "be compared, not their sizes."
+            "Trials of this page with a network and an N of the paper are beside its numbers."
+            if shared
+            else "No trial of this page has a network and an N of the paper, so only the pattern of the numbers can be "
+            "compared, not their sizes."
         )
-        mine = Table(columns, [*measured, *(row for row in told if row[0] == first)], "Average PSNR gap, dB")
-        more = Table(columns, [row for row in told if row[0] != first], folded="The paper's other image sets")
+        mine = Table(columns, [*measured, *(row for row in reported if row[0] == first)], "Average PSNR gap, dB")
+        more = Table(columns, [row for row in reported if row[0] != first], folded="The paper's other image sets")
         return Section("published", "Published and measured gaps", [words], tables=[mine, more])
 
     def _settings(self, paper: Published) -> Section:
-        """In what the settings here differ from the paper's."""
+        """How the settings here differ from the paper's."""
         parts = []
         for plan in self.plans:
             for network in plan.axes["network"]:
                 rows = [(f"`{name}`", there, sure, here) for name, there, sure, here in differing(paper, plan, network)]
                 columns = ("setting", "the paper", "how that is known", "here")
                 parts.append(Table(columns, rows, f"{network}, scale {plan.scale}"))
-        why = "What is listed here differs from the paper; what is not listed is as there, or as the paper leaves open."
-        return Section("differs", "In what the settings differ from the paper's", [why], tables=parts)
+        why = "These settings differ from the paper's. All others are the same, or the paper does not state them."
+        return Section("differs", "How the settings differ from the paper's", [why], tables=parts)
 
     def _costs(self) -> Section:
-        """What each cell took, and the command that trains it."""
+        """What each trial took, and a command that repeats one."""
         rows, code = [], []
-        for panel in self.panels:
-            for c in panel.cells:
-                if c.cell is None:
+        for facet in self.facets:
+            for trial in facet.trials:
+                if trial.record is None:
                     continue
-                spent = c.cell["spent"]
-                cpu = [spent.get(stage, {}).get("cpu_seconds") for stage in ("train", *panel.plan.analyses)]
-                rows.append((f"`{c.place['hash']}`", c.cell["name"], *cpu, c.cell["memory_bytes"] / 2**20))
-                code = code or [("One of the cells", c.cell["command"])]
+                spent = trial.record["spent"]
+                cpu = [spent.get(stage, {}).get("cpu_seconds") for stage in ("train", *facet.plan.analyses)]
+                memory = trial.record["memory_bytes"] / 2**20
+                rows.append((f"`{trial.place['hash']}`", trial.record["name"], *cpu, memory))
+                code = code or [("One of the trials", trial.record["command"])]
         stages = ("train", *(self.plans[0].analyses if self.plans else ()))
-        columns = ("cell", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
-        table = [Table(columns, rows, digits=0, folded=f"Time and memory of each cell ({len(rows)})")] if rows else []
-        return Section("costs", "What the cells took", tables=table, code=code)
+        columns = ("trial", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
+        table = [Table(columns, rows, digits=0, folded=f"Time and memory of each trial ({len(rows)})")] if rows else []
+        return Section("costs", "What the trials took", tables=table, code=code)
 
     def _environment(self) -> Mapping[str, Any]:
-        return next((c.cell["environment"] for p in self.panels for c in p.cells if c.cell is not None), {})
+        records = (trial.record for facet in self.facets for trial in facet.trials)
+        return next((record["environment"] for record in records if record is not None), {})
 
 
-def _instruments(panel: Panel) -> str:
-    """On how many images and noise levels the full measurement and the points along training stand."""
-    here = settings_here(panel.plan, panel.network)
+def _instruments(facet: Facet) -> str:
+    """On how many images and noise levels the full measurement and the measurements along training are based."""
+    here = settings_here(facet.plan, facet.network)
     levels = len(here.get("psnr-gap.levels") or ()) or here["psnr-gap.points"]
     return (
         f"The full measurement takes up to {here['psnr-gap.images']:,} images of each side at {levels} noise levels, "
-        f"once training has ended; along training up to {here['evaluation.images']:,} images of each side are measured "
-        f"at {here['evaluation.levels']} noise levels. So a difference in the full measurement is not to be held "
-        "against one along training."
+        f"after training. Along training, up to {here['evaluation.images']:,} images of each side are measured at "
+        f"{here['evaluation.levels']} noise levels. So differences of the full measurement cannot be compared with "
+        "those along training."
     )
 
 
 def _differences(counts: Sequence[int], ways: Mapping[str, Sequence[Contrast]], caption: str) -> Table:
-    """Differences by N, a pair of columns a way of comparing."""
+    """Differences by N, two columns for each way of comparing."""
     rows = []
     for place, n in enumerate(counts):
-        found = [_interval(way[place].difference) for way in ways.values()]
-        words = [(mean, f"{ends} ({seeds})" if seeds and seeds > 1 else ends) for mean, ends, seeds in found]
-        rows.append((n, *(word for pair in words for word in pair)))
+        intervals = [_interval(way[place].difference) for way in ways.values()]
+        pairs = [(mean, f"{ends} ({seeds})" if seeds and seeds > 1 else ends) for mean, ends, seeds in intervals]
+        rows.append((n, *(text for pair in pairs for text in pair)))
     heads = [head for what in ways for head in (f"{what}, dB", "95 % interval (seeds)")]
     return Table(("N", *heads), rows, caption)
 
@@ -467,7 +473,7 @@ def _signed(value: float) -> str:
 
 
 def _mark(row: Mapping[str, Any]) -> str:
-    """What stands in a cell's place in the grid: its number, or how far it is."""
+    """A trial in the table of the grid: its number, or how far it is."""
     value = row["gap"] if row["gap"] is not None else row["attention_distance"]
     return row["state"] if value is None else f"{value:.2f}" + ("" if row["state"] == "done" else f" ({row['state']})")
 

@@ -1,8 +1,8 @@
-"""Cells: one run of a study, found by what it is rather than by a name.
+"""Trials: one run of a study, identified by what it is instead of by a name.
 
-A cell's hash covers every setting that decides its weights or what is logged along training, and the images; not the
-folder where anything lies. So two studies that span the same run share it, and a run that was trained once is found
-again whatever study or scale asks for it.
+The hash of a trial covers every setting that decides its weights or what is logged during training, and the images;
+not the folders where they are. So studies that span the same run share it, and a run that was trained once is used by
+whatever study or scale needs it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 
 from ditlab.config import RunConfig, flat, from_json, to_json
 from ditlab.data.imageset import ImageSet
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.errors import InvalidConfig, unknown_name
 from ditlab.presets import preset
 
-_FREE = ("preset", "data.path", "sampler.", "guidance.", "training.keep", "training.save_every")
-"""How the names of those settings start that neither change a weight nor a line of the log."""
+__all__ = ["ADDED_DEFAULTS", "NOT_HASHED", "Trial", "hashed_settings", "trial_config", "trial_hash"]
 
-LATER: Mapping[str, Any] = MappingProxyType(
+NOT_HASHED = ("preset", "data.path", "sampler.", "guidance.", "training.keep", "training.save_every")
+"""Prefixes of settings that affect neither weights nor logs, and so are not part of the hash."""
+
+ADDED_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "network.block": "adaln-zero",
         "network.affine": True,
@@ -36,22 +38,22 @@ LATER: Mapping[str, Any] = MappingProxyType(
         "training.lr_anneal": False,
     }
 )
-"""Settings that were added after the first cells had been committed, each with the value that means what was done
-before. They count only where they differ from it, so that the hashes of older cells stay as they are."""
+"""Settings that were added after the first trials had been committed, with the value that gives the earlier behaviour.
+They are hashed only if they differ from it, so that the hashes of older trials stay the same."""
 
 _DERIVED = frozenset(
-    {"preset", "data.path", "data.n", "data.test", "data.seed", "data.skip", "training.seed"}
+    {"preset", "data.path", "data.n", "data.seed", "training.seed", "network.attention"}
     | {f"network.{name}" for name in ("image_size", "channels", "num_classes", "learn_sigma")}
 )
-"""Settings that `ditlab train` takes from other flags or from the image set."""
+"""Settings that follow from the axes of a study or from the image set."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run of a study and its place on the axes."""
 
     hash: str
-    """16 hexadecimal digits (`cell_hash`)."""
+    """16 hexadecimal digits (`trial_hash`)."""
     config: RunConfig
     """The resolved settings, without a path."""
     imageset: str
@@ -73,36 +75,36 @@ class Cell:
         return f"{self.data} {self.network} {self.attention} N={self.n} seed {self.seed}"
 
     def place(self) -> dict[str, Any]:
-        """Its hash and its place on the axes, as JSON values."""
+        """Returns its hash and its place on the axes, as JSON values."""
         names = ("hash", "data", "network", "attention", "n", "seed")
         return {name: getattr(self, name) for name in names}
 
 
-def canonical(config: RunConfig, imageset: str) -> dict[str, Any]:
-    """What identifies a cell: its settings by dotted name and the hash of its images, as JSON values."""
+def hashed_settings(config: RunConfig, imageset: str) -> dict[str, Any]:
+    """Returns what identifies a trial: its settings by dotted name and the hash of its images, as JSON values."""
     settings = {
         name: value
         for name, value in flat(config).items()
-        if not name.startswith(_FREE) and not (name in LATER and value == LATER[name])
+        if not name.startswith(NOT_HASHED) and not (name in ADDED_DEFAULTS and value == ADDED_DEFAULTS[name])
     }
     return {"format": 1, "images": imageset, "settings": settings}
 
 
-def cell_hash(config: RunConfig, imageset: str) -> str:
-    """The name of a cell: 16 hexadecimal digits of the SHA-256 of its canonical JSON.
+def trial_hash(config: RunConfig, imageset: str) -> str:
+    """Returns the hash of a trial: 16 hexadecimal digits of the SHA-256 of `hashed_settings` as canonical JSON.
 
     Args:
         config: resolved settings (fitted to the images).
         imageset: hash of the image set.
     """
-    text = json.dumps(canonical(config, imageset), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(hashed_settings(config, imageset), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cell_config(
+def trial_config(
     name: str, settings: Mapping[str, Any], images: ImageSet, *, attention: str, n: int, seed: int
 ) -> RunConfig:
-    """A cell's settings: a preset, changed, fitted to the images.
+    """Returns the settings of a trial: a preset with changes, fitted to the images.
 
     Args:
         name: the preset.
@@ -117,7 +119,7 @@ def cell_config(
     """
     values = to_json(preset(name))
     channels, *sides = images.shape
-    fixed = {
+    derived = {
         "data.n": n,
         "data.seed": seed,
         "training.seed": seed,
@@ -126,9 +128,9 @@ def cell_config(
         "network.channels": channels,
     }
     for dotted in settings:
-        if dotted in _DERIVED - {"data.test", "data.skip"} or dotted == "network.attention":
-            raise DitlabError(f"study setting '{dotted}': follows from the axes and the images, so it cannot be set")
-    for dotted, value in {**settings, **fixed}.items():
+        if dotted in _DERIVED:
+            raise InvalidConfig(f"study setting '{dotted}': follows from the axes and the images, so it cannot be set")
+    for dotted, value in {**settings, **derived}.items():
         _put(values, dotted, value)
     return from_json(RunConfig, values, f"study settings on {name}")
 
@@ -144,21 +146,3 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
         known = {f"{top}.{name}" for top, group in values.items() if isinstance(group, dict) for name in group}
         raise unknown_name("study setting", dotted, known)
     inner[last] = value
-
-
-def train_words(config: RunConfig) -> list[str]:
-    """The flags of `ditlab train` that give these settings, from the preset on; without --data and --out."""
-    data = config.data
-    words = ["train", config.preset, "--n", str(data.n), "--test", str(data.test), "--seed", str(data.seed)]
-    words += ["--skip", str(data.skip)] if data.skip else []
-    before = flat(preset(config.preset))
-    for name, value in flat(config).items():
-        if name in _DERIVED or value == before.get(name):
-            continue
-        group, _, last = name.rpartition(".")
-        flag = last.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{group}.{'' if value else 'no-'}{flag}")
-        else:
-            words += [f"--{group}.{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return words

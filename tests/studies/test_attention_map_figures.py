@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.cli.main import main
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.grid import Study
@@ -34,7 +33,7 @@ def study(tiny) -> Study:
         n=(10, 20),
         seeds=(0,),
         settings={**base.settings, "training.steps": 20, "training.eval_every": 20},
-        attention_maps=AttentionConfig(images=2),
+        measured={"attention": {"images": 2}},
     )
     return replace(
         tiny, name="tiny/maps", scales=dict.fromkeys(tiny.scales, scale), analyses=("attention",), published=""
@@ -94,7 +93,7 @@ def test_no_real_image_is_shown_where_they_are_hidden(folder, report):
     shown = {path.name: path.read_bytes() for path in (folder / FIGURES).glob("attention-maps*.png")}
     assert maps(page) > 0
     # One for the smallest and one for the largest N.
-    assert pickers(page) == [f"N = {n}, shuffle 0: {REAL}" for n in (10, 20)]
+    assert pickers(page) == [f"N = {n}, seed 0: {REAL}" for n in (10, 20)]
     runs = folder / "out" / "runs"
     runs.rename(folder / "aside")
     said, page = report("--hide-training-images")
@@ -108,7 +107,7 @@ def test_no_real_image_is_shown_where_they_are_hidden(folder, report):
     assert maps(page) > 0
     assert REAL not in page
     sample = "a sample drawn by global attention at N = 20"
-    assert pickers(page) == [f"N = {n}, shuffle 0: {sample}" for n in (10, 20)]
+    assert pickers(page) == [f"N = {n}, seed 0: {sample}" for n in (10, 20)]
     for name, content in shown.items():
         assert (folder / FIGURES / name).read_bytes() != content
     # What shows no image may be shown again when the runs are gone, hidden or not.
@@ -127,7 +126,7 @@ def test_kept_maps_of_other_runs_are_not_shown(folder, report):
     assert maps(report()[1]) == count > 0
     path = folder / "out" / "tiny-maps-smoke" / "plan.json"
     plan = json.loads(path.read_text())
-    plan["cells"] = [cell for cell in plan["cells"] if cell["n"] == 10]
+    plan["cells"] = [trial for trial in plan["cells"] if trial["n"] == 10]
     plan["axes"]["n"] = [10]
     path.write_text(json.dumps(plan))
     said, page = report()
