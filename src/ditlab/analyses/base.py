@@ -98,6 +98,10 @@ class Comparison:
     context: ReportContext = field(default_factory=ReportContext)
     files: list[Path] = field(default_factory=list)
     """Files that were written."""
+    number: int = 0
+    """Its place among the comparisons that a page shows of this analysis, from 1; 0 if it is on no page."""
+    count: int = 1
+    """How many comparisons a page shows of this analysis."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "detail":
@@ -280,7 +284,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
                 result = replace(result, about=about)
                 groups.setdefault(self.group_key(result), []).append((place, result))
         comparisons = []
-        for members in groups.values():
+        for number, members in enumerate(groups.values(), 1):
             chosen = replace(
                 models,
                 models=tuple(models[place] for place, _ in members),
@@ -288,7 +292,17 @@ class Analysis(Generic[ConfigT, OptionsT]):
             )
             results = [result for _, result in members]
             comparisons.append(
-                Comparison(self, self.compare(results), results, chosen, settings, self.Options(), context)
+                Comparison(
+                    self,
+                    self.compare(results),
+                    results,
+                    chosen,
+                    settings,
+                    self.Options(),
+                    context,
+                    number=number,
+                    count=len(groups),
+                )
             )
         return comparisons
 
@@ -319,7 +333,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise DitlabError(f"{self.name}: expected {wanted} models, found {count}")
+            raise DitlabError(f"{self.name}: expected {wanted} model{'' if wanted == '1' else 's'}, found {count}")
 
     def cached(
         self, opened: OpenedModel, config: ConfigT, measure: Callable[[], Any], reporter: Reporter = SILENT

@@ -1,0 +1,45 @@
+"""Settings of the two-subset test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ditlab.errors import InvalidConfig, unknown_name
+from ditlab.sampling.seeds import parse_seeds, seeds_text
+
+__all__ = ["TwoSubsetsConfig", "TwoSubsetsOptions"]
+
+SamplerName = Literal["run", "ddpm", "ddim", "euler", "heun", "dpm++2m"]
+
+
+@dataclass(frozen=True)
+class TwoSubsetsConfig:
+    """How the two runs are compared."""
+
+    seeds: str = "0-63"
+    """Seeds of the samples, the same for both runs: numbers and ranges such as 0-9,20. In Python also a sequence."""
+    sampler: SamplerName = "ddim"
+    """The sampler; run: the first run's own. Fresh noise in a step is the same for both runs, too."""
+    sampler_steps: int | str | None = None
+    """Steps of the sampler; its default if not given."""
+    keep_mean: bool = False
+    """Compare images as they are. By default each image's mean is subtracted first, as in Kadkhodaie et al."""
+    batch: int = 64
+    """Images drawn at once. Does not change the result beyond float rounding."""
+
+    def __post_init__(self) -> None:
+        text = self.seeds if isinstance(self.seeds, str) else ",".join(map(str, self.seeds))
+        object.__setattr__(self, "seeds", seeds_text(parse_seeds(text)))
+        if self.sampler not in get_args(SamplerName):
+            raise unknown_name("sampler", self.sampler, get_args(SamplerName))
+        if self.batch < 1:
+            raise InvalidConfig(f"two-subsets: `batch` must be at least 1, found {self.batch}")
+
+
+@dataclass(frozen=True)
+class TwoSubsetsOptions:
+    """What the figures show."""
+
+    hide_training_images: bool = False
+    """Show no training images, and mask samples that are nearly one."""
