@@ -13,7 +13,7 @@ import ditlab
 
 PACKAGE = Path(ditlab.__file__).parent
 LAYERS = (
-    {"errors", "rng", "files", "memory", "progress", "provenance"},
+    {"errors", "rng", "files", "memory", "progress", "provenance", "threads"},
     {"nn", "data"},
     {"networks"},
     {"diffusion"},

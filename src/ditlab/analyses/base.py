@@ -314,9 +314,10 @@ class Analysis(Generic[ConfigT, OptionsT]):
         if self.report == "measure" or self.name in context.measure:
             return self.measure(single, config, self.Options(), reporter)[0]
         opened = single.open_one(0, reporter)
-        matching = (
-            r for r in find_results(self, opened.model, reporter) if r.about.weights == opened.provenance.weights
-        )
+        weights = opened.provenance.weights
+        if not weights:  # a function of a user's own: nothing tells whether a result is still about it
+            return None
+        matching = (r for r in find_results(self, opened.model, reporter) if r.about.weights == weights)
         return next((r for r in matching if r.about.split_hash == opened.provenance.split_hash), None)
 
     # -- what the base gives ----------------------------------------------------------------------------------------
