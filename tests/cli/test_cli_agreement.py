@@ -31,7 +31,7 @@ def test_what_is_printed(ditlab, place, plain):
     words = ["--references", "ls", "wiener", "--window", 3, "--step", 4, "--training-images", 5]
     done = ditlab("agreement", run, *QUICK, *words, "--hide-training-images")
     assert done.status == 0, done.err
-    assert "note: copy1: Baselines were made of the first 5 of 20 training images." in done.out
+    assert f"note: {run.name}: Baselines were made of the first 5 of 20 training images." in done.out
     assert "Medians over 3 images from the same noise" in done.out
     assert "agree most with those of" in done.out
     assert (run / "analysis" / "agreement-images.png").is_file()

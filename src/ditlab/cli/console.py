@@ -31,7 +31,6 @@ ALIASES: dict[str, dict[str, str]] = {
     "attention": {"--steps": "--timesteps"},
     "jacobian": {"--steps": "--timesteps"},
     "agreement": {"--references": "--baselines"},
-    "two-subsets": {"--steps": "--sampler-steps"},
 }
 """Verb -> flags of earlier versions and what they are called now; they are accepted and not shown."""
 _EVERYWHERE = {"--labels": "--names", "--levels": "--sigmas", "--step": "--checkpoint"}

@@ -143,13 +143,9 @@ def test_samples_that_are_nearly_a_training_image():
 
 
 def test_settings():
-    assert TwoSubsetsConfig(seeds=range(8)).seeds == "0-7"  # pyright: ignore[reportArgumentType]
-    assert TwoSubsetsConfig(seeds="3,4,5,9").seeds == "3-5,9"
     for change, text in (
         ({"seeds": "all"}, "`seeds`: expected numbers and ranges"),
-        ({"seeds": ()}, "`seeds`: expected numbers and ranges"),
         ({"batch": 0}, "`batch` must be at least 1, found 0"),
-        ({"sampler": "dddim"}, r"unknown sampler 'dddim' \(nearest: ddim"),
     ):
         with pytest.raises(DitlabError, match=text):
             TwoSubsetsConfig(**change)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from ditlab.errors import InvalidConfig, unknown_name
-from ditlab.sampling.seeds import parse_seeds, seeds_text
+from ditlab.errors import InvalidConfig
+from ditlab.sampling.options import SamplerName
+from ditlab.sampling.seeds import parse_seeds
 
 __all__ = ["TwoSubsetsConfig", "TwoSubsetsOptions"]
-
-SamplerName = Literal["run", "ddpm", "ddim", "euler", "heun", "dpm++2m"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class TwoSubsetsConfig:
     """How the two runs are compared."""
 
     seeds: str = "0-63"
-    """Seeds of the samples, the same for both runs: numbers and ranges such as 0-9,20. In Python also a sequence."""
+    """Seeds of the samples, the same for both runs: numbers and ranges such as 0-9,20."""
     sampler: SamplerName = "ddim"
     """The sampler; run: the first run's own. Fresh noise in a step is the same for both runs, too."""
     sampler_steps: int | str | None = None
@@ -29,10 +27,7 @@ class TwoSubsetsConfig:
     """Images drawn at once. Does not change the result beyond float rounding."""
 
     def __post_init__(self) -> None:
-        text = self.seeds if isinstance(self.seeds, str) else ",".join(map(str, self.seeds))
-        object.__setattr__(self, "seeds", seeds_text(parse_seeds(text)))
-        if self.sampler not in get_args(SamplerName):
-            raise unknown_name("sampler", self.sampler, get_args(SamplerName))
+        parse_seeds(self.seeds)
         if self.batch < 1:
             raise InvalidConfig(f"two-subsets: `batch` must be at least 1, found {self.batch}")
 

@@ -32,7 +32,7 @@ from ditlab.provenance import Provenance
 from ditlab.sampling.draw import draw, with_guidance
 from ditlab.sampling.job import about_sampler
 from ditlab.sampling.sampler_choice import sampler_config
-from ditlab.sampling.seeds import parse_seeds
+from ditlab.sampling.seeds import parse_seeds, seeds_text
 
 __all__ = ["MAX_CONTROLS", "closest", "compare_subsets", "is_current", "measure_runs", "sampling_record"]
 
@@ -86,7 +86,11 @@ def _draw(
 def sampling_record(first: Run, config: TwoSubsetsConfig) -> dict[str, Any]:
     """Returns how samples are drawn, as JSON values; the guidance only if there is one."""
     sampler = sampler_config(first, config.sampler, config.sampler_steps)
-    record: dict[str, Any] = {"sampler": about_sampler(sampler), "seeds": config.seeds, "batch": config.batch}
+    record: dict[str, Any] = {
+        "sampler": about_sampler(sampler),
+        "seeds": seeds_text(parse_seeds(config.seeds)),
+        "batch": config.batch,
+    }
     if first.conditional and first.guidance.on:
         record["guidance"] = asdict(first.guidance)
     return json.loads(json.dumps(record))
