@@ -148,4 +148,4 @@ def test_settings():
         ({"batch": 0}, "`batch` must be at least 1, found 0"),
     ):
         with pytest.raises(DitlabError, match=text):
-            TwoSubsetsConfig(**change)
+            replace(TwoSubsetsConfig(), **change)
