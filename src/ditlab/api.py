@@ -487,8 +487,13 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
     Args:
         first: a run.
         second: the other one, trained with the same settings and `skip` = N.
-        settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig`, and the keywords of `analyze`.
+        settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig` (`seeds` may also be a sequence), and the
+            keywords of `analyze`.
     """
+    from ditlab.sampling.seeds import seed_list, seeds_text
+
+    if "seeds" in settings:
+        settings["seeds"] = seeds_text(seed_list(settings["seeds"]))
     return analyze("two-subsets", [first, second], **settings)
 
 
