@@ -156,7 +156,9 @@ def _flags(kind: Any, prefix: str) -> Iterator[str]:
         for option in getattr(inner, "__args__", (inner,)):
             option = getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
             if is_dataclass(option):
-                yield from _flags(option, f"{prefix}{name}." if name else prefix)
+                # A network's settings are declared by their base, and those of its subclasses are flags too.
+                for part in (option, *option.__subclasses__()):
+                    yield from _flags(part, f"{prefix}{name}." if name else prefix)
         flag = f"{prefix}{name}".replace("_", "-")
         yield flag
         if inner is bool:

@@ -12,11 +12,11 @@ import tyro
 from ditlab.cli.console import Output, command_line, parse_words, stop_on_signal
 from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
 from ditlab.config import DataConfig, EvaluationConfig, Network, ObjectiveSettings, RunConfig, Sampler
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.presets import PRESETS, preset
 from ditlab.training.config import TrainingConfig
 

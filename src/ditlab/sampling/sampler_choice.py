@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from ditlab.diffusion.guidance import GuidanceConfig, GuidanceSchedule
+from ditlab.diffusion.guidance_config import GuidanceConfig, GuidanceSchedule
 from ditlab.diffusion.sampler_configs import (
     DDIMConfig,
     DDPMConfig,
