@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ditlab quickstart
+	@echo "Next: type '. $(BIN)/activate', then 'ditlab --help', or train on your own pictures:"
+	@echo "  ditlab train dit-nano/2 --data folder:PICTURES --size 16 --n 100 --test 50 --minutes 4 --out runs/mine"
+	@echo "  ditlab report runs/mine"
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

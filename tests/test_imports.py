@@ -17,7 +17,7 @@ from ditlab.cli.main import _AFTER, _BEFORE
 
 PACKAGE = Path(ditlab.__file__).parent
 LAYERS = (
-    {"errors", "rng", "files", "memory", "progress", "provenance"},
+    {"errors", "rng", "files", "memory", "progress", "provenance", "threads"},
     {"nn", "data"},
     {"networks"},
     {"diffusion"},

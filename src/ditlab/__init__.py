@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         open,
         prepare,
         psnr_gap,
+        sample,
         train,
         two_subsets,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "open",
     "prepare",
     "psnr_gap",
+    "sample",
     "train",
     "two_subsets",
 ]

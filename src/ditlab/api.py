@@ -15,6 +15,7 @@ from ditlab.analyses.base import Comparison, settings_of
 from ditlab.errors import DitlabError, InvalidConfig, unknown_name
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter, StopFlag, default_reporter
+from ditlab.threads import use_threads
 
 if TYPE_CHECKING:
     from ditlab.analyses.complexity.config import ComplexityConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ditlab.models.converting import Converted
     from ditlab.models.model import Model
     from ditlab.models.run import Run
+    from ditlab.sampling.samples import Samples
 
 __all__ = [
     "agreement",
@@ -39,6 +41,7 @@ __all__ = [
     "open",
     "prepare",
     "psnr_gap",
+    "sample",
     "train",
     "two_subsets",
 ]
@@ -323,6 +326,30 @@ def open(  # the name that the command line and the docs use: `ditlab.open(...)`
     )[0]
 
 
+def sample(
+    model: Source, *, codec: str | Path | None = None, reporter: Reporter | None = None, **settings: Any
+) -> Samples:
+    """Draws images from a model, in memory or into a folder (`out`), where the same call resumes after a kill.
+
+    Args:
+        model: a model, or a string that names one.
+        codec: where the autoencoder of a model of latents is now, if it was moved.
+        reporter: takes notes and progress; bars in a notebook and nothing elsewhere if None.
+        settings: those of `ditlab.sampling.samples.sample_model`: seeds, sampler, steps, classes, guidance, out, ...
+
+    Example:
+        >>> samples = ditlab.sample("runs/global", seeds="0-63", out="samples")  # doctest: +SKIP
+        >>> samples.images.shape  # doctest: +SKIP
+        (64, 32, 32, 3)
+
+    Raises:
+        DitlabError: anything that cannot be drawn or written.
+    """
+    from ditlab.models.opening import open_model
+
+    return open_model(model, codec=codec).sample(reporter=reporter, **settings)
+
+
 def analyze(
     name: str,
     models: Source | Sequence[Source],
@@ -587,18 +614,3 @@ def _open_set(sources: Sequence[Source], data: Any, **keywords: Any) -> ModelSet
 
     use_threads(keywords.pop("threads"))
     return open_models(sources, data, **{**keywords, "device": pick_device(keywords["device"])})
-
-
-def use_threads(threads: int | None) -> None:
-    """Limits torch's CPU threads; None leaves torch's own choice (all cores).
-
-    Raises:
-        InvalidConfig: fewer than one.
-    """
-    if threads is None:
-        return
-    if threads < 1:
-        raise InvalidConfig(f"`threads`: expected at least 1, found {threads}")
-    import torch
-
-    torch.set_num_threads(threads)

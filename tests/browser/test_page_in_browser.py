@@ -171,7 +171,11 @@ def test_one_scale_for_all_maps(opened, path):
     page = ready(opened(path, color_scheme="light"))
     choose(page, "level", "1")
     hover(page, 0, 0)
-    # Uniform attention over 24 tokens is as dark as it can be on its own scale, and pale beside a window of 4 tokens.
+    # By default colours are relative to uniform attention over 24 tokens; a quarter of all weight is as dark as can be.
+    assert shades(page, 0).sum(-1).min() > 400
+    assert shades(page, 2)[0, 0].sum() < 150
+    # Uniform attention is as dark as it can be on its own scale, and pale beside a window of 4 tokens.
+    choose(page, "scale", "own")
     own = shades(page, 0)
     assert own.sum(-1).max() < 150
     choose(page, "scale", "same")

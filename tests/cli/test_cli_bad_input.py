@@ -149,9 +149,9 @@ def test_labels(refused, place, plain):
     conditional = place.trained("conditional", "--conditional")
     for label in (11, -1):
         says = refused("sample", conditional, "--seeds", "0-1", "--steps", 2, "--labels", label)
-        assert says == f"sample --labels: expected classes 0..9 (or 10 for none), found {label}"
+        assert says == f"--classes: expected classes 0..9 (or 10 for none), found {label}"
     says = refused("sample", plain, "--labels", 1)
-    assert says == "sample --labels: the run is unconditional, it takes no labels"
+    assert says == "--classes: the model is unconditional; expected no classes"
     says = refused(*place.words(plain, "--network.num-classes", 3))
     assert says == "config: expected network.num_classes 10 or 0, found 3"
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import ditlab as library
-from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.cli.report import write_report
 from ditlab.diffusion.objectives import VPObjectiveConfig

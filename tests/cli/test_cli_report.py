@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from ditlab.analyses.attention import map_figures as attention_figures
-from ditlab.analyses.attention.maps import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.samples import figures as sample_figures
 from ditlab.cli import looking, report, reporting

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ditlab.analyses.attention.maps import AttentionConfig, alike_layers, attention_layers, measure_attention
+from ditlab.analyses.attention.config import AttentionConfig
+from ditlab.analyses.attention.maps import attention_layers, uniform_grid_layers
+from ditlab.analyses.attention.measure import measure_attention
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
@@ -226,16 +228,16 @@ def test_attention_maps_are_those_that_the_layers_use(diffusers_folder, kind, se
 
 def test_attention_of_a_unet_is_measured_on_one_grid_at_a_time(diffusers_folder):
     denoiser = open_diffusers(str(diffusers_folder("unet"))).denoiser
-    with pytest.raises(DitlabError, match="expected layers of one grid and number of heads"):
-        measure_attention(denoiser, torch.randn(2, 3, 8, 8), AttentionConfig(images=2, levels=(0.5,)))
-    chosen = alike_layers(attention_layers(denoiser))
+    with pytest.raises(DitlabError, match="expected `layers` of one grid and number of heads"):
+        measure_attention(denoiser, torch.randn(2, 3, 8, 8), AttentionConfig(images=2, sigmas=(0.5,)))
+    chosen = uniform_grid_layers(attention_layers(denoiser))
     assert chosen == (1, 2, 3)
     result = measure_attention(
-        denoiser, torch.randn(2, 3, 8, 8), AttentionConfig(images=2, levels=(0.5,), layers=chosen)
+        denoiser, torch.randn(2, 3, 8, 8), AttentionConfig(images=2, sigmas=(0.5,), layers=chosen)
     )
     assert result.grid == (4, 4)
     dit = open_diffusers(str(diffusers_folder("dit", "dit"))).denoiser
-    assert alike_layers(attention_layers(dit)) == ()
+    assert uniform_grid_layers(attention_layers(dit)) == ()
 
 
 def scheduled(**changes):

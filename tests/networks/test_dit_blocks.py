@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditlab.analyses.attention.maps import AttentionConfig, attention_layers, attention_maps, measure_attention
+from ditlab.analyses.attention.config import AttentionConfig
+from ditlab.analyses.attention.maps import attention_layers, attention_maps
+from ditlab.analyses.attention.measure import measure_attention
 from ditlab.diffusion.network_denoisers import EDMDenoiser
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT
@@ -198,7 +200,7 @@ def test_attention_maps_of_every_kind(kind):
         assert maps.shape == (2, 2, 16, 16)
         torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 16))
         assert not maps[..., ~layer.pattern.mask((4, 4))].any()
-    result = measure_attention(denoiser, images, AttentionConfig(images=2, levels=(0.5,)), labels=label)
+    result = measure_attention(denoiser, images, AttentionConfig(images=2, sigmas=(0.5,)), labels=label)
     assert result.extra == (2 if kind == "in-context" else 0)
     assert result.distance.shape == (1, 2, 2)
     assert np.isfinite(result.distance).all()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ditlab.analyses.attention.maps import AttentionConfig, attention_layers, measure_attention
+from ditlab.analyses.attention.config import AttentionConfig
+from ditlab.analyses.attention.maps import attention_layers
+from ditlab.analyses.attention.measure import measure_attention
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
 from ditlab.nn.attention import Window, capture_attention, register_attention
@@ -61,7 +63,7 @@ def test_torchs_own_encoder_is_measured():
         if isinstance(module, nn.MultiheadAttention):
             register_attention(module, grid=(4, 4))
     assert [(layer.heads, layer.grid) for layer in attention_layers(denoiser)] == [(2, (4, 4))] * 2
-    result = measure_attention(denoiser, torch.rand(3, 3, 4, 4), AttentionConfig(images=3, levels=(0.5,)))
+    result = measure_attention(denoiser, torch.rand(3, 3, 4, 4), AttentionConfig(images=3, sigmas=(0.5,)))
     assert result.values("distance").shape == (1, 2, 2)
     torch.testing.assert_close(denoiser(y, 0.5), before)
 

@@ -121,7 +121,7 @@ def test_boxes_are_what_a_token_may_see(pattern):
 def test_bad_input():
     run, _ = packed(10**9)
     image = np.zeros((12, 10, 3), np.uint8)
-    with pytest.raises(DitlabError, match="at least one run"):
+    with pytest.raises(DitlabError, match="at least one model"):
         AttentionPicker("t", image, [], [], GRID, [])
     for wrong in (image.astype(float), image[:11], image[..., :2]):
         with pytest.raises(DitlabError, match="6 x 5 tokens divides"):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_ditlab(folder: Path, *words: object) -> tuple[int, str, str]:
     """Runs one command line in a folder; returns its exit status, standard output and standard error."""
-    from ditlab.cli import main
+    from ditlab.cli.main import main
 
     texts = [str(word) for word in words]
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
@@ -68,20 +68,13 @@ def preset_configs() -> dict[str, dict[str, Any]]:
 
 def load_result(path: Path) -> dict[str, Any]:
     """Loads the result of an analysis and returns it as JSON values; its arrays lie beside it where they are kept."""
-    from ditlab.analysis.agreement_result import AgreementResult
-    from ditlab.analysis.jacobian_result import JacobianResult
-    from ditlab.analysis.locality_result import LocalityResult
-    from ditlab.analysis.psnr import PSNRResult
-    from ditlab.analysis.two_subsets import TwoSubsetsResult
+    from ditlab.analyses import analysis, analysis_names
 
-    kinds = {
-        "psnr-gap": PSNRResult,
-        "attention-locality": LocalityResult,
-        "jacobian": JacobianResult,
-        "agreement": AgreementResult,
-        "two-subsets": TwoSubsetsResult,
-    }
-    record = kinds[json.loads(path.read_text())["kind"]].load(path).to_json()
+    names = {"attention-locality": "attention"}
+    kind = json.loads(path.read_text())["kind"]
+    name = names.get(kind, kind)
+    assert name in analysis_names()
+    record = analysis(name).result_class().load(path).to_json()
     return json.loads(json.dumps(record))
 
 

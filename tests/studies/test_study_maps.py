@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ditlab.analyses.attention.result import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.cli.main import main
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.grid import Study

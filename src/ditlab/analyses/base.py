@@ -98,6 +98,10 @@ class Comparison:
     context: ReportContext = field(default_factory=ReportContext)
     files: list[Path] = field(default_factory=list)
     """Files that were written."""
+    number: int = 0
+    """Its place among the comparisons that a page shows of this analysis, from 1; 0 if it is on no page."""
+    count: int = 1
+    """How many comparisons a page shows of this analysis."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "detail":
@@ -280,7 +284,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
                 result = replace(result, about=about)
                 groups.setdefault(self.group_key(result), []).append((place, result))
         comparisons = []
-        for members in groups.values():
+        for number, members in enumerate(groups.values(), 1):
             chosen = replace(
                 models,
                 models=tuple(models[place] for place, _ in members),
@@ -288,7 +292,17 @@ class Analysis(Generic[ConfigT, OptionsT]):
             )
             results = [result for _, result in members]
             comparisons.append(
-                Comparison(self, self.compare(results), results, chosen, settings, self.Options(), context)
+                Comparison(
+                    self,
+                    self.compare(results),
+                    results,
+                    chosen,
+                    settings,
+                    self.Options(),
+                    context,
+                    number=number,
+                    count=len(groups),
+                )
             )
         return comparisons
 
@@ -300,9 +314,10 @@ class Analysis(Generic[ConfigT, OptionsT]):
         if self.report == "measure" or self.name in context.measure:
             return self.measure(single, config, self.Options(), reporter)[0]
         opened = single.open_one(0, reporter)
-        matching = (
-            r for r in find_results(self, opened.model, reporter) if r.about.weights == opened.provenance.weights
-        )
+        weights = opened.provenance.weights
+        if not weights:  # a function of a user's own: nothing tells whether a result is still about it
+            return None
+        matching = (r for r in find_results(self, opened.model, reporter) if r.about.weights == weights)
         return next((r for r in matching if r.about.split_hash == opened.provenance.split_hash), None)
 
     # -- what the base gives ----------------------------------------------------------------------------------------

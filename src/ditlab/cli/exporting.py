@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ditlab
-from ditlab.analyses.attention.maps import LocalityResult
+from ditlab.analyses.attention.result import LocalityResult
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.cli.measuring import trajectories
@@ -173,7 +173,7 @@ def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
 
 def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Draws the results and the log; file -> what it shows."""
-    from ditlab.analyses.attention.locality_figures import locality_curves
+    from ditlab.analyses.attention.figures import locality_curves
     from ditlab.analyses.psnr_gap.figures import psnr_curves
     from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves
     from ditlab.pages.theme import save

@@ -135,7 +135,6 @@ def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers")
     shape, classes, null = _shape(config, name)
     network = DiffusersNetwork(module, shape, classes, null=null, whole_steps=_needs_whole_steps(config)).eval()
     denoiser = make_denoiser(network, scheduler, config, name)
-    denoiser.device = next(module.parameters()).device
     _register_attention_layers(module, config)
     return describe(denoiser, module, scheduler, None, "memory", name)
 

@@ -43,11 +43,11 @@ def chosen_levels(
     known = denoiser.levels
     if steps is not None:
         if not isinstance(known, DiscreteLevels):
-            raise DitlabError(f"{what}: expected levels, for this denoiser has no numbered steps, found steps")
+            raise DitlabError(f"{what}: expected `sigmas`, for this denoiser has no numbered steps, found `timesteps`")
         place = {int(step): float(sigma) for step, sigma in zip(known.steps, known.sigmas, strict=True)}
         for step in steps:
             if step not in place:
-                raise DitlabError(f"{what}: expected steps from {min(place)} to {max(place)}, found {step}")
+                raise DitlabError(f"{what}: expected `timesteps` from {min(place)} to {max(place)}, found {step}")
         return tuple(place[step] for step in steps)
     if levels is not None:
         denoiser.check_levels(np.asarray(levels))
@@ -58,7 +58,7 @@ def chosen_levels(
         return tuple(float(known.sigmas[i]) for i in sorted(nearest))
     inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
     if not inside:
-        raise DitlabError(f"{what}: none of the default noise levels lies in the denoiser's range; give levels")
+        raise DitlabError(f"{what}: none of the default noise levels lies in the denoiser's range; give `sigmas`")
     return inside
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from ditlab.errors import Incompatible, NotFound
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
+
+if TYPE_CHECKING:
+    from ditlab.sampling.samples import Samples
 
 __all__ = ["Model", "hash_of_weights"]
 
@@ -274,7 +277,8 @@ class Model:
         denoiser = self.source_denoiser
         if denoiser.module is not None:
             denoiser.module.to(device)
-            denoiser.device = torch.device(device)
+            if not isinstance(getattr(type(denoiser), "device", None), property):  # else it follows the weights
+                denoiser.device = torch.device(device)
         self.device = denoiser.device
         return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
 
@@ -288,6 +292,23 @@ class Model:
     ) -> Denoiser:
         """Returns the denoiser alone; arguments as for `denoiser_and_provenance`."""
         return self.denoiser_and_provenance(step=step, ema=ema, device=device, reporter=reporter)[0]
+
+    def sample(self, **settings: Any) -> Samples:
+        """Draws images, in memory or into a folder (`out`), where the same call resumes after a kill.
+
+        Args:
+            settings: those of `ditlab.sampling.samples.sample_model`: seeds, sampler, steps, classes, out, ...
+
+        Example:
+            >>> samples = ditlab.open("runs/global").sample(seeds=range(64))  # doctest: +SKIP
+            >>> samples.save("samples")  # doctest: +SKIP
+
+        Raises:
+            DitlabError: anything that cannot be drawn or written.
+        """
+        from ditlab.sampling.samples import sample_model
+
+        return sample_model(self, **settings)  # pyright: ignore[reportArgumentType]  # cached properties of Self
 
     @property
     def log(self) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""The token picker: choose a token of an image, and see where it attends, layer by layer and head by head.
+"""The token picker: pick a token of an image, and see its attention, layer by layer and head by head.
 
-Here attention maps are made small enough to lie inside a page; `templates/page.js` shows them. A row (what one token
-attends to) is kept as 8-bit numbers relative to its largest weight, and that weight beside it, so that even a weight of
-1/1024 keeps its place; the bytes are deflated. What a budget of bytes cannot hold is left out, and said so.
+This module makes attention maps small enough for a page; `templates/page.js` draws them. A row (the attention of one
+token) is stored as 8-bit numbers relative to its largest weight, with that weight, so that even rows of weights of
+1/1024 are precise; the bytes are deflated. What does not fit into the budget of bytes is left out, and the picker lists
+it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import numpy as np
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Grid, Pattern
 
+__all__ = ["BUDGET", "AttentionPicker", "PickerRun", "frame_size", "pack_map", "pack_run", "query_stride", "unpack_map"]
+
 BUDGET = 4_000_000
-"""Bytes of all pickers on a page, as they stand in it (base64)."""
+"""Bytes of all pickers on a page, in base64."""
 QUERIES = 256
-"""Tokens that can be picked; of larger grids every second, third, ... row and column."""
-
-
+"""Tokens that can be picked, at most; of larger grids every second, third, ... row and column."""
 _NAME = 16
 """Bytes of a map's name in JSON, with quotes and commas."""
 _AROUND = 8_000
@@ -33,11 +34,11 @@ _AROUND = 8_000
 
 @dataclass(frozen=True, eq=False)
 class PickerRun:
-    """The maps of one run, packed."""
+    """The maps of one model, packed."""
 
     label: str
     patterns: Mapping[int, Pattern]
-    """Layer (from 1) -> which keys its tokens may see, of the layers that are kept."""
+    """Layer (from 1) -> which keys its tokens may see, of the layers on the page."""
     heads: int
     packed: Mapping[tuple[int, int, int], bytes]
     """(level, layer, head) -> a deflated map; levels from 0, layers and heads from 1, head 0 is the mean of all."""
@@ -45,20 +46,20 @@ class PickerRun:
     """Layer -> for each token that can be picked the first and last row and column that it may see, as base64; None
     where it may see all."""
     left_out: tuple[str, ...] = ()
-    """What the budget could not hold, in sentences."""
+    """What the budget does not hold, in sentences."""
 
     @property
     def size(self) -> int:
-        """Bytes on the page."""
+        """The bytes on the page."""
         return sum(map(_size, self.packed.values())) + sum(map(_box_size, self.boxes.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPicker:
-    """One image and the attention of one or several runs on it.
+    """One image and the attention of one or several models on it.
 
     Raises:
-        DitlabError: no run, or an image that is not uint8 [H, W, 1 or 3] with sides that the grid divides.
+        DitlabError: no model, or an image that is not uint8 [H, W, 1 or 3] with sides that the grid divides.
     """
 
     title: str
@@ -76,7 +77,7 @@ class AttentionPicker:
     def __post_init__(self) -> None:
         rows, columns = self.grid
         if not self.runs:
-            raise DitlabError(f"attention picker '{self.title}': expected at least one run, found none")
+            raise DitlabError(f"attention picker '{self.title}': expected at least one model, found none")
         for image in (self.image, *self.noisy):
             fits = image.ndim == 3 and image.shape[2] in (1, 3) and image.dtype == np.uint8
             if not fits or image.shape[0] % rows or image.shape[1] % columns or image.shape != self.image.shape:
@@ -87,18 +88,18 @@ class AttentionPicker:
 
     @property
     def stride(self) -> int:
-        """Every how many rows and columns a token can be picked."""
+        """The step between tokens that can be picked, in rows and columns."""
         return query_stride(self.grid)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What is not in this picker, in sentences."""
+        """What this picker lacks, in sentences."""
         thinned = self.stride > 1
         first = f"Every {_ordinal(self.stride)} token of each row and column can be picked." if thinned else ""
         return (*([first] if first else []), *(sentence for run in self.runs for sentence in run.left_out))
 
     def payload(self, slots: Mapping[str, int]) -> dict[str, Any]:
-        """What the page's script gets, as JSON; `slots` gives each label its colour."""
+        """Returns the data of the page's script, as JSON values; `slots` gives each label its colour."""
         return {
             "grid": list(self.grid),
             "stride": self.stride,
@@ -123,13 +124,13 @@ class AttentionPicker:
 
 
 def frame_size(shape: tuple[int, int], levels: int) -> int:
-    """Bytes on the page of a picker without its maps: images of (height, width) as seen at so many noise levels, and
-    the words around them."""
+    """Returns the bytes on the page of a picker without its maps: its words, and images of (height, width), the clean
+    one and one for each noise level."""
     return (levels + 1) * 4 * shape[0] * shape[1] + _AROUND
 
 
 def query_stride(grid: Grid) -> int:
-    """Every how many rows and columns a token of this grid can be picked."""
+    """Returns the step between tokens of this grid that can be picked, in rows and columns."""
     return max(1, math.ceil(math.sqrt(grid[0] * grid[1] / QUERIES)))
 
 
@@ -141,19 +142,19 @@ def pack_run(
     maps: Callable[[int, int], np.ndarray],
     budget: int = BUDGET,
 ) -> PickerRun:
-    """Packs as many of a run's attention maps as a budget holds.
+    """Packs as many of a model's attention maps as a budget holds.
 
     The middle level comes first: the means over heads of all layers, then their heads; then the same of the other
-    levels. Where the layers of one of these do not all fit, every second, third, ... from the last is kept.
+    levels. If not all layers of one of these fit, every second, third, ... from the last is packed.
 
     Args:
-        label: the kind of run.
+        label: the kind of model.
         patterns: layer (from 1) -> its pattern.
         grid: (rows, columns) of the tokens.
         levels: number of noise levels.
-        maps: (level from 0, layer) -> float [heads, T, T] of one image, rows queries that sum to 1; asked for one at a
-            time, so that not all need to be in memory.
-        budget: bytes on the page; at least one map is kept.
+        maps: (level from 0, layer) -> float [heads, T, T] of one image, rows queries that sum to 1; called for one
+            layer at a time, so that not all maps need to be in memory.
+        budget: bytes on the page; at least one map is packed.
 
     Raises:
         DitlabError: no layer or level, or maps of another shape than the grid's.
@@ -162,7 +163,7 @@ def pack_run(
     if not layers or levels < 1:
         raise DitlabError(f"attention picker, '{label}': expected at least one layer and one noise level, found none")
     order = sorted(range(levels), key=lambda level: (abs(level - levels // 2), level))
-    kept: dict[tuple[int, int, int], bytes] = {}
+    packed: dict[tuple[int, int, int], bytes] = {}
     missing: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     boxes = {layer: _boxes(pattern, grid) for layer, pattern in patterns.items()}
     heads, used = 0, sum(map(_box_size, boxes.values()))
@@ -170,32 +171,34 @@ def pack_run(
         means: dict[int, dict[int, bytes]] = {}
         single: dict[int, dict[int, bytes]] = {}
         for layer in layers:
-            found = np.asarray(maps(level, layer))
-            heads = len(found)
-            means[layer] = {0: pack_map(found.mean(0), grid)}
-            single[layer] = {head + 1: pack_map(found[head], grid) for head in range(heads)} if heads > 1 else {}
+            weights = np.asarray(maps(level, layer))
+            heads = len(weights)
+            means[layer] = {0: pack_map(weights.mean(0), grid)}
+            single[layer] = {head + 1: pack_map(weights[head], grid) for head in range(heads)} if heads > 1 else {}
         for units, what in ((means, "the mean over heads"), (single, "the single heads")):
             sizes = {layer: sum(_size(chunk) for chunk in units[layer].values()) for layer in layers}
             chosen = _thin(sizes, budget - used)
-            if not chosen and not kept:
+            if not chosen and not packed:
                 chosen = layers[-1:]  # a picker without any map would be none
             used += sum(sizes[layer] for layer in chosen)
-            kept |= {(level, layer, head): chunk for layer in chosen for head, chunk in units[layer].items()}
+            packed |= {(level, layer, head): chunk for layer in chosen for head, chunk in units[layer].items()}
             if len(chosen) < len(layers):
                 missing.setdefault((what, tuple(sorted(chosen))), []).append(level + 1)
-    shown = sorted({layer for _, layer, _ in kept})
+    shown = sorted({layer for _, layer, _ in packed})
     left_out = tuple(
         f"{label}: {what} at noise level {_listed(at)} of {levels}"
-        + (f" (there only layers {_listed(chosen)} are kept)." if chosen else ".")
+        + (f" (except of layers {_listed(chosen)})." if chosen else ".")
         for (what, chosen), at in missing.items()
     )
     boxes = {layer: boxes[layer] for layer in shown}
-    return PickerRun(label, {layer: patterns[layer] for layer in shown}, heads, kept, boxes, left_out)
+    return PickerRun(label, {layer: patterns[layer] for layer in shown}, heads, packed, boxes, left_out)
 
 
 def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
-    """One map [T, T] as deflated bytes: the rows of the tokens that can be picked, uint8 relative to the row's largest
-    weight, then these largest weights, float32 little-endian.
+    """Returns one map [T, T] as deflated bytes.
+
+    They are the rows of the tokens that can be picked, uint8 relative to the row's largest weight, then these largest
+    weights, float32 little-endian.
 
     Raises:
         DitlabError: the map is not of the grid's tokens.
@@ -213,7 +216,7 @@ def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
 
 
 def unpack_map(packed: bytes, grid: Grid) -> np.ndarray:
-    """What the page's script makes of `pack_map`: float32 [queries, T]."""
+    """Returns the map that the page's script makes of `pack_map`, float32 [queries, T]."""
     tokens, queries = grid[0] * grid[1], len(_queries(grid))
     content = zlib.decompress(packed)
     scaled = np.frombuffer(content, np.uint8, queries * tokens).reshape(queries, tokens)
@@ -222,13 +225,13 @@ def unpack_map(packed: bytes, grid: Grid) -> np.ndarray:
 
 
 def _queries(grid: Grid) -> np.ndarray:
-    """Numbers of the tokens that can be picked, row by row."""
+    """Returns the numbers of the tokens that can be picked, row by row."""
     tokens, stride = np.arange(grid[0] * grid[1]).reshape(grid), query_stride(grid)
     return tokens[::stride, ::stride].ravel()
 
 
 def _thin(sizes: Mapping[int, int], budget: int) -> list[int]:
-    """The layers to keep: all, or every second, third, ... from the last, as many as the budget holds; or none."""
+    """Returns the layers that fit: all, or every second, third, ... from the last; or none."""
     layers = list(sizes)
     for step in range(1, len(layers) + 1):
         chosen = layers[::-1][::step]
@@ -238,8 +241,8 @@ def _thin(sizes: Mapping[int, int], budget: int) -> list[int]:
 
 
 def _boxes(pattern: Pattern, grid: Grid) -> str | None:
-    """For each token that can be picked the first row, last row, first and last column that it may see, as bytes;
-    None where it may see all."""
+    """Returns the first and last row and column that each token that can be picked may see, as base64 of bytes;
+    None if it may see all."""
     if pattern.covers(grid):
         return None
     seen = pattern.mask(grid).numpy()[_queries(grid)].reshape(-1, *grid)
@@ -255,7 +258,7 @@ def _rgb(image: np.ndarray) -> bytes:
 
 
 def _size(chunk: bytes) -> int:
-    """Bytes as base64 under a name."""
+    """Returns the bytes of a chunk in base64, with its name."""
     return -(-len(chunk) // 3) * 4 + _NAME
 
 

@@ -200,7 +200,7 @@ def locality_section(
 
     Args:
         comparison: runs that were measured alike.
-        pictures: of `ditlab.analyses.attention.locality_figures`.
+        pictures: of `ditlab.analyses.attention.figures`.
         number: where a page has several such sections, which one this is.
         data: files behind it, beside the comparison itself.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,9 @@ from ditlab.diffusion.guidance import GuidanceConfig, guided
 from ditlab.diffusion.samplers import Callback, ImageNoise, SamplerConfig, sample
 from ditlab.errors import DitlabError
 from ditlab.progress import Bar
-from ditlab.sampling.model import Sampled
+
+if TYPE_CHECKING:
+    from ditlab.sampling.model import Sampled
 
 __all__ = ["draw", "draw_batch", "with_guidance"]
 
@@ -45,7 +48,7 @@ def draw_batch(
     label: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """One image for each seed, all at once, as the denoiser sees images, on the CPU; see `draw`."""
+    """Returns one image for each seed, all at once, as the denoiser sees images, on the CPU; see `draw`."""
     noise = ImageNoise(seeds, denoiser.shape)
     return sample(denoiser, config, noise.initial(), label=label, noise=noise, callback=callback).cpu()
 
@@ -59,7 +62,9 @@ def draw(
     label: Tensor | None = None,
     bar: Bar | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """One image for each seed, as the denoiser sees images, on the CPU; each depends on its own seed (and label) alone.
+    """Returns one image for each seed, as the denoiser sees images, on the CPU.
+
+    Each depends on its own seed and label alone.
 
     Args:
         denoiser: any.

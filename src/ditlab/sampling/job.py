@@ -1,17 +1,16 @@
-"""One job of `ditlab sample`: what is to be drawn, batch by batch, and what becomes of it."""
+"""A sampling job: which images are drawn of which model, batch by batch, and the files they become."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,285 +18,377 @@ from torch import Tensor
 
 import ditlab
 from ditlab.config import differing_settings
-from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
-from ditlab.errors import DitlabError
+from ditlab.errors import AlreadyExists, Damaged, DitlabError, InvalidConfig
 from ditlab.files import flush, write_json
-from ditlab.sampling.batch_store import Part, Parts, write_pngs, writing
-from ditlab.sampling.draw import draw_batch
-from ditlab.sampling.model import Sampled
+from ditlab.progress import SILENT, Bar, Reporter
+from ditlab.sampling.batch_store import Batch, Batches, BatchStore
+from ditlab.sampling.draw import draw_batch, with_guidance
+from ditlab.sampling.options import SampleConfig
+from ditlab.sampling.outputs import TrajectoryRecorder, write_outputs, write_pngs
+from ditlab.sampling.sampler_choice import sampler_config, sampler_name
+from ditlab.sampling.seeds import parse_seeds, seeds_text
 
-COLUMNS = 8
-"""Steps that `--strip` shows, before the image itself."""
+if TYPE_CHECKING:
+    from ditlab.sampling.model import Sampled
+
+__all__ = ["SamplingJob", "about_sampler", "make_job"]
+
+MAX_SWEEP_SEEDS = 16
+"""Columns of the picture of a guidance sweep, at most."""
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """Images of some seeds, with one guidance or several (a sweep), and where they go."""
+class SamplingJob:
+    """Images of some seeds, with one guidance or several (a sweep)."""
 
-    run: Sampled
+    model: Sampled
     denoisers: Sequence[Denoiser]
-    """The run's denoiser, once for each guidance."""
+    """The model's denoiser, once for each guidance."""
     guidances: Sequence[GuidanceConfig]
     config: SamplerConfig
     seeds: Sequence[int]
-    labels: Tensor | None
-    """Class of each image, int64 [len(seeds)]; None for an unconditional run."""
+    classes: np.ndarray | None
+    """Class of each image, int64 [len(seeds)]; None for an unconditional model."""
     batch: int
+    """Images drawn at once."""
     strip: int
     """How many of the first images are shown on their way from noise to image."""
-    pngs: bool
+    images: bool
     """Whether each image is also written as a PNG."""
-    out: Path
     about: Mapping[str, Any]
     """Everything that decides the images and the files, as JSON values; samples.json begins with it."""
-    seconds: list[float] = field(default_factory=list)
+    name: str
+    """Name of the folder in the model's `samples` folder: what tells samples apart."""
 
     @property
     def sweep(self) -> bool:
         """Whether it compares guidance scales."""
         return len(self.guidances) > 1
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Where finished batches lie."""
-        settings = {name: value for name, value in self.run.settings.items() if name.startswith(("network.", "objec"))}
-        versions = [ditlab.__version__, torch.__version__]
-        here = [dict(self.about), settings, self.denoisers[0].device.type, versions]
-        text = json.dumps(here, sort_keys=True, default=str)
-        return Parts(self.out, hashlib.sha256(text.encode()).hexdigest())
-
     @property
     def count(self) -> int:
-        """How many images are to be drawn: each seed with each guidance, place by place."""
+        """Number of images: each seed with each guidance, guidance by guidance."""
         return len(self.seeds) * len(self.guidances)
 
-    def finished(self) -> dict[str, Any] | None:
-        """What samples.json says where these very samples are there already.
+    @property
+    def resumable(self) -> bool:
+        """Whether earlier images can be known to be of the same weights; a function of a user's own has no hash."""
+        return bool(self.about["weights"])
+
+    def store(self, out: Path) -> BatchStore:
+        """Returns the store of finished batches beside an output folder."""
+        # Unfinished batches of earlier versions resume as long as these names and their order stay.
+        settings = {
+            name: value for name, value in self.model.settings.items() if name.startswith(("network.", "objec"))
+        }
+        versions = [ditlab.__version__, torch.__version__]
+        parts = [dict(self.about), settings, self.denoisers[0].device.type, versions]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return BatchStore(out, hashlib.sha256(text.encode()).hexdigest())
+
+    def stored(self, out: Path) -> dict[str, Any] | None:
+        """Returns samples.json of an output folder that holds exactly these samples; None if there is no such folder.
 
         Raises:
-            DitlabError: the output holds something else, or samples with other settings.
+            DitlabError: the folder holds something else, or samples with other settings.
         """
-        file = self.out / "samples.json"
+        file = out / "samples.json"
         if not file.is_file():
-            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-                raise DitlabError(
-                    f"sample --out {self.out}: expected a new folder or one of samples, found something else"
-                )
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise AlreadyExists(f"`out` {out}: expected a new folder or one of samples, found something else")
             return None
-        try:
-            found = json.loads(file.read_text())
-        except ValueError:
-            raise DitlabError(f"{file}: expected JSON, found something else") from None
-        wrong = differing_settings({name: found.get(name) for name in self.about}, self.about)
-        if wrong:
-            name, (before, now) = next(iter(wrong.items()))
-            raise DitlabError(
-                f"sample --out {self.out}: it holds samples with {name} = {_short(before)}, now {_short(now)} is asked "
-                "for; give another --out, or the same settings"
+        if not self.resumable:
+            raise AlreadyExists(
+                f"`out` {out}: expected a new folder, since {self.model.name} has no weights to compare"
             )
-        return found
+        try:
+            record = json.loads(file.read_text())
+        except ValueError:
+            raise Damaged(f"{file}: expected JSON, found something else") from None
+        changed = differing_settings({name: record.get(name) for name in self.about}, self.about)
+        if changed:
+            name, (before, now) = next(iter(changed.items()))
+            raise AlreadyExists(
+                f"`out` {out}: it holds samples with {name} = {_short(before)}, now {_short(now)} is requested; "
+                "give another `out`, or the same settings"
+            )
+        return record
 
-    def missing(self) -> list[Part]:
-        """The batches that are still to be drawn: what the finished ones leave out, whatever their sizes."""
-        found, place = [], 0
-        for start, count in [*self.parts.done(), (self.count, 0)]:
+    def missing(self, batches: Batches) -> list[Batch]:
+        """Returns the batches that are still to be drawn: what the finished ones, of any size, leave out."""
+        missing, place = [], 0
+        for start, size in [*batches.done(), Batch(self.count, 0)]:
             while place < start:
                 of_this_guidance = len(self.seeds) - place % len(self.seeds)
-                found.append((place, min(self.batch, start - place, of_this_guidance)))
-                place += found[-1][1]
-            place = start + count
-        return found
+                missing.append(Batch(place, min(self.batch, start - place, of_this_guidance)))
+                place += missing[-1].size
+            place = start + size
+        return missing
 
-    def draw(self, batches: Sequence[Part], progress: Callable[[int, int], None]) -> None:
-        """Draws batches and keeps each when it is finished.
+    def draw(self, batches: Sequence[Batch], bar: Bar) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """Draws batches.
 
         Args:
             batches: which.
-            progress: told how many images are done, of how many.
+            bar: shows how many images are done.
+
+        Yields:
+            Each batch with its arrays: images uint8 [b, H, W, C], seconds, the batch size of the job, and what
+            `TrajectoryRecorder` recorded.
 
         Raises:
-            DitlabError: what was drawn is not finite, or cannot be written; finished batches stay.
+            DitlabError: an image is not finite.
         """
-        total, done = sum(count for _, count in batches), 0
-        for place, count in batches:
-            which, start = divmod(place, len(self.seeds))
-            seeds = self.seeds[start : start + count]
-            label = None if self.labels is None else self.labels[start : start + len(seeds)]
-            path = _Path(self.run, max(0, min(len(seeds), self.strip - start)))
+        total, done = sum(batch.size for batch in batches), 0
+        for batch in batches:
+            which, start = divmod(batch.start, len(self.seeds))
+            places = slice(start, start + batch.size)
+            label = None if self.classes is None else torch.from_numpy(self.classes[places])
+            recorder = TrajectoryRecorder(self.model, max(0, min(batch.size, self.strip - batch.start)))
 
-            def after(step: SamplerStep, done: int = done, size: int = len(seeds), path: _Path = path) -> None:
-                path(step)
-                progress(done + size * (step.index + 1) // step.steps, total)
+            def after(
+                step: SamplerStep,
+                done: int = done,
+                batch: Batch = batch,
+                recorder: TrajectoryRecorder = recorder,
+            ) -> None:
+                recorder(step)
+                bar(done + batch.size * (step.index + 1) // step.steps, total)
 
             began = time.perf_counter()
-            drawn = draw_batch(self.denoisers[which], self.config, seeds, label=label, callback=after)
-            _check_finite(drawn, seeds)
-            images = np.ascontiguousarray(self.run.decode(drawn).transpose(0, 2, 3, 1))
+            drawn = draw_batch(self.denoisers[which], self.config, self.seeds[places], label=label, callback=after)
+            _check_finite(drawn, self.seeds[places])
+            images = np.ascontiguousarray(self.model.decode(drawn).transpose(0, 2, 3, 1))
             seconds = np.asarray(time.perf_counter() - began)
-            with writing(self.parts):
-                if self.pngs:
-                    write_pngs(self.parts.folder / "images" / self._subfolder(which), images, seeds)
-                size = np.asarray(self.batch)
-                self.parts.keep(place, images=images, seconds=seconds, batch=size, **path.arrays())
-            done += len(seeds)
-            progress(done, total)
+            yield batch, {"images": images, "seconds": seconds, "batch": np.asarray(self.batch), **recorder.arrays()}
+            done += batch.size
+            bar(done, total)
 
-    def finish(self) -> dict[str, Any]:
-        """Writes what comes from all batches, and gives the folder its name; returns what samples.json says."""
-        parts, folder = self.parts, self.parts.folder
+    def save_batch(self, store: BatchStore, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a batch that `draw` yielded, and its PNGs.
+
+        Raises:
+            DitlabError: it cannot be written; batches that were saved before are kept.
+        """
+        which, start = divmod(batch.start, len(self.seeds))
+        with store.writing():
+            if self.images:
+                folder = f"scale-{self.guidances[which].scale:g}" if self.sweep else ""
+                seeds = self.seeds[start : start + batch.size]
+                write_pngs(store.folder / "images" / folder, arrays["images"], seeds)
+            store.add(batch.start, **arrays)
+
+    def record(self, batches: Batches) -> dict[str, Any]:
+        """Returns what samples.json says when all batches are finished."""
         costs = [evaluations(self.config, denoiser) for denoiser in self.denoisers]
-        count, done = self.count, parts.done()
-        seconds = sum(float(parts.array(part, "seconds")) for part in done)
-        found = {
+        done = batches.done()
+        seconds = sum(float(batches.array(batch, "seconds")) for batch in done)
+        return {
             **self.about,
-            "count": count,
+            "count": self.count,
             "nfe": costs[0].nfe,
             "passes": [cost.passes for cost in costs] if self.sweep else costs[0].passes,
             "seconds": round(seconds, 3),
-            "seconds_per_image": round(seconds / count, 6),
-            "batch": sorted({int(parts.array(part, "batch")) for part in done}),
+            "seconds_per_image": round(seconds / self.count, 6),
+            "batch": sorted({int(batches.array(batch, "batch")) for batch in done}),
             "device": str(self.denoisers[0].device),
         }
-        with writing(parts):
-            if self.sweep:
-                self._save_sweep(folder / "sweep.png")
-            else:
-                first = parts.first(100).transpose(0, 3, 1, 2)
-                image_grid(first, scale=fitting_scale(first.shape[-1])).save(folder / "grid.png")
-                labels = None if self.labels is None else self.labels.numpy()
-                parts.write_npz(folder / "samples.npz", len(self.seeds), labels)
-            if self.strip:
-                self._save_strip(folder / "strip.png")
-            flush(folder)
-            write_json(folder / "samples.json", found)
-            parts.publish()
-        return found
 
-    def _subfolder(self, which: int) -> str:
-        return f"scale-{self.guidances[which].scale:g}" if self.sweep else ""
+    def finish(self, store: BatchStore) -> dict[str, Any]:
+        """Writes the files that are made of all batches, publishes the folder, and returns what samples.json says."""
+        with store.writing():
+            if not store.complete:
+                write_outputs(self, store, store.folder)
+                flush(store.folder)
+                write_json(store.folder / "samples.json", self.record(store))
+            record = json.loads((store.folder / "samples.json").read_text())
+            store.publish()
+        return record
 
-    def _words(self, place: int) -> str:
-        """What a picture calls the image in this place."""
-        if self.labels is None:
+    def image_label(self, place: int) -> str:
+        """Returns the label of an image in pictures: its seed and its class."""
+        if self.classes is None:
             return f"seed {self.seeds[place]}"
-        label = int(self.labels[place])
-        return f"seed {self.seeds[place]}\n" + self._classes.get(label, f"class {label}")
+        number = int(self.classes[place])
+        return f"seed {self.seeds[place]}\n" + self._class_names.get(number, f"class {number}")
 
     @cached_property
-    def _classes(self) -> dict[int, str]:
-        """Names of the classes, as far as the image set is there to tell them."""
+    def _class_names(self) -> dict[int, str]:
+        """Names of the classes, as far as the image set is there."""
         names: tuple[str, ...] = ()
         with suppress(DitlabError):  # sampling needs no images
-            names = self.run.images.class_names
+            names = self.model.images.class_names
         return {**dict(enumerate(names)), self.denoisers[0].num_classes: "no class"}
 
-    def _save_sweep(self, path: Path) -> None:
-        from ditlab.pages.grids import labelled_grid
-        from ditlab.pages.theme import save
 
-        images = self.parts.first(self.count).transpose(0, 3, 1, 2)
-        table = images.reshape(len(self.guidances), len(self.seeds), *images.shape[1:])
-        rows = [f"w = {guidance.scale:g}" for guidance in self.guidances]
-        save(labelled_grid(table, rows, [self._words(i) for i in range(len(self.seeds))]), path)
-
-    def _save_strip(self, path: Path) -> None:
-        from ditlab.pages.grids import labelled_grid
-        from ditlab.pages.theme import save
-
-        states, estimates, images = [], [], []
-        sigmas = np.empty(0)
-        for part in (part for part in self.parts.done() if part[0] < self.strip):
-            sigmas = self.parts.array(part, "sigmas")
-            for name, where in (("states", states), ("estimates", estimates), ("images", images)):
-                where.append(self.parts.array(part, name))
-        last = np.concatenate(images)[: self.strip, None]
-        above = np.concatenate([np.concatenate(states), last], 1)
-        below = np.concatenate([np.concatenate(estimates), last], 1)
-        table = np.stack([above, below], 1).reshape(-1, *above.shape[1:]).transpose(0, 1, 4, 2, 3)
-        rows = [words for i in range(self.strip) for words in (f"{self._words(i)}\nstate", "estimate of\nthe image")]
-        columns = [*(_level(self.denoisers[0], float(sigma)) for sigma in sigmas), "image"]
-        save(labelled_grid(table, rows, columns), path)
-
-
-class _Path:
-    """What `--strip` keeps of the first images of a batch, while they are drawn."""
-
-    def __init__(self, run: Sampled, count: int) -> None:
-        self._run, self._count = run, count
-        self._sigmas: list[float] = []
-        self._kept: dict[str, list[np.ndarray]] = {"states": [], "estimates": []}
-
-    def __call__(self, step: SamplerStep) -> None:
-        """Keeps the state, scaled to unit variance, and the estimate, at some of the steps."""
-        if self._count and step.index in np.linspace(0, step.steps - 1, min(COLUMNS, step.steps)).round():
-            self._sigmas.append(step.sigma)
-            for name, images in (("states", step.y / math.sqrt(1 + step.sigma**2)), ("estimates", step.x0)):
-                pictures = self._run.decode(images[: self._count].float())
-                self._kept[name].append(pictures.transpose(0, 2, 3, 1))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Levels [K], states and estimates uint8 [n, K, H, W, C]; nothing where no image of the batch is shown."""
-        if not self._sigmas:
-            return {}
-        return {"sigmas": np.array(self._sigmas), **{name: np.stack(kept, 1) for name, kept in self._kept.items()}}
-
-
-def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:
-    """Refuses images [b, C, H, W] that hold NaN or an infinity: as 8-bit pixels they would be black or white."""
-    fine = drawn.isfinite().flatten(1).all(1).tolist()
-    if not all(fine):
-        raise DitlabError(
-            f"sample: expected finite images, found NaN or infinite values in {fine.count(False)} of the {len(fine)} "
-            f"images of a batch, the first of them of seed {seeds[fine.index(False)]}; nothing of this batch was kept"
-        )
-
-
-def fingerprint(run: Sampled, denoiser: Denoiser) -> str:
-    """16 hexadecimal digits of what makes the images: the network's weights and process, the codec's weights and scale.
+def make_job(
+    model: Sampled, config: SampleConfig, device: torch.device | str, reporter: Reporter = SILENT
+) -> SamplingJob:
+    """Returns the job for a model and settings.
 
     Args:
-        run: for its codec.
-        denoiser: not guided; guidance is told apart by itself.
+        model: images are drawn from it.
+        config: the settings.
+        device: where it computes.
+        reporter: told when a damaged checkpoint is passed over.
+
+    Raises:
+        DitlabError: anything that cannot be drawn.
     """
-    codec = {k: v for k, v in asdict(run.codec.record).items() if k not in ("source", "place")}
-    digest = hashlib.sha256(json.dumps([denoiser.identity, codec], sort_keys=True, default=str).encode())
-    if denoiser.module is not None:
-        for name, value in sorted(denoiser.module.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    if config.batch < 1:
+        raise InvalidConfig(f"`batch`: expected at least 1, found {config.batch}")
+    seeds = parse_seeds(config.seeds if config.seeds is not None else "0-7" if config.guidance_sweep else "0-63")
+    if not 0 <= config.strip <= len(seeds):
+        raise InvalidConfig(f"`strip`: expected 0 to {len(seeds)}, the number of images, found {config.strip}")
+    _check_sweep(config, len(seeds))
+    denoiser, provenance = model.denoiser_and_provenance(
+        step=config.checkpoint, ema=not config.raw, device=device, reporter=reporter
+    )
+    sampler = sampler_config(model, config.sampler, config.sampler_steps, config.schedule)
+    labels = _labels(config.classes, denoiser)
+    guidance = config.guidance.apply_to(model.guidance)
+    guidances = [replace(guidance, scale=scale) for scale in config.guidance_sweep] or [guidance]
+    denoisers = [with_guidance(model, denoiser, guidance) for guidance in guidances]
+    evaluations(sampler, denoiser)  # refuses steps that the sampler cannot take
+    about = {
+        "run": model.name,
+        "step": provenance.step,
+        "ema": not config.raw,
+        "weights": _hash_of_images(model, denoiser),
+        "sampler": about_sampler(sampler),
+        "guidance": _about_guidance(guidances, denoiser.shape[0]),
+        "guidance_sweep": list(config.guidance_sweep) or None,
+        "seeds": seeds_text(seeds),
+        "labels": labels,
+        "strip": config.strip,
+        "images": config.images,
+    }
+    return SamplingJob(
+        model=model,
+        denoisers=denoisers,
+        guidances=guidances,
+        config=sampler,
+        seeds=seeds,
+        classes=None if labels is None else np.array([labels[seed % len(labels)] for seed in seeds]),
+        batch=config.batch,
+        strip=config.strip,
+        images=config.images,
+        about=about,
+        name=_folder_name(config, provenance.step, sampler, guidances[0], seeds_text(seeds), denoiser.shape[0]),
+    )
+
+
+def _check_sweep(config: SampleConfig, count: int) -> None:
+    """Raises InvalidConfig for scales that cannot be compared in one picture of `count` seeds."""
+    scales = config.guidance_sweep
+    if not scales:
+        return
+    if len(scales) < 2 or len(set(scales)) < len(scales):
+        raise InvalidConfig(f"`guidance_sweep`: expected different scales, at least 2, found {_list(scales)}")
+    if config.guidance.scale is not None:
+        raise InvalidConfig("`guidance_sweep` gives the scales; expected no `guidance.scale` beside it")
+    if config.strip:
+        raise InvalidConfig("expected `strip` or `guidance_sweep`, found both")
+    if count > MAX_SWEEP_SEEDS:
+        raise InvalidConfig(f"`guidance_sweep`: expected at most {MAX_SWEEP_SEEDS} seeds, found {count}")
+
+
+def _labels(classes: Sequence[int] | None, denoiser: Denoiser) -> list[int] | None:
+    """Returns the classes to draw in turn; None for an unconditional denoiser."""
+    if not denoiser.num_classes:
+        if classes is not None:
+            raise InvalidConfig("`classes`: the model is unconditional; expected no classes")
+        return None
+    if not classes:
+        return list(range(denoiser.num_classes))
+    last = denoiser.num_classes - 1
+    for number in classes:
+        if not 0 <= number <= last + denoiser.null_class:
+            none = f" (or {last + 1} for none)" if denoiser.null_class else ""
+            raise InvalidConfig(f"`classes`: expected classes 0..{last}{none}, found {number}")
+    return list(classes)
+
+
+def _folder_name(
+    config: SampleConfig,
+    step: int | None,
+    sampler: SamplerConfig,
+    guidance: GuidanceConfig,
+    seeds: str,
+    channels: int,
+) -> str:
+    words = ["weights" if step is None else f"{step:09d}", f"{sampler_name(sampler)}{sampler.steps}", f"seeds{seeds}"]
+    if config.schedule is not None:
+        words[1] += f"-{config.schedule}"
+    if config.classes:
+        words.append(f"labels{_list(config.classes)}")
+    if config.guidance_sweep:
+        words.append(f"sweep{_list(config.guidance_sweep)}")
+    elif guidance.on:
+        words.append(f"w{guidance.scale:g}")
+    if config.guidance_sweep or guidance.on:
+        if guidance.schedule != "constant":
+            words.append(f"{guidance.schedule}{guidance.power:g}")
+        if guidance.interval is not None:
+            words.append("from{:g}to{:g}".format(*guidance.interval))
+        if guidance.channels is not None:
+            words.append(f"channels{guidance.guided_channels(channels)}")
+    if config.raw:
+        words.append("raw")
+    return "-".join(word if len(word) <= 60 else word[:57] + "..." for word in words)
 
 
 def about_sampler(config: SamplerConfig) -> dict[str, Any]:
-    """A sampler's settings as JSON values."""
+    """Returns a sampler's settings as JSON values."""
     return {"kind": config.kind, **{name: value for name, value in asdict(config).items() if name != "kind"}}
 
 
-def about_guidance(configs: Sequence[GuidanceConfig], channels: int) -> dict[str, Any] | None:
-    """The settings of a guidance as JSON values, with the number of channels that it guides; None for none.
+def _about_guidance(configs: Sequence[GuidanceConfig], channels: int) -> dict[str, Any] | None:
+    """Returns the settings of a guidance as JSON values, with the number of channels that it guides; None for none.
 
-    Those of a sweep, which differ in their scales alone, are without it.
+    Those of a sweep are without the scale, the only setting in which they differ.
     """
     config = next((config for config in configs if config.on), None)
     if config is None:
         return None
     interval = None if config.interval is None else list(config.interval)
-    found = {**asdict(config), "interval": interval, "channels": config.guided_channels(channels)}
+    about = {**asdict(config), "interval": interval, "channels": config.guided_channels(channels)}
     if len(configs) > 1:
-        del found["scale"]
-    return found
+        del about["scale"]
+    return about
 
 
-def _level(denoiser: Denoiser, sigma: float) -> str:
-    """What a picture calls a level: the step where steps are numbered, else sigma."""
-    levels = denoiser.levels
-    if isinstance(levels, DiscreteLevels):
-        return f"t = {levels.step(sigma):.0f}"
-    return f"σ = {sigma:.3g}"
+def _hash_of_images(model: Sampled, denoiser: Denoiser) -> str:
+    """Returns 16 hexadecimal digits of the weights and settings of the denoiser, without guidance, and of the codec.
+
+    "" for a function of a user's own, which has no weights to hash.
+    """
+    if denoiser.module is None:
+        return ""
+    codec = {k: v for k, v in asdict(model.codec.record).items() if k not in ("source", "place")}
+    digest = hashlib.sha256(json.dumps([denoiser.identity, codec], sort_keys=True, default=str).encode())
+    for name, value in sorted(denoiser.module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:
+    """Raises DitlabError for images [b, C, H, W] with NaN or infinity, which would be saved as black or white."""
+    finite = drawn.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise DitlabError(
+            f"samples: expected finite images, found NaN or infinite values in {finite.count(False)} of the "
+            f"{len(finite)} images of a batch, the first of them of seed {seeds[finite.index(False)]}; nothing of this "
+            "batch was kept"
+        )
+
+
+def _list(values: Sequence[int | float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _short(value: Any) -> str:

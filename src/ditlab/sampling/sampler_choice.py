@@ -1,11 +1,10 @@
-"""Which sampler, by its name, and how a model's own sampler and guidance are changed."""
+"""The sampler that a name, a number of steps and a schedule stand for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, get_args
 
-from ditlab.diffusion.guidance_config import GuidanceConfig, GuidanceSchedule
 from ditlab.diffusion.sampler_configs import (
     DDIMConfig,
     DDPMConfig,
@@ -14,51 +13,32 @@ from ditlab.diffusion.sampler_configs import (
     SamplerConfig,
     Spacing,
 )
-from ditlab.errors import InvalidConfig
-from ditlab.sampling.model import Sampled
+from ditlab.errors import InvalidConfig, unknown_name
+from ditlab.sampling.options import SamplerName
 
-__all__ = ["GuidanceFlags", "SamplerName", "quick_sampler", "sampler_config", "sampler_name"]
+if TYPE_CHECKING:
+    from ditlab.sampling.model import Sampled
 
-SamplerName = Literal["run", "ddpm", "ddim", "euler", "heun", "dpm++2m"]
-
-
-@dataclass(frozen=True)
-class GuidanceFlags:
-    """How strongly samples are pulled towards their class; the run's own setting where one is not given."""
-
-    scale: float | None = None
-    """The scale w: 1 is no guidance, above 1 exaggerates the class, 0 leaves it out, between 0 and 1 weakens it."""
-    schedule: GuidanceSchedule | None = None
-    """How the scale changes along sampling: constant, or power-cosine from 1 at pure noise to w at the image."""
-    power: float | None = None
-    """Exponent of power-cosine; the larger it is, the later guidance sets in."""
-    interval: tuple[float, float] | None = None
-    """LOW HIGH: guide only at noise levels LOW < sigma <= HIGH."""
-    channels: int | Literal["all"] | None = None
-    """How many channels are guided, the first ones, or all; by default as published: 3 of the 4 channels of Stable
-    Diffusion's latents, and all of any other image's."""
-
-    def apply_to(self, config: GuidanceConfig) -> GuidanceConfig:
-        """Returns a config with the settings that are not None put in their places."""
-        changes = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(config, **changes)
+__all__ = ["quick_sampler", "sampler_config", "sampler_name"]
 
 
 def sampler_config(
-    model: Sampled, sampler: SamplerName = "run", steps: int | str | None = None, schedule: Spacing | None = None
+    model: Sampled, sampler: str = "run", steps: int | str | None = None, schedule: Spacing | None = None
 ) -> SamplerConfig:
-    """The sampler that a user asked for.
+    """Returns the sampler that a user named.
 
     Args:
         model: whose own sampler is the default.
-        sampler: its name; euler is Heun's without the correction. On a denoiser with numbered steps the ones of
-            higher order take those steps, where no other spacing is asked for.
+        sampler: its name; euler is Heun's without the correction. On a denoiser with numbered steps the samplers of
+            higher order take those steps, unless a schedule is given.
         steps: its steps, or None for its default.
         schedule: spacing of its noise levels, or None for its default; not for DDPM and DDIM.
 
     Raises:
-        InvalidConfig: steps or a schedule that it does not take.
+        DitlabError: there is no such sampler, or it does not take these steps or this schedule.
     """
+    if sampler not in get_args(SamplerName):
+        raise unknown_name("sampler", sampler, get_args(SamplerName))
     known: dict[str, SamplerConfig] = {
         "ddpm": DDPMConfig(),
         "ddim": DDIMConfig(),
@@ -83,11 +63,11 @@ def sampler_config(
 
 
 def sampler_name(config: SamplerConfig) -> str:
-    """What `sampler_config` knows it by."""
+    """Returns the name by which `sampler_config` makes it."""
     return "euler" if isinstance(config, HeunConfig) and not config.second_order else config.kind
 
 
 def quick_sampler(model: Sampled) -> SamplerConfig:
-    """A sampler for pictures beside an analysis: the run's own where it takes few steps, else DDIM in 50."""
+    """Returns a sampler for pictures beside an analysis: the run's own where it takes few steps, else DDIM in 50."""
     config = sampler_config(model)
     return config if isinstance(config, HeunConfig | DPMSolverConfig) else sampler_config(model, "ddim", "50")

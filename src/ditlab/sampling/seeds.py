@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from ditlab.errors import InvalidConfig
 
-__all__ = ["MAX_IMAGES", "parse_seeds", "seeds_text"]
+__all__ = ["MAX_IMAGES", "parse_seeds", "seed_list", "seeds_text"]
 
 MAX_IMAGES = 10_000_000
 """Images of one call, at most: a typing error in the seeds should not fill the memory."""
+
+_LARGEST = 10**18 - 1
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -30,10 +34,37 @@ def parse_seeds(text: str) -> list[int]:
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise InvalidConfig(f"`seeds`: expected numbers and ranges such as 0-63 or 0-9,20,30-39, found '{text}'")
         ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
-    count = sum(map(len, ranges))
+    return _checked(ranges)
+
+
+def seed_list(seeds: Any) -> list[int]:
+    """Returns seeds as a list.
+
+    Args:
+        seeds: text for `parse_seeds`, a seed, or an iterable of seeds.
+
+    Raises:
+        InvalidConfig: there are none, too many, one twice, or one that is not a whole number from 0 to 10^18.
+    """
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    try:
+        values = seeds if isinstance(seeds, Iterable) else [seeds]
+        several = seeds if isinstance(seeds, range) else [operator.index(value) for value in values]
+    except TypeError:
+        raise InvalidConfig(f"`seeds`: expected whole numbers, or text such as 0-63, found {seeds!r}") from None
+    ends = (several[0], several[-1]) if isinstance(several, range) and several else several
+    if not several or min(ends) < 0 or max(ends) > _LARGEST:
+        raise InvalidConfig(f"`seeds`: expected at least one, each from 0 to {_LARGEST}, found {seeds!r}")
+    return _checked([several])
+
+
+def _checked(parts: Sequence[Sequence[int]]) -> list[int]:
+    """Returns all seeds of all parts, if they are not too many and no two are alike."""
+    count = sum(map(len, parts))
     if count > MAX_IMAGES:
         raise InvalidConfig(f"`seeds`: expected at most {MAX_IMAGES:,} images, found {count:,}")
-    seeds = [seed for part in ranges for seed in part]
+    seeds = [seed for part in parts for seed in part]
     if len(set(seeds)) < count:
         twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
         raise InvalidConfig(f"`seeds`: expected each seed once, found {twice} twice")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ditlab.analyses.attention.result import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.studies.grid import Scale, Study
 

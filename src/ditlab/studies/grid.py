@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ditlab.analyses.attention.result import AttentionConfig
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split

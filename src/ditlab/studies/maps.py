@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.analyses.attention.map_figures import attention_map_figure, layers_shown
+from ditlab.analyses.attention.figures import attention_map_figure, layers_shown
 from ditlab.analyses.attention.maps import AttentionMaps, attention_layers, attention_maps
 from ditlab.analyses.attention.result import LocalityResult
 from ditlab.errors import DitlabError

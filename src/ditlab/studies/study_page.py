@@ -15,8 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
-from ditlab.analyses.attention.map_figures import patterns_figure
+from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr

@@ -26,16 +26,16 @@ from ditlab.rng import torch_generator
 
 @lru_cache(maxsize=4)
 def token_offsets(grid: Grid) -> tuple[Float[Tensor, "T T"], Float[Tensor, "T T"]]:
-    """Row and column distances |drow| and |dcol| between all pairs of tokens, float64 `[T, T]` each, in tokens."""
+    """Returns row and column distances |drow| and |dcol| between all pairs of tokens, float64 `[T, T]` each."""
     row = torch.arange(grid[0], dtype=torch.float64).repeat_interleave(grid[1])
     column = torch.arange(grid[1], dtype=torch.float64).repeat(grid[0])
     return (row[:, None] - row).abs(), (column[:, None] - column).abs()
 
 
 def grid_part(weights: Float[Tensor, "*batch n n"], grid: Grid) -> Float[Tensor, "*batch T T"]:
-    """The map over the grid's tokens alone, rows summing to 1 again.
+    """Returns the map over the grid's tokens alone, with rows that sum to 1.
 
-    Off-grid tokens (`SelfAttention.extra`) stand behind the grid's and have no place, so no distance.
+    Off-grid tokens (`SelfAttention.extra`) come after the grid's and have no place, so no distance.
 
     Raises:
         DitlabError: a map over fewer tokens than the grid has.
@@ -52,7 +52,7 @@ def grid_part(weights: Float[Tensor, "*batch n n"], grid: Grid) -> Float[Tensor,
 
 
 def mean_distance(weights: Float[Tensor, "*batch T T"], grid: Grid) -> Float[Tensor, "*batch"]:
-    """Mean attention distance: sum_j A_ij |p_i - p_j| averaged over the queries i, Euclidean, in tokens.
+    """Returns the mean attention distance: sum_j A_ij |p_i - p_j| averaged over queries i, Euclidean, in tokens.
 
     0 where every token sees only itself; `uniform_distance(grid)` where all see all alike.
 
@@ -67,7 +67,7 @@ def mean_distance(weights: Float[Tensor, "*batch T T"], grid: Grid) -> Float[Ten
 
 
 def mass_within(weights: Float[Tensor, "*batch T T"], grid: Grid, radius: int) -> Float[Tensor, "*batch"]:
-    """Share of attention that goes to tokens at most `radius` rows and columns away, in [0, 1].
+    """Returns the share of attention that goes to tokens at most `radius` rows and columns away, in [0, 1].
 
     Radius r is the window of size 2r + 1 (1 .. 6 are the windows 3 .. 13 of An et al.); radius 0 is the token itself.
 
@@ -80,7 +80,7 @@ def mass_within(weights: Float[Tensor, "*batch T T"], grid: Grid, radius: int) -
 def masses_within(
     weights: Float[Tensor, "*batch T T"], grid: Grid, radii: Sequence[int]
 ) -> Float[Tensor, "*batch radii"]:
-    """`mass_within` for several radii, in one pass over the maps."""
+    """Returns `mass_within` for several radii, in one pass over the maps."""
     for radius in radii:
         if radius < 0:
             raise DitlabError(f"attention mass: expected a radius of at least 0, found {radius}")
@@ -91,7 +91,7 @@ def masses_within(
 def entropies(
     weights: Float[Tensor, "*batch T T"], pattern: Pattern, grid: Grid
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Mean entropy of the rows in nats, and the same with each row's divided by the log of its number of keys.
+    """Returns the mean entropy of the rows in nats, and that of each row over the log of its number of keys.
 
     -sum_j A_ij ln A_ij is 0 for one key and ln T for all keys alike. The second lies in [0, 1]: 1 where each query sees
     alike all that the pattern lets it see. A query with a single key counts as 1, for it can see no other way.
@@ -107,12 +107,12 @@ def entropies(
 
 
 def entropy(weights: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """Mean entropy of the rows in nats: 0 for one key, ln T for all keys alike."""
+    """Returns the mean entropy of the rows in nats: 0 for one key, ln T for all keys alike."""
     return torch.special.entr(weights).sum(-1).mean(-1)
 
 
 def position_invariance(weights: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """Mean cosine between the rows of different queries: 1 where all queries see the same keys, 0 where none is shared.
+    """Returns the mean cosine between rows of different queries: 1 if all see the same keys, 0 if they share none.
 
     Raises:
         DitlabError: a map of a single token.
@@ -126,27 +126,27 @@ def position_invariance(weights: Float[Tensor, "*batch T T"]) -> Float[Tensor, "
 
 
 def pattern_weights(pattern: Pattern, grid: Grid) -> Float[Tensor, "T T"]:
-    """The map of uniform attention over what a pattern allows: the reference for every number here."""
+    """Returns the map of uniform attention within a pattern: the reference for every number here."""
     mask = pattern.mask(grid).double()
     return mask / mask.sum(-1, keepdim=True)
 
 
 def pattern_distance(pattern: Pattern, grid: Grid) -> float:
-    """Mean attention distance, in tokens, of uniform attention over what a pattern allows (windows clipped and all)."""
+    """Returns the mean attention distance, in tokens, of uniform attention within a pattern, clipped at borders."""
     return float(mean_distance(pattern_weights(pattern, grid), grid))
 
 
 def uniform_distance(grid: Grid) -> float:
-    """Mean attention distance, in tokens, of uniform attention over the whole grid."""
+    """Returns the mean attention distance, in tokens, of uniform attention over the whole grid."""
     return pattern_distance(Global(), grid)
 
 
-class Agreement:
-    """How much the maps of different images agree, gathered batch by batch in the memory of one map a head.
+class MapConsistency:
+    """How similar the maps of different images are, gathered batch by batch; in memory is one map for each head.
 
     With u_b the map of image b as one vector of length 1, the mean cosine over pairs of different images is
     (|sum_b u_b|^2 - B) / (B (B - 1)). Its control permutes the rows of one map in each pair, so that rows of different
-    queries meet: what then remains is agreement that has nothing to do with where the query is.
+    queries are compared: the similarity that remains does not depend on the place of the query.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -156,7 +156,7 @@ class Agreement:
         self._order: Tensor | None = None
 
     def add(self, maps: Float[Tensor, "b *heads T T"]) -> None:
-        """Counts the maps of further images."""
+        """Adds the maps of further images."""
         order = self._permutation(maps)
         unit = maps / torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
         total, itself = unit.sum(0), (unit * unit[..., order, :]).sum((0, -2, -1))
@@ -175,7 +175,7 @@ class Agreement:
         return self._order
 
     def values(self) -> tuple[Float[Tensor, "*heads"], Float[Tensor, "*heads"]]:
-        """The mean cosine over pairs of different images, and its control.
+        """Returns the mean cosine over pairs of different images, and its control.
 
         Raises:
             DitlabError: fewer than two images were added.
@@ -189,7 +189,7 @@ class Agreement:
 
 
 def consistency(maps: Float[Tensor, "b *heads T T"]) -> Float[Tensor, "*heads"]:
-    """Mean cosine between the maps of different images at equal head: 1 where the image does not matter.
+    """Returns the mean cosine between maps of different images, for each head: 1 if the image does not matter.
 
     Args:
         maps: one map for each of at least two images.
@@ -197,13 +197,13 @@ def consistency(maps: Float[Tensor, "b *heads T T"]) -> Float[Tensor, "*heads"]:
     Raises:
         DitlabError: fewer than two images.
     """
-    agreement = Agreement()
-    agreement.add(maps)
-    return agreement.values()[0]
+    consistency_of = MapConsistency()
+    consistency_of.add(maps)
+    return consistency_of.values()[0]
 
 
 def consistency_control(maps: Float[Tensor, "b *heads T T"], *, seed: int = 0) -> Float[Tensor, "*heads"]:
-    """The same with the rows of one map of each pair permuted: what agrees whatever the query's place.
+    """Returns `consistency` with the rows of one map of each pair permuted: similarity without the query's place.
 
     Args:
         maps: one map for each of at least two images.
@@ -212,9 +212,9 @@ def consistency_control(maps: Float[Tensor, "b *heads T T"], *, seed: int = 0) -
     Raises:
         DitlabError: fewer than two images.
     """
-    agreement = Agreement(seed)
-    agreement.add(maps)
-    return agreement.values()[1]
+    consistency_of = MapConsistency(seed)
+    consistency_of.add(maps)
+    return consistency_of.values()[1]
 
 
 def _check(weights: Tensor, grid: Grid) -> None:

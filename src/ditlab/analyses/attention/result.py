@@ -1,7 +1,7 @@
-"""What is kept of a locality measurement: `attention.json`, made to be read alone, and single images' values beside it.
+"""The result of an attention measurement: `attention.json`, which can be read alone, and each image's values in .npz.
 
 Layers and heads count from 1, as in the paper. Every value is a mean over images and queries; there is one for each
-(noise level, layer, head). Means over heads, levels and layers weigh all alike.
+(noise level, layer, head). Means over heads, levels and layers are unweighted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.attention.locality import (
     mass_within,
     masses_within,
@@ -20,11 +21,13 @@ from ditlab.analyses.attention.locality import (
     pattern_weights,
     uniform_distance,
 )
-from ditlab.analyses.sigmas import check_sigmas as check_levels
+from ditlab.analyses.stored import config_from_json, stored_config
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.files import read_arrays, read_json, write_arrays, write_json
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
 from ditlab.provenance import Provenance
+
+__all__ = ["BY_IMAGE", "QUANTITIES", "RADII", "LocalityResult", "Quantity", "pattern_from_json", "pattern_to_json"]
 
 Quantity = Literal[
     "distance", "entropy", "normalized_entropy", "position_invariance", "consistency", "consistency_control"
@@ -33,36 +36,8 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 RADII = (0, 1, 2, 3, 4, 5, 6)
 """Chebyshev radii at which mass is measured: the token itself, and the windows 3, 5, ..., 13."""
 
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """What is looked at. The paper names layers 2, 4, ..., 12 and no noise level."""
-
-    images: int = 16
-    """Images, at least 2 (consistency compares images)."""
-    levels: tuple[float, ...] | None = None
-    """Noise levels (sigma), ascending; those of steps 100, 300 and 500 of the DDPM process where not given."""
-    steps: tuple[int, ...] | None = None
-    """Noise levels as steps of the run's own process, ascending, instead of --levels."""
-    layers: tuple[int, ...] = ()
-    """Layers, from 1; all where not given."""
-    noise_seed: int = 0
-    """Seed of the noise. Equal seeds give every denoiser the same noise."""
-    batch_size: int = 4
-    """Images at once. Does not change the result beyond float rounding."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise DitlabError(f"attention: {name} must be at least {least}, found {getattr(self, name)}")
-        if self.levels is not None and self.steps is not None:
-            raise DitlabError("attention: expected levels or steps, found both")
-        if self.levels is not None:
-            check_levels(self.levels, "attention")
-        if self.steps is not None and (not self.steps or list(self.steps) != sorted(set(self.steps))):
-            raise DitlabError(f"attention: expected ascending steps without repeats, found {list(self.steps)}")
-        if len(set(self.layers)) < len(self.layers) or any(layer < 1 for layer in self.layers):
-            raise DitlabError(f"attention: expected different layers, counted from 1, found {list(self.layers)}")
+BY_IMAGE = ("distance", "entropy", "position_invariance")
+"""The values that are stored of each image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +62,7 @@ class LocalityResult:
     patterns: tuple[Pattern, ...]
     """One a measured layer."""
     images: int
-    """How many were measured."""
+    """Number of images measured."""
     distance: np.ndarray
     """Mean attention distance, in tokens."""
     entropy: np.ndarray
@@ -105,34 +80,34 @@ class LocalityResult:
     extra: int = 0
     """Off-grid tokens of the network; they are left out, and rows renormalized over the grid."""
     by_image: Mapping[str, np.ndarray] | None = None
-    """Distance, entropy and position invariance of each image, float32 [images, levels, layers, heads]; None where only
-    the JSON was kept."""
+    """Distance, entropy and position invariance of each image, float32 [images, levels, layers, heads]; None if
+    there is only the JSON."""
 
     kind = "attention-locality"
     version = 1
 
     @property
     def uniform_distance(self) -> float:
-        """Mean distance of uniform attention over the grid, in tokens."""
+        """Returns the mean distance of uniform attention over the grid, in tokens."""
         return uniform_distance(self.grid)
 
     @property
     def pattern_distance(self) -> np.ndarray:
-        """Mean distance of uniform attention over what each layer's pattern allows, in tokens, float64 [layers]."""
+        """Returns the mean distance of uniform attention within each layer's pattern, in tokens, float64 [layers]."""
         return np.array([pattern_distance(pattern, self.grid) for pattern in self.patterns])
 
     def uniform_mass(self) -> np.ndarray:
-        """Mass of uniform attention over the grid, at the measured radii ascending, float64 [radii]."""
+        """Returns the mass of uniform attention over the grid, at the measured radii ascending, float64 [radii]."""
         weights = pattern_weights(Global(), self.grid)
         return masses_within(weights, self.grid, sorted(self.mass)).numpy()
 
     def pattern_mass(self, radius: int) -> np.ndarray:
-        """Mass within a radius of uniform attention over what each layer's pattern allows, float64 [layers]."""
+        """Returns the mass within a radius of uniform attention within each layer's pattern, float64 [layers]."""
         weights = [pattern_weights(pattern, self.grid) for pattern in self.patterns]
         return np.array([float(mass_within(w, self.grid, radius)) for w in weights])
 
     def values(self, what: str | int) -> np.ndarray:
-        """A quantity by name, or the mass within a radius, float64 [levels, layers, heads].
+        """Returns a quantity by name, or the mass within a radius, float64 [levels, layers, heads].
 
         Raises:
             DitlabError: an unknown quantity, or a radius that was not measured.
@@ -146,12 +121,12 @@ class LocalityResult:
         return getattr(self, what)
 
     def by_layer(self, what: Quantity | int, level: int | None = None) -> np.ndarray:
-        """Means over heads, and over levels unless the index of one is given, float64 [layers]."""
+        """Returns means over heads, and over levels unless the index of a level is given, float64 [layers]."""
         values = self.values(what)
         return values.mean(axis=(0, 2)) if level is None else values[level].mean(axis=-1)
 
     def average(self, what: Quantity | int, level: int | None = None) -> float:
-        """Mean over heads and layers, and over levels unless the index of one is given."""
+        """Returns the mean over heads and layers, and over levels unless the index of a level is given."""
         return float(self.by_layer(what, level).mean())
 
     @property
@@ -162,13 +137,13 @@ class LocalityResult:
             notes.append(f"Only {self.images} images exist where {self.config.images} were asked for.")
         if self.extra:
             notes.append(
-                f"The network has {self.extra} tokens off the grid: they are left out, and what remains of each row "
-                "was brought to the sum 1."
+                f"The network has {self.extra} tokens off the grid: they are left out, and the rest of each row is "
+                "rescaled to the sum 1."
             )
         return tuple(notes)
 
     def sentences(self) -> tuple[str, ...]:
-        """What was measured, one sentence each."""
+        """Returns what was measured, one sentence each."""
         name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
         by_layer = self.by_layer("distance")
         near, far = int(by_layer.argmin()), int(by_layer.argmax())
@@ -196,13 +171,13 @@ class LocalityResult:
         return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single images' values."""
+        """Returns everything but the values of single images."""
         names = [*QUANTITIES, *sorted(self.mass)]
         return {
             "kind": self.kind,
             "version": self.version,
             "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": asdict(self.config),
+            "config": stored_config(self.config),
             "levels": list(self.levels),
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "layers": list(self.layers),
@@ -224,15 +199,12 @@ class LocalityResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], by_image: Mapping[str, np.ndarray] | None = None) -> LocalityResult:
-        """The result again, from `to_json()`.
+        """Returns the result of what `to_json()` gave.
 
         Raises:
             DitlabError: a field is missing or unknown, or a value does not belong to the levels, layers and heads.
         """
         try:
-            config: dict[str, Any] = {
-                name: tuple(v) if isinstance(v, list) else v for name, v in record["config"].items()
-            }
             values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
             shape = (len(record["levels"]), len(record["layers"]), record["heads"])
             for name, array in values.items():
@@ -241,7 +213,7 @@ class LocalityResult:
             steps = record["timesteps"]
             return cls(
                 about=Provenance(**record["about"]),
-                config=AttentionConfig(**config),
+                config=config_from_json(AttentionConfig, record["config"]),
                 levels=tuple(record["levels"]),
                 timesteps=None if steps is None else tuple(steps),
                 layers=tuple(record["layers"]),
@@ -262,7 +234,7 @@ class LocalityResult:
             raise DitlabError(f"attention result: a field is missing or unknown ({error})") from error
 
     def save(self, folder: Path | str, name: str = "attention") -> Path:
-        """Writes NAME.npz (where there are single images' values) and then NAME.json; returns the JSON's path."""
+        """Writes NAME.npz (if there are values of single images) and then NAME.json; returns the JSON's path."""
         folder = Path(folder)
         if self.by_image is not None:
             write_arrays(folder / f"{name}.npz", self.by_image)
@@ -270,7 +242,7 @@ class LocalityResult:
 
     @classmethod
     def load(cls, path: Path | str) -> LocalityResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz need not lie beside it.
+        """Reads what `save` wrote, from the JSON's path; the .npz may be missing.
 
         Raises:
             DitlabError: a file is damaged, or is another kind of result.
@@ -281,21 +253,17 @@ class LocalityResult:
         return cls.from_json(record, read_arrays(beside, BY_IMAGE) if beside.exists() else None)
 
 
-BY_IMAGE = ("distance", "entropy", "position_invariance")
-"""What is kept of every single image."""
-
-
 def _name(what: Quantity | int) -> str:
     return f"mass {what}" if isinstance(what, int) else what
 
 
 def pattern_to_json(pattern: Pattern) -> dict[str, Any]:
-    """A pattern as JSON: its kind, and its size and border where it has them."""
+    """Returns a pattern as JSON values: its kind, and its size and border where it has them."""
     return {"kind": type(pattern).__name__.lower(), **asdict(pattern)}
 
 
 def pattern_from_json(record: Mapping[str, Any]) -> Pattern:
-    """The pattern again. Raises DitlabError for an unknown kind."""
+    """Returns the pattern of what `pattern_to_json` gave. Raises DitlabError for an unknown kind."""
     kinds = {"global": Global, "window": Window, "partition": Partition}
     if record["kind"] not in kinds:
         raise unknown_name("attention pattern", str(record["kind"]), kinds)

@@ -1,7 +1,7 @@
-"""Figures of a denoiser's Jacobian as curves: spectra of several runs, measures by vector, shrinkage beside the image.
+"""Figures of a denoiser's Jacobian as curves: spectra, measures by vector, shrinkage beside the image.
 
-The label of every axis says of which target the values are, since the order of the directions flips between the
-denoised image and the estimated noise. `ditlab.analyses.jacobian.figures` draws the pictures.
+The label of every axis names the target, because the order of the directions differs between the denoised image and the
+estimated noise. `ditlab.analyses.jacobian.figures` draws the pictures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ditlab.analyses.jacobian.config import DecompositionKind, Target
 from ditlab.analyses.jacobian.figures import Point
-from ditlab.analyses.jacobian.result import Decomposition, JacobianPoint, Target
+from ditlab.analyses.jacobian.result import JacobianPoint
 from ditlab.errors import DitlabError
 from ditlab.pages.theme import LIGHT, Dashes, Slots, Theme, assign, canvas, plain_log, wrapped
 
@@ -28,34 +29,35 @@ TARGETS: Mapping[Target, str] = {
 _LEADING: Mapping[Target, str] = {
     "x0": "k = 0 is kept most: signal",
     "eps": "k = 0 is removed most: noise",
-    "I-eps": "k = 0 is kept most or turned over",
+    "I-eps": "k = 0 is kept most or inverted",
 }
-_VALUES: Mapping[Decomposition, str] = {
+_VALUES: Mapping[DecompositionKind, str] = {
     "svd": "singular values",
     "eigh": "eigenvalues of the symmetric part",
     "eig": "moduli of the eigenvalues",
     "eig-right": "moduli of the eigenvalues",
 }
 _DECADES = 4
-"""Decades of a logarithmic axis of values, at most: below lies rounding."""
+"""The largest number of decades of a logarithmic axis of values: smaller values are rounding noise."""
 
 
 def spectra(
     points: Sequence[Point],
     target: Target,
-    decomposition: Decomposition,
+    decomposition: DecompositionKind,
     *,
     slots: Slots | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Spectra of several runs on one axis: linear (An et al. Figs. 1-3), and logarithmic in both directions.
+    """Draws spectra of several models on one axis: linear (An et al. Figs. 1-3), and logarithmic in both directions.
 
-    One column a noise level, one line an image. On the logarithmic axis values that are not positive are left out.
+    One column for each noise level, one line for each image. The logarithmic axis leaves out values that are not
+    positive.
 
     Args:
         points: (label, Jacobian) pairs.
         target: whose Jacobian.
-        decomposition: that the values are of.
+        decomposition: which values they are.
         slots: colours of the labels.
         theme: light or dark.
 
@@ -70,10 +72,10 @@ def spectra(
                 if point.sigma == sigma:
                     values = _real(point)
                     k = np.arange(len(values))
-                    look: Any = {"color": theme.run(slots[label]), "ls": theme.dashes(slots[label]), "lw": 1.4}
-                    axes[0, column].plot(k, values, **look)
+                    style: Any = {"color": theme.run(slots[label]), "ls": theme.dashes(slots[label]), "lw": 1.4}
+                    axes[0, column].plot(k, values, **style)
                     positive = values > 0
-                    axes[1, column].plot(k[positive] + 1, values[positive], **look)
+                    axes[1, column].plot(k[positive] + 1, values[positive], **style)
             axes[0, column].set_title(f"σ = {sigma:.3g}", pad=8)
             axes[0, column].axhline(0, color=theme.muted, lw=0.8)
             axes[0, column].set_xlabel(f"index k ({_LEADING[target]})", fontsize=9)
@@ -98,14 +100,14 @@ def spectra(
 
 
 def _prepared(what: str, points: Sequence[Point], slots: Slots | None) -> tuple[Slots, list[float]]:
-    """Colours of the labels and the noise levels, ascending."""
+    """Returns the colours of the labels and the noise levels, ascending."""
     if not points:
         raise DitlabError(f"{what}: expected at least one Jacobian, found none")
     return slots or assign(label for label, _ in points), sorted({point.sigma for _, point in points})
 
 
 def _real(point: JacobianPoint) -> np.ndarray:
-    """Values as they are drawn: moduli where they are complex."""
+    """Returns the values as they are drawn: moduli of complex ones."""
     return np.abs(point.values) if np.iscomplexobj(point.values) else point.values
 
 
@@ -126,11 +128,11 @@ def by_vector_curves(
     slots: Slots | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Measures of each vector against its index: dots are vectors, lines their running median over a tenth of all.
+    """Draws measures of each vector against its index: dots are vectors, lines a running median of a tenth of all.
 
     Args:
         points: (label, Jacobian) pairs at one noise level.
-        measures: name in `JacobianPoint.by_vector` -> what stands on its axis; those that no Jacobian has are left out.
+        measures: name in `JacobianPoint.by_vector` -> the title of its axis; those that no Jacobian has are left out.
         slots: colours of the labels.
         theme: light or dark.
 
@@ -138,20 +140,20 @@ def by_vector_curves(
         DitlabError: no Jacobian, or none of the measures.
     """
     slots, _ = _prepared("measures by vector", points, slots)
-    found = {name: words for name, words in measures.items() if any(name in point.by_vector for _, point in points)}
-    if not found:
+    drawn = {name: words for name, words in measures.items() if any(name in point.by_vector for _, point in points)}
+    if not drawn:
         raise DitlabError(f"measures by vector: expected one of {', '.join(measures)}, found none of them")
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
     with canvas(max(5.4, 3.1 * columns + 0.3), 2.9 * rows + 0.6, theme) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, (name, words) in zip(grid.flat, found.items(), strict=False):
+        for axes, (name, words) in zip(grid.flat, drawn.items(), strict=False):
             for label, point in points:
                 if name in point.by_vector:
                     _draw_measure(axes, point.by_vector[name], theme.run(slots[label]), theme.dashes(slots[label]))
             axes.set_title(words, fontsize=9.5, pad=6)
             axes.set_xlabel("index k", fontsize=9)
-        for axes in list(grid.flat)[len(found) :]:
+        for axes in list(grid.flat)[len(drawn) :]:
             axes.axis("off")
         _legend(figure, slots, theme)
     return figure
@@ -169,7 +171,7 @@ def _draw_measure(axes: Axes, values: np.ndarray, color: str, dashes: Dashes) ->
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """The median of a tenth of all values about each, of what there is at the ends."""
+    """Returns the median of a tenth of all values about each one, of fewer at the ends."""
     half = len(values) // 20
     return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -181,10 +183,10 @@ def shrinkage_and_image(
     *,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """How much of each direction the clean image has, |<u, x>|, and how much of it is kept, λ (Kadkhodaie et al.).
+    """Draws how much of each direction the clean image has, |<u, x>|, and how much is kept, λ (Kadkhodaie et al.).
 
-    One column a run. Where a denoiser keeps just the directions that the image lies in, both fall together; the broken
-    line is the noise level, below which a coefficient drowns.
+    One panel for each model. If a denoiser keeps exactly the directions of the image, both fall together. The dashed
+    line is the noise level: smaller coefficients are hidden by noise.
 
     Args:
         points: (label, Jacobian) pairs at one noise level.
@@ -212,16 +214,16 @@ def shrinkage_and_image(
             if place % columns == 0:
                 axes.set_ylabel(f"value (line),\n{TARGETS[target]}", color=theme.run(0), fontsize=9)
             if place % columns == columns - 1 or place == len(have) - 1:
-                twin.set_ylabel("|<u, x>| (dots),\nnoise level (broken)", color=theme.run(1), fontsize=9)
+                twin.set_ylabel("|<u, x>| (dots),\nnoise level (dashed)", color=theme.run(1), fontsize=9)
     return figure
 
 
 def _draw_shrinkage(axes: Axes, point: JacobianPoint, inner: np.ndarray, theme: Theme) -> Axes:
-    """Values on the left axis, inner products on the right one, which is returned."""
+    """Draws values on the left axis and inner products on the right one, which is returned."""
     values, inner = _real(point), np.maximum(inner, 1e-12)
     k = np.arange(len(values)) + 1
     twin = axes.twinx()
-    # Lines over dots, though the axis of the dots was made later.
+    # Draw lines over dots, although the axis of the dots was made later.
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
     twin.plot(k, inner, ls="none", marker=".", ms=2.6 if len(k) > 60 else 5, color=theme.run(1), alpha=0.6)

@@ -1,10 +1,10 @@
-"""Singular values and eigenvalues of a Jacobian: of the whole matrix, or its leading ones from products alone.
+"""Singular values and eigenvalues of a Jacobian: all of the whole matrix, or the leading ones from products alone.
 
-A denoiser's Jacobian need not be symmetric, so that there are different answers: singular vectors (`svd`),
-eigenvectors of the symmetric part (J + J^T) / 2 (`eigh`), and those of the matrix itself, which are complex: left ones,
-w^T J = l w^T (`eig`), and right ones, J v = l v (`eig-right`), with the same eigenvalues. From products alone they come
-of Lanczos' and Arnoldi's methods as ARPACK has them (Lehoucq, Sorensen and Yang, 1998): of J^T J, of the symmetric
-part, of J^T and of J. Every pair carries a residual that is computed anew.
+The Jacobian of a denoiser need not be symmetric, so there are several decompositions: singular vectors (`svd`),
+eigenvectors of the symmetric part (J + J^T) / 2 (`eigh`), and the complex eigenvectors of the matrix itself: left ones,
+w^T J = l w^T (`eig`), and right ones, J v = l v (`eig-right`), with the same eigenvalues. From products alone they are
+computed by the methods of Lanczos and Arnoldi in ARPACK (Lehoucq, Sorensen and Yang, 1998), applied to J^T J, the
+symmetric part, J^T and J. The residual of every pair is computed again at the end.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ditlab.analyses.jacobian.config import DecompositionKind
 from ditlab.analyses.jacobian.operator import JacobianOperator
-from ditlab.analyses.jacobian.result import Decomposition
 from ditlab.errors import DitlabError
 from ditlab.rng import numpy_generator
 
 _COPIES = {"svd": 9, "eigh": 6, "eig": 7, "eig-right": 7}
-"""Matrices in float64 that are held at once, work space of LAPACK included, as measured."""
+"""Matrices in float64 in memory at the same time, work space of LAPACK included, as measured."""
 _CHUNK = 256
 
 Rows = Callable[[slice], np.ndarray]
-"""Some rows of a matrix that need not be held whole."""
+"""Returns some rows of a matrix that need not be in memory as a whole."""
 
 
 @dataclass(frozen=True, eq=False)
-class Decomposed:
+class Decomposition:
     """Values and vectors of a matrix, largest first (by modulus for `eig` and `eig-right`)."""
 
     values: np.ndarray
     """float64 [K]; complex128 for `eig` and `eig-right`."""
     left: np.ndarray
     """float64 [K, D], rows of length 1, the entry of largest modulus positive: left singular vectors; eigenvectors for
-    `eigh`; for `eig` and `eig-right` the real part of the left or right eigenvectors, turned so that it is as long as
-    can be."""
+    `eigh`; for `eig` and `eig-right` the real part of the left or right eigenvectors, rotated to have the largest
+    possible length."""
     right: np.ndarray
     """float64 [K, D]: right singular vectors, signed as the matrix pairs them; else `left`."""
     residuals: np.ndarray
@@ -49,36 +49,35 @@ class Decomposed:
     |J v - l v| (eig-right); the last two before the vectors are made real."""
 
 
-def check_memory(size: int, itemsize: int, kind: Decomposition, available: int | None) -> None:
-    """Raises DitlabError where a D x D matrix and its decomposition would not fit.
+def check_memory(size: int, itemsize: int, kind: DecompositionKind, available: int | None) -> None:
+    """Raises DitlabError if a D x D matrix and its decomposition would not fit in memory.
 
     Args:
         size: D.
-        itemsize: bytes of an entry as it comes from the network (4 or 8).
+        itemsize: bytes of an entry of the network's output (4 or 8).
         kind: the decomposition.
-        available: bytes that are free; None where that is not known, which is no error.
+        available: bytes that are free; None if unknown, which is no error.
     """
     matrix = size * size * itemsize
     needed = matrix + _COPIES[kind] * size * size * 8
     if available is not None and needed > available:
         raise DitlabError(
             f"jacobian: the whole matrix of {size} x {size} ({matrix / 1e6:,.0f} MB) and its {kind} need about "
-            f"{needed / 1e9:.1f} GB of memory, found {available / 1e9:.1f} GB; --top K computes the K leading ones "
-            "without it"
+            f"{needed / 1e9:.1f} GB of memory, found {available / 1e9:.1f} GB; `top` computes only the leading ones, "
+            "without the matrix"
         )
 
 
 def check_count(count: int, size: int) -> None:
-    """Raises DitlabError where products alone cannot give so many leading vectors of a D x D matrix, D = size."""
+    """Raises DitlabError if products alone cannot give so many leading vectors of a D x D matrix, D = size."""
     if not 1 <= count <= size - 2:
         raise DitlabError(
-            f"jacobian --top: expected 1 to {size - 2} leading vectors of a matrix of {size} x {size}, found {count}; "
-            "0 computes all of them"
+            f"jacobian: `top` must be 1 to {size - 2} for a matrix of {size} x {size}, found {count}; 0 computes all"
         )
 
 
-def decompose(matrix: Float[np.ndarray, "d d"], kind: Decomposition) -> Decomposed:
-    """All values and vectors of a real matrix, in float64.
+def decompose(matrix: Float[np.ndarray, "d d"], kind: DecompositionKind) -> Decomposition:
+    """Computes all values and vectors of a real matrix, in float64.
 
     Args:
         matrix: any real matrix.
@@ -98,7 +97,7 @@ def decompose(matrix: Float[np.ndarray, "d d"], kind: Decomposition) -> Decompos
         matrix = matrix.T
     values, vectors = np.linalg.eig(matrix)
     vectors = vectors.T
-    # By parts, for numpy would make a complex copy of the matrix.
+    # In parts, because numpy would make a complex copy of the matrix.
     return _general(
         values, vectors, lambda rows: np.real(vectors[rows]) @ matrix.T + 1j * (np.imag(vectors[rows]) @ matrix.T)
     )
@@ -106,39 +105,34 @@ def decompose(matrix: Float[np.ndarray, "d d"], kind: Decomposition) -> Decompos
 
 def decompose_top(
     operator: JacobianOperator,
-    kind: Decomposition,
+    kind: DecompositionKind,
     count: int,
     *,
     seed: int = 0,
     tolerance: float | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Decomposed:
-    """The leading values and vectors from products with the Jacobian, which is never held.
+) -> Decomposition:
+    """Computes the leading values and vectors from products with the Jacobian, which is never stored.
 
-    The number of products is `operator.products`. Memory: a few times `count` vectors. Of values that are equal to the
-    last digit, as symmetry can make them, some may be missed; whoever needs them all makes the whole matrix.
+    The number of products is `operator.products`. Memory: a few times `count` vectors. If values are equal to the last
+    digit, as symmetry can make them, some may be missed; the whole matrix gives them all.
 
     Args:
         operator: the Jacobian.
         kind: which. `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone.
-        count: how many, from 1 to D - 2. A complex pair of `eig` or `eig-right` may be cut in two by the last one.
+        count: how many, from 1 to D - 2. The last value of `eig` or `eig-right` may be half of a complex pair.
         seed: of the first vector.
-        tolerance: of a residual, relative to the value; 1e-5 in float32, 1e-9 in float64 where not given.
+        tolerance: of a residual, relative to the value; 1e-5 in float32, 1e-9 in float64 if None.
         progress: called with the number of products so far.
 
     Raises:
-        DitlabError: a count that there is not, or no convergence.
+        DitlabError: a count that is too small or too large, or no convergence.
     """
-    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs, eigsh
+    from scipy.sparse.linalg import eigs, eigsh
 
-    size, dtype = operator.size, operator.y.dtype
-    check_count(count, size)
+    check_count(count, operator.size)
     if tolerance is None:
-        tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    start = numpy_generator(seed, "jacobian", "start").standard_normal(size)
-    # A basis half as large again took the fewest products of trained networks here (the usual, twice as large, 5-10 %
-    # more).
-    basis = min(size, max(count * 3 // 2, count + 20))
+        tolerance = 1e-9 if operator.y.dtype == torch.float64 else 1e-5
 
     def forward(vectors: np.ndarray, together: bool = False) -> np.ndarray:
         return _apply(operator, partial(operator.forward, together=together), vectors)
@@ -148,29 +142,16 @@ def decompose_top(
 
     def solve(solver: Callable[..., Any], product: Callable[[np.ndarray], np.ndarray], which: str) -> Any:
         def matvec(vector: np.ndarray) -> np.ndarray:
-            found = product(vector.reshape(1, -1))[0]
+            image = product(vector.reshape(1, -1))[0]
             if progress is not None:
                 progress(operator.products)
-            return found
+            return image
 
-        linear: Any = LinearOperator((size, size), matvec=matvec, dtype=np.dtype(np.float64))  # pyright: ignore[reportCallIssue]
-        try:
-            return solver(linear, k=count, which=which, v0=start, tol=tolerance, ncv=basis)
-        except ArpackNoConvergence as error:
-            raise DitlabError(
-                f"jacobian --top: {len(error.eigenvalues)} of {count} leading values converged after "
-                f"{operator.products} products; ask for fewer, or for the whole matrix (0)"
-            ) from error
-        except ArpackError as error:
-            # A matrix of zeros, say, which has no leading vectors.
-            raise DitlabError(
-                f"jacobian --top: no leading values were found ({str(error).splitlines()[0].rstrip('.')}); ask for the "
-                "whole matrix (0)"
-            ) from error
+        return _arpack(operator, solver, matvec, which, count, tolerance, seed)
 
     if kind == "svd":
         _, vectors = solve(eigsh, lambda v: reverse(forward(v)), "LM")
-        # The best pairs of these vectors' span; dividing J v by its length would leave rounding where J v is nothing.
+        # The best pairs in the span of these vectors; dividing J v by its length would leave rounding where J v is 0.
         images = forward(vectors.T)
         left, values, turned = np.linalg.svd(images.T, full_matrices=False)
         left, right = left.T, turned @ vectors.T
@@ -190,58 +171,95 @@ def decompose_top(
     return _general(values, vectors.T, lambda rows: images[rows])
 
 
+def _arpack(
+    operator: JacobianOperator,
+    solver: Callable[..., Any],
+    matvec: Callable[[np.ndarray], np.ndarray],
+    which: str,
+    count: int,
+    tolerance: float,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the leading values [K] and vectors [D, K] of a matrix that is known by its products.
+
+    Raises:
+        DitlabError: no convergence.
+    """
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
+
+    size = operator.size
+    start = numpy_generator(seed, "jacobian", "start").standard_normal(size)
+    # A basis of 1.5 times the count needed the fewest products for trained networks (the usual factor of 2: 5-10 %
+    # more).
+    basis = min(size, max(count * 3 // 2, count + 20))
+    linear: Any = LinearOperator((size, size), matvec=matvec, dtype=np.dtype(np.float64))  # pyright: ignore[reportCallIssue]
+    try:
+        return solver(linear, k=count, which=which, v0=start, tol=tolerance, ncv=basis)
+    except ArpackNoConvergence as error:
+        raise DitlabError(
+            f"jacobian: only {len(error.eigenvalues)} of the {count} leading values converged after "
+            f"{operator.products} products; a smaller `top`, or 0 for the whole matrix, may work"
+        ) from error
+    except ArpackError as error:
+        # For example a matrix of zeros, which has no leading vectors.
+        raise DitlabError(
+            f"jacobian: no leading values converged ({str(error).splitlines()[0].rstrip('.')}); `top` 0 computes "
+            "the whole matrix"
+        ) from error
+
+
 def _complex_images(product: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
-    """Products with complex rows, by one with a real one and two for one and its conjugate after it."""
+    """Returns products with complex rows: one product for a real row, two for a row and its conjugate after it."""
     repeats = np.zeros(len(vectors), dtype=bool)
     real, imaginary = np.real(vectors), np.imag(vectors)
     twofold = np.abs(imaginary).max(1) > 0
     repeats[1:] = twofold[1:] & (vectors[1:] == vectors[:-1].conj()).all(1)
     twofold &= ~repeats
-    found = np.zeros_like(vectors)
-    found[~repeats] = product(real[~repeats])
+    images = np.zeros_like(vectors)
+    images[~repeats] = product(real[~repeats])
     if twofold.any():
-        found[twofold] += 1j * product(imaginary[twofold])
-    found[repeats] = found[np.flatnonzero(repeats) - 1].conj()
-    return found
+        images[twofold] += 1j * product(imaginary[twofold])
+    images[repeats] = images[np.flatnonzero(repeats) - 1].conj()
+    return images
 
 
 def _apply(operator: JacobianOperator, product: Callable[[Tensor], Tensor], vectors: np.ndarray) -> np.ndarray:
-    given = torch.from_numpy(np.ascontiguousarray(vectors)).to(operator.y)
-    found = product(given).double().cpu().numpy()
-    if not np.isfinite(found).all():
+    rows = torch.from_numpy(np.ascontiguousarray(vectors)).to(operator.y)
+    images = product(rows).double().cpu().numpy()
+    if not np.isfinite(images).all():
         raise operator.not_finite()
-    return found
+    return images
 
 
 def _residuals(images: Rows, values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """|image - value * vector| of each row, a few rows at a time."""
-    found = np.empty(len(values))
+    """Returns |image - value * vector| of each row, a few rows at a time."""
+    residuals = np.empty(len(values))
     for start in range(0, len(values), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        found[rows] = np.linalg.norm(images(rows) - values[rows, None] * vectors[rows], axis=1)
-    return found
+        residuals[rows] = np.linalg.norm(images(rows) - values[rows, None] * vectors[rows], axis=1)
+    return residuals
 
 
-def _singular(values: np.ndarray, left: np.ndarray, right: np.ndarray, by_left: Rows, by_right: Rows) -> Decomposed:
-    """From values, largest first, vectors as rows, rows u^T J, and rows (J v)^T."""
+def _singular(values: np.ndarray, left: np.ndarray, right: np.ndarray, by_left: Rows, by_right: Rows) -> Decomposition:
+    """Decomposes by values, largest first, vectors as rows, rows u^T J, and rows (J v)^T."""
     residuals = np.maximum(_residuals(by_left, values, right), _residuals(by_right, values, left))
     signs = _signs(left)
-    return Decomposed(values, left * signs, right * signs, residuals)
+    return Decomposition(values, left * signs, right * signs, residuals)
 
 
-def _symmetric(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposed:
-    """From vectors as rows, and rows S v."""
+def _symmetric(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposition:
+    """Decomposes by values, vectors as rows, and rows S v."""
     residuals = _residuals(images, values, vectors)
     order = np.argsort(-values, kind="stable")
     vectors = vectors[order]
     vectors *= _signs(vectors)
-    return Decomposed(values[order], vectors, vectors, residuals[order])
+    return Decomposition(values[order], vectors, vectors, residuals[order])
 
 
-def _general(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposed:
-    """From complex vectors as rows, and their products with the matrix whose right eigenvectors they are."""
+def _general(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposition:
+    """Decomposes by values, complex right eigenvectors as rows, and their products with the matrix."""
     values, residuals = values.astype(np.complex128), _residuals(images, values, vectors)
-    # Of a complex pair, whose moduli are equal to the last bit or two, the positive imaginary part comes first.
+    # In a complex pair, whose moduli are equal to a bit or two, the positive imaginary part comes first.
     moduli = np.abs(values)
     order = np.lexsort((-np.imag(values), -moduli.round(10 - _digits(moduli))))
     real = np.empty(vectors.shape)
@@ -250,16 +268,16 @@ def _general(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decompose
         turn = np.exp(-0.5j * np.angle((vectors[place] ** 2).sum()))
         real[row] = (vectors[place] * turn).real
     real *= _signs(real) / np.linalg.norm(real, axis=1, keepdims=True)
-    return Decomposed(values[order], real, real, residuals[order])
+    return Decomposition(values[order], real, real, residuals[order])
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """1 or -1 for each row, [K, 1], so that its entry of largest modulus becomes positive."""
+    """Returns 1 or -1 for each row, [K, 1], so that its entry of largest modulus becomes positive."""
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1)
     return np.where(largest < 0, -1.0, 1.0)
 
 
 def _digits(moduli: np.ndarray) -> int:
-    """Digits before the point of the largest modulus."""
+    """Returns the decimal exponent of the largest modulus."""
     largest = float(moduli.max(initial=0.0))
     return int(np.floor(np.log10(largest))) if largest > 0 else 0

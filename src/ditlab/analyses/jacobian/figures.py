@@ -1,7 +1,7 @@
-"""Figures of a denoiser's Jacobian as pictures: its vectors, what it denoised, what a pixel depends on.
+"""Figures of a denoiser's Jacobian as pictures: its vectors, denoised images, what a pixel depends on.
 
-Galleries are in the manner of An et al. (2410.21273), Figs. 1-3: a vector is reshaped to the image and drawn channel by
-channel with red, green and blue frames, zero white. `ditlab.analyses.jacobian.curves` draws the numbers.
+Galleries follow An et al. (2410.21273), Figs. 1-3: a vector is reshaped to the image and drawn channel by channel with
+red, green and blue frames; white is zero. `ditlab.analyses.jacobian.curves` draws the numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditlab.analyses.jacobian.result import SHARES, Decomposition, JacobianPoint, Sensitivity
+from ditlab.analyses.jacobian.config import DecompositionKind
+from ditlab.analyses.jacobian.result import SHARES, JacobianPoint, Sensitivity
 from ditlab.errors import DitlabError
 from ditlab.pages.theme import LIGHT, Theme, canvas, wrapped
 
@@ -20,54 +21,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Point = tuple[str, JacobianPoint]
-"""What a run is called, and one Jacobian of it."""
+"""The name of a model, and one of its Jacobians."""
 
 _DIVERGING = ("#0a2f6b", "#2f77b8", "#a9cde6", "#ffffff", "#f4b59b", "#cf4a3e", "#6f0a20")
-"""Least to largest value; zero is white, on a dark page too."""
+"""Lowest to highest value; zero is white, on a dark page too."""
 _CHANNELS = ("#e5322d", "#17a34a", "#2f6bff")
-"""Frames of the red, green and blue channel: told apart by their order as well, for readers with a colour-vision
-deficiency."""
+"""Frames of the red, green and blue channel, always in this order, for readers with a colour-vision deficiency."""
 _SENSITIVE = "magma"
 _SPAN = 1e-3
-"""Sensitivities below so much of a map's largest look alike."""
+"""Sensitivities below this share of the largest one of a map have the same colour."""
 PER_LINE = 4
-"""Runs beside each other, at most; others follow below."""
+"""The largest number of models in a row; the others follow below."""
 _SQUARES = ("solid", "dashed", "dotted")
 _SQUARE = "#38d3ff"
-"""Squares over maps of sensitivity: seen on all of their colours and in both themes."""
+"""The colour of squares over maps of sensitivity, visible on all of their colours and in both themes."""
 
 
 def vector_gallery(
     points: Sequence[Point],
-    decomposition: Decomposition,
+    decomposition: DecompositionKind,
     *,
     right: bool = False,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """The kept vectors, a row each, and a column a run (An et al. Figs. 1-3); of a single run in several columns.
+    """Draws the saved vectors (An et al. Figs. 1-3): one row for each vector, one column for each model.
 
-    Above each run's stand its r_hom and r_lin, without which its vectors are not to be read.
+    A single model takes several columns. r_hom and r_lin are above the vectors of each model.
 
-    Each vector has colours of its own, from minus to plus its largest entry over all channels, so that channels may be
-    compared; the panels of a colour image are framed red, green and blue, in this order.
+    The colours of a vector go from minus to plus its largest entry over all channels, so that its channels can be
+    compared. The panels of a colour image have red, green and blue frames, in this order.
 
     Args:
-        points: (label, Jacobian) pairs of one image size; vectors that one of them lacks stay blank there.
-        decomposition: that the vectors are of.
+        points: (label, Jacobian) pairs of one image size; vectors that one of them lacks are left blank.
+        decomposition: which vectors they are.
         right: the right singular vectors, directions of the input, instead of the left ones, of the output.
         theme: light or dark.
 
     Raises:
-        DitlabError: no Jacobian, none of its vectors was kept, or images of several sizes.
+        DitlabError: no Jacobian, no saved vector, or images of several sizes.
     """
     shape = _one_shape("vector gallery", points)
     shown = sorted({int(k) for _, point in points for k in point.shown})
     if not shown:
-        raise DitlabError("vector gallery: expected a Jacobian with kept vectors, found none")
+        raise DitlabError("vector gallery: expected a Jacobian with saved vectors, found none")
     panel = 0.74 if shape[0] > 1 else 0.95
     wide = panel * shape[0] + 0.22
     lines = [points[start : start + PER_LINE] for start in range(0, len(points), PER_LINE)]
-    # A single run has the page to itself, so its vectors go on in further columns.
+    # A single model has the page to itself, so its vectors continue in further columns.
     across = 1 if len(points) > 1 else min(len(shown), max(1, int(6.6 / wide)))
     rows = -(-len(shown) // across)
     across = -(-len(shown) // rows)
@@ -85,18 +85,18 @@ def vector_gallery(
             block = grid[line * rows : (line + 1) * rows, run * across : (run + 1) * across]
             for cell, k in zip(block.T.flat, shown, strict=False):
                 _draw_vector(cell, point, k, decomposition, right, theme)
-            for text, up, look in (
+            for text, up, style in (
                 (gaps[place], 17, {"fontsize": 7.5, "color": theme.muted}),
                 (names[place], 17 + rise, {"fontsize": 9, "fontweight": "bold", "color": theme.ink}),
             ):
                 block[0, 0].annotate(
-                    text, (0.0, 1.0), (0, up), "axes fraction", "offset points", ha="left", va="bottom", **look
+                    text, (0.0, 1.0), (0, up), "axes fraction", "offset points", ha="left", va="bottom", **style
                 )
     return figure
 
 
 def _gaps(point: JacobianPoint) -> str:
-    """r_hom and r_lin, which say how far the vectors can be trusted."""
+    """Returns r_hom and r_lin, which show how far the vectors can be trusted."""
     return ", ".join(f"{name} {_number(point.numbers.get(name))}" for name in ("r_hom", "r_lin"))
 
 
@@ -117,20 +117,20 @@ def _one_shape(what: str, points: Sequence[Point]) -> tuple[int, int, int]:
 
 
 def _draw_vector(
-    axes: Axes, point: JacobianPoint, k: int, decomposition: Decomposition, right: bool, theme: Theme
+    axes: Axes, point: JacobianPoint, k: int, decomposition: DecompositionKind, right: bool, theme: Theme
 ) -> None:
-    """One vector's panels, with its index and value above; nothing where it was not kept."""
-    found = np.flatnonzero(point.shown == k)
-    if not len(found):
+    """Draws the panels of a vector, with its index and value above; nothing if it was not saved."""
+    places = np.flatnonzero(point.shown == k)
+    if not len(places):
         return
-    vector = (point.right if right else point.left)[found[0]]
+    vector = (point.right if right else point.left)[places[0]]
     axes.imshow(_panels(vector, theme), interpolation="nearest")
     words = f"k = {k}, {_symbol(decomposition)} = {value_text(point.values[k])}"
     axes.set_title(words, fontsize=7.5, fontweight="normal", loc="left", pad=2.5, color=theme.ink)
 
 
 def _panels(vector: np.ndarray, theme: Theme) -> np.ndarray:
-    """A vector [C, H, W] as its channels side by side, float64 [h, w, 4]; pixels are enlarged, to stay sharp."""
+    """Returns the channels of a vector [C, H, W] side by side, float64 [h, w, 4], enlarged so that pixels are sharp."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     colours = LinearSegmentedColormap.from_list("zero is white", _DIVERGING)
@@ -148,12 +148,12 @@ def _panels(vector: np.ndarray, theme: Theme) -> np.ndarray:
     return np.concatenate(panels[:-1], axis=1)
 
 
-def _symbol(decomposition: Decomposition) -> str:
+def _symbol(decomposition: DecompositionKind) -> str:
     return "s" if decomposition == "svd" else "λ"
 
 
 def value_text(value: complex | float) -> str:
-    """A singular value or eigenvalue with three significant digits: "0.834", "0.71 - 0.02i"."""
+    """Returns a singular value or eigenvalue with three significant digits: "0.834", "0.71 - 0.02i"."""
     if abs(value.imag) <= 5e-4 * abs(value):
         return f"{value.real:.3g}"
     return f"{value.real:.2g} {'-' if value.imag < 0 else '+'} {abs(value.imag):.2g}i"
@@ -164,11 +164,11 @@ Pixels = Callable[[np.ndarray], np.ndarray]
 
 
 def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = LIGHT) -> Figure:
-    """What went in and what came out: clean, noisy, and what each run made of it, each with its PSNR.
+    """Draws the clean image, the noisy image and the estimate of each model, with PSNR.
 
     Args:
-        points: (label, Jacobian) pairs of one image size. Runs that were shown the same share their clean and noisy
-            image; others get a line of their own.
+        points: (label, Jacobian) pairs of one image size. Models with the same noisy image share a line; others
+            get a line of their own.
         pixels: how images as the denoisers see them become pictures.
         theme: light or dark.
 
@@ -194,7 +194,7 @@ def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = L
             point = line[0][1]
             shown = [("clean\n", point.clean)]
             shown.append((f"noisy, σ = {point.sigma:.3g}\n{psnr_noisy(point):.1f} dB", point.noisy))
-            shown += [(f"{titles[label]}\n{psnr_denoised(one):.1f} dB", one.denoised) for label, one in line]
+            shown += [(f"{titles[label]}\n{psnr_denoised(at):.1f} dB", at.denoised) for label, at in line]
             for cell in row:
                 cell.axis("off")
             for cell, (words, image) in zip(row, shown, strict=False):
@@ -205,12 +205,12 @@ def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = L
 
 
 def psnr_noisy(point: JacobianPoint) -> float:
-    """PSNR of the noisy image in dB, of an intensity range of 2."""
+    """Returns the PSNR of the noisy image in dB, for an intensity range of 2."""
     return _psnr(point.noisy, point.clean)
 
 
 def psnr_denoised(point: JacobianPoint) -> float:
-    """PSNR of the denoised image in dB, of an intensity range of 2."""
+    """Returns the PSNR of the denoised image in dB, for an intensity range of 2."""
     return _psnr(point.denoised, point.clean)
 
 
@@ -220,10 +220,10 @@ def _psnr(image: np.ndarray, clean: np.ndarray) -> float:
 
 
 def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure:
-    """What output pixels depend on: the mean map about the output pixel and maps of single pixels, Wiener's below.
+    """Draws what output pixels depend on: the centred mean map and maps of single pixels, the Wiener denoiser's below.
 
-    Colours are logarithmic over three decades below each map's largest value. Squares hold 50, 75 and 95 % of a map: in
-    the mean map those of mean side over all output pixels.
+    Colours are logarithmic over three decades below the largest value of a map. Squares hold 50, 75 and 95 % of a map;
+    in the mean map their sides are the means over all output pixels.
 
     Args:
         points: (label, Jacobian) pairs of one image size with sensitivities; others are left out. The Wiener denoisers
@@ -238,21 +238,21 @@ def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure
     if not rows:
         raise DitlabError("sensitivity maps: expected a whole Jacobian of the target x0, found none")
     rows += _wiener_rows(points)
-    columns = 1 + max(len(found.pixels) for _, found in rows)
+    columns = 1 + max(len(maps.pixels) for _, maps in rows)
     side = 1.75
     with canvas(side * columns + 2.3, side * len(rows) + 0.75, theme) as figure:
         axes = figure.subplots(len(rows), columns, squeeze=False)
         shown: Any = None
         for cell in axes.flat:
             cell.axis("off")
-        for number, (line, (label, found)) in enumerate(zip(axes, rows, strict=True)):
-            shown = _draw_mean(line[0], found)
-            for cell, (row, column), values in zip(line[1:], found.pixels, found.maps, strict=False):
-                sizes = [float(size[row, column]) for size in found.sizes]
+        for number, (line, (label, maps)) in enumerate(zip(axes, rows, strict=True)):
+            shown = _draw_mean(line[0], maps)
+            for cell, (row, column), values in zip(line[1:], maps.pixels, maps.maps, strict=False):
+                sizes = [float(size[row, column]) for size in maps.sizes]
                 _draw_sensitivity(cell, values, (row, column), sizes)
                 if number == 0:
                     cell.set_title(f"pixel {row}, {column}", fontsize=8.5, fontweight="normal", loc="left", pad=4)
-            words = "  ".join(f"{share:.0%}: {size:.1f}" for share, size in zip(SHARES, found.locality, strict=True))
+            words = "  ".join(f"{share:.0%}: {size:.1f}" for share, size in zip(SHARES, maps.locality, strict=True))
             line[0].annotate(
                 words, (0.0, 0.0), (0, -3), "axes fraction", "offset points", ha="left", va="top", fontsize=7.5,
                 color=theme.ink,
@@ -277,24 +277,24 @@ def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure
 
 
 def _wiener_rows(points: Sequence[Point]) -> list[tuple[str, Sensitivity]]:
-    """The Wiener denoisers' sensitivities; the training images whose they are, where there are several."""
-    found: list[tuple[str, Sensitivity]] = []
+    """Returns the sensitivities of the Wiener denoisers, named by their training images if there are several."""
+    rows: list[tuple[str, Sensitivity]] = []
     for label, point in points:
-        if point.wiener is not None and not any(np.array_equal(point.wiener.centred, w.centred) for _, w in found):
-            found.append((label, point.wiener))
-    return [("Wiener" if len(found) == 1 else f"Wiener, images of {label}", one) for label, one in found]
+        if point.wiener is not None and not any(np.array_equal(point.wiener.centred, w.centred) for _, w in rows):
+            rows.append((label, point.wiener))
+    return [("Wiener" if len(rows) == 1 else f"Wiener, images of {label}", maps) for label, maps in rows]
 
 
-def _draw_mean(axes: Axes, found: Sensitivity) -> Any:
-    """The middle of the mean map, as large as an image, so that its pixels are as large as those of the other maps."""
-    height, width = found.sizes.shape[1:]
+def _draw_mean(axes: Axes, maps: Sensitivity) -> Any:
+    """Draws the middle of the mean map, as large as an image, so that its pixels have the size of the other maps'."""
+    height, width = maps.sizes.shape[1:]
     top, left = (height - 1) // 2, (width - 1) // 2
-    middle = found.centred[top : top + height, left : left + width]
-    return _draw_sensitivity(axes, middle, (height - 1 - top, width - 1 - left), found.locality)
+    middle = maps.centred[top : top + height, left : left + width]
+    return _draw_sensitivity(axes, middle, (height - 1 - top, width - 1 - left), maps.locality)
 
 
 def _draw_sensitivity(axes: Axes, values: np.ndarray, centre: tuple[int, int], sizes: Sequence[float]) -> Any:
-    """A map with its squares about the output pixel, cut at the border; returns what a colour bar stands for."""
+    """Draws a map with its squares about the output pixel, cut at the border; returns the image for a colour bar."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 

@@ -2,10 +2,10 @@
 
 At one image the backward pass of any layer is linear in the gradient. torch's own layers, differentiated twice, also
 compute what the derivatives by the weight or by the layer's input would need, whether or not anybody asks for them,
-which up to doubles the cost of products with a Jacobian (the double backward trick of `jacobian_operator`). Within
+which up to doubles the cost of products with a Jacobian (the double backward trick of `operator`). Within
 `lean_layers()` the common ones are linear maps of the gradient alone:
 
-- two-dimensional convolutions whose weights are given, not computed; nothing of the image is kept;
+- two-dimensional convolutions whose weights are not computed from the image; nothing of the image is saved;
 - layer and group normalization: d xhat = P dx with P symmetric, so that both directions are the same kernel;
 - SiLU and GELU: f(x0) + f'(x0) (x - x0), with x0 the layer's input itself.
 """
@@ -27,7 +27,7 @@ Rest = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 @contextmanager
 def lean_layers() -> Iterator[None]:
-    """Within it layers differentiate by their input alone, and their derivatives by the gradient alone."""
+    """Makes layers differentiate by their input alone, and their derivatives by the gradient alone."""
     with _Lean():
         yield
 
@@ -37,21 +37,21 @@ class _Lean(TorchFunctionMode):
         named = kwargs or {}
         for layers, lean in ((_CONVOLUTIONS, _convolved), (_NORMS, _normed), (_ACTIVATIONS, _activated)):
             if func in layers and torch.is_grad_enabled():
-                found = lean(func, args, named)
-                return func(*args, **named) if found is None else found
+                output = lean(func, args, named)
+                return func(*args, **named) if output is None else output
         return func(*args, **named)
 
 
-def _given(weight: Tensor | None) -> bool:
-    """Whether it cannot depend on the image."""
+def _is_constant(weight: Tensor | None) -> bool:
+    """Returns whether a weight cannot depend on the image."""
     return weight is None or weight.is_leaf
 
 
 def _convolved(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
-    """None where it is left to torch: computed weights, padding by name, single images."""
+    """Returns None if torch must do it: computed weights, padding by name, single images."""
     bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
     by_name = any(isinstance(value, str) for value in (*args, *named.values()))
-    if by_name or bound["input"].ndim != 4 or not (_given(bound["weight"]) and _given(bound.get("bias"))):
+    if by_name or bound["input"].ndim != 4 or not (_is_constant(bound["weight"]) and _is_constant(bound.get("bias"))):
         return None
     return _CONVOLUTIONS[func](*args, **named)
 
@@ -113,7 +113,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, shape: torch.Size, rest: Rest) -> Tensor:
-        # Of the image only the shape is read where no gradient of the weight is asked for.
+        # Without a gradient of the weight only the shape of the image is read.
         image = grad.new_empty(1).expand(shape)
         return torch.ops.aten.convolution_backward(grad, image, weight, None, *rest, [True, False, False])[0]
 
@@ -133,10 +133,10 @@ def _two(value: Any) -> list[int]:
 
 
 def _normed(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
-    """None where it is left to torch: computed weights, or those of another dtype."""
+    """Returns None if torch must do it: computed weights, or weights of another dtype."""
     bound = dict(zip(("input", "groups", "weight", "bias", "eps"), args, strict=False)) | named
     x, weight, bias = bound["input"], bound.get("weight"), bound.get("bias")
-    if not all(_given(part) and (part is None or part.dtype == x.dtype) for part in (weight, bias)):
+    if not all(_is_constant(part) and (part is None or part.dtype == x.dtype) for part in (weight, bias)):
         return None
     weight, bias = (None if part is None else part.detach() for part in (weight, bias))
     at, eps = x.detach().contiguous(), bound.get("eps", 1e-5)
@@ -160,7 +160,7 @@ def _project(grad: Tensor, at: Tensor, mean: Tensor, spread: Tensor, grouped: bo
 
 
 class _Norm(torch.autograd.Function):
-    """The value that it is given, with the derivative of a normalization."""
+    """Returns a known value, with the derivative of a normalization."""
 
     generate_vmap_rule = True
 
@@ -201,7 +201,7 @@ class _Projected(torch.autograd.Function):
 
 
 def _activated(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
-    """None where it is left to torch: in place, or not of the image."""
+    """Returns None if torch must do it: in place, or no function of the image."""
     x, *rest = (named["input"], *args) if "input" in named else args
     if named.get("inplace") or True in rest or not x.requires_grad:
         return None

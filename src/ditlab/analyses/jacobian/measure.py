@@ -1,7 +1,7 @@
 """The Jacobian of any denoiser: computed, decomposed, and turned into numbers (`measure_jacobian`).
 
-The parts: `jacobian_operator` has products with it and the whole matrix, `jacobian_decomposition` its values and
-vectors, `jacobian_measures` what is read from them, `jacobian_result` what is kept.
+The parts: `operator` has products with it and the whole matrix, `decomposition` its values and vectors, `measures` the
+numbers that follow from them, `result` what is saved. `job` measures a whole model, image by image.
 
 Sources: An et al. 2410.21273 (Eq. 5, Figs. 1-3); Kadkhodaie et al., ICLR 2024; Niedoba et al. 2411.19339; Lukoianov et
 al. 2509.09672 (the Wiener denoiser's sensitivity beside a network's).
@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ditlab.analyses.attention.comparison import same_levels
+from ditlab.analyses.jacobian.config import JacobianConfig
 from ditlab.analyses.jacobian.decomposition import (
-    Decomposed,
+    Decomposition,
     check_count,
     check_memory,
     decompose,
@@ -45,11 +45,11 @@ from ditlab.analyses.jacobian.measures import (
     spectrum_numbers,
 )
 from ditlab.analyses.jacobian.operator import JacobianOperator
-from ditlab.analyses.jacobian.result import JacobianConfig, JacobianPoint, JacobianResult, Sensitivity
+from ditlab.analyses.jacobian.result import JacobianPoint, JacobianResult, Sensitivity
 from ditlab.diffusion.baselines import WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.schedules import make_schedule
-from ditlab.errors import DitlabError
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.memory import available_memory
 from ditlab.metrics.denoising_errors import chosen_levels, level_noise, own_steps
 from ditlab.provenance import Provenance
@@ -58,9 +58,6 @@ from ditlab.rng import numpy_generator, torch_generator
 __all__ = [
     "BY_VECTOR",
     "NUMBERS",
-    "JacobianConfig",
-    "JacobianOperator",
-    "JacobianResult",
     "check_differentiable",
     "check_jacobian",
     "jacobian_levels",
@@ -69,7 +66,7 @@ __all__ = [
 ]
 
 DEFAULT_STEPS = (100,)
-"""The step of the DDPM process (T = 1000, linear) whose level is looked at by default: sigma 0.34."""
+"""The step of the DDPM process (T = 1000, linear) that gives the default noise level: sigma 0.34."""
 _DEFAULT_LEVELS = tuple(float(sigma) for sigma in make_schedule("linear", 1000).sigmas[list(DEFAULT_STEPS)])
 
 NUMBERS: Mapping[str, str] = MappingProxyType(
@@ -89,20 +86,20 @@ NUMBERS: Mapping[str, str] = MappingProxyType(
         "r_hom": "|f - J x| / |f|",
         "r_lin": "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|",
         "mse": "mean squared error of the estimate of x0",
-        "sure": "the same as Stein's unbiased estimate has it, from the trace (x0)",
+        "sure": "Stein's unbiased estimate of mse, from the trace (x0)",
         "products": "products with the Jacobian or its transpose",
     }
 )
-"""Name in `JacobianPoint.numbers` -> what it is. Those that a setting leaves without meaning are absent; those
-that need the whole matrix are None without it.
+"""Name in `JacobianPoint.numbers` -> what it is. Numbers without meaning for the settings are absent; numbers that need
+the whole matrix are None without it.
 
-r_hom and r_lin: for the target x0, f is D and x is y, both less the denoiser's origin; for eps, f is the estimated
-noise and x is x_t = scale * (y - origin); for I-eps f is x less that noise."""
+r_hom and r_lin: for the target x0, f is D and x is y, both minus the denoiser's origin; for eps, f is the estimated
+noise and x is x_t = scale * (y - origin); for I-eps f is x minus that noise."""
 
 BY_VECTOR: Mapping[str, str] = MappingProxyType(
     {
         "frequency": "mean radial frequency, as a share of Nyquist's",
-        "participation": "share of pixels that the vector lives on",
+        "participation": "share of the pixels that the vector covers",
         "edges": "energy on edges of the clean image, over their share of pixels",
         "alignment": "|u . v| (svd)",
         "clean_coefficient": "<u, x0 - origin>",
@@ -113,45 +110,47 @@ BY_VECTOR: Mapping[str, str] = MappingProxyType(
         "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
     }
 )
-"""Name in `JacobianPoint.by_vector` -> what it is, of the left vector u (the right one is v, the same but for svd)."""
+"""Name in `JacobianPoint.by_vector` -> what it is, of the left vector u (v is the right one; v = u for all but svd)."""
 
 
 def jacobian_levels(denoiser: Denoiser, config: JacobianConfig) -> tuple[float, ...]:
-    """The noise levels that a config stands for on this denoiser, ascending (see `chosen_levels`)."""
-    return chosen_levels("jacobian", denoiser, config.levels, config.steps, DEFAULT_STEPS)
+    """Returns the noise levels that a config means on this denoiser, ascending (see `chosen_levels`)."""
+    return chosen_levels("jacobian", denoiser, config.sigmas, config.timesteps, DEFAULT_STEPS)
 
 
 def noise_level(sigma: float) -> float:
-    """The level whose noise is drawn for this one: itself, or the default one where they count as the same.
+    """Returns the level whose noise is drawn for this one: the default level within one per cent of it, else itself.
 
-    Processes other than DDPM's have a step near the default level, and noise that hangs on the last digit of sigma
-    would show each of them another picture.
+    Processes other than DDPM's have a step near the default level. Noise that depends on the last digit of sigma would
+    give each process a different image.
     """
-    return next((level for level in _DEFAULT_LEVELS if same_levels((sigma,), (level,))), sigma)
+    return next((level for level in _DEFAULT_LEVELS if abs(sigma - level) <= 1e-2 * level), sigma)
 
 
 def check_jacobian(denoiser: Denoiser, count: int, config: JacobianConfig) -> None:
     """Raises DitlabError for settings that do not fit a denoiser and the number of images of a side.
 
-    These are images or pixels that are not there, unknown levels, no vector to keep, more leading vectors than there
-    are, and a matrix that would not fit in memory.
+    That is: images or pixels that do not exist, unknown levels, no vector to save, too many leading vectors, or a
+    matrix that would not fit in memory.
     """
     channels, height, width = denoiser.shape
     size = channels * height * width
     jacobian_levels(denoiser, config)
     if max(config.images) >= count:
-        raise DitlabError(f"jacobian images: expected places from 0 to {count - 1}, found {max(config.images)}")
+        raise InvalidConfig(f"jacobian: `images` must be places from 0 to {count - 1}, found {max(config.images)}")
     for row, column in config.pixels:
         if row >= height or column >= width:
-            raise DitlabError(
-                f"jacobian pixels: expected rows below {height} and columns below {width}, found {row},{column}"
+            raise InvalidConfig(
+                f"jacobian: `pixels` must be rows below {height} and columns below {width}, found {row},{column}"
             )
     if config.top:
         check_count(config.top, size)
     else:
         check_memory(size, 4, config.decomposition, available_memory())
     if min(config.show) >= (config.top or size):
-        raise DitlabError(f"jacobian show: expected vectors below {config.top or size}, found {list(config.show)}")
+        raise InvalidConfig(
+            f"jacobian: `show` must have a vector below {config.top or size}, found {list(config.show)}"
+        )
 
 
 def check_differentiable(
@@ -160,10 +159,10 @@ def check_differentiable(
     config: JacobianConfig,
     labels: Int64[Tensor, " n"] | None = None,
 ) -> None:
-    """Raises DitlabError for a denoiser whose Jacobian cannot be taken, as one product at the first image shows.
+    """Raises DitlabError for a denoiser whose Jacobian cannot be computed, tested by one product at the first image.
 
-    That is one that is not differentiable, not finite or not a function (dropout that is not switched off), or wants a
-    label and has none. What `measure_jacobian` is to be given; its cost are two runs of the network and one product.
+    That is a denoiser that is not differentiable, not finite or random (dropout in training mode), or one that needs a
+    label and gets none. Arguments as for `measure_jacobian`. Costs two runs of the network and one product.
     """
     _operator(denoiser, images, config, labels, config.images[0], jacobian_levels(denoiser, config)[0]).check()
 
@@ -171,7 +170,7 @@ def check_differentiable(
 def _operator(
     denoiser: Denoiser, images: Tensor, config: JacobianConfig, labels: Tensor | None, image: int, sigma: float
 ) -> JacobianOperator:
-    """The Jacobian at one noisy image."""
+    """Returns the Jacobian at one noisy image."""
     x0 = images[image : image + 1].float()
     noise = level_noise(config.noise_seed, noise_level(sigma), [image], [0], denoiser.shape)
     label = None if labels is None else labels[image : image + 1].to(denoiser.device)
@@ -188,23 +187,23 @@ def measure_jacobian(
     train: Float[Tensor, "m _ _ _"] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> JacobianResult:
-    """The Jacobians of a denoiser at noisy images, y = x0 + sigma n, with all that is read from them.
+    """Measures the Jacobians of a denoiser at noisy images, y = x0 + sigma n.
 
-    Memory: that of the matrix in float32 and of its decomposition in float64 (700 MB for 3x32x32); with `config.top`
-    that of a few vectors. On a CPU one product takes about as long as two runs of the network.
+    Memory: the matrix in float32 and its decomposition in float64 (700 MB for 3x32x32); a few vectors with
+    `config.top`. On a CPU one product takes about as long as two runs of the network.
 
     Args:
-        denoiser: one in evaluation mode; it is left as it was.
-        images: all clean images of a side, in [-1, 1]; `config.images` are places among them, on which the noise
-            depends, as it does on the level (`analysis.denoising.level_noise` of `noise_level`).
+        denoiser: a denoiser in evaluation mode; it is not changed.
+        images: all clean images of a side, in [-1, 1]; `config.images` are places among them. The noise depends on the
+            place and on the level (`ditlab.metrics.denoising_errors.level_noise` of `noise_level`).
         config: the settings.
         labels: class of each image for a class-conditional denoiser.
-        about: which run this is, kept with the result.
-        train: training images, for the nearest one and for the Wiener denoiser; both are left out where not given.
+        about: which model this is, saved with the result.
+        train: training images, for the nearest one and for the Wiener denoiser; both are omitted if None.
         progress: called as progress(done, total), in rows of all matrices, or in products, whose total is a guess.
 
     Raises:
-        DitlabError: settings that do not fit (`check_jacobian`), a denoiser whose Jacobian cannot be taken
+        DitlabError: settings that do not fit (`check_jacobian`), a denoiser whose Jacobian cannot be computed
             (`check_differentiable`), values that are not finite, leading values that do not converge.
 
     Example:
@@ -214,11 +213,11 @@ def measure_jacobian(
     """
     config = config or JacobianConfig()
     if tuple(images.shape[1:]) != tuple(denoiser.shape):
-        raise DitlabError(
+        raise Incompatible(
             f"jacobian: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"
         )
     if train is not None and tuple(train.shape[1:]) != tuple(denoiser.shape):
-        raise DitlabError(
+        raise Incompatible(
             f"jacobian: the denoiser takes images {tuple(denoiser.shape)}, found training images "
             f"{tuple(train.shape[1:])}"
         )
@@ -230,96 +229,92 @@ def measure_jacobian(
     wiener = _wiener_sensitivities(denoiser, levels, config, train) if whole and config.target == "x0" else {}
     size = int(np.prod(denoiser.shape))
     points, total = [], len(config.images) * len(levels)
-    # Lanczos' method took 3 to 5 products a vector and side here.
+    # Lanczos' method needed 3 to 5 products for each vector and side in our measurements.
     work = size if whole else (4 if config.decomposition in ("eig", "eig-right") else 8) * config.top + 40
     for place, image in enumerate(config.images):
-        known = _Known.of(images[image : image + 1].float(), train)
+        compared = _ComparedImages.of(images[image : image + 1].float(), train)
         for level, sigma in enumerate(levels):
             before = work * (place * len(levels) + level)
 
-            def tell(done: int, before: int = before) -> None:
+            def on_progress(done: int, before: int = before) -> None:
                 if progress is not None:
                     progress(before + min(done, work), work * total)
 
             operator = _operator(denoiser, images, config, labels, image, sigma)
-            found = _compute(operator, config, tell)
+            parts, matrix = _decompose(operator, config, on_progress)
             timestep = None if steps is None else steps[level]
-            points.append(_point(operator, found, known, config, image, timestep, wiener.get(sigma)))
-            tell(work)
+            points.append(_point(operator, parts, matrix, compared, config, image, timestep, wiener.get(sigma)))
+            on_progress(work)
     return JacobianResult(about or Provenance(name="denoiser"), config, tuple(points))
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """What the vectors at an image are compared with, as float64 [C, H, W]."""
+class _ComparedImages:
+    """The images that vectors are compared with, float64 [C, H, W]."""
 
     clean: np.ndarray
     nearest: np.ndarray | None
-    """The nearest training image that is another one."""
+    """The nearest training image that is not the clean image itself."""
     others: np.ndarray | None
-    """Some further training images, [M, C, H, W]."""
+    """Further training images, [M, C, H, W]."""
 
     @staticmethod
-    def of(x0: Tensor, train: Tensor | None) -> _Known:
+    def of(x0: Tensor, train: Tensor | None) -> _ComparedImages:
         clean = x0[0].double().cpu().numpy()
         if train is None:
-            return _Known(clean, None, None)
-        apart = torch.cat([(part - x0.to(part)).double().square().flatten(1).mean(1) for part in train.split(1024)])
-        # A tenth of a grey level: the image itself, as far as 8 bits can tell.
-        other = apart.sqrt() > 1e-3
-        order = torch.argsort(torch.where(other, apart, torch.inf))[: int(other.sum())]
+            return _ComparedImages(clean, None, None)
+        errors = torch.cat([(part - x0.to(part)).double().square().flatten(1).mean(1) for part in train.split(1024)])
+        # Below a tenth of a grey level it is the same 8-bit image.
+        other = errors.sqrt() > 1e-3
+        order = torch.argsort(torch.where(other, errors, torch.inf))[: int(other.sum())]
         if not len(order):
-            return _Known(clean, None, None)
+            return _ComparedImages(clean, None, None)
         nearest = train[order[0]].double().cpu().numpy()
         rest = order[1:].sort().values[:LEADING]
-        return _Known(clean, nearest, train[rest].double().cpu().numpy() if len(rest) else None)
+        return _ComparedImages(clean, nearest, train[rest].double().cpu().numpy() if len(rest) else None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Computed:
-    """The Jacobian of one image at one level."""
-
-    parts: Decomposed
-    matrix: np.ndarray | None
-
-    def times(self, operator: JacobianOperator, vector: Tensor) -> np.ndarray:
-        """J v, float64 [D]."""
-        if self.matrix is not None:
-            return self.matrix @ vector.double().cpu().numpy().reshape(-1)
-        return operator.forward(vector.reshape(1, -1))[0].double().cpu().numpy()
-
-
-def _compute(operator: JacobianOperator, config: JacobianConfig, tell: Callable[[int], object]) -> _Computed:
+def _decompose(
+    operator: JacobianOperator, config: JacobianConfig, on_progress: Callable[[int], object]
+) -> tuple[Decomposition, np.ndarray | None]:
+    """Returns values and vectors, and the matrix [D, D] unless only the leading ones are computed."""
     if config.top:
         seed = config.noise_seed
-        parts = decompose_top(operator, config.decomposition, config.top, seed=seed, progress=tell)
-        return _Computed(parts, None)
-    matrix = operator.matrix(config.chunk, config.mode, tell).double().numpy()
-    return _Computed(decompose(matrix, config.decomposition), matrix)
+        return decompose_top(operator, config.decomposition, config.top, seed=seed, progress=on_progress), None
+    matrix = operator.matrix(config.chunk, config.mode, on_progress).double().numpy()
+    return decompose(matrix, config.decomposition), matrix
+
+
+def _product(operator: JacobianOperator, matrix: np.ndarray | None, vector: Tensor) -> np.ndarray:
+    """Returns J v, float64 [D]."""
+    if matrix is not None:
+        return matrix @ vector.double().cpu().numpy().reshape(-1)
+    return operator.forward(vector.reshape(1, -1))[0].double().cpu().numpy()
 
 
 def _point(
     operator: JacobianOperator,
-    found: _Computed,
-    known: _Known,
+    parts: Decomposition,
+    matrix: np.ndarray | None,
+    compared: _ComparedImages,
     config: JacobianConfig,
     image: int,
     timestep: int | None,
     wiener: Sensitivity | None,
 ) -> JacobianPoint:
-    parts, matrix, shape, sigma = found.parts, found.matrix, operator.denoiser.shape, operator.sigma
+    shape, sigma = operator.denoiser.shape, operator.sigma
     with torch.no_grad():
         denoised = operator.denoiser(operator.y, sigma, operator.label)[0].double().cpu().numpy()
     noisy = operator.y[0].double().cpu().numpy()
-    by_vector = _by_vector(parts, known, noisy, operator)
+    by_vector = _by_vector(parts, compared, noisy, operator)
     numbers = spectrum_numbers(parts.values, config.decomposition, whole=matrix is not None)
-    nothing = dict.fromkeys(("trace", "sum_of_squares", "asymmetry"))
-    numbers |= nothing if matrix is None else matrix_numbers(matrix)
+    unknown = dict.fromkeys(("trace", "sum_of_squares", "asymmetry"))
+    numbers |= unknown if matrix is None else matrix_numbers(matrix)
     numbers |= _harmonicities(parts, by_vector["frequency"], shape, config.noise_seed)
-    numbers |= _gaps(operator, found, config, image)
-    numbers["mse"] = float(((denoised - known.clean) ** 2).mean())
+    numbers |= _gaps(operator, matrix, config, image)
+    numbers["mse"] = float(((denoised - compared.clean) ** 2).mean())
     if config.decomposition == "svd":
-        # Where values are negligible the pairs are arbitrary; weights of s^2 leave those out by themselves.
+        # Pairs with negligible values are arbitrary; weights of s^2 make them negligible too.
         large, weights = parts.values > 1e-5 * parts.values.max(), parts.values**2
         aligned = by_vector["alignment"]
         numbers["alignment"] = float(aligned[large].mean()) if large.any() else None
@@ -331,56 +326,57 @@ def _point(
         error = float(((noisy - denoised) ** 2).mean())
         numbers["sure"] = None if trace is None else error + sigma**2 * (2 * trace / operator.size - 1)
     numbers["products"] = operator.products
-    shown = np.array([k for k in config.show if k < len(parts.values)], dtype=np.int64)
-    seen = None
+    saved = np.array([k for k in config.show if k < len(parts.values)], dtype=np.int64)
+    by_pixel = None
     if matrix is not None and config.target == "x0":
-        seen = sensitivity(matrix, shape, config.pixels)
+        by_pixel = sensitivity(matrix, shape, config.pixels)
     return JacobianPoint(
         image=image,
         sigma=sigma,
         timestep=timestep,
-        clean=known.clean.astype(np.float32),
+        clean=compared.clean.astype(np.float32),
         noisy=noisy.astype(np.float32),
         denoised=denoised.astype(np.float32),
         values=parts.values,
         residuals=parts.residuals,
-        shown=shown,
-        left=parts.left[shown].reshape(-1, *shape).astype(np.float32),
-        right=parts.right[shown].reshape(-1, *shape).astype(np.float32),
+        shown=saved,
+        left=parts.left[saved].reshape(-1, *shape).astype(np.float32),
+        right=parts.right[saved].reshape(-1, *shape).astype(np.float32),
         by_vector=by_vector,
         channels=channel_shares(parts.left, shape),
         numbers=numbers,
-        sensitivity=seen,
+        sensitivity=by_pixel,
         wiener=wiener,
     )
 
 
 def _by_vector(
-    parts: Decomposed, known: _Known, noisy: np.ndarray, operator: JacobianOperator
+    parts: Decomposition, compared: _ComparedImages, noisy: np.ndarray, operator: JacobianOperator
 ) -> dict[str, np.ndarray]:
     shape, origin, left = operator.denoiser.shape, operator.denoiser.origin, parts.left
-    clean = left @ (known.clean - origin).reshape(-1)
-    found = {
+    clean = left @ (compared.clean - origin).reshape(-1)
+    measured = {
         "frequency": frequencies(left, shape),
         "participation": participation(left, shape),
-        "edges": edge_energy(left, edge_pixels(known.clean), shape),
+        "edges": edge_energy(left, edge_pixels(compared.clean), shape),
         "clean_coefficient": clean,
         "noisy_coefficient": parts.right @ (noisy - origin).reshape(-1),
-        "image_correlation": image_correlations(left, known.clean),
+        "image_correlation": image_correlations(left, compared.clean),
     }
     if parts.right is not left:
-        found["alignment"] = alignment(left, parts.right)
+        measured["alignment"] = alignment(left, parts.right)
     if operator.target == "x0":
-        found["oracle_shrinkage"] = oracle_shrinkage(clean, operator.sigma)
-    if known.nearest is not None:
-        found["nearest_correlation"] = image_correlations(left, known.nearest)
-    if known.others is not None:
-        found["others_correlation"] = np.mean([image_correlations(left, other) for other in known.others], axis=0)
-    return found
+        measured["oracle_shrinkage"] = oracle_shrinkage(clean, operator.sigma)
+    if compared.nearest is not None:
+        measured["nearest_correlation"] = image_correlations(left, compared.nearest)
+    if compared.others is not None:
+        correlations = [image_correlations(left, other) for other in compared.others]
+        measured["others_correlation"] = np.mean(correlations, axis=0)
+    return measured
 
 
 def _harmonicities(
-    parts: Decomposed, frequency: np.ndarray, shape: tuple[int, int, int], seed: int
+    parts: Decomposition, frequency: np.ndarray, shape: tuple[int, int, int], seed: int
 ) -> dict[str, float | None]:
     channels, height, width = shape
     order = numpy_generator(seed, "jacobian", "shuffle").permutation(height * width)
@@ -392,10 +388,12 @@ def _harmonicities(
     }
 
 
-def _gaps(operator: JacobianOperator, found: _Computed, config: JacobianConfig, image: int) -> dict[str, float | None]:
-    """r_hom and r_lin; see `NUMBERS` for what f and x are."""
+def _gaps(
+    operator: JacobianOperator, matrix: np.ndarray | None, config: JacobianConfig, image: int
+) -> dict[str, float | None]:
+    """Returns r_hom and r_lin; see `NUMBERS` for f and x."""
     y, origin = operator.y, operator.denoiser.origin
-    # By which of y and x_t the target is differentiated, and what f has of the origin.
+    # The target is differentiated by y (x0) or by x_t; `shift` is the origin's part of f.
     unit = 1.0 if operator.target == "x0" else operator.scale
     shift = {"x0": origin, "eps": 0.0, "I-eps": operator.scale * origin}[operator.target]
     value = operator.function(y).double().cpu().numpy()
@@ -403,15 +401,18 @@ def _gaps(operator: JacobianOperator, found: _Computed, config: JacobianConfig, 
     step = torch.randn(y.shape, generator=generator).to(y) * (config.step_size * operator.sigma)
     change = operator.function(y + step).double().cpu().numpy() - value
     return {
-        "r_hom": homogeneity_gap(value - shift, found.times(operator, unit * (y - origin))),
-        "r_lin": linearity_gap(change, found.times(operator, unit * step)),
+        "r_hom": homogeneity_gap(value - shift, _product(operator, matrix, unit * (y - origin))),
+        "r_lin": linearity_gap(change, _product(operator, matrix, unit * step)),
     }
 
 
 def _wiener_sensitivities(
     denoiser: Denoiser, levels: tuple[float, ...], config: JacobianConfig, train: Tensor | None
 ) -> dict[float, Sensitivity]:
-    """Of the Wiener denoiser of the training images, at each level; its Jacobian is U diag(l / (l + sigma^2)) U^T."""
+    """Returns level -> sensitivity of the Wiener denoiser of the training images.
+
+    Its Jacobian is U diag(l / (l + sigma^2)) U^T.
+    """
     if train is None:
         return {}
     wiener = WienerDenoiser(train)

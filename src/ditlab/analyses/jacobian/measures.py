@@ -1,7 +1,7 @@
-"""Numbers that say what a Jacobian's picture shows: of the whole matrix, of each vector, of each pixel. Pure NumPy.
+"""Numbers of a Jacobian: of the whole matrix, of each vector, of each pixel. Pure NumPy.
 
-Vectors are images: rows of D = C H W values, channel by channel, row by row. Where a singular vector is meant it is the
-left one, a direction of the output.
+Vectors are images: rows of D = C H W values, channel by channel, row by row. Singular vectors are the left ones,
+directions of the output.
 
 Sources: Kadkhodaie et al., ICLR 2024 (trace as a dimensionality, shrinkage and its oracle); Mohan et al. 2020 (sum of
 squared singular values); An et al. 2410.21273 and its later version (harmonic vectors, and where they do not describe
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ditlab.analyses.jacobian.result import SHARES, Decomposition, Sensitivity
+from ditlab.analyses.jacobian.config import DecompositionKind
+from ditlab.analyses.jacobian.result import SHARES, Sensitivity
 
 Shape = tuple[int, int, int]
 """(C, H, W)."""
@@ -24,17 +25,17 @@ Shape = tuple[int, int, int]
 NEGLIGIBLE = 1e-5
 """Values below this share of the largest one are rounding noise of float32, and so are their vectors."""
 LEADING = 64
-"""How many vectors count as the leading ones."""
+"""The number of vectors that count as the leading ones."""
 EDGE_SHARE = 0.2
-"""Share of pixels, those with the largest gradient, that count as edges."""
+"""The share of pixels, those with the largest gradient, that count as edges."""
 _CHUNK = 256
 
 
-def spectrum_numbers(values: np.ndarray, kind: Decomposition, *, whole: bool) -> dict[str, float | None]:
-    """Measures of a spectrum; None for those that need all of it where only the leading values are there.
+def spectrum_numbers(values: np.ndarray, kind: DecompositionKind, *, whole: bool) -> dict[str, float | None]:
+    """Returns measures of a spectrum; those that need all values are None if only the leading ones are known.
 
-    participation_ratio: (sum l)^2 / sum l^2 of the moduli, how many values count (D where all are equal).
-    leading_over_median: largest modulus over the median one; None where that is negligible (`NEGLIGIBLE`).
+    participation_ratio: (sum l)^2 / sum l^2 of the moduli, how many values count (D if all are equal).
+    leading_over_median: largest modulus over the median; None if the median is negligible (`NEGLIGIBLE`).
     negative: share of values below zero, for `eigh`.
 
     Args:
@@ -43,18 +44,18 @@ def spectrum_numbers(values: np.ndarray, kind: Decomposition, *, whole: bool) ->
         whole: whether these are all values.
     """
     moduli = np.abs(values)
-    found: dict[str, float | None] = dict.fromkeys(("participation_ratio", "leading_over_median"))
+    numbers: dict[str, float | None] = dict.fromkeys(("participation_ratio", "leading_over_median"))
     if whole:
         squares, median, largest = float((moduli**2).sum()), float(np.median(moduli)), float(moduli.max())
-        found["participation_ratio"] = float(moduli.sum() ** 2 / squares) if squares else None
-        found["leading_over_median"] = largest / median if median > NEGLIGIBLE * largest else None
+        numbers["participation_ratio"] = float(moduli.sum() ** 2 / squares) if squares else None
+        numbers["leading_over_median"] = largest / median if median > NEGLIGIBLE * largest else None
     if kind == "eigh":
-        found["negative"] = float((values < 0).mean()) if whole else None
-    return found
+        numbers["negative"] = float((values < 0).mean()) if whole else None
+    return numbers
 
 
 def matrix_numbers(matrix: Float[np.ndarray, "d d"]) -> dict[str, float | None]:
-    """Measures of the matrix itself.
+    """Returns measures of the matrix itself.
 
     trace: sum of its eigenvalues, Kadkhodaie et al.'s effective dimensionality.
     sum_of_squares: squared Frobenius norm, the sum of squared singular values, Mohan et al.'s.
@@ -73,7 +74,7 @@ def matrix_numbers(matrix: Float[np.ndarray, "d d"]) -> dict[str, float | None]:
 
 
 def frequencies(vectors: Float[np.ndarray, "k d"], shape: Shape) -> Float[np.ndarray, " k"]:
-    """Mean radial frequency of each vector, as a share of the Nyquist frequency, float64 [K].
+    """Returns the mean radial frequency of each vector, as a share of the Nyquist frequency, float64 [K].
 
     The mean of sqrt(fx^2 + fy^2) over the vector's power spectrum, summed over channels; fx and fy are 1 for a wave of
     two pixels. So 0 is a constant, 1 is stripes of single pixels, sqrt(2) a chequerboard; white noise has about 0.77.
@@ -81,16 +82,16 @@ def frequencies(vectors: Float[np.ndarray, "k d"], shape: Shape) -> Float[np.nda
     _, height, width = shape
     rows, columns = 2 * np.fft.fftfreq(height)[:, None], 2 * np.fft.fftfreq(width)[None, :]
     radius = np.sqrt(rows**2 + columns**2)
-    found = np.empty(len(vectors))
+    means = np.empty(len(vectors))
     for start in range(0, len(vectors), _CHUNK):
         images = vectors[start : start + _CHUNK].reshape(-1, *shape)
         power = (np.abs(np.fft.fft2(images)) ** 2).sum(1)
-        found[start : start + _CHUNK] = _ratio((power * radius).sum((1, 2)), power.sum((1, 2)))
-    return found
+        means[start : start + _CHUNK] = _ratio((power * radius).sum((1, 2)), power.sum((1, 2)))
+    return means
 
 
 def rank_correlation(first: Float[np.ndarray, " k"], second: Float[np.ndarray, " k"]) -> float | None:
-    """Spearman's: Pearson's correlation of the ranks, equal values sharing their mean rank. None where a side is
+    """Returns Spearman's correlation: Pearson's of the ranks, with the mean rank for equal values. None if a side is
     constant, or has fewer than three values."""
     if len(first) < 3:
         return None
@@ -98,30 +99,30 @@ def rank_correlation(first: Float[np.ndarray, " k"], second: Float[np.ndarray, "
 
 
 def correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float | None:
-    """Pearson's; None where a side is constant."""
+    """Returns Pearson's correlation; None if a side is constant."""
     first, second = first - first.mean(), second - second.mean()
     lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / lengths if lengths > 1e-12 else None
 
 
 def harmonicity(values: np.ndarray, frequency: Float[np.ndarray, " k"], leading: int | None = None) -> float | None:
-    """Rank correlation of the vectors' frequency with their index: 1 where frequencies rise as values fall.
+    """Returns the rank correlation of the vectors' frequency with their index: 1 if frequencies rise as values fall.
 
-    Vectors whose value is negligible (`NEGLIGIBLE`) are left out, for they are arbitrary; so is the order of vectors
-    within equal values, which lowers it. None where fewer than three are left.
+    Vectors with a negligible value (`NEGLIGIBLE`) are arbitrary and left out. The order of vectors with equal values is
+    arbitrary too, which lowers the correlation. None if fewer than three vectors remain.
 
     Args:
         values: [K], in the order of the vectors.
         frequency: of each vector (`frequencies`).
-        leading: so many of the leading ones alone.
+        leading: use only this many of the leading vectors.
     """
     moduli = np.abs(values)
-    kept = np.flatnonzero(moduli > NEGLIGIBLE * moduli.max(initial=0.0))[:leading]
-    return rank_correlation(kept.astype(np.float64), frequency[kept])
+    places = np.flatnonzero(moduli > NEGLIGIBLE * moduli.max(initial=0.0))[:leading]
+    return rank_correlation(places.astype(np.float64), frequency[places])
 
 
 def participation(vectors: Float[np.ndarray, "k d"], shape: Shape) -> Float[np.ndarray, " k"]:
-    """Share of the pixels that a vector lives on, float64 [K] in (0, 1]: (sum_p e_p^2)^2 / sum_p e_p^4 / P.
+    """Returns the share of the pixels that a vector covers, float64 [K] in (0, 1]: (sum_p e_p^2)^2 / sum_p e_p^4 / P.
 
     e_p^2 is summed over the channels of a pixel, P is their number: 1 for energy spread evenly, 1 / P for one pixel.
     """
@@ -131,7 +132,7 @@ def participation(vectors: Float[np.ndarray, "k d"], shape: Shape) -> Float[np.n
 
 
 def edge_pixels(image: Float[np.ndarray, "c h w"], share: float = EDGE_SHARE) -> np.ndarray:
-    """The pixels with the largest gradient, bool [H * W]; that share of them, rounded up.
+    """Returns which pixels have the largest gradient, bool [H * W]; `share` of them, rounded up.
 
     The gradient is sqrt(sum over channels of gx^2 + gy^2) of central differences, one-sided at the border. A side of
     one pixel has none.
@@ -147,9 +148,9 @@ def edge_pixels(image: Float[np.ndarray, "c h w"], share: float = EDGE_SHARE) ->
 
 
 def edge_energy(vectors: Float[np.ndarray, "k d"], edges: np.ndarray, shape: Shape) -> Float[np.ndarray, " k"]:
-    """Share of each vector's energy on the marked pixels over their share of all pixels, float64 [K].
+    """Returns the share of each vector's energy on the marked pixels over their share of all pixels, float64 [K].
 
-    1 where edges are not preferred, more where they are; at most 1 / share.
+    1 if edges are not preferred, more if they are; at most 1 / share.
 
     Args:
         vectors: rows.
@@ -161,60 +162,60 @@ def edge_energy(vectors: Float[np.ndarray, "k d"], edges: np.ndarray, shape: Sha
 
 
 def channel_shares(vectors: Float[np.ndarray, "k d"], shape: Shape) -> Float[np.ndarray, "k c"]:
-    """Share of each vector's energy in each channel, float64 [K, C]; rows sum to 1."""
+    """Returns the share of each vector's energy in each channel, float64 [K, C]; rows sum to 1."""
     energy = (vectors.reshape(len(vectors), shape[0], -1) ** 2).sum(2)
     return _ratio(energy, energy.sum(1, keepdims=True))
 
 
 def image_correlations(vectors: Float[np.ndarray, "k d"], image: Float[np.ndarray, "c h w"]) -> Float[np.ndarray, " k"]:
-    """|correlation| of each vector with an image over all its values, means removed, float64 [K] in [0, 1].
+    """Returns |correlation| of each vector with an image over all values, means removed, float64 [K] in [0, 1].
 
-    0 where a side is constant."""
+    0 if a side is constant."""
     flat = image.reshape(-1).astype(np.float64)
     flat = flat - flat.mean()
     centred = vectors - vectors.mean(1, keepdims=True)
     lengths = np.linalg.norm(centred, axis=1)
-    # What is left of a constant vector is rounding.
+    # A constant vector without its mean is rounding noise.
     lengths[lengths < 1e-9 * np.linalg.norm(vectors, axis=1)] = 0.0
     return np.minimum(_ratio(np.abs(centred @ flat), lengths * np.linalg.norm(flat)), 1.0)
 
 
 def oracle_shrinkage(coefficients: Float[np.ndarray, " k"], sigma: float) -> Float[np.ndarray, " k"]:
-    """<x, e>^2 / (<x, e>^2 + sigma^2), float64 [K]: by how much an oracle that knows the clean image would shrink the
-    coefficients of the noisy one (Kadkhodaie et al.)."""
+    """Returns <x, e>^2 / (<x, e>^2 + sigma^2), float64 [K]: the factor by which an oracle that knows the clean image
+    shrinks the coefficients of the noisy image (Kadkhodaie et al.)."""
     squares = coefficients**2
     return squares / (squares + sigma**2)
 
 
 def shrinkage_distance(values: np.ndarray, oracle: Float[np.ndarray, " k"]) -> float:
-    """Root mean square of (value - oracle's shrinkage) over the vectors: 0 for the oracle's own denoiser."""
+    """Returns the root mean square of (value - oracle's shrinkage) over the vectors: 0 for the oracle's denoiser."""
     return float(np.sqrt((np.abs(values - oracle) ** 2).mean()))
 
 
 def alignment(left: Float[np.ndarray, "k d"], right: Float[np.ndarray, "k d"]) -> Float[np.ndarray, " k"]:
-    """|u . v| of each pair of singular vectors, float64 [K]: 1 for a symmetric matrix with values apart."""
+    """Returns |u . v| of each pair of singular vectors, float64 [K]: 1 for a symmetric matrix with distinct values."""
     return np.abs((left * right).sum(1))
 
 
 def homogeneity_gap(output: Float[np.ndarray, " d"], product: Float[np.ndarray, " d"]) -> float | None:
-    """r_hom = |f - J x| / |f|: 0 where f(x) = J x, so that the vectors are the whole computation; None for f = 0."""
+    """Returns r_hom = |f - J x| / |f|: 0 if f(x) = J x, so that vectors describe the computation; None for f = 0."""
     return _relative(output - product, output)
 
 
 def linearity_gap(change: Float[np.ndarray, " d"], product: Float[np.ndarray, " d"]) -> float | None:
-    """r_lin = |f(x + d) - f(x) - J d| / |f(x + d) - f(x)|: 0 where f is linear as far as d reaches."""
+    """Returns r_lin = |f(x + d) - f(x) - J d| / |f(x + d) - f(x)|: 0 if f is linear as far as d reaches."""
     return _relative(change - product, change)
 
 
 def sensitivity(matrix: Float[np.ndarray, "d d"], shape: Shape, pixels: Sequence[tuple[int, int]] = ()) -> Sensitivity:
-    """How much each output pixel depends on each input pixel, and how near those lie (Niedoba et al., spec 6.6).
+    """Measures how much each output pixel depends on each input pixel, and how near those are (Niedoba et al.).
 
-    A pixel that depends on nothing has a map of zeros and the size 0, and is left out of the centred mean.
+    A pixel that depends on nothing has a map of zeros and the size 0. It does not count in the centred mean.
 
     Args:
         matrix: rows output values, columns input values.
         shape: (C, H, W).
-        pixels: output pixels (row, column) whose maps are kept; the middle one where none is given.
+        pixels: output pixels (row, column) whose maps are saved; the middle one if there are none.
     """
     channels, height, width = shape
     count = height * width
@@ -240,21 +241,21 @@ def sensitivity(matrix: Float[np.ndarray, "d d"], shape: Shape, pixels: Sequence
         held = np.cumsum(np.bincount(reach, maps[place]))
         for which, share in enumerate(SHARES):
             sizes[which, row, column] = 2 * int(np.argmax(held >= share - 1e-9)) + 1
-    kept = tuple(pixels) or ((height // 2, width // 2),)
+    places = tuple(pixels) or ((height // 2, width // 2),)
     return Sensitivity(
-        pixels=kept,
-        maps=np.stack([maps[row * width + column].reshape(height, width) for row, column in kept]).astype(np.float32),
+        pixels=places,
+        maps=np.stack([maps[row * width + column].reshape(height, width) for row, column in places]).astype(np.float32),
         centred=(centred / max(alive, 1)).astype(np.float32),
         sizes=sizes,
     )
 
 
 def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """How far two normalized spectra lie apart, in [0, 1]: half the L1 distance of the moduli, each over their sum.
+    """Returns the distance of two normalized spectra, in [0, 1]: half the L1 distance of moduli over their sum.
 
-    It is the share of the sum that would have to move to other ranks: 0 for spectra that differ by a factor alone, near
-    1 for a single value against many. The shorter one is filled up with zeros, so compare whole spectra, or equally
-    many leading values.
+    It is the share of the sum that would have to move to other ranks: 0 for spectra that differ only by a factor, near
+    1 for a single value against many. The shorter spectrum is filled up with zeros, so compare whole spectra, or
+    equally many leading values.
     """
     length = max(len(first), len(second))
     padded = []
@@ -266,7 +267,7 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _energy(vectors: np.ndarray, shape: Shape) -> np.ndarray:
-    """Squares summed over channels, [K, pixels]."""
+    """Returns squares summed over channels, [K, pixels]."""
     return (vectors.reshape(len(vectors), shape[0], -1) ** 2).sum(1)
 
 
@@ -281,5 +282,5 @@ def _relative(difference: np.ndarray, whole: np.ndarray) -> float | None:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, 0 where below is 0."""
+    """Returns above / below, 0 where below is 0."""
     return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)

@@ -6,9 +6,9 @@ once, too, so that J v costs about as much as J^T u, where forward mode would ru
 in benchmarks/jacobian.py). It needs a second derivative of every operation, which the fused attention kernels lack:
 that graph is built with plain attention.
 
-Products with many vectors at once: the network is run on copies of the image, and one backward pass gives each copy its
-own vector. That is faster than one by one where a single image leaves the processor idle, and is used where a few
-vectors show that it is (CPU; on a GPU `vmap` runs over the vectors).
+Products with many vectors at once: the network runs on copies of the image, and one backward pass gives each copy its
+own vector. This is faster than one vector at a time if a single image leaves the processor idle. It is used if a few
+timed vectors are faster (CPU; on a GPU `vmap` runs over the vectors).
 
 Source: Townsend, "A new trick for calculating Jacobian vector products" (2017).
 """
@@ -26,8 +26,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ditlab.analyses.jacobian.config import Mode, Target
 from ditlab.analyses.jacobian.linear_backward import lean_layers
-from ditlab.analyses.jacobian.result import Mode, Target
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
 from ditlab.memory import available_memory
@@ -43,35 +43,35 @@ _UNSEEN = (
 
 
 _EQUAL = 1e-3
-"""By how much of its length an estimate, or a product, may differ from the same one made again."""
+"""The relative difference that an estimate, or a product, may have from the same one computed again."""
 _COPIES = 8
-"""Copies of the image in a graph: from here on more gained little (measured: 2.0 and 2.1 times as fast as one by one
-for 8 and 16 on a small UNet, 1.6 and 1.7 on a DiT with local attention)."""
+"""Copies of the image in a graph. More copies gained little (measured: 2.0 and 2.1 times as fast as one at a time for 8
+and 16 on a small UNet, 1.6 and 1.7 on a DiT with local attention)."""
 _GAIN = 0.95
-"""Copies take at most so much of the time of one by one, or are not used."""
+"""Copies are used if they take at most this share of the time of one vector at a time."""
 _UNKNOWN_ROOM = 2 << 30
-"""Bytes that are taken to be free where the system does not tell."""
+"""Bytes assumed to be free where the system does not report them."""
 
 
 class JacobianOperator:
     """The Jacobian of a denoiser's target at one noisy image y, D x D with D = C H W, as products with vectors.
 
     With a = 1 / (sigma * scale(sigma)) and J_D = dD/dy the targets are J_D ("x0"), a (I - J_D) ("eps", by x_t) and
-    I - a (I - J_D) ("I-eps"). The estimate that the target speaks of is differentiated itself.
+    I - a (I - J_D) ("I-eps"). The estimate of the target is differentiated directly.
 
-    Neither the network's weights nor their requires_grad, gradients, buffers or mode change. It works under
-    `torch.no_grad` and `torch.inference_mode`. Compiled networks run uncompiled, for compiled ones have no second
+    The network's weights, their requires_grad, gradients, buffers and mode do not change. It works under
+    `torch.no_grad` and `torch.inference_mode`. Compiled networks run uncompiled, because compiled ones have no second
     derivative.
 
     Args:
-        denoiser: one in evaluation mode.
+        denoiser: a denoiser in evaluation mode.
         y: the noisy image [1, C, H, W], float32 or float64; products have its dtype.
         sigma: noise level.
         label: class of the image, int64 [1], or None.
         target: whose Jacobian.
 
     Raises:
-        DitlabError: an image, a level or a label that the denoiser does not know, a network in training mode, an
+        DitlabError: an image, a level or a label that the denoiser does not take, a network in training mode, an
             estimate that is not finite or not differentiable.
 
     Example:
@@ -93,26 +93,26 @@ class JacobianOperator:
         if module is not None and any(part.training for part in module.modules()):
             raise DitlabError("jacobian: expected a network in evaluation mode (network.eval()), found training mode")
         with _gradients():
-            # Made anew, for y may come out of inference mode, whose tensors autograd does not take.
+            # A copy, because autograd does not take tensors that were made in inference mode.
             self.y = y.detach().to(denoiser.device).clone()
         denoiser.check(self.y, self.sigma, label)
         self.size = self.y.numel()
         self.scale = float(denoiser.scale(self.sigma))
         self.products = 0
-        """How many products were asked for so far."""
+        """The number of products so far."""
         # By pass and number of copies of the image.
         self._graphs: dict[tuple[Pass, int], tuple[Tensor, Tensor]] = {}
-        # How many copies are worth it; absent where it was not tried.
+        # The number of copies that is used; absent before it was tried.
         self._copies: dict[Pass, int] = {}
         self._vmap = self.y.is_cuda
 
     def forward(self, vectors: Float[Tensor, "k d"], *, together: bool = False) -> Float[Tensor, "k d"]:
-        """J v for each of the rows v; on the device and in the dtype of y.
+        """Returns J v for each of the rows v, on the device and in the dtype of y.
 
         Args:
             vectors: the rows v.
-            together: several at once where that is faster, as the first rows show: equal but for float rounding, which
-                then differs from call to call.
+            together: several at once if that is faster, timed on the first rows. Results then differ from call to call
+                by float rounding.
 
         Raises:
             DitlabError: an operation of the network has no second derivative.
@@ -120,19 +120,19 @@ class JacobianOperator:
         return self._affine(self._products("forward", vectors, together), vectors)
 
     def reverse(self, vectors: Float[Tensor, "k d"], *, together: bool = False) -> Float[Tensor, "k d"]:
-        """J^T u for each of the rows u; on the device and in the dtype of y. `together` as in `forward`."""
+        """Returns J^T u for each of the rows u, on the device and in the dtype of y. `together` as in `forward`."""
         return self._affine(self._products("reverse", vectors, together), vectors)
 
     def function(self, y: Float[Tensor, "1 c h w"]) -> Float[Tensor, " d"]:
-        """The target itself at another noisy image, what J is the derivative of: D(y), the estimated noise, or x_t less
-        that noise."""
+        """Returns the target itself at another noisy image, of which J is the derivative: D(y), the estimated noise, or
+        x_t minus that noise."""
         with torch.no_grad():
-            found = self._estimate(y).reshape(-1)
-            return found if self.target != "I-eps" else y.reshape(-1) * self.scale - found
+            estimate = self._estimate(y).reshape(-1)
+            return estimate if self.target != "I-eps" else y.reshape(-1) * self.scale - estimate
 
     def check(self) -> None:
-        """Raises DitlabError where there is no Jacobian: the estimate is not finite or differentiable, or it is another
-        one each time; not for all that can be wrong with single entries."""
+        """Raises DitlabError if the estimate is not finite, not differentiable, or random; does not check every entry
+        of the Jacobian."""
         self._products("reverse", torch.ones(1, self.size))
         first = self._graphs["reverse", 1][0].detach()
         with _gradients():
@@ -140,17 +140,17 @@ class JacobianOperator:
         # Equal but for the order of sums on a GPU.
         if float((first - second).norm()) > _EQUAL * float(first.norm()):
             raise DitlabError(
-                "jacobian: expected a denoiser that estimates the same of the same image, found one that is random "
+                "jacobian: expected a denoiser that gives equal estimates of equal images, found one that is random "
                 "(dropout of a network in training mode?)"
             )
 
     def fastest(self, chunk: int = 16) -> Pass:
-        """The cheaper of the two passes, as a few vectors show; reverse where there is no forward one."""
+        """Returns the faster of the two passes, timed on a few vectors; reverse if the forward pass is not possible."""
         some = torch.eye(min(chunk, self.size), self.size, dtype=self.y.dtype, device=self.y.device)
         taken: dict[Pass, float] = {}
         for which in ("reverse", "forward"):
             try:
-                # The first time it is found out how many at once.
+                # The first call determines the number of copies.
                 self._products(which, some[:1] if self._vmap else some, together=True)
                 few = some if self._vmap else some[: max(2, self._copies.get(which, 1))]
                 start = _now(self.y.device)
@@ -159,7 +159,7 @@ class JacobianOperator:
             except DitlabError:
                 if which == "reverse":
                     raise
-        # Reverse where there is little between them: it needs less memory.
+        # Reverse where the difference is small: it needs less memory.
         best: Pass = "forward" if taken.get("forward", float("inf")) < 0.9 * taken["reverse"] else "reverse"
         self._graphs = {(which, copies): graph for (which, copies), graph in self._graphs.items() if which == best}
         return best
@@ -167,7 +167,7 @@ class JacobianOperator:
     def matrix(
         self, chunk: int = 16, mode: Mode = "auto", progress: Callable[[int], object] | None = None
     ) -> Float[Tensor, "d d"]:
-        """The whole Jacobian on the CPU, rows output values, columns input values, in the dtype of y.
+        """Returns the whole Jacobian on the CPU, rows output values, columns input values, in the dtype of y.
 
         Args:
             chunk: rows or columns at once, at most.
@@ -192,13 +192,13 @@ class JacobianOperator:
         return result.T if which == "forward" else result
 
     def not_finite(self) -> DitlabError:
-        """What is raised where a product has entries that are not finite."""
+        """Returns the error for a product with entries that are not finite."""
         return DitlabError(f"jacobian: the derivative at noise level {self.sigma:.4g} is not finite")
 
     def _estimate(self, y: Tensor) -> Tensor:
         label = self.label if self.label is None else self.label.expand(len(y))
-        found = self.denoiser.estimate(y, self.sigma, label)
-        return found.x0 if self.target == "x0" else found.eps
+        estimate = self.denoiser.estimate(y, self.sigma, label)
+        return estimate.x0 if self.target == "x0" else estimate.eps
 
     def _affine(self, products: Tensor, vectors: Tensor) -> Tensor:
         """Products with the estimate's derivative by y as products with the target's Jacobian."""
@@ -213,7 +213,7 @@ class JacobianOperator:
         except torch.OutOfMemoryError as error:
             raise DitlabError(
                 f"jacobian: the memory of {self.y.device} does not hold the network's graph and {len(vectors)} vectors "
-                "at once; a smaller --chunk needs less"
+                "at once; a smaller `chunk` needs less"
             ) from error
 
     def _differentiate(self, which: Pass, vectors: Tensor, together: bool) -> Tensor:
@@ -224,19 +224,19 @@ class JacobianOperator:
             try:
                 if self._vmap:
                     shaped = vectors.reshape(len(vectors), *output.shape)
-                    (found,) = torch.autograd.grad(output, by, shaped, retain_graph=True, is_grads_batched=True)
-                    return found.detach().reshape(len(vectors), self.size)
-                found = []
+                    (batch,) = torch.autograd.grad(output, by, shaped, retain_graph=True, is_grads_batched=True)
+                    return batch.detach().reshape(len(vectors), self.size)
+                products = []
                 if together and which not in self._copies:
-                    found = [self._try_copies(which, vectors)]
+                    products = [self._try_copies(which, vectors)]
                 copies = self._copies.get(which, 1) if together else 1
-                done = sum(map(len, found))
+                done = sum(map(len, products))
                 while done < len(vectors):
-                    # A graph for those that are left over would cost more than they do.
+                    # A graph for the remaining vectors would cost more than it saves.
                     count = copies if done + copies <= len(vectors) else 1
-                    found.append(self._pass(which, vectors[done : done + count]))
+                    products.append(self._pass(which, vectors[done : done + count]))
                     done += count
-                return torch.cat(found)
+                return torch.cat(products)
             except (RuntimeError, NotImplementedError) as error:
                 raise self._no_derivative(which, error) from error
 
@@ -249,11 +249,11 @@ class JacobianOperator:
     def _pass(self, which: Pass, vectors: Tensor) -> Tensor:
         """One backward pass through a graph with as many copies of the image as there are vectors."""
         output, by = self._graph(which, len(vectors))
-        (found,) = torch.autograd.grad(output, by, vectors.reshape(output.shape), retain_graph=True)
-        return found.detach().reshape(vectors.shape)
+        (products,) = torch.autograd.grad(output, by, vectors.reshape(output.shape), retain_graph=True)
+        return products.detach().reshape(vectors.shape)
 
     def _try_copies(self, which: Pass, vectors: Tensor) -> Tensor:
-        """Decides how many copies of the image this pass takes; returns products with the first few vectors."""
+        """Decides how many copies of the image this pass uses; returns products with the first few vectors."""
         copies = min(_COPIES, len(vectors) // 2)
         if copies < 2:
             return vectors[:0]
@@ -274,8 +274,8 @@ class JacobianOperator:
             more = self._pass(which, vectors[copies : 2 * copies])
             taken = _now(self.y.device) - start
         except Exception:
-            # A denoiser that takes one image only, in whatever way it says so, or whose graph cannot be looked into, or
-            # no room after all. One image at a time it has just worked.
+            # The denoiser takes one image only, or its graph cannot be inspected, or memory ran out after all. One
+            # image at a time has just worked.
             self._graphs.pop((which, copies), None)
             return singles
         # Unequal where images of a batch see each other.
@@ -287,28 +287,28 @@ class JacobianOperator:
         return singles
 
     def _graph_bytes(self, which: Pass) -> int:
-        """Memory of what one run of the network keeps for its backward pass, its weights not counted; with the
-        attention that this pass's graph is built with."""
+        """Returns the bytes that one run of the network saves for its backward pass, without its weights, with the
+        attention of this pass's graph."""
         module = self.denoiser.module
         weights = {value.untyped_storage().data_ptr() for value in module.parameters()} if module is not None else set()
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         attention = _eager() if which == "reverse" else plain_attention()
         with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self._run()
-        return sum(size for place, size in kept.items() if place not in weights)
+        return sum(size for place, size in saved.items() if place not in weights)
 
     def _reverse_graph(self, copies: int = 1) -> tuple[Tensor, Tensor]:
-        """The estimate and its input."""
+        """Returns the estimate and its input."""
         with plain_attention() if self._vmap else _eager():
             return self._run(copies)
 
     def _forward_graph(self, copies: int = 1) -> tuple[Tensor, Tensor]:
-        """J^T u and its u, whose value matters for one check alone."""
+        """Returns J^T u and its u, whose value only matters for the check."""
         generator = torch_generator(0, "jacobian", "adjoint")
         shape = (copies, *self.y.shape[1:])
         first, second = (torch.randn(shape, generator=generator).to(self.y) for _ in range(2))
@@ -363,8 +363,8 @@ class JacobianOperator:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Within it attention is computed by operations that can be differentiated twice, in ditlab's layers and in those
-    that call torch's `scaled_dot_product_attention`; compiled modules run uncompiled."""
+    """Computes attention by operations that can be differentiated twice, in ditlab's layers and in those that call
+    torch's `scaled_dot_product_attention`; compiled modules run uncompiled."""
     with attention_kernel("math"), sdpa_kernel(SDPBackend.MATH), _eager():
         yield
 
@@ -377,7 +377,7 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def _gradients() -> Iterator[None]:
-    """Gradients on whatever the caller has switched off, and no word of torch's on what it does one by one."""
+    """Turns gradients on, whatever the caller turned off, and torch's warning about missing batching rules off."""
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield

@@ -1,4 +1,4 @@
-"""What is kept of a denoiser's Jacobian: settings, the numbers of each (image, noise level), and some of its vectors.
+"""The saved result of a denoiser's Jacobian: settings, the numbers of each (image, noise level), and some vectors.
 
 The Jacobian of a target at one noisy image y = x0 + sigma n is a D x D matrix, D = C H W, rows output values, columns
 input values. The three targets are affine functions of one another (D(y) the denoised image, x_t = scale * y what a VP
@@ -8,7 +8,7 @@ network sees, eps the estimated unit noise):
     eps     d eps / d x_t            = (I - dD/dy) / (sigma * scale): An et al.'s, their Eq. 5
     I-eps   I - d eps / d x_t        the other reading of their figures (which of the two they drew is not known)
 
-So the leading directions of x0, the signal, are the trailing ones of eps.
+So the leading directions of x0 (the signal) are the trailing directions of eps.
 
 Sources: An et al. 2410.21273 (Eq. 5, Figs. 1-3); Kadkhodaie et al., ICLR 2024 (shrinkage, effective dimensionalities);
 Niedoba et al. 2411.19339 (sensitivity, locality sizes).
@@ -16,83 +16,23 @@ Niedoba et al. 2411.19339 (sensitivity, locality sizes).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from ditlab.analyses.sigmas import check_sigmas as check_levels
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.analyses.jacobian.config import JacobianConfig
+from ditlab.analyses.stored import config_from_json, stored_config
+from ditlab.errors import DitlabError
 from ditlab.files import read_arrays, read_json, write_arrays, write_json
 from ditlab.provenance import Provenance
 
-Target = Literal["x0", "eps", "I-eps"]
-Decomposition = Literal["svd", "eigh", "eig", "eig-right"]
-Mode = Literal["auto", "forward", "reverse"]
+__all__ = ["SHARES", "JacobianPoint", "JacobianResult", "Sensitivity"]
 
 SHARES = (0.5, 0.75, 0.95)
 """Shares of a pixel's sensitivity whose squares are measured (Niedoba et al.)."""
-
-
-@dataclass(frozen=True)
-class JacobianConfig:
-    """Which Jacobians are taken, and how."""
-
-    images: tuple[int, ...] = (0,)
-    """Which images of their side, from 0."""
-    levels: tuple[float, ...] | None = None
-    """Noise levels (sigma), ascending; that of step 100 of the DDPM process (0.34) where not given. The papers name
-    none for their figures."""
-    steps: tuple[int, ...] | None = None
-    """Noise levels as steps of the run's own process, ascending, instead of --levels."""
-    target: Target = "x0"
-    """Whose Jacobian: the denoised image's by the noisy one (x0), the estimated noise's by x_t (eps), or I minus
-    that."""
-    decomposition: Decomposition = "svd"
-    """Singular vectors (svd), eigenvectors of the symmetric part (eigh), or of the matrix itself: left ones, w^T J = l
-    w^T (eig; the cheapest with --top), or right ones, J v = l v (eig-right)."""
-    top: int = 0
-    """Only so many leading values and vectors, from products with the matrix, which is never held; 0 for the whole
-    matrix and all of them."""
-    show: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 112, 224)
-    """Which vectors are kept and drawn, from 0, the leading one; those that do not exist are left out."""
-    pixels: tuple[tuple[int, int], ...] = ()
-    """Output pixels (row, column) whose sensitivity is kept and drawn; the middle one where none is given."""
-    mode: Mode = "auto"
-    """How the whole matrix is made: columns by forward mode, rows by reverse mode, or the faster of the two as a few
-    rows and columns show."""
-    chunk: int = 16
-    """Rows or columns at once, which bounds the memory. Does not change the result beyond float rounding."""
-    step_size: float = 0.1
-    """Length of the random step of r_lin, as a share of the noise."""
-    noise_seed: int = 0
-    """Seed of the noise. Equal seeds give every denoiser the same noise."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        for name, known in (("target", Target), ("decomposition", Decomposition), ("mode", Mode)):
-            if getattr(self, name) not in get_args(known):
-                raise unknown_name(f"jacobian {name}", str(getattr(self, name)), get_args(known))
-        if self.levels is not None and self.steps is not None:
-            raise DitlabError("jacobian: expected levels or steps, found both")
-        if self.levels is not None:
-            check_levels(self.levels, "jacobian")
-        if self.steps is not None and (not self.steps or list(self.steps) != sorted(set(self.steps))):
-            raise DitlabError(f"jacobian: expected ascending steps without repeats, found {list(self.steps)}")
-        for name, places in (("images", self.images), ("show", self.show)):
-            if not places or len(set(places)) < len(places) or min(places) < 0:
-                raise DitlabError(f"jacobian {name}: expected different places, counted from 0, found {list(places)}")
-        if any(len(pixel) != 2 or min(pixel) < 0 for pixel in self.pixels):
-            raise DitlabError(f"jacobian pixels: expected rows and columns counted from 0, found {list(self.pixels)}")
-        if self.top < 0 or self.chunk < 1:
-            raise DitlabError(
-                f"jacobian: expected top of at least 0 and chunk of at least 1, found {self.top} and {self.chunk}"
-            )
-        if not 0 < self.step_size < math.inf:
-            raise DitlabError(f"jacobian: expected a step_size above 0, found {self.step_size:g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +52,7 @@ class Sensitivity:
 
     @property
     def locality(self) -> tuple[float, ...]:
-        """Mean side over the output pixels, in pixels, one for each share."""
+        """The mean side over the output pixels, in pixels, one for each share."""
         return tuple(float(size.mean()) for size in self.sizes)
 
 
@@ -135,24 +75,25 @@ class JacobianPoint:
     """float64 [K], complex128 for `eig` and `eig-right`: singular values or eigenvalues, largest first (for these two
     by modulus, and of a complex pair the one with the positive imaginary part comes first)."""
     residuals: np.ndarray
-    """float64 [K]: |J^T u - s v| or |J v - s u|, whichever is larger (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
-    |J v - l v| (eig-right), for vectors of length 1, from products made anew."""
+    """float64 [K]: the larger of |J^T u - s v| and |J v - s u| (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
+    |J v - l v| (eig-right), for vectors of length 1, from products computed again."""
     shown: np.ndarray
-    """int64 [G]: which vectors are kept."""
+    """int64 [G]: which vectors are saved."""
     left: np.ndarray
     """float32 [G, C, H, W]: left singular vectors (directions of the output); the eigenvectors for eigh; for eig and
-    eig-right the real part of the left or right eigenvectors, turned so that it is as long as can be. Length 1, sign:
-    largest entry > 0."""
+    eig-right the real part of the left or right eigenvectors, rotated to have the largest possible length. Length 1,
+    sign: largest entry > 0."""
     right: np.ndarray
-    """float32 [G, C, H, W]: right singular vectors (directions of the input), signed as J pairs them; else as left."""
+    """float32 [G, C, H, W]: right singular vectors (directions of the input), signed as J pairs them; otherwise the
+    same as `left`."""
     by_vector: Mapping[str, np.ndarray]
     """Measure -> float64 [K], one value a vector (`ditlab.analyses.jacobian.measures`)."""
     channels: np.ndarray
     """float64 [K, C]: share of each vector's energy in each channel; rows sum to 1."""
     numbers: Mapping[str, float | None]
-    """Measures of the whole Jacobian (`jacobian_measures`); None where one needs more than was computed."""
+    """Measures of the whole Jacobian (`measure.NUMBERS`); None where one needs more than was computed."""
     sensitivity: Sensitivity | None = None
-    """Needs the whole matrix, target x0."""
+    """Of the whole matrix with the target x0; otherwise None."""
     wiener: Sensitivity | None = None
     """The same of the Wiener denoiser of the training images, at this level."""
 
@@ -171,28 +112,28 @@ class JacobianResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know about how this was measured, one sentence each."""
+        """Sentences that a reader must know about how this was measured."""
         notes = []
         if self.config.top:
             notes.append(
-                f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix: "
-                "numbers that need the whole matrix are left out."
+                f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix. "
+                "Numbers that need the whole matrix are not given."
             )
         return tuple(notes)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays, of which it has the leading values."""
+        """Returns everything but the arrays, of which it has the leading values."""
         return {
             "kind": self.kind,
             "version": self.version,
             "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": asdict(self.config),
+            "config": stored_config(self.config),
             "notes": list(self.notes),
             "points": [_point_to_json(point) for point in self.points],
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of all points, by "POINT/NAME", as they are kept beside the JSON."""
+        """Returns the arrays of all points by "POINT/NAME", as they are saved beside the JSON."""
         return {
             f"{place}/{name}": array
             for place, point in enumerate(self.points)
@@ -201,19 +142,19 @@ class JacobianResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
-        """The result again, from `to_json()` and `arrays()`.
+        """Makes the result again from `to_json()` and `arrays()`.
 
         Raises:
             DitlabError: a field or an array is missing or unknown.
         """
         try:
-            config = {name: _tuples(value) for name, value in record["config"].items()}
+            config = dict(record["config"])
             if record["version"] < 2 and config.get("decomposition") == "eig":
-                # It was the name of the right eigenvectors then.
+                # In version 1 this was the name of the right eigenvectors.
                 config["decomposition"] = "eig-right"
             return cls(
                 about=Provenance(**record["about"]),
-                config=JacobianConfig(**config),
+                config=config_from_json(JacobianConfig, config),
                 points=tuple(
                     _point_from_json(point, {n: arrays[f"{place}/{n}"] for n in _array_names(point)})
                     for place, point in enumerate(record["points"])
@@ -232,7 +173,7 @@ class JacobianResult:
 
     @classmethod
     def load(cls, path: Path | str) -> JacobianResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz has to lie beside it.
+        """Reads what `save` wrote, from the JSON's path; the .npz must be beside it.
 
         Raises:
             DitlabError: a file is absent or damaged, or is another kind of result.
@@ -261,9 +202,9 @@ def _point_arrays(point: JacobianPoint) -> dict[str, np.ndarray]:
     arrays = {name: getattr(point, name) for name in _ARRAYS}
     arrays |= {f"by_vector/{name}": values for name, values in point.by_vector.items()}
     for side in _SIDES:
-        found: Sensitivity | None = getattr(point, side)
-        if found is not None:
-            arrays |= {f"{side}/{name}": getattr(found, name) for name in _MAPS}
+        sensitivity: Sensitivity | None = getattr(point, side)
+        if sensitivity is not None:
+            arrays |= {f"{side}/{name}": getattr(sensitivity, name) for name in _MAPS}
     return arrays
 
 
@@ -284,18 +225,19 @@ def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
     }
 
 
-def _sensitivity_to_json(found: Sensitivity | None) -> dict[str, Any] | None:
-    if found is None:
+def _sensitivity_to_json(sensitivity: Sensitivity | None) -> dict[str, Any] | None:
+    if sensitivity is None:
         return None
-    sides = {f"{share:g}": side for share, side in zip(SHARES, found.locality, strict=True)}
-    return {"pixels": [list(pixel) for pixel in found.pixels], "locality": sides}
+    sides = {f"{share:g}": side for share, side in zip(SHARES, sensitivity.locality, strict=True)}
+    return {"pixels": [list(pixel) for pixel in sensitivity.pixels], "locality": sides}
 
 
 def _point_from_json(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianPoint:
     def side(name: str) -> Sensitivity | None:
         if record[name] is None:
             return None
-        return Sensitivity(pixels=_tuples(record[name]["pixels"]), **{m: arrays[f"{name}/{m}"] for m in _MAPS})
+        pixels = tuple((row, column) for row, column in record[name]["pixels"])
+        return Sensitivity(pixels=pixels, **{m: arrays[f"{name}/{m}"] for m in _MAPS})
 
     return JacobianPoint(
         image=record["image"],
@@ -307,8 +249,3 @@ def _point_from_json(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
         sensitivity=side("sensitivity"),
         wiener=side("wiener"),
     )
-
-
-def _tuples(value: Any) -> Any:
-    """Lists of JSON, and lists in them, as tuples."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

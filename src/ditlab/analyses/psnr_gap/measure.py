@@ -56,7 +56,9 @@ def measure_baselines(
         images = model.batch("train", model.split_record.train)[0].to(models.device)
         for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
             denoiser.pixel_space = model.images.latents is None
-            about = replace(model.provenance(0), name=name, label="", step=None, ema=None)
+            about = model.provenance(0)
+            marked = {**about.settings, "baseline": True}
+            about = replace(about, name=name, label="", step=None, ema=None, settings=marked)
             settings = replace(config, sigmas=tuple(sigmas))
             results.append(_measure(model, denoiser, settings, about, reporter, labelled=False))
     return results

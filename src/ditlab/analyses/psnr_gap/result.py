@@ -75,7 +75,7 @@ class PSNRResult:
     @property
     def baseline(self) -> bool:
         """Whether a closed-form denoiser was measured, not a trained one."""
-        return self.about.ema is None
+        return bool(self.about.settings.get("baseline", False))
 
     @property
     def bounded(self) -> bool:

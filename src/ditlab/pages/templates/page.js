@@ -1,5 +1,5 @@
 "use strict";
-// The page's only script: the theme button and the token pickers (ditlab.report.picker says how maps are packed).
+// The page's only script: the theme button and the token pickers (ditlab.pages.token_picker packs the maps).
 
 const printing = window.matchMedia("print");
 const system = window.matchMedia("(prefers-color-scheme: dark)");
@@ -189,6 +189,9 @@ function startPicker(figure) {
     return values;
   }
 
+  /** Place of a weight on a logarithmic scale from a quarter of the uniform weight (0) to a quarter of all weight (1). */
+  const relative = (value) => Math.log(4 * tokens * value) / Math.log(Math.max(tokens, 2));
+
   /** Share of the weight within the 3x3 tokens around the picked one, and the mean distance in tokens. */
   function numbers(values) {
     let sum = 0;
@@ -266,9 +269,10 @@ function startPicker(figure) {
     const found = shown.map((one) => ({ one, values: weights(one) }));
     const tops = found.map(({ values }) => values.reduce((a, b) => Math.max(a, b), 0));
     const all = Math.max(...tops);
+    const chosen = select("scale").value;
     found.forEach(({ one, values }, i) => {
-      const top = select("scale").value === "same" ? all : tops[i];
-      const shade = (k) => shades[Math.min(255, Math.round((255 * values[k]) / top))];
+      const share = chosen === "uniform" ? relative : (value) => value / (chosen === "same" ? all : tops[i]);
+      const shade = (k) => shades[Math.min(255, Math.max(0, Math.round(255 * share(values[k]))))];
       const [context, scale] = paint(one.canvas, columns, rows, shade);
       if (one.boxBytes) {
         const at = 4 * (picked.row * pickable.columns + picked.column);

@@ -10,11 +10,17 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
+from ditlab.analyses.attention.config import AttentionConfig
+from ditlab.analyses.attention.figures import (
+    attention_map_figure,
+    layers_shown,
+    locality_by_n,
+    locality_curves,
+    patterns_figure,
+)
 from ditlab.analyses.attention.locality import pattern_weights
-from ditlab.analyses.attention.locality_figures import locality_by_n, locality_curves
-from ditlab.analyses.attention.map_figures import attention_map_figure, layers_shown, patterns_figure
 from ditlab.analyses.attention.maps import AttentionMaps
-from ditlab.analyses.attention.result import QUANTITIES, RADII, AttentionConfig, LocalityResult
+from ditlab.analyses.attention.result import QUANTITIES, RADII, LocalityResult
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Global, Pattern, Window
 from ditlab.pages.theme import DARK, LIGHT, png
@@ -65,6 +71,7 @@ def results(counts=(30, 300), seeds=(0, 1, 2)) -> list[LocalityResult]:
 
 FIGURES = {
     "maps": lambda theme: attention_map_figure([("global", maps())], theme=theme),
+    "maps as in the paper": lambda theme: attention_map_figure([("global", maps())], scale="paper", theme=theme),
     "maps of two runs, by head": lambda theme: attention_map_figure(
         [("a long name of a run with windows", maps()), ("local", maps())],
         heads=(1, 2),
@@ -97,9 +104,34 @@ def axes_with_images(figure):
     return [axes for axes in figure.axes if axes.images]
 
 
-def test_a_map_goes_from_its_least_to_its_largest_weight_and_is_clipped_at_a_tenth():
+def test_a_map_of_uniform_attention_is_drawn_in_the_colour_of_uniform_attention():
+    """In the style of the paper it would be the brightest of all."""
+    uniform = torch.full((1, 1, 36, 36), 1 / 36)
+    peaked = 0.6 * torch.eye(36).expand(1, 1, 36, 36) + 0.4 * uniform
+    shown = AttentionMaps({1: uniform, 2: peaked}, GRID, {1: Global(), 2: Global()}, 1.0)
+    images = [axes.images[0] for axes in axes_with_images(attention_map_figure([("x", shown)]))]
+    assert {image.get_clim() for image in images} == {(0.25, 9.0)}  # one scale for all maps, from 1/4 to T/4
+    flat, sharp = (np.asarray(image.get_array()) for image in images[:2])
+    assert np.allclose(flat, 1)
+    assert np.allclose(np.diag(sharp), 0.6 * 36 + 0.4)
+    shades = [images[0].norm(value) for value in (0.0, 0.25, 1.0, 9.0, 22.0)]
+    assert np.allclose(shades, [0, 0, np.log(4) / np.log(36), 1, 1])
+    row = np.asarray(images[3].get_array())
+    assert np.allclose(row, sharp[3 * 6 + 3].reshape(6, 6))  # the middle token's
+
+
+def test_keys_outside_the_window_have_the_lowest_colour():
+    image = axes_with_images(attention_map_figure([("x", maps())], layers=[1]))[0].images[0]
+    outside = ~Window(3).mask(GRID).numpy()
+    values = np.asarray(image.get_array())
+    assert (values[outside] == 0.25).all()
+    assert (values[~outside] > 0.25).any()
+
+
+def test_in_the_papers_style_a_map_goes_from_its_least_to_its_largest_weight_and_is_clipped_at_a_tenth():
     found = maps()
-    above, below = axes_with_images(attention_map_figure([("x", found)], layers=[2], token=(1, 4)))
+    figure = attention_map_figure([("x", found)], layers=[2], token=(1, 4), scale="paper")
+    above, below = axes_with_images(figure)
     shown = above.images[0]
     values = np.asarray(shown.get_array())
     assert (values.min(), values.max()) == (0, 1)
@@ -125,7 +157,8 @@ def test_the_box_of_a_corner_token_stays_on_the_grid():
 
 def test_one_head_of_one_image():
     found = maps()
-    above, below = axes_with_images(attention_map_figure([("x", found)], layers=[3], heads=[2], image=1, token=(0, 0)))
+    figure = attention_map_figure([("x", found)], layers=[3], heads=[2], image=1, token=(0, 0), scale="paper")
+    above, below = axes_with_images(figure)
     expected = found.maps[3][1, 1].double().numpy()
     shown = np.asarray(above.images[0].get_array())
     assert np.allclose(shown, (expected - expected.min()) / (expected.max() - expected.min()))
@@ -165,6 +198,8 @@ def test_the_patterns_of_the_papers_example():
         for t in axes.texts
     ]
     assert "layers 1-3, 5" in texts
+    named = patterns_figure([Window(3)], (4, 4), numbers=[7])
+    assert "layer 7" in {text.get_text() for axes in named.axes for text in axes.texts}
     assert "layer 4" in texts
 
 
@@ -198,15 +233,15 @@ def test_a_run_keeps_its_colour():
 
 
 def test_what_cannot_be_drawn():
-    with pytest.raises(DitlabError, match="at least one run's maps, found none"):
+    with pytest.raises(DitlabError, match="the maps of at least one model, found none"):
         attention_map_figure([])
     with pytest.raises(DitlabError, match=r"one grid and noise level, found .* at 1 and .* at 2"):
         attention_map_figure([("x", maps()), ("y", maps(2.0))])
-    with pytest.raises(DitlabError, match="a layer that all runs have, found none"):
+    with pytest.raises(DitlabError, match="a layer that all models have, found none"):
         attention_map_figure([("x", maps(layers=(1,))), ("y", maps(layers=(2,)))])
-    with pytest.raises(DitlabError, match=r"expected a token from 0,0 to 5,5 .*found 6,0"):
+    with pytest.raises(DitlabError, match=r"expected a `token` from 0,0 to 5,5 .*found 6,0"):
         attention_map_figure([("x", maps())], token=(6, 0))
-    with pytest.raises(DitlabError, match="expected heads from 1 to 2, found 3"):
+    with pytest.raises(DitlabError, match="expected `heads` from 1 to 2, found 3"):
         attention_map_figure([("x", maps())], heads=[3])
     with pytest.raises(DitlabError, match="at least one layer, found none"):
         patterns_figure([], GRID)

@@ -11,21 +11,22 @@ import torch
 
 from ditlab.analyses.jacobian.comparison import (
     CAUTION,
-    MATRIX,
-    VECTORS,
     compare_jacobians,
+    comparison_key,
     differs,
     gap_sentence,
-    number,
+    measure_value,
 )
-from ditlab.analyses.jacobian.measure import JacobianConfig, measure_jacobian
+from ditlab.analyses.jacobian.config import JacobianConfig
+from ditlab.analyses.jacobian.measure import measure_jacobian
 from ditlab.analyses.jacobian.result import JacobianResult
+from ditlab.analyses.jacobian.tables import definitions, jacobian_tables
 from ditlab.diffusion.baselines import WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError
 from ditlab.provenance import Provenance
 
-CONFIG = JacobianConfig(images=(0, 2), levels=(0.2, 0.5), show=(0, 1, 5))
+CONFIG = JacobianConfig(images=(0, 2), sigmas=(0.2, 0.5), show=(0, 1, 5))
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +76,18 @@ def test_numbers_of_groups_are_those_of_their_points(wiener, half, images):
 def test_the_best_of_the_leading_vectors_and_its_control(wiener):
     point = wiener.points[0]
     nearest = point.by_vector["nearest_correlation"][:8]
-    assert number(point, "best nearest") == nearest.max()
-    assert number(point, "best others") == point.by_vector["others_correlation"][nearest.argmax()]
-    assert number(point, "best image") == point.by_vector["image_correlation"][:8].max()
+    assert measure_value(point, "best nearest") == nearest.max()
+    assert measure_value(point, "best others") == point.by_vector["others_correlation"][nearest.argmax()]
+    assert measure_value(point, "best image") == point.by_vector["image_correlation"][:8].max()
     without = replace(point, by_vector={})
-    assert [number(without, f"best {what}") for what in ("nearest", "others", "image")] == [None] * 3
+    assert [measure_value(without, f"best {what}") for what in ("nearest", "others", "image")] == [None] * 3
 
 
 def test_what_the_leading_vectors_are_like(wiener):
     point = wiener.points[0]
     for what in ("frequency", "participation", "edges"):
-        assert number(point, f"leading {what}") == pytest.approx(point.by_vector[what][:64].mean())
-    assert number(replace(point, by_vector={}), "leading edges") is None
+        assert measure_value(point, f"leading {what}") == pytest.approx(point.by_vector[what][:64].mean())
+    assert measure_value(replace(point, by_vector={}), "leading edges") is None
 
 
 def test_seeds_are_averaged(wiener, half, images):
@@ -123,7 +124,7 @@ def test_words_carry_r_hom_and_the_caution(wiener, half):
             assert any("trace" in line and "of 36 dimensions" in line for line in mine)
             assert any("Wiener denoiser of its training images" in line for line in mine)
     assert comparison.gaps()[0] == next(line for line in lines if "r_hom" in line)
-    assert sum("spectra lie" in line for line in lines) == 2
+    assert sum("normalized spectra" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize(("r_hom", "says"), [(1e-6, "the vectors describe"), (0.3, "do not describe"), (None, "zero")])
@@ -132,20 +133,31 @@ def test_what_r_hom_lets_be_said(r_hom, says):
 
 
 def test_tables(wiener, half):
-    headings, rows = compare_jacobians([wiener, half]).table(VECTORS)
-    assert headings[:3] == ["run", "N", "σ"]
-    assert headings[-2:] == ["r_hom", "r_lin"]
-    assert [row[:3] for row in rows] == [[name, "20", sigma] for name in ("wiener", "half") for sigma in ("0.2", "0.5")]
-    headings, rows = compare_jacobians([half]).table(MATRIX)
-    assert dict(zip(headings, rows[0], strict=True))["trace"] == "18"
+    comparison = compare_jacobians([wiener, half])
+    matrix, *vectors = jacobian_tables(comparison)
+    for table in (matrix, *vectors):
+        assert table.columns[:3] == ["model", "N", "σ"]
+        assert [row[:3] for row in table.texts] == [
+            [name, "20", sigma] for name in ("wiener", "half") for sigma in ("0.2", "0.5")
+        ]
+    assert [table.columns[-2:] for table in vectors] == [["r_hom", "r_lin"]] * 2
+    assert dict(zip(matrix.columns, matrix.texts[2], strict=True))["trace"] == "18"
+    # Each column that is shown is defined once, and nothing else is.
+    shown = list(dict.fromkeys(column for table in (matrix, *vectors) for column in table.columns[3:]))
+    assert sorted(line.split(":")[0] for line in definitions(comparison)) == sorted(shown)
+    assert "first 64" not in shown  # there are 36 vectors
 
 
 def test_what_top_leaves_out(images):
-    config = JacobianConfig(levels=(0.5,), top=4, show=(0, 1))
+    config = JacobianConfig(sigmas=(0.5,), top=4, show=(0, 1))
     result = measure_jacobian(WienerDenoiser(images[:20]), images[20:], config, about=facts("wiener"))
     comparison = compare_jacobians([result])
     assert "trace" not in comparison.measured
-    assert comparison.table(MATRIX)[0] == ["run", "N", "σ", "r_hom", "r_lin"][:3]
+    tables = jacobian_tables(comparison)
+    assert [table.caption.startswith("Jacobian of x0, 36 dimensions") for table in tables] == [True, True]
+    legend = " ".join(definitions(comparison))
+    assert not any(word in legend for word in ("trace", "50 %", "64", "8 leading", "nearest"))
+    assert "the 4 leading vectors" in legend
     lines = comparison.sentences()
     assert not any("trace" in line or "Wiener denoiser" in line for line in lines)
     assert any("r_hom" in line for line in lines)
@@ -170,13 +182,15 @@ def test_json(wiener, half):
         ({"decomposition": "eig-right"}, "different decomposition"),
         ({"noise_seed": 1}, "different noise_seed"),
         ({"images": (0, 1)}, "different images"),
-        ({"levels": (0.2, 0.6)}, "different noise levels (0.2, 0.5 and 0.2, 0.6)"),
+        ({"sigmas": (0.2, 0.6)}, "different noise levels (0.2, 0.5 and 0.2, 0.6)"),
     ],
 )
 def test_what_may_not_stand_side_by_side(half, images, change, says):
     config = replace(CONFIG, **change)
     other = measure_jacobian(halving(), images[20:], config, about=facts("other"))
     assert differs(half, half) is None
+    assert hash(tuple(comparison_key(half).items())) == hash(tuple(comparison_key(half).items()))
+    assert comparison_key(half) != comparison_key(other)
     with pytest.raises(DitlabError) as error:
         compare_jacobians([half, other])
     assert says in str(error.value)
@@ -185,7 +199,7 @@ def test_what_may_not_stand_side_by_side(half, images, change, says):
 
 def test_other_sides_and_names(half):
     trained = replace(half, about=replace(facts("train"), settings={"images_from": "train"}))
-    with pytest.raises(DitlabError, match="images \\(test and train\\)"):
+    with pytest.raises(DitlabError, match="pictures \\(test and train\\)"):
         compare_jacobians([half, trained])
     with pytest.raises(DitlabError, match="jacobian: 'half-20-0' and 'half-20-0' are both 'half' with N = 20"):
         compare_jacobians([half, replace(half, about=facts("half"))])
@@ -194,7 +208,7 @@ def test_other_sides_and_names(half):
 
 
 def test_levels_a_little_apart_are_alike_where_their_noise_is(images):
-    at = {sigma: measure_jacobian(halving(), images[20:], replace(CONFIG, levels=(sigma,)), about=facts(f"{sigma}"))
+    at = {sigma: measure_jacobian(halving(), images[20:], replace(CONFIG, sigmas=(sigma,)), about=facts(f"{sigma}"))
           for sigma in (0.3422, 0.3424, 0.5, 0.501)}  # fmt: skip
     assert differs(at[0.3422], at[0.3424]) is None  # both count as the default level
     assert differs(at[0.5], at[0.501]) == "noise levels (0.5 and 0.501)"

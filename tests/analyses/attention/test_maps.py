@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from ditlab.analyses.attention.comparison import compare_locality
+from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.attention.locality import (
     consistency,
     consistency_control,
@@ -20,14 +23,15 @@ from ditlab.analyses.attention.locality import (
     position_invariance,
 )
 from ditlab.analyses.attention.maps import (
-    AttentionConfig,
-    LocalityResult,
+    AttentionLayer,
     attention_layers,
     attention_maps,
-    measure_attention,
+    has_attention,
     noise_levels_of,
+    uniform_grid_layers,
 )
-from ditlab.analyses.attention.result import pattern_from_json, pattern_to_json
+from ditlab.analyses.attention.measure import measure_attention
+from ditlab.analyses.attention.result import LocalityResult, pattern_from_json, pattern_to_json
 from ditlab.diffusion.baselines import WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
@@ -37,6 +41,7 @@ from ditlab.metrics.denoising_errors import level_noise
 from ditlab.networks.dit import Block, DiT, DiTConfig
 from ditlab.nn.attention import SelfAttention, attention, capture_attention
 from ditlab.nn.patterns import Global, Partition, Window
+from ditlab.progress import Bar
 from ditlab.provenance import Provenance
 
 GRID, TOKENS = (4, 4), 16
@@ -75,6 +80,16 @@ class Own(nn.Module):
 
 def images(count: int = 4) -> torch.Tensor:
     return torch.rand(count, 3, 8, 8) * 2 - 1
+
+
+class Shows(Bar):
+    """Collects what a bar is told."""
+
+    def __init__(self, shown: list[tuple[int, int | None]]) -> None:
+        self.shown = shown
+
+    def __call__(self, done: int, total: int | None = None, **fields: Any) -> None:
+        self.shown.append((done, total))
 
 
 DENOISERS = {
@@ -132,7 +147,7 @@ def test_the_noise_is_that_of_the_other_analyses():
     denoiser = Denoiser.wrap(module, (3, 8, 8))
     attention_maps(denoiser, x0, 0.5, noise_seed=4)
     attention_maps(denoiser, x0[1:], 0.5, noise_seed=4, place=1)
-    measure_attention(denoiser, x0, AttentionConfig(images=3, levels=(0.5,), noise_seed=4, batch_size=2))
+    measure_attention(denoiser, x0, AttentionConfig(images=3, sigmas=(0.5,), noise_seed=4, batch_size=2))
     expected = x0 + 0.5 * level_noise(4, 0.5, range(3), [0] * 3, (3, 8, 8))
     for seen, part in zip(module.seen, (slice(0, 3), slice(1, 3), slice(0, 2), slice(2, 3)), strict=True):
         assert torch.equal(seen, expected[part])
@@ -155,10 +170,10 @@ def test_layers_and_places_count_as_the_paper_does():
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_numbers_are_those_of_the_maps(kind):
     denoiser, x0 = DENOISERS[kind](), images(5)
-    config = AttentionConfig(images=5, levels=(0.3, 2.0), batch_size=2)
-    progress = []
-    result = measure_attention(denoiser, x0, config, progress=lambda done, total: progress.append((done, total)))
-    assert progress == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+    config = AttentionConfig(images=5, sigmas=(0.3, 2.0), batch_size=2)
+    shown = []
+    result = measure_attention(denoiser, x0, config, bar=Shows(shown))
+    assert shown == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
     assert result.distance.shape == (2, len(result.layers), 2)
     for level, sigma in enumerate(result.levels):
         found = attention_maps(denoiser, x0, sigma)
@@ -191,7 +206,7 @@ def test_a_local_layer_stays_within_its_window():
 
 def test_labels_reach_the_network():
     denoiser = VPDenoiser(dit(classes=3), make_schedule("linear", 1000))
-    x0, config = images(), AttentionConfig(images=4, levels=(0.5,))
+    x0, config = images(), AttentionConfig(images=4, sigmas=(0.5,))
     zero, two = (measure_attention(denoiser, x0, config, labels=torch.full((4,), label)).distance for label in (0, 2))
     assert not np.allclose(zero, two)
     labelled = attention_maps(denoiser, x0[:1], 0.5, label=torch.tensor([2]))
@@ -221,7 +236,7 @@ def test_default_levels():
     other = VPDenoiser(dit(), make_schedule("cosine", 1000))
     assert noise_levels_of(other, AttentionConfig()) == pytest.approx(levels, rel=0.01)
     assert set(noise_levels_of(other, AttentionConfig())) <= set(make_schedule("cosine", 1000).sigmas.tolist())
-    assert noise_levels_of(vp, AttentionConfig(steps=(0, 999)))[0] == pytest.approx(0.01, rel=1e-2)
+    assert noise_levels_of(vp, AttentionConfig(timesteps=(0, 999)))[0] == pytest.approx(0.01, rel=1e-2)
 
 
 def result_of(label: str, n: int, seed: int, distance: float, **changes) -> LocalityResult:
@@ -232,7 +247,7 @@ def result_of(label: str, n: int, seed: int, distance: float, **changes) -> Loca
 
 @cache
 def measured() -> LocalityResult:
-    return measure_attention(DENOISERS["DiT-VP"](), images(2), AttentionConfig(images=2, levels=(0.5,)))
+    return measure_attention(DENOISERS["DiT-VP"](), images(2), AttentionConfig(images=2, sigmas=(0.5,)))
 
 
 def test_results_come_back_from_their_files(tmp_path):
@@ -248,6 +263,28 @@ def test_results_come_back_from_their_files(tmp_path):
     assert alone.by_image is None
     assert (alone.about, alone.config, alone.patterns) == (result.about, result.config, result.patterns)
     assert json.loads(path.read_text())["pattern_distance"] == result.pattern_distance.tolist()
+
+
+def test_keys_of_files_are_those_of_before(tmp_path):
+    result = measure_attention(DENOISERS["own"](), images(2), AttentionConfig(images=2, sigmas=(0.5,)))
+    record = json.loads(result.save(tmp_path).read_text())
+    assert record["config"] == {
+        "images": 2, "levels": [0.5], "steps": None, "layers": [], "noise_seed": 0, "batch_size": 4,
+    }  # fmt: skip
+
+
+RECORDED = sorted((Path(__file__).parents[3] / "results").rglob("attention.json"))
+
+
+def test_results_of_earlier_versions_are_read():
+    assert len(RECORDED) > 20
+    for path in RECORDED:
+        result = LocalityResult.load(path)
+        again, record = result.to_json(), json.loads(path.read_text())
+        assert again.keys() == record.keys()
+        assert {**again["about"], "weights": ""} == {"weights": "", **record["about"]}
+        for name in ("config", "levels", "timesteps", "layers", "heads", "grid", "patterns", "values", "by_layer"):
+            assert json.loads(json.dumps(again[name])) == record[name], (path, name)
 
 
 @pytest.mark.parametrize("pattern", [Global(), Window(5), Window(3, "shift"), Partition(4)], ids=lambda p: p.name)
@@ -344,6 +381,14 @@ class Two(nn.Module):
         self.layers = nn.ModuleList([SelfAttention(12, 2, GRID), SelfAttention(12, 2, (2, 2))])
 
 
+class OneToken(nn.Module):
+    """One layer over a single token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = SelfAttention(12, 2, (1, 1))
+
+
 REFUSED = {
     "a plain function": (
         lambda: Denoiser.wrap(lambda y, sigma, label: y, (3, 8, 8)),
@@ -355,18 +400,42 @@ REFUSED = {
     "two grids": (
         lambda: Denoiser.wrap(Two(), (3, 8, 8)),
         {},
-        "found 4x4 tokens with 2 heads in layer 1 and 2x2 tokens with 2 heads in layer 2",
+        "found 4x4 tokens with 2 heads in layer 1 and 2x2 tokens with 2 heads in layer 2; layers 1 are alike",
     ),
-    "a layer too high": (DENOISERS["DiT-VP"], {"layers": (4,)}, "expected layers from 1 to 3, found 4"),
-    "a step too high": (DENOISERS["DiT-VP"], {"steps": (1000,)}, "expected steps from 0 to 999, found 1000"),
-    "steps of a range": (DENOISERS["DiT-EDM"], {"steps": (3,)}, "this denoiser has no numbered steps"),
-    "a level too high": (DENOISERS["DiT-VP"], {"levels": (1e4,)}, "expected a noise level sigma from"),
+    "a single token": (
+        lambda: Denoiser.wrap(OneToken(), (3, 8, 8)),
+        {},
+        "expected layers with at least 2 tokens, found 1x1 tokens",
+    ),
+    "a layer too high": (DENOISERS["DiT-VP"], {"layers": (4,)}, "expected `layers` from 1 to 3, found 4"),
+    "a step too high": (DENOISERS["DiT-VP"], {"timesteps": (1000,)}, "expected steps from 0 to 999, found 1000"),
+    "steps of a range": (DENOISERS["DiT-EDM"], {"timesteps": (3,)}, "this denoiser has no numbered steps"),
+    "a level too high": (DENOISERS["DiT-VP"], {"sigmas": (1e4,)}, "expected a noise level sigma from"),
     "a layer twice": (
         lambda: Denoiser.wrap(Own().requires_grad_(False).again, (3, 8, 8)),
         {},
         "expected layer 1 to run once in a pass, found it running again",
     ),
 }
+
+
+def layers_over(*grids: tuple[int, int]) -> list[AttentionLayer]:
+    return [AttentionLayer(number, Global(), 2, grid, 0) for number, grid in enumerate(grids, 1)]
+
+
+def test_the_largest_group_of_layers_that_are_alike():
+    assert uniform_grid_layers(layers_over((4, 4), (4, 4))) == ()
+    assert uniform_grid_layers(layers_over((4, 4), (2, 2), (2, 2))) == (2, 3)
+    assert uniform_grid_layers(layers_over((2, 2), (4, 4))) == (2,)
+    # Layers of a single token have nothing to show, however many there are.
+    assert uniform_grid_layers(layers_over((1, 1), (1, 1), (2, 2))) == (3,)
+
+
+def test_which_denoisers_have_attention():
+    assert has_attention(DENOISERS["own"]())
+    assert not has_attention(Denoiser.wrap(lambda y, sigma, label: y, (3, 8, 8)))
+    assert not has_attention(Denoiser.wrap(Plain(), (3, 8, 8)))
+    assert not has_attention(Denoiser.wrap(OneToken(), (3, 8, 8)))
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -379,13 +448,13 @@ def test_what_cannot_be_measured(what):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"images": 1}, "images must be at least 2, found 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"images": 1}, "`images` must be at least 2, found 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"layers": (0,)}, "counted from 1, found .0."),
-        ({"layers": (2, 2)}, "different layers"),
-        ({"steps": (5, 3)}, "ascending steps"),
-        ({"steps": (5,), "levels": (0.5,)}, "expected levels or steps, found both"),
-        ({"levels": (-0.5,)}, "noise levels must be positive"),
+        ({"layers": (2, 2)}, "`layers` must be different"),
+        ({"timesteps": (5, 3)}, "`timesteps` must be ascending"),
+        ({"timesteps": (5,), "sigmas": (0.5,)}, "expected `sigmas` or `timesteps`, found both"),
+        ({"sigmas": (-0.5,)}, "`sigmas` must be positive"),
     ],
 )
 def test_settings_that_make_no_sense(settings, says):
@@ -399,9 +468,9 @@ def test_images_and_weights_that_cannot_be_used():
         measure_attention(denoiser, images(1))
     with pytest.raises(DitlabError, match=r"takes images .3, 8, 8., found images .3, 4, 4."):
         attention_maps(denoiser, torch.zeros(2, 3, 4, 4), 0.5)
-    with pytest.raises(DitlabError, match=r"expected a token from 0,0 to 3,3 .row,column., found 4,0"):
+    with pytest.raises(DitlabError, match=r"expected a `token` from 0,0 to 3,3 .row,column., found 4,0"):
         attention_maps(denoiser, images(1), 0.5).token((4, 0), 1)
-    with pytest.raises(DitlabError, match="expected heads from 1 to 2, found 3"):
+    with pytest.raises(DitlabError, match="expected `heads` from 1 to 2, found 3"):
         attention_maps(denoiser, images(1), 0.5).of(1, head=3)
     with pytest.raises(DitlabError, match=r"expected a layer of \[1, 2, 3\], found 4"):
         attention_maps(denoiser, images(1), 0.5).of(4)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ditlab.analyses.jacobian import measure as jacobian
-from ditlab.analyses.jacobian.measure import BY_VECTOR, NUMBERS, JacobianConfig, JacobianResult, jacobian_levels
+from ditlab.analyses.jacobian.config import JacobianConfig
+from ditlab.analyses.jacobian.measure import BY_VECTOR, NUMBERS, jacobian_levels
 from ditlab.analyses.jacobian.measure import measure_jacobian as measure
+from ditlab.analyses.jacobian.result import JacobianResult
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.network_denoisers import BlindDenoiser, VPDenoiser
@@ -55,7 +57,7 @@ def blind() -> BlindDenoiser:
 def test_what_a_result_holds(denoiser):
     images, train, seen = draw(4), draw(30, "train"), []
     config = JacobianConfig(
-        images=(3, 1), levels=(0.2, 0.5), show=(0, 5, 71, 99), pixels=((0, 0), (2, 5)), noise_seed=7
+        images=(3, 1), sigmas=(0.2, 0.5), show=(0, 5, 71, 99), pixels=((0, 0), (2, 5)), noise_seed=7
     )
     result = measure(denoiser, images, config, train=train, progress=lambda *at: seen.append(at))
     assert [(p.image, p.sigma) for p in result.points] == [(3, 0.2), (3, 0.5), (1, 0.2), (1, 0.5)]
@@ -124,7 +126,7 @@ def test_leading_values_alone_equal_the_whole(denoiser, decomposition):
 def test_wiener_beside_itself():
     train = draw(200, "train")
     wiener = WienerDenoiser(train)
-    point = measure(wiener, draw(2), JacobianConfig(levels=(0.3,), pixels=((1, 2),)), train=train).points[0]
+    point = measure(wiener, draw(2), JacobianConfig(sigmas=(0.3,), pixels=((1, 2),)), train=train).points[0]
     shrinkage = (wiener.variances / (wiener.variances + 0.3**2)).numpy()
     np.testing.assert_allclose(point.values, shrinkage, atol=1e-6)
     assert point.numbers["trace"] == pytest.approx(shrinkage.sum(), rel=1e-6)
@@ -142,7 +144,7 @@ def test_steins_estimate_is_unbiased():
     train, found = draw(200, "train"), []
     wiener = WienerDenoiser(train)
     for seed in range(60):
-        numbers = measure(wiener, train, JacobianConfig(levels=(0.4,), noise_seed=seed)).points[0].numbers
+        numbers = measure(wiener, train, JacobianConfig(sigmas=(0.4,), noise_seed=seed)).points[0].numbers
         found.append((numbers["mse"], numbers["sure"]))
     errors, estimates = np.array(found).T
     spread = (errors - estimates).std() / 60**0.5
@@ -153,7 +155,7 @@ def test_steins_estimate_is_unbiased():
 def test_the_vectors_of_empirical_bayes_draw_training_images():
     train = draw(2, "train")
     point = measure(
-        EmpiricalBayesDenoiser(train), train, JacobianConfig(levels=(5.0,), decomposition="eigh", top=1, show=(0,)),
+        EmpiricalBayesDenoiser(train), train, JacobianConfig(sigmas=(5.0,), decomposition="eigh", top=1, show=(0,)),
         train=train,
     ).points[0]  # fmt: skip
     # Of two images the covariance has one direction, their difference.
@@ -177,7 +179,7 @@ def test_the_nearest_training_image_is_another_one(denoiser):
 
 @pytest.mark.parametrize("target", ["x0", "eps", "I-eps"])
 def test_a_bias_free_network_is_homogeneous_about_its_origin(blind, target):
-    point = measure(blind, draw(1), JacobianConfig(levels=(0.3,), target=target)).points[0]
+    point = measure(blind, draw(1), JacobianConfig(sigmas=(0.3,), target=target)).points[0]
     assert point.numbers["r_hom"] < 1e-4
     assert 1e-6 < point.numbers["r_lin"] < 0.5  # it is not linear
     assert ("sure" in point.numbers) == (target == "x0")
@@ -211,7 +213,7 @@ def test_default_levels_are_those_of_step_100(denoiser):
     sigma = float(make_schedule("linear", 1000).sigmas[100])
     assert jacobian_levels(denoiser, JacobianConfig()) == (sigma,)
     assert measure(denoiser, draw(1)).points[0].timestep == 100
-    assert measure(denoiser, draw(1), JacobianConfig(steps=(250,))).points[0].timestep == 250
+    assert measure(denoiser, draw(1), JacobianConfig(timesteps=(250,))).points[0].timestep == 250
     wiener = WienerDenoiser(draw(5))
     assert jacobian_levels(wiener, JacobianConfig()) == (sigma,)
     assert measure(wiener, draw(1)).points[0].timestep is None
@@ -233,12 +235,12 @@ def test_a_random_denoiser_is_refused():
     random = Denoiser.wrap(lambda y, sigma, label: network(y), SHAPE)
     for settings in ({}, {"top": 3}, {"target": "eps"}):
         with pytest.raises(DitlabError, match=r"found one that is random \(dropout"):
-            measure(random, draw(1), JacobianConfig(levels=(0.3,), **settings))
+            measure(random, draw(1), JacobianConfig(sigmas=(0.3,), **settings))
     network.eval()
-    assert measure(random, draw(1), JacobianConfig(levels=(0.3,))).points[0].numbers["r_lin"] < 1e-5
+    assert measure(random, draw(1), JacobianConfig(sigmas=(0.3,))).points[0].numbers["r_lin"] < 1e-5
 
 
-def test_labels_are_told():
+def test_the_denoiser_gets_the_label():
     network = DiT(DiTConfig(image_size=(6, 6), channels=2, width=16, depth=1, heads=2, num_classes=2)).eval()
     with torch.no_grad():
         for value in network.parameters():
@@ -255,7 +257,7 @@ def test_labels_are_told():
 def test_a_result_comes_back_from_disk(denoiser, tmp_path, decomposition):
     about = Provenance("run", label="global", n=30, settings={"space": "pixels"})
     config = JacobianConfig(
-        images=(1, 0), levels=(0.2, 0.5), decomposition=decomposition, pixels=((0, 1),), show=(0, 3)
+        images=(1, 0), sigmas=(0.2, 0.5), decomposition=decomposition, pixels=((0, 1),), show=(0, 3)
     )
     result = measure(denoiser, draw(2), config, train=draw(5, "train"), about=about)
     path = result.save(tmp_path)
@@ -292,7 +294,7 @@ def test_damaged_files_are_refused(denoiser, tmp_path):
         ({**record, "version": 99}, "expected version"),
         ({key: value for key, value in record.items() if key != "points"}, "a field is missing"),
         ({**record, "config": {**record["config"], "unknown": 1}}, "missing or unknown"),
-        ({**record, "config": {**record["config"], "top": -1}}, "top of at least 0"),
+        ({**record, "config": {**record["config"], "top": -1}}, "`top` must be at least 0, found -1"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(DitlabError, match=words):
@@ -306,18 +308,18 @@ def test_damaged_files_are_refused(denoiser, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"levels": (0.2,), "steps": (3,)}, "found both"),
-        ({"levels": (0.2, 0.1)}, "jacobian: noise levels must be ascending"),
-        ({"levels": ()}, "jacobian: noise levels must be positive"),
-        ({"steps": (5, 5)}, "ascending steps"),
-        ({"images": ()}, "jacobian images"),
-        ({"images": (1, 1)}, "jacobian images"),
-        ({"show": (-1,)}, "jacobian show"),
-        ({"pixels": ((0, -1),)}, "jacobian pixels"),
-        ({"top": -1}, "top of at least 0"),
-        ({"chunk": 0}, "chunk of at least 1"),
-        ({"step_size": 0.0}, "step_size above 0"),
-        ({"step_size": float("nan")}, "step_size above 0"),
+        ({"sigmas": (0.2,), "timesteps": (3,)}, "found both"),
+        ({"sigmas": (0.2, 0.1)}, "jacobian: `sigmas` must be ascending"),
+        ({"sigmas": ()}, "jacobian: `sigmas` must be positive"),
+        ({"timesteps": (5, 5)}, "`timesteps` must be ascending"),
+        ({"images": ()}, "jacobian: `images`"),
+        ({"images": (1, 1)}, "jacobian: `images`"),
+        ({"show": (-1,)}, "jacobian: `show`"),
+        ({"pixels": ((0, -1),)}, "jacobian: `pixels`"),
+        ({"top": -1}, "`top` must be at least 0"),
+        ({"chunk": 0}, "`chunk` must be at least 1"),
+        ({"step_size": 0.0}, "`step_size` must be above 0"),
+        ({"step_size": float("nan")}, "`step_size` must be above 0"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings, words):
@@ -329,20 +331,20 @@ def test_settings_without_meaning_are_refused(settings, words):
 def test_unknown_names_are_refused(name):
     config = JacobianConfig()
     object.__setattr__(config, name, "both")  # past the type checks that run in tests
-    with pytest.raises(DitlabError, match=f"unknown jacobian {name} 'both'"):
+    with pytest.raises(DitlabError, match=f"unknown jacobian `{name}` 'both'"):
         config.__post_init__()
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"images": (0, 4)}, "expected places from 0 to 3, found 4"),
-        ({"pixels": ((6, 0),)}, "rows below 6 and columns below 6, found 6,0"),
-        ({"steps": (1000,)}, "expected steps from 0 to 999"),
-        ({"levels": (1e6,)}, "expected a noise level"),
-        ({"top": 71}, "expected 1 to 70 leading vectors of a matrix of 72 x 72"),
-        ({"show": (72,)}, "expected vectors below 72"),
-        ({"top": 4, "show": (4,)}, "expected vectors below 4"),
+        ({"images": (0, 4)}, "`images` must be places from 0 to 3, found 4"),
+        ({"pixels": ((6, 0),)}, "`pixels` must be rows below 6 and columns below 6, found 6,0"),
+        ({"timesteps": (1000,)}, "expected steps from 0 to 999"),
+        ({"sigmas": (1e6,)}, "expected a noise level"),
+        ({"top": 71}, "`top` must be 1 to 70 for a matrix of 72 x 72"),
+        ({"show": (72,)}, "`show` must have a vector below 72"),
+        ({"top": 4, "show": (4,)}, "`show` must have a vector below 4"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_any_work(denoiser, monkeypatch, settings, words):
@@ -353,7 +355,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(denoiser, monkeypa
 
 def test_a_matrix_that_would_not_fit_is_refused_before_any_work(denoiser, monkeypatch):
     monkeypatch.setattr(jacobian, "available_memory", lambda: 1000)
-    with pytest.raises(DitlabError, match=r"the whole matrix of 72 x 72 .* --top K"):
+    with pytest.raises(DitlabError, match=r"the whole matrix of 72 x 72 .* `top` computes"):
         measure(denoiser, draw(1))
     assert len(measure(denoiser, draw(1), JacobianConfig(top=3)).points[0].values) == 3
 
@@ -371,4 +373,4 @@ def test_weights_that_are_not_finite_are_refused():
         next(network.parameters()).fill_(torch.inf)
     for top in (0, 3):
         with pytest.raises(DitlabError, match="is not finite"):
-            measure(BlindDenoiser(network, LevelRange(0.0, 2.0)), draw(1), JacobianConfig(levels=(0.3,), top=top))
+            measure(BlindDenoiser(network, LevelRange(0.0, 2.0)), draw(1), JacobianConfig(sigmas=(0.3,), top=top))

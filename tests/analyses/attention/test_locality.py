@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ditlab.analyses.attention.locality import (
-    Agreement,
+    MapConsistency,
     consistency,
     consistency_control,
     entropies,
@@ -122,9 +122,9 @@ def test_consistency_is_the_mean_cosine_of_pairs():
 
 def test_the_control_is_the_mean_cosine_with_permuted_rows():
     maps = random_maps(4, 2)
-    agreement = Agreement(7)
-    agreement.add(maps)
-    order = agreement._permutation(maps)
+    similarity = MapConsistency(7)
+    similarity.add(maps)
+    order = similarity._permutation(maps)
     assert sorted(order.tolist()) == list(range(TOKENS))
     assert (order != torch.arange(TOKENS)).all()
     flat, moved = maps.flatten(-2), maps[..., order, :].flatten(-2)
@@ -141,9 +141,9 @@ def test_the_control_falls_only_where_maps_depend_on_the_query():
     assert float(consistency_control(constant)) == pytest.approx(float(consistency(constant)), abs=1e-5)
 
 
-def test_agreement_batch_by_batch():
+def test_consistency_batch_by_batch():
     maps = random_maps(5, 2)
-    whole, parts = Agreement(), Agreement()
+    whole, parts = MapConsistency(), MapConsistency()
     whole.add(maps)
     for part in maps.split([1, 3, 1]):
         parts.add(part)

@@ -303,7 +303,7 @@ def test_a_device_without_room_is_said():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     for mode in ("forward", "reverse", "auto"):
-        with pytest.raises(DitlabError, match=r"memory of cpu does not hold .* smaller --chunk"):
+        with pytest.raises(DitlabError, match=r"memory of cpu does not hold .* smaller `chunk`"):
             JacobianOperator(Denoiser.wrap(full, SHAPE), draw(1, *SHAPE), SIGMA).matrix(mode=mode)
 
 

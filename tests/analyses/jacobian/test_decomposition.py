@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ditlab.analyses.jacobian.decomposition import (
-    Decomposed,
+    Decomposition,
     check_memory,
     decompose,
     decompose_top,
@@ -39,8 +39,8 @@ def operator_of(matrix: np.ndarray, dtype: torch.dtype = torch.float64) -> Jacob
     return JacobianOperator(denoiser, torch.zeros(1, *SHAPE, dtype=dtype), 0.5)
 
 
-def check_form(found: Decomposed, kind: str) -> None:
-    """Order, length and sign, as `Decomposed` promises them."""
+def check_form(found: Decomposition, kind: str) -> None:
+    """Order, length and sign, as `Decomposition` promises them."""
     moduli = found.values if kind not in COMPLEX else np.abs(found.values)
     assert (np.diff(moduli) <= 1e-9).all()
     assert found.values.dtype == (np.complex128 if kind in COMPLEX else np.float64)
@@ -194,18 +194,18 @@ def test_what_does_not_converge_is_said(monkeypatch):
         raise linalg.ArpackNoConvergence("no", np.ones(3), np.ones((SIZE, 3)))
 
     monkeypatch.setattr(linalg, "eigsh", stop)
-    with pytest.raises(DitlabError, match="3 of 8 leading values converged"):
+    with pytest.raises(DitlabError, match="3 of the 8 leading values converged"):
         decompose_top(operator_of(known()), "eigh", 8)
 
 
 @pytest.mark.parametrize("count", [0, -1, SIZE - 1, SIZE, 10 * SIZE])
 def test_more_than_there_are_is_refused(count):
-    with pytest.raises(DitlabError, match="expected 1 to 48 leading vectors"):
+    with pytest.raises(DitlabError, match="`top` must be 1 to 48 for a matrix"):
         decompose_top(operator_of(known()), "svd", count)
 
 
 def test_a_matrix_that_would_not_fit_is_refused():
-    with pytest.raises(DitlabError, match=r"12288 x 12288 \(604 MB\).*need about 11.5 GB.*found 4.0 GB; --top"):
+    with pytest.raises(DitlabError, match=r"12288 x 12288 \(604 MB\).*need about 11.5 GB.*found 4.0 GB; `top`"):
         check_memory(12288, 4, "svd", 4 * 10**9)
     check_memory(12288, 4, "svd", 12 * 10**9)
     check_memory(12288, 4, "svd", None)
@@ -228,7 +228,7 @@ def test_a_rank_that_is_lower_than_what_is_asked_for(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_has_no_leading_values_is_said(kind):
-    with pytest.raises(DitlabError, match="no leading values were found"):
+    with pytest.raises(DitlabError, match="no leading values converged"):
         decompose_top(operator_of(np.zeros((SIZE, SIZE))), kind, 4)
     root = Denoiser.wrap(lambda y, s, label: (y - y.detach()).abs().sqrt(), SHAPE)
     operator = JacobianOperator(root, torch.zeros(1, *SHAPE), 0.5)

@@ -1,0 +1,170 @@
+"""Which models, and which image, the pictures of attention show: figures of maps and token pickers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ditlab.analyses.attention.maps import AttentionMaps, attention_maps
+from ditlab.analyses.attention.measure import images_of
+from ditlab.analyses.attention.result import LocalityResult
+from ditlab.models.comparing import ModelSet, OpenedModel
+
+if TYPE_CHECKING:
+    from ditlab.analyses.attention.config import AttentionOptions
+
+__all__ = [
+    "AttentionEntry",
+    "MapRow",
+    "Samples",
+    "ShownImage",
+    "group_entries",
+    "page_image",
+    "page_rows",
+    "picture_of",
+    "verb_rows",
+]
+
+MAX_ROWS = 4
+"""Models in the figure of maps on a page, at most."""
+
+Samples = Mapping[str, tuple[Tensor, Tensor | None]]
+"""Name of a model -> samples that may be shown, float32 [N, C, H, W], and their classes, int64 [N], or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEntry:
+    """A model and its result; the weights are loaded when they are first needed."""
+
+    models: ModelSet
+    place: int
+    """Of the model among `models`."""
+    result: LocalityResult
+
+    @cached_property
+    def opened(self) -> OpenedModel:
+        """The model with its weights."""
+        return self.models.open_one(self.place)
+
+    @property
+    def label(self) -> str:
+        """The kind of model."""
+        return self.result.about.group
+
+    def maps(self, image: ShownImage, sigma: float, layers: Sequence[int]) -> AttentionMaps:
+        """Returns the maps of the model on an image."""
+        return attention_maps(
+            self.opened.denoiser,
+            image.pixels,
+            sigma,
+            layers=layers,
+            noise_seed=self.result.config.noise_seed,
+            place=image.place,
+            label=image.label_for(self.opened),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ShownImage:
+    """The image on which attention is shown."""
+
+    pixels: Tensor
+    """float32 [1, C, H, W], as denoisers see it."""
+    title: str
+    """What it is, for a reader."""
+    classes: Tensor | None
+    """Its class, int64 [1], if known."""
+    held_out: bool = False
+    """Whether it is the first held-out image, which each model gives its own class."""
+    place: int = 0
+    """Its place among the images, on which its noise depends."""
+
+    def label_for(self, opened: OpenedModel) -> Tensor | None:
+        """Returns the class for a model, int64 [1]; None if it takes none, or the image has none."""
+        if not opened.denoiser.num_classes:
+            return None
+        return opened.model.batch("test", 1)[1] if self.held_out else self.classes
+
+
+@dataclass(frozen=True, eq=False)
+class MapRow:
+    """A row of the figure of maps."""
+
+    name: str
+    entry: AttentionEntry
+    image: ShownImage
+
+
+def page_image(entry: AttentionEntry, samples: Samples | None, drawn_by: str = "") -> ShownImage | None:
+    """Returns the image on which a page shows attention.
+
+    Args:
+        entry: the first of the models that are shown on it.
+        samples: samples that may be shown, where no real image may; None takes the first held-out image.
+        drawn_by: the model that drew the samples, if it is not the entry's.
+
+    Returns:
+        None if real images may not be shown and there is no sample.
+    """
+    if samples is None:
+        return ShownImage(entry.opened.model.batch("test", 1)[0], "the first held-out image", None, held_out=True)
+    name = entry.result.about.name
+    if name not in samples or not len(samples[name][0]):
+        return None
+    images, classes = samples[name]
+    title = f"a sample drawn by {drawn_by or name}"
+    return ShownImage(images[:1], title, None if classes is None else classes[:1])
+
+
+def group_entries(entries: Sequence[AttentionEntry]) -> list[list[AttentionEntry]]:
+    """Returns, for each N, grid and set of noise levels, a model of each label, all of the seed that comes first."""
+    groups: dict[tuple[object, ...], dict[str, AttentionEntry]] = {}
+    for entry in entries:
+        about, result = entry.result.about, entry.result
+        levels = tuple(f"{sigma:.5g}" for sigma in result.levels)
+        members = groups.setdefault((about.n, result.grid, levels), {})
+        if all(other.result.about.seed == about.seed for other in members.values()):
+            members.setdefault(entry.label, entry)
+    return [list(members.values()) for members in groups.values()]
+
+
+def page_rows(entries: Sequence[AttentionEntry], samples: Samples | None) -> list[MapRow]:
+    """Returns the rows of a page's figure of maps: at most `MAX_ROWS` models, each on the image of its token picker."""
+    groups = group_entries(entries)
+    rows: list[MapRow] = []
+    for members in groups:
+        if len(rows) >= MAX_ROWS:
+            break
+        image = page_image(members[0], samples)
+        if image is not None:
+            rows += [MapRow(_row_name(entry, several=len(groups) > 1), entry, image) for entry in members]
+    return rows[:MAX_ROWS]
+
+
+def verb_rows(entries: Sequence[AttentionEntry], options: AttentionOptions) -> list[MapRow]:
+    """Returns a row for each kind and N, each on the image of the options; of several seeds the first is shown."""
+    several = len({entry.result.about.n for entry in entries}) > 1
+    first: dict[str, AttentionEntry] = {}
+    for entry in entries:
+        first.setdefault(_row_name(entry, several=several), entry)
+    rows = []
+    for name, entry in first.items():
+        pixels, classes = images_of(entry.opened, options.images_from, range(options.image, options.image + 1))
+        rows.append(MapRow(name, entry, ShownImage(pixels, name, classes, place=options.image)))
+    return rows
+
+
+def _row_name(entry: AttentionEntry, *, several: bool) -> str:
+    """Returns the label, with N if there are several."""
+    return f"{entry.label}, N = {entry.result.about.n}" if several else entry.label
+
+
+def picture_of(rows: Sequence[MapRow]) -> np.ndarray | None:
+    """Returns the image of all rows, uint8 [C, H, W]; None if they differ, as those of several seeds do."""
+    pictures = [row.entry.opened.model.decode(row.image.pixels)[0] for row in rows]
+    return pictures[0] if all(np.array_equal(picture, pictures[0]) for picture in pictures) else None

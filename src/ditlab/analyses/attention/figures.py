@@ -1,0 +1,473 @@
+"""Figures of attention: maps and patterns (An et al. 2410.21273, Figs. 4 and 5), and curves of locality.
+
+Colours of maps have two scales. "uniform": the weight relative to uniform attention, on one logarithmic scale for all
+maps, from a quarter of the uniform weight 1/T to a quarter of all attention; the token picker of a page has the same
+scale. "paper": each map linearly from its own least to its own largest weight, cut off at 0.1 so that faint weights can
+be seen, as in the paper. Under the second a map of nearly uniform attention is bright throughout.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ditlab.analyses.attention.comparison import LocalityComparison, LocalityGroup, compare_locality
+from ditlab.analyses.attention.config import MapScale
+from ditlab.analyses.attention.maps import AttentionMaps, check_token
+from ditlab.analyses.attention.result import LocalityResult, Quantity
+from ditlab.errors import DitlabError
+from ditlab.nn.patterns import Grid, Pattern
+from ditlab.pages.theme import LIGHT, Slots, Theme, assign, canvas
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["attention_map_figure", "layers_shown", "locality_by_n", "locality_curves", "patterns_figure"]
+
+_PAPER_CLIP = 0.1
+"""Normalized weight at which the colours of a map end (An et al. Fig. 4)."""
+_COLOURS = "viridis"
+_MARK = "#ff3b30"
+"""Boxes over maps: visible on all colours of the map and in both themes."""
+_ALLOWED = (0, (4, 2))
+_UNIFORM = (0, (1, 2))
+"""Lines of uniform attention: dashed within a layer's pattern, dotted over the whole grid."""
+
+
+def attention_map_figure(
+    runs: Sequence[tuple[str, AttentionMaps]],
+    *,
+    layers: Sequence[int] | None = None,
+    token: tuple[int, int] | None = None,
+    heads: Sequence[int] = (),
+    image: int = 0,
+    picture: np.ndarray | None = None,
+    scale: MapScale = "uniform",
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draws attention maps layer by layer, and under each the attention of one token (An et al. Fig. 4).
+
+    Two rows for each model (and head): the maps, queries downwards and keys to the right, with an inset that enlarges
+    the three middle rows of the grid; and the token's row of each map as a picture of the grid, with a box around the
+    token's 3 x 3 neighbourhood.
+
+    Args:
+        runs: (label, maps) pairs at one noise level, over the same grid.
+        layers: which, from 1; all that every model has if None.
+        token: (row, column) from 0; the middle of the grid if None.
+        heads: which heads, from 1, a pair of rows each; the mean over heads if none is named.
+        image: which of the maps' images.
+        picture: that image, uint8 [C, H, W], drawn beside the token's rows; None for no picture.
+        scale: of the colours, see the module.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no model, several noise levels or grids, a layer, head, image or token that does not exist.
+    """
+    grid, layers = _common(runs, layers)
+    token = (grid[0] // 2, grid[1] // 2) if token is None else token
+    check_token(token, grid)
+    lines = [(label, maps, head) for label, maps in runs for head in (heads or (None,))]
+    wide, tall, side = 0.95, 1.0, 1.62
+    with canvas(wide + side * len(layers) + 1.0, (2 * side + tall * 0.25) * len(lines) + 0.75, theme) as figure:
+        axes = figure.subplots(
+            2 * len(lines), 1 + len(layers), squeeze=False, width_ratios=[wide / side, *[1.0] * len(layers)]
+        )
+        shown = None
+        for line, (label, maps, head) in enumerate(lines):
+            above, below = axes[2 * line], axes[2 * line + 1]
+            _caption(above[0], label, head, theme)
+            _draw_picture(below[0], picture, grid, token)
+            for column, layer in enumerate(layers, 1):
+                weights = maps.of(layer, image, head)
+                shown = _draw_map(above[column], weights, grid, scale, theme)
+                if line == 0:
+                    above[column].set_title(f"layer {layer}", loc="center", fontsize=10, pad=14)
+                above[column].annotate(
+                    maps.patterns[layer].name, (0.5, 1.0), (0, 3), "axes fraction", "offset points",
+                    ha="center", va="bottom", fontsize=7.5, color=theme.muted,
+                )  # fmt: skip
+                _draw_token(below[column], maps.token(token, layer, image, head).numpy(), token, scale, theme)
+        assert shown is not None  # _common has refused an empty figure
+        _draw_bar(figure, shown, list(axes[:, -1]), min(0.8, 1.6 / len(lines)), scale, theme)
+        below = f"below each map, the attention of the token in row {token[0]}, column {token[1]}"
+        title = f"Attention at noise level σ = {runs[0][1].sigma:.3g}; {below}"
+        # Broken by hand, for a figure of one or two layers is narrower than the sentence.
+        title = "\n".join(textwrap.wrap(title, int(13 * figure.get_figwidth())))
+        figure.suptitle(title, fontsize=9.5, fontweight="bold", color=theme.ink, x=0.01, ha="left")
+    return figure
+
+
+def layers_shown(layers: Sequence[int], at_most: int = 6) -> list[int]:
+    """Returns at most so many layers, evenly spaced, with the last: 2, 4, ..., 12 of 12, as in the paper."""
+    every = max(1, -(-len(layers) // at_most))
+    return list(layers[::-1][::every])[::-1]
+
+
+def _common(runs: Sequence[tuple[str, AttentionMaps]], layers: Sequence[int] | None) -> tuple[Grid, list[int]]:
+    """Returns the grid and the layers of all models."""
+    if not runs:
+        raise DitlabError("attention figure: expected the maps of at least one model, found none")
+    first = runs[0][1]
+    for label, maps in runs[1:]:
+        if maps.grid != first.grid or abs(maps.sigma / first.sigma - 1) > 1e-2:
+            raise DitlabError(
+                f"attention figure: expected maps over one grid and noise level, found {first.grid} at "
+                f"{first.sigma:.4g} and {maps.grid} at {maps.sigma:.4g} ('{label}')"
+            )
+    chosen = list(layers) if layers else sorted(set.intersection(*({*maps.maps} for _, maps in runs)))
+    if not chosen:
+        raise DitlabError("attention figure: expected a layer that all models have, found none")
+    return first.grid, chosen
+
+
+def _bare(axes: Axes, theme: Theme) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=theme.muted, linewidth=0.6)
+
+
+def _caption(axes: Axes, label: str, head: int | None, theme: Theme) -> None:
+    axes.axis("off")
+    axes.text(
+        0.0, 0.5, "\n".join(textwrap.wrap(label, 13)), transform=axes.transAxes, va="bottom", ha="left",
+        fontsize=9.5, fontweight="bold", color=theme.ink,
+    )  # fmt: skip
+    axes.text(
+        0.0, 0.44, "mean of heads" if head is None else f"head {head}", transform=axes.transAxes, va="top", ha="left",
+        fontsize=8, color=theme.muted,
+    )  # fmt: skip
+
+
+def _draw_picture(axes: Axes, picture: np.ndarray | None, grid: Grid, token: tuple[int, int]) -> None:
+    """Draws the image on the token grid, with a box around the token's neighbourhood."""
+    axes.axis("off")
+    if picture is None:
+        return
+    pixels = picture.transpose(1, 2, 0)
+    pixels = pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+    axes.imshow(pixels, interpolation="nearest", extent=(-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5))
+    _box(axes, token, grid)
+
+
+def _colours(weights: np.ndarray, scale: MapScale) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns the values to draw of weights [..., T], and the colour settings of `imshow`."""
+    if scale == "uniform":
+        from matplotlib.colors import LogNorm
+
+        low, high = 0.25, max(weights.shape[-1], 2) / 4
+        return np.maximum(weights * weights.shape[-1], low), {"cmap": _COLOURS, "norm": LogNorm(low, high, clip=True)}
+    low, high = weights.min(), weights.max()
+    return (weights - low) / max(high - low, 1e-30), {"cmap": _COLOURS, "vmin": 0.0, "vmax": _PAPER_CLIP}
+
+
+def _draw_map(axes: Axes, weights: Tensor, grid: Grid, scale: MapScale, theme: Theme) -> Any:
+    """Draws a map with its inset; returns the image that the colour bar belongs to."""
+    values, settings = _colours(weights.double().numpy(), scale)
+    shown = axes.imshow(values, **settings)
+    _bare(axes, theme)
+    tokens, half = len(values), min(3 * grid[1], len(values)) / 2
+    start = int(tokens / 2 - half)
+    part = slice(start, start + int(2 * half))
+    inset = axes.inset_axes((0.54, 0.54, 0.46, 0.46))
+    extent = (part.start - 0.5, part.stop - 0.5, part.stop - 0.5, part.start - 0.5)
+    inset.imshow(values[part, part], extent=extent, **settings)
+    _bare(inset, theme)
+    for spine in inset.spines.values():
+        spine.set(color=_MARK, linewidth=0.8)
+    axes.indicate_inset((extent[0], extent[3], extent[1] - extent[0], extent[2] - extent[3]), ec=_MARK, alpha=1, lw=0.8)
+    return shown
+
+
+def _draw_token(axes: Axes, row: np.ndarray, token: tuple[int, int], scale: MapScale, theme: Theme) -> None:
+    """Draws a token's row as a picture of the grid, with its largest weight below; in "paper" from 0 to that weight."""
+    values, settings = row, {"cmap": _COLOURS, "vmin": 0.0, "vmax": row.max()}
+    if scale == "uniform":
+        flat, settings = _colours(row.reshape(-1), scale)
+        values = flat.reshape(row.shape)
+    axes.imshow(values, interpolation="nearest", **settings)
+    _bare(axes, theme)
+    _box(axes, token, row.shape)
+    axes.set_xlabel(f"largest {row.max():.2g}", fontsize=7.5, color=theme.muted, labelpad=2)
+
+
+def _draw_bar(figure: Figure, shown: Any, axes: list[Axes], shrink: float, scale: MapScale, theme: Theme) -> None:
+    """Draws the colour bar of the maps."""
+    bar = figure.colorbar(shown, ax=axes, shrink=shrink, aspect=30, extend="max" if scale == "paper" else "both")
+    words = "map, least to largest weight = 0 to 1"
+    if scale == "uniform":
+        from matplotlib.ticker import NullLocator
+
+        words = "weight relative to uniform attention"
+        ticks = [4.0**power for power in range(-1, 8) if 4.0**power <= shown.norm.vmax * 1.001]
+        bar.set_ticks(ticks, labels=["1/4" if tick < 1 else f"{tick:g}" for tick in ticks])
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.set_label(words, fontsize=8, color=theme.ink)
+    bar.ax.tick_params(labelsize=7.5)
+
+
+def _box(axes: Axes, token: tuple[int, int], grid: tuple[int, ...]) -> None:
+    """Draws a box around the token's 3 x 3 neighbourhood on the grid."""
+    from matplotlib.patches import Rectangle
+
+    top, left = max(token[0] - 1, 0), max(token[1] - 1, 0)
+    bottom, right = min(token[0] + 1, grid[0] - 1), min(token[1] + 1, grid[1] - 1)
+    size = right - left + 1, bottom - top + 1
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, ec=_MARK, lw=1.2))
+
+
+def patterns_figure(
+    plan: Sequence[Pattern], grid: Grid, *, numbers: Sequence[int] | None = None, theme: Theme = LIGHT
+) -> Figure:
+    """Draws which keys a token sees under each pattern of a plan (An et al. Fig. 5): a corner, an edge, a middle token.
+
+    Each different pattern is a row, named with its layers; the last column is the whole mask, queries downwards.
+
+    Args:
+        plan: the pattern of each layer, first layer first.
+        grid: (rows, columns) of tokens; the paper's example is (4, 4) with a window of 3.
+        numbers: of the layers; from 1 if None.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: an empty plan.
+    """
+    if not plan:
+        raise DitlabError("patterns figure: expected at least one layer, found none")
+    layers: dict[Pattern, list[int]] = {}
+    for number, pattern in zip(numbers or range(1, len(plan) + 1), plan, strict=True):
+        layers.setdefault(pattern, []).append(number)
+    tokens = {
+        "corner": (0, 0),
+        "edge": (0, grid[1] // 2),
+        "middle": (grid[0] // 2, grid[1] // 2),
+    }
+    with canvas(1.1 + 1.55 * 4, 0.45 + 1.72 * len(layers), theme) as figure:
+        lines = figure.subplots(len(layers), 5, squeeze=False, width_ratios=[0.65, 1, 1, 1, 1])
+        for axes, name in zip(lines[0, 1:], [*(f"{name} token" for name in tokens), "whole mask"], strict=True):
+            axes.set_title(name, loc="center", fontsize=9.5, pad=6)
+        for line, (pattern, mine) in zip(lines, layers.items(), strict=True):
+            mask = pattern.mask(grid).numpy()
+            line[0].axis("off")
+            line[0].text(
+                0, 0.55, "\n".join(textwrap.wrap(pattern.name, 11)), transform=line[0].transAxes, va="bottom",
+                fontsize=9.5, fontweight="bold", color=theme.ink,
+            )  # fmt: skip
+            line[0].text(
+                0, 0.5, _layer_names(mine), transform=line[0].transAxes, va="top", fontsize=8, color=theme.muted
+            )
+            for axes, token in zip(line[1:4], tokens.values(), strict=True):
+                _draw_seen(axes, mask[check_token(token, grid)].reshape(grid), token, theme)
+            line[4].imshow(mask, cmap=_two_colours(theme), vmin=0, vmax=1, interpolation="nearest")
+            _bare(line[4], theme)
+            line[4].set_xlabel(f"{mask.mean():.0%} of all pairs", fontsize=7.5, color=theme.muted, labelpad=2)
+    return figure
+
+
+def _draw_seen(axes: Axes, seen: np.ndarray, token: tuple[int, int], theme: Theme) -> None:
+    """Draws the grid with the keys that a token sees, and the token itself."""
+    rows, columns = seen.shape
+    axes.imshow(seen, cmap=_two_colours(theme), vmin=0, vmax=1, interpolation="nearest")
+    _bare(axes, theme)
+    for position in np.arange(columns - 1) + 0.5:
+        axes.axvline(position, color=theme.background, lw=0.7)
+    for position in np.arange(rows - 1) + 0.5:
+        axes.axhline(position, color=theme.background, lw=0.7)
+    axes.scatter([token[1]], [token[0]], s=1400 / max(rows, columns) ** 1.4, marker="s", color=theme.run(1), lw=0)
+    axes.set_xlabel(f"sees {int(seen.sum())} of {seen.size}", fontsize=7.5, color=theme.muted, labelpad=2)
+
+
+def _two_colours(theme: Theme) -> Any:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap([theme.grid, theme.run(0)])
+
+
+def _layer_names(numbers: Sequence[int]) -> str:
+    """Returns "layer 3", "layers 1-3", "layers 1, 3, 5": three or more in sequence are shortened."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    text = ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts)
+    return f"layer{'s' if len(numbers) > 1 else ''} {text}"
+
+
+def locality_curves(
+    results: Sequence[LocalityResult],
+    *,
+    level: int | None = None,
+    slots: Slots | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draws the mean attention distance by layer, and the mass by window side; a column for each N.
+
+    Lines are means over seeds (and heads and noise levels), bands their standard deviation. Dashed lines of a model's
+    colour are uniform attention within its windows; the dotted line is uniform attention over the grid.
+
+    Args:
+        results: of models that were measured alike, any number of labels, N and seeds.
+        level: index of the noise level to draw; the mean over levels if None.
+        slots: colours of the labels.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: results that cannot be compared (see `compare_locality`).
+    """
+    comparison = compare_locality(results)
+    slots = slots or assign(comparison.labels)
+    counts = comparison.counts
+    with canvas(max(5.4, 3.1 * len(counts) + 0.8), 6.0, theme) as figure:
+        axes = figure.subplots(2, len(counts), squeeze=False, sharey="row")
+        for column, n in enumerate(counts):
+            groups = [g for g in comparison.groups if g.n == n]
+            _draw_by_layer(axes[0, column], comparison, groups, level, slots, theme)
+            _draw_mass(axes[1, column], comparison, groups, level, slots, theme)
+            axes[0, column].set_title("" if n is None else f"N = {n:,}", pad=8)
+        axes[0, 0].set_ylabel("mean attention distance\n(tokens)")
+        axes[0, 0].set_ylim(bottom=0)
+        axes[1, 0].set_ylabel("attention within the window")
+        axes[1, 0].set_ylim(0, 1.02)
+        windows = not all(_sees_all(g) for g in comparison.groups)
+        _legend(figure, comparison, slots, theme, dashed="uniform within the window" if windows else "")
+    return figure
+
+
+def _draw_by_layer(
+    axes: Axes,
+    comparison: LocalityComparison,
+    groups: Sequence[LocalityGroup],
+    level: int | None,
+    slots: Slots,
+    theme: Theme,
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    x = np.asarray(comparison.first.layers)
+    axes.axhline(comparison.first.uniform_distance, color=theme.muted, lw=1.2, ls=_UNIFORM)
+    for g in groups:
+        color = theme.run(slots[g.label])
+        if not _sees_all(g):
+            axes.plot(x, g.results[0].pattern_distance, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
+        _line(axes, x, g.by_layer("distance", level), color, marker="o")
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _draw_mass(
+    axes: Axes,
+    comparison: LocalityComparison,
+    groups: Sequence[LocalityGroup],
+    level: int | None,
+    slots: Slots,
+    theme: Theme,
+) -> None:
+    """Draws the mass against the side of the window, 2 r + 1; at 1 the token itself."""
+    radii = sorted(comparison.first.mass)
+    sides = [2 * r + 1 for r in radii]
+    axes.plot(sides, comparison.first.uniform_mass(), color=theme.muted, lw=1.2, ls=_UNIFORM)
+    for g in groups:
+        color = theme.run(slots[g.label])
+        if not _sees_all(g):
+            reference = [g.results[0].pattern_mass(r).mean() for r in radii]
+            axes.plot(sides, reference, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
+        values = np.stack([g.by_layer(r, level).mean(axis=1) for r in radii], axis=1)
+        _line(axes, np.asarray(sides), values, color, marker="o")
+    axes.set_xticks(sides)
+    axes.set_xlabel("side of the window (tokens)")
+
+
+def _sees_all(group: LocalityGroup) -> bool:
+    """Returns whether all layers are global."""
+    return all(pattern.covers(group.results[0].grid) for pattern in group.results[0].patterns)
+
+
+def _line(axes: Axes, x: np.ndarray, values: np.ndarray, color: str, marker: str) -> None:
+    """Draws the mean over seeds of values [seeds, x], with a band of one standard deviation."""
+    mean = values.mean(axis=0)
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+    axes.plot(x, mean, color=color, marker=marker, ms=3.5)
+
+
+def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
+    """Draws locality against the number of training images: distance, mass within 3 x 3 tokens, similarity of maps.
+
+    Values are means over layers, heads and noise levels; small dots are seeds, lines their mean. The dotted line is
+    uniform attention over the grid. The dashed line under the cosine of different images' maps is its control, with the
+    rows of one of the two permuted.
+
+    Raises:
+        DitlabError: results that cannot be compared, or a result without a number of training images.
+    """
+    comparison = compare_locality(results)
+    if None in comparison.counts:
+        raise DitlabError("locality by N: expected results with a number of training images, found one without")
+    slots = slots or assign(comparison.labels)
+    first = comparison.first
+    panels: tuple[tuple[Quantity | int, str, float | None], ...] = (
+        ("distance", "mean attention distance (tokens)", first.uniform_distance),
+        (1, "share of attention within 3x3 tokens", first.uniform_mass()[1]),
+        ("position_invariance", "cosine of different queries' rows", 1.0),
+        ("consistency", "cosine of different images' maps", None),
+    )
+    with canvas(7.6, 6.2, theme) as figure:
+        for axes, (what, title, uniform) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            if uniform is not None:
+                axes.axhline(uniform, color=theme.muted, lw=1.2, ls=_UNIFORM)
+            for label in comparison.labels:
+                color, groups = theme.run(slots[label]), comparison.by_label(label)
+                if what == "consistency":
+                    control = [g.mean("consistency_control") for g in groups]
+                    axes.plot(_counts(groups), control, color=color, lw=1.1, ls=_ALLOWED)
+                _draw_against_n(axes, groups, what, color, theme)
+            axes.set_title(title, pad=8, fontsize=10)
+            _axis_of_n(axes, comparison)
+            axes.set_ylim(0, axes.dataLim.ymax * 1.08)
+        _legend(figure, comparison, slots, theme, dashed="with the rows of one map permuted")
+    return figure
+
+
+def _draw_against_n(
+    axes: Axes, groups: Sequence[LocalityGroup], what: Quantity | int, color: str, theme: Theme
+) -> None:
+    axes.plot(_counts(groups), [g.mean(what) for g in groups], color=color, marker="o", ms=4.5, zorder=2.5)
+    for g, n in zip(groups, _counts(groups), strict=True):
+        values = list(g.averages(what).values())
+        if len(values) > 1:
+            axes.scatter([n] * len(values), values, s=13, color=theme.background, edgecolor=color, lw=0.9, zorder=3)
+
+
+def _counts(groups: Sequence[LocalityGroup]) -> list[int]:
+    return [g.n for g in groups if g.n is not None]
+
+
+def _axis_of_n(axes: Axes, comparison: LocalityComparison) -> None:
+    from matplotlib.ticker import NullLocator
+
+    counts = [n for n in comparison.counts if n is not None]
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(counts, [f"{n:,}" for n in counts])
+    axes.set_xlim(counts[0] / 1.4, counts[-1] * 1.4)
+    axes.set_xlabel("training images N")
+
+
+def _legend(figure: Figure, comparison: LocalityComparison, slots: Slots, theme: Theme, *, dashed: str = "") -> None:
+    """Draws the labels, the dotted line, and what a dashed line means if there is one."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=theme.run(slots[k]), marker="o", ms=3.5, label=k) for k in comparison.labels]
+    handles.append(Line2D([], [], color=theme.muted, lw=1.2, ls=_UNIFORM, label="uniform over the grid"))
+    if dashed:
+        handles.append(Line2D([], [], color=theme.ink, lw=1.1, ls=_ALLOWED, label=dashed))
+    figure.legend(handles=handles, loc="outside lower left", ncols=2 if figure.get_figwidth() > 6 else 1)

@@ -1,0 +1,181 @@
+"""The Jacobians of one model: reused from earlier results, measured where missing, saved image by image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ditlab.analyses.base import find_results, save_result
+from ditlab.analyses.jacobian.comparison import same_noise
+from ditlab.analyses.jacobian.config import JacobianConfig, JacobianOptions
+from ditlab.analyses.jacobian.images import config_of_images, load_images
+from ditlab.analyses.jacobian.measure import (
+    check_differentiable,
+    check_jacobian,
+    jacobian_levels,
+    measure_jacobian,
+)
+from ditlab.analyses.jacobian.result import JacobianPoint, JacobianResult
+from ditlab.errors import DitlabError, Incompatible
+from ditlab.models.comparing import OpenedModel
+from ditlab.progress import SILENT, Reporter
+from ditlab.provenance import Provenance, check_groups
+
+if TYPE_CHECKING:
+    from ditlab.analyses.jacobian import Jacobian
+
+__all__ = ["JacobianJob", "check_jobs"]
+
+UNFINISHED = "jacobian-unfinished"
+"""The file of the images that are measured so far, until all are."""
+
+
+@dataclass(frozen=True, eq=False)
+class JacobianJob:
+    """A model whose Jacobians are to be measured, checked as far as possible before the work starts."""
+
+    analysis: Jacobian
+    opened: OpenedModel
+    config: JacobianConfig
+    about: Provenance
+    sigmas: tuple[float, ...]
+    """The noise levels, ascending."""
+    images: Tensor
+    """The images up to the last one that is needed, float32 [n, C, H, W], as the denoiser sees them."""
+    labels: Tensor | None
+    """Their classes, int64 [n]."""
+
+    @classmethod
+    def prepare(
+        cls, analysis: Jacobian, opened: OpenedModel, config: JacobianConfig, options: JacobianOptions
+    ) -> JacobianJob:
+        """Loads the images and checks the settings.
+
+        Raises:
+            DitlabError: settings that do not fit, images that do not exist, a denoiser without a Jacobian.
+        """
+        config = config_of_images(config, options)
+        model, denoiser = opened.model, opened.denoiser
+        images, labels, images_about = load_images(model, config, options, denoiser.shape)
+        about = replace(opened.provenance, settings={**opened.provenance.settings, **images_about})
+        try:
+            check_jacobian(denoiser, len(images), config)
+            sigmas = jacobian_levels(denoiser, config)
+            check_differentiable(denoiser, images, config, labels)
+        except DitlabError as error:
+            raise type(error)(f"model {model.name}: {error}") from None
+        return cls(analysis, opened, config, about, sigmas, images, labels)
+
+    def run(self, reporter: Reporter = SILENT) -> JacobianResult:
+        """Returns the Jacobians at all images and levels, and saves them in the model's folder.
+
+        Those that were measured before with the same weights, images and settings are reused. Finished images are saved
+        one by one, so that an interrupted measurement resumes.
+        """
+        folder = self.opened.model.path / "analysis"
+        points = self._measured_before(reporter)
+        reused, total = len(points), len(self.config.images) * len(self.sigmas)
+        if reused:
+            reporter.note(f"{self.about.name}: {reused} of {total} Jacobians were measured before and are reused")
+        if reused < total:
+            self._measure_missing(points, reporter)
+        result = self._result(points)
+        if reused < total or not self._is_saved(result):
+            save_result(result, folder, self.analysis.name)
+        for ending in (".json", ".npz"):
+            (folder / f"{UNFINISHED}{ending}").unlink(missing_ok=True)
+        return result
+
+    def _measure_missing(self, points: dict[tuple[int, float], JacobianPoint], reporter: Reporter) -> None:
+        """Adds the Jacobians that are missing, and saves what is finished after each image."""
+        keys = [(image, sigma) for image in self.config.images for sigma in self.sigmas]
+        missing, measured, train = len(keys) - len(points), 0, self._training_images()
+        with reporter.bar(f"Jacobian of {self.about.name}") as bar:
+            for image in self.config.images:
+                sigmas = tuple(sigma for sigma in self.sigmas if (image, sigma) not in points)
+                if not sigmas:
+                    continue
+
+                def on_progress(done: int, work: int, before: int = measured, count: int = len(sigmas)) -> None:
+                    each = work // count
+                    bar(before * each + done, missing * each)
+
+                result = measure_jacobian(
+                    self.opened.denoiser,
+                    self.images,
+                    replace(self.config, images=(image,), sigmas=sigmas, timesteps=None),
+                    labels=self.labels,
+                    about=self.about,
+                    train=train,
+                    progress=on_progress,
+                )
+                points |= {(point.image, point.sigma): point for point in result.points}
+                measured += len(sigmas)
+                if measured < missing:
+                    self._result(points).save(self.opened.model.path / "analysis", UNFINISHED)
+
+    def _training_images(self) -> Tensor:
+        """Returns the images that the weights know, [N, C, H, W], and their mirror images if training mirrored them."""
+        model = self.opened.model
+        count = model.split_record.train
+        images, mirrored = model.batch("train", count)[0], model.mirrored_batch(count)
+        return images if mirrored is None else torch.cat([images, mirrored])
+
+    def _result(self, points: dict[tuple[int, float], JacobianPoint]) -> JacobianResult:
+        order = [(image, sigma) for image in self.config.images for sigma in self.sigmas]
+        return JacobianResult(self.about, self.config, tuple(points[key] for key in order if key in points))
+
+    def _measured_before(self, reporter: Reporter) -> dict[tuple[int, float], JacobianPoint]:
+        """Returns the points that earlier measurements of the same kind saved, by image and level."""
+        results = find_results(self.analysis, self.opened.model, reporter)
+        unfinished = self.opened.model.path / "analysis" / f"{UNFINISHED}.json"
+        if unfinished.is_file():
+            try:
+                results.append(JacobianResult.load(unfinished))
+            except DitlabError as error:
+                reporter.note(f"not used: {error}")
+        points: dict[tuple[int, float], JacobianPoint] = {}
+        for result in results:
+            if result.about.same_measurement(self.about) and _by_image(result.config) == _by_image(self.config):
+                for point in result.points:
+                    if point.image in self.config.images and point.sigma in self.sigmas:
+                        points.setdefault((point.image, point.sigma), point)
+        return points
+
+    def _is_saved(self, result: JacobianResult) -> bool:
+        """Returns whether the model's folder has exactly this result."""
+        path = self.opened.model.path / "analysis" / f"{self.analysis.name}.json"
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == json.loads(
+            json.dumps(result.to_json())
+        )
+
+
+def _by_image(config: JacobianConfig) -> JacobianConfig:
+    """Returns a config without the settings that do not change a single Jacobian."""
+    return replace(config, images=(0,), sigmas=None, timesteps=None, mode="auto", chunk=1)
+
+
+def check_jobs(jobs: Sequence[JacobianJob]) -> None:
+    """Checks what must hold for all models together, before the work starts.
+
+    Raises:
+        Incompatible: images of several sizes, different noise levels, or models that cannot be compared.
+    """
+    check_groups([job.about for job in jobs], "jacobian")
+    first = jobs[0]
+    for job in jobs:
+        names = f"{first.opened.model.name} and {job.opened.model.name}"
+        shapes = [list(each.opened.denoiser.shape) for each in (first, job)]
+        if shapes[0] != shapes[1]:
+            raise Incompatible(
+                f"jacobian: expected models with images of one size, found {shapes[0]} and {shapes[1]} ({names})"
+            )
+        if not same_noise(job.sigmas, first.sigmas):
+            raise Incompatible(
+                f"jacobian: expected models with the same noise levels, found different ones ({names}); give `sigmas`"
+            )
