@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ditlab.analyses.complexity.config import ComplexityConfig
     from ditlab.analyses.complexity.measure import Costs
     from ditlab.config import RunConfig
-    from ditlab.data.encode import EncodeConfig
+    from ditlab.data.encode_config import EncodeConfig
     from ditlab.data.imageset import ImageSet
-    from ditlab.interop.improved_diffusion import UNetFile
+    from ditlab.interop.formats import UNetFile
     from ditlab.models.comparing import ModelSet, Source
     from ditlab.models.converting import Converted
     from ditlab.models.model import Model
@@ -141,7 +141,8 @@ def encode(
 
     from ditlab.data import ImageSet
     from ditlab.data.autoencoder import open_autoencoder
-    from ditlab.data.encode import EncodeConfig, LatentEncoder
+    from ditlab.data.encode import LatentEncoder
+    from ditlab.data.encode_config import EncodeConfig
     from ditlab.training.distributed import init_distributed
 
     use_threads(threads)
@@ -762,7 +763,7 @@ def convert(
     Raises:
         DitlabError: the source cannot be opened, the other format cannot express it, or `out` exists.
     """
-    from ditlab.interop.improved_diffusion import UNetFile
+    from ditlab.interop.formats import UNetFile
     from ditlab.models.converting import Conversion
     from ditlab.reporting.hub_export import send_run
 
