@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from ditlab.cli.common import open_images, use_threads
-from ditlab.cli.report import write_report
 from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
-from ditlab.models.run import Run
+from ditlab.models.comparing import open_models
+from ditlab.progress import RichReporter
+from ditlab.reporting.report import write_report
 from ditlab.studies.pipeline import training_progress
 from ditlab.studies.runner import Job, Slot, Stage, run_jobs
 from ditlab.training.distributed import pick_device
@@ -81,27 +82,24 @@ class Quickstart:
         trained = time.monotonic() - begun
         console.print("measuring the PSNR gap and writing the report")
         use_threads(None)
-        runs = [Run.open(self.out / "runs" / job.name) for job in jobs]
-        sentences = write_report(
-            runs,
-            labels,
+        runs = [self.out / "runs" / job.name for job in jobs]
+        result = write_report(
+            open_models(runs, names=labels, device=str(device)),
             self.out / "report.html",
-            console,
             title="Global and local attention on the same photographs",
             foreword=[self._foreword(side)],
-            samples=16,
-            device=str(device),
             commands=[("everything on this page", self._command())],
+            reporter=RichReporter(console),
         )
-        for sentence in sentences:
+        for sentence in result.sentences:
             console.print(f"  {sentence}")
         seconds = time.monotonic() - begun
         console.print(f"\nDone in {seconds / 60:.1f} minutes. The result: {(self.out / 'report.html').resolve()}")
         return {
             "report": str(self.out / "report.html"),
             "figures": str(self.out / "figures"),
-            "runs": [str(run.path) for run in runs],
-            "sentences": sentences,
+            "runs": [str(run) for run in runs],
+            "sentences": list(result.sentences),
             "seconds": round(seconds, 1),
             "training_seconds": round(trained, 1),
         }

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
+from ditlab.analyses.attention.section import locality_section
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
+from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.files import write_bytes, write_json, write_text
 from ditlab.metrics.paired import PairedDifference
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
 from ditlab.pages.theme import Theme, assign
 from ditlab.pages.token_picker import AttentionPicker
-from ditlab.report.sections import locality_section, matched_table
 from ditlab.studies.figures import differences_figure
 from ditlab.studies.findings import findings, said, seen, ways_of
 from ditlab.studies.grid import Study
@@ -339,7 +340,7 @@ class StudyPage:
                 ),
             )
         data = {f"attention{tail}.json": {c.place["hash"]: c.locality_record for c in panel.cells if c.locality_record}}
-        made = locality_section(comparison, pictures, number=number, data=data)
+        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
         return replace(made, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
