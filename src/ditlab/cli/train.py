@@ -118,10 +118,10 @@ class Train:
 
     def run(self, output: Output) -> dict[str, Any]:
         """Trains, and says where the run is."""
-        from ditlab import api
+        from ditlab.api.making import train_config
 
         with stop_on_signal() as stop:
-            run = api.train_config(
+            run = train_config(
                 self.config,
                 self.data,
                 size=self.size,
