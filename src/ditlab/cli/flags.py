@@ -57,7 +57,8 @@ def _flags(kind: Any, prefix: str) -> Iterator[str]:
         named = [meta.name for meta in getattr(hint, "__metadata__", ()) if getattr(meta, "name", None) is not None]
         name = named[0] if named else field.name
         inner = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-        for option in getattr(inner, "__args__", (inner,)):
+        options: tuple[Any, ...] = getattr(inner, "__args__", (inner,))
+        for option in options:
             option = getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
             if is_dataclass(option):
                 # A network's settings are declared by their base, and those of its subclasses are flags too.

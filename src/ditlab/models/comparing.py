@@ -156,8 +156,9 @@ def open_models(
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
-    for model in models if held_out is not None else ():
-        model.use_held_out(_held_out_images(held_out, model, codec, reporter))
+    if held_out is not None:
+        for model in models:
+            model.use_held_out(_held_out_images(held_out, model, codec, reporter))
     _check_named_once(models)
     _check_images(models)
     if names and len(names) != len(models):

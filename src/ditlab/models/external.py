@@ -22,6 +22,7 @@ from ditlab.errors import DitlabError, Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
 from ditlab.models.model import RESULTS, Model, Side
 from ditlab.models.split_config import SplitConfig
+from ditlab.networks.base import NetworkConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
 
@@ -66,9 +67,9 @@ class ExternalModel(Model):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The format, and the network's config where it is one of ditlab's; `preset` is its name."""
-        network = getattr(self.model.denoiser.network, "config", None)
-        known = isinstance(network, object) and hasattr(network, "__dataclass_fields__")
-        shape = {f"network.{name}": value for name, value in asdict(network).items()} if known else {}
+        network: Any = getattr(self.model.denoiser.network, "config", None)
+        values = asdict(network) if isinstance(network, NetworkConfig) else {}
+        shape = {f"network.{name}": value for name, value in values.items()}
         return {"preset": self.name, "format": self.model.source.get("format"), **shape}
 
     @property

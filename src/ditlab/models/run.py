@@ -42,7 +42,7 @@ class Run(Model):
         self,
         path: Path,
         record: RunRecord,
-        data: Path | None = None,
+        data: ImageSet | Path | None = None,
         codec: str | Path | None = None,
         *,
         step: int | None = None,
@@ -55,7 +55,7 @@ class Run(Model):
     @staticmethod
     def open(
         path: str | Path,
-        data: str | Path | None = None,
+        data: ImageSet | str | Path | None = None,
         codec: str | Path | None = None,
         *,
         step: int | None = None,
@@ -80,7 +80,7 @@ class Run(Model):
                 found = "a pickle, which could run code and is not opened"
             raise DitlabError(f"run {folder}: expected a run's folder, found {found}")
         record = read_record(folder / "config.json")
-        return Run(folder, record, None if data is None else Path(data), codec, step=step, results=results)
+        return Run(folder, record, Path(data) if isinstance(data, str) else data, codec, step=step, results=results)
 
     @property
     def name(self) -> str:
@@ -164,6 +164,8 @@ class Run(Model):
         """The image set that it was trained on."""
         if self._data is None and not self.config.data.path:
             raise DitlabError(f"run {self.name}: its images did not come with it; give their set's folder as `data`")
+        if isinstance(self._data, ImageSet):
+            return self._data
         return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
 
     @cached_property

@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ditlab.data.autoencoder import Autoencoder
-    from ditlab.data.imageset import ImageSet
+    from ditlab.data.autoencoder_record import AutoencoderRecord
     from ditlab.diffusion.guidance_config import GuidanceConfig
     from ditlab.diffusion.sampler_configs import SamplerConfig
 
@@ -44,13 +43,13 @@ class Sampled(Protocol):
         ...
 
     @property
-    def images(self) -> ImageSet:
-        """The image set, for the names of classes."""
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the image set."""
         ...
 
     @property
-    def codec(self) -> Autoencoder:
-        """What turns images as the denoiser sees them into pictures."""
+    def autoencoder_record(self) -> AutoencoderRecord:
+        """What the autoencoder is; the identity's for pixels."""
         ...
 
     def decode(self, images: Tensor) -> np.ndarray:

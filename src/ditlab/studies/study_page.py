@@ -344,8 +344,8 @@ class StudyPage:
             )
         records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
         data = {f"attention{tail}.json": records}
-        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
-        return replace(made, title=f"How local attention is{name}")
+        made = locality_section(comparison, pictures, sentences=comparison.differences(), data=data)
+        return replace(made, id=f"locality{tail}", title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
         """What the paper reports, and what was measured here."""
