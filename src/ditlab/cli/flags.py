@@ -62,7 +62,8 @@ def _flags(kind: Any, prefix: str) -> Iterator[str]:
             option = getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
             if is_dataclass(option):
                 # A network's settings are declared by their base, and those of its subclasses are flags too.
-                for part in (option, *option.__subclasses__()):
+                subclasses: list[type[Any]] = getattr(option, "__subclasses__", list)()
+                for part in (option, *subclasses):
                     yield from _flags(part, f"{prefix}{name}." if name else prefix)
         flag = f"{prefix}{name}".replace("_", "-")
         yield flag

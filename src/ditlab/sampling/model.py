@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,6 +56,7 @@ class Sampled(Protocol):
         """Returns pictures, uint8 [B, C, H, W], of images as the denoiser sees them."""
         ...
 
-    def denoiser_and_provenance(self, **keywords: Any) -> Any:
+    @property
+    def denoiser_and_provenance(self) -> Callable[..., Any]:
         """Returns the denoiser, and what a result keeps about its weights."""
         ...
