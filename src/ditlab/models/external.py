@@ -6,7 +6,7 @@ Such a model has no images and no split of its own: it is given an image set, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reo
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.samplers import SamplerConfig
-from ditlab.errors import DitlabError, Incompatible, NotFound
+from ditlab.errors import Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
 from ditlab.models.model import RESULTS, Model, Side
 from ditlab.models.split_config import SplitConfig
@@ -67,8 +67,8 @@ class ExternalModel(Model):
     def settings(self) -> Mapping[str, Any]:
         """The format, and the network's config where it is one of ditlab's; `preset` is its name."""
         network = getattr(self.model.denoiser.network, "config", None)
-        known = isinstance(network, object) and hasattr(network, "__dataclass_fields__")
-        shape = {f"network.{name}": value for name, value in asdict(network).items()} if known else {}
+        known = asdict(network) if is_dataclass(network) and not isinstance(network, type) else {}
+        shape = {f"network.{name}": value for name, value in known.items()}
         return {"preset": self.name, "format": self.model.source.get("format"), **shape}
 
     @property
@@ -201,7 +201,7 @@ def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], Importe
     def either(ema: bool) -> ImportedModel:
         model = read()
         if not ema:
-            raise DitlabError(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
+            raise NotFound(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
         return model
 
     return either

@@ -144,7 +144,8 @@ def _open_object(
                 "Denoiser.wrap(network, shape)"
             )
         images = data if isinstance(data, ImageSet) else ImageSet.open(data)
-        value = Denoiser.wrap(value, shape=images.shape)
+        function: Any = value
+        value = Denoiser.wrap(function, shape=images.shape)
     config = split or SplitConfig()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     model = Model(

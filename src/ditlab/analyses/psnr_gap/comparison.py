@@ -1,4 +1,4 @@
-"""Several PSNR-gap results side by side: means and spreads over shuffles, and differences paired by shuffle.
+"""Several PSNR-gap results side by side: means and spreads over seeds, and differences paired by seed.
 
 Results are comparable where they were measured on the same test images with the same noise at the same levels, and
 where trained on the same number of images, on the same ones. Anything else is refused here, before a figure shows it.
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ditlab.analyses.psnr_gap.result import PSNRResult, Side
-from ditlab.errors import DitlabError
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.metrics.paired import PairedDifference, paired_difference
 from ditlab.metrics.reduction import Reduction
 from ditlab.provenance import check_splits
@@ -22,7 +22,7 @@ from ditlab.provenance import check_splits
 
 @dataclass(frozen=True, eq=False)
 class PSNRGroup:
-    """Results that differ only in their seed: one kind of run at one N over several shuffles."""
+    """Results that differ only in their seed: one kind of run at one N over several seeds."""
 
     label: str
     n: int | None
@@ -31,11 +31,11 @@ class PSNRGroup:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The shuffles, ascending."""
+        """The seeds, ascending."""
         return tuple(r.about.seed for r in self.results)
 
     def curve(self, what: Side | Literal["gap"]) -> np.ndarray:
-        """Mean over shuffles of a curve in dB, float64 [L]."""
+        """Mean over seeds of a curve in dB, float64 [L]."""
         return np.mean([r.gap() if what == "gap" else r.curve(what) for r in self.results], axis=0)
 
     def averages(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> dict[int, float]:
@@ -43,11 +43,11 @@ class PSNRGroup:
         return {r.about.seed: r.average(what) for r in self.results}
 
     def mean(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float:
-        """Mean over shuffles of the average over levels, in dB."""
+        """Mean over seeds of the average over levels, in dB."""
         return float(np.mean(list(self.averages(what).values())))
 
     def std(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float | None:
-        """Standard deviation over shuffles (n - 1) of the average over levels, in dB; None with one shuffle."""
+        """Standard deviation over seeds (n - 1) of the average over levels, in dB; None with one seed."""
         values = list(self.averages(what).values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -92,7 +92,7 @@ class PSNRComparison:
         lines = []
         for g in self.groups:
             std, seeds = g.std(), g.seeds
-            spread = f"one shuffle (seed {seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} shuffles"
+            spread = f"one seed ({seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} seeds"
             name = g.label if g.n is None else f"{g.label}, N = {g.n}"
             sides = f"train {g.mean('train'):.2f} dB, test {g.mean('test'):.2f} dB, gap {g.mean():.2f} dB"
             lines.append(f"{name}: {sides}, {spread}.")
@@ -132,22 +132,23 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
         margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
 
     Raises:
-        DitlabError: no result, different levels, noise, images a side or reduction; one seed with two different test
+        InvalidConfig: no result.
+        Incompatible: different levels, noise, images a side or reduction; one seed with two different test
             sets, or two training sets at one N; two results of one label, N and seed; labels without a common seed.
     """
     baselines = tuple(r for r in results if r.baseline)
     results = [r for r in results if not r.baseline]
     if not results:
-        raise DitlabError("comparison: expected at least one psnr-gap result, found none")
+        raise InvalidConfig("comparison: expected at least one psnr-gap result, found none")
     for other in results[1:]:
         check_comparable(results[0], other)
     groups: dict[tuple[str, int | None], dict[int, PSNRResult]] = {}
     for r in results:
         seeds = groups.setdefault((r.about.group, r.about.n), {})
         if r.about.seed in seeds:
-            raise DitlabError(
+            raise Incompatible(
                 f"comparison: '{seeds[r.about.seed].about.name}' and '{r.about.name}' are both '{r.about.group}' with "
-                f"N = {r.about.n} and seed {r.about.seed}; give them different labels"
+                f"N = {r.about.n} and seed {r.about.seed}; give them different `names`"
             )
         seeds[r.about.seed] = r
     check_splits([r.about for r in results])
@@ -168,7 +169,7 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
     """Raises DitlabError unless both results were measured alike (levels, noise, images a side, reduction, range)."""
     names = f"'{first.about.name}' and '{second.about.name}'"
     if len(first.levels) != len(second.levels) or not np.allclose(first.levels, second.levels, rtol=1e-6, atol=0):
-        raise DitlabError(
+        raise Incompatible(
             f"comparison: {names} were measured at different noise levels ({len(first.levels)} from "
             f"{first.levels[0]:.4g} to {first.levels[-1]:.4g}, {len(second.levels)} from {second.levels[0]:.4g} to "
             f"{second.levels[-1]:.4g}); measure both at the same levels"
@@ -176,6 +177,6 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
     for what in ("reduction", "noise_seed", "images", "clip"):
         one, two = getattr(first.config, what), getattr(second.config, what)
         if one != two:
-            raise DitlabError(f"comparison: {names} were measured with different {what} ({one} and {two})")
+            raise Incompatible(f"comparison: {names} were measured with different {what} ({one} and {two})")
     if first.peak != second.peak:
-        raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")
+        raise Incompatible(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")

@@ -35,7 +35,7 @@ def psnr_curves(
 ) -> Figure:
     """Train and test PSNR by noise level, the gap under them, and their averages in the legend (An et al. Fig. 2).
 
-    One column a number of training images. Means over shuffles; the band around a gap is their standard deviation.
+    One column for each number of training images. Means over seeds; the band around a gap is their standard deviation.
 
     Args:
         comparison: runs, from `ditlab.analyses.psnr_gap.comparison.compare`.
@@ -164,7 +164,7 @@ def _curve_keys(groups: list[PSNRGroup], references: list[PSNRResult], slots: Sl
     keys = []
     for group in groups:
         std = group.std()
-        spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} shuffles"
+        spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} seeds"
         text = _numbers(group.mean("train"), group.mean("test"), group.mean()) + spread
         keys.append(Line2D([], [], color=theme.run(slots[group.label]), label=f"{group.label}: {text}"))
     for i, reference in enumerate(references):
@@ -180,7 +180,7 @@ def _curve_keys(groups: list[PSNRGroup], references: list[PSNRResult], slots: Sl
 def gap_bars(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
     """Average PSNR gap by number of training images, one bar a label (An et al. Fig. 6).
 
-    The value stands on each bar. With several shuffles each is a dot, and the error bar is their standard deviation.
+    The value stands on each bar. With several seeds each is a dot, and the error bar is their standard deviation.
     """
     slots = slots or assign(comparison.labels)
     counts, labels = comparison.counts, comparison.labels
