@@ -13,7 +13,7 @@ from torch import nn
 
 import ditlab.networks
 from ditlab.config import DataConfig, EvaluationConfig, RunConfig, fit_to_images, from_json, to_json
-from ditlab.data.imageset import prepare
+from ditlab.data.preparing import prepare
 from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, sample
@@ -23,7 +23,7 @@ from ditlab.models.opening import open_model
 from ditlab.models.run import Run
 from ditlab.networks.base import NETWORKS, NetworkConfig, build_network, register
 from ditlab.training.config import TrainingConfig
-from ditlab.training.distributed import Processes
+from ditlab.training.distributed import DistributedContext
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def test_a_toy_is_trained_saved_opened_and_sampled(tmp_path):
     config = fit_to_images(config, images.shape, images.num_classes)
     cpu = torch.device("cpu")
     run = start(tmp_path / "run", config, images, device=cpu)
-    train_run(run, Processes(0, 1, cpu))
+    train_run(run, DistributedContext(0, 1, cpu))
 
     written = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert written["network"] == {
