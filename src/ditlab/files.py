@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from zipfile import BadZipFile
 
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged, DitlabError, Incompatible, NotFound
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,14 +214,14 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DitlabError(f"{path}: no result can be read there ({error.strerror or error})") from error
+        raise NotFound(f"{path}: no result can be read there ({error.strerror or error})") from error
     except ValueError as error:
-        raise DitlabError(f"{path}: expected a JSON result, found something else ({error})") from error
+        raise Damaged(f"{path}: expected a JSON result, found something else ({error})") from error
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
-        raise DitlabError(f"{path}: expected a result of kind '{kind}', found {found!r}")
+        raise Incompatible(f"{path}: expected a result of kind '{kind}', found {found!r}")
     if not isinstance(record.get("version"), int) or record["version"] > version:
-        raise DitlabError(f"{path}: expected version {version} or older, found {record.get('version')!r}")
+        raise Incompatible(f"{path}: expected version {version} or older, found {record.get('version')!r}")
     return record
 
 
@@ -234,4 +234,4 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise DitlabError(f"{path}: expected the arrays {', '.join(names)} of a result ({error})") from error
+        raise Damaged(f"{path}: expected the arrays {', '.join(names)} of a result ({error})") from error

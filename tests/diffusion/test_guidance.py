@@ -373,5 +373,5 @@ def test_attention_is_not_looked_at_through_guidance():
     inner, label = VPDenoiser(dit(), LINEAR), torch.tensor([1, 2])
     images = torch.zeros(2, *SHAPE)
     assert attention_maps(inner, images, 0.5, label=label).of(1).shape == (16, 16)
-    with pytest.raises(DitlabError, match=r"maps of 2 images, found those of 4.*give the one without guidance"):
+    with pytest.raises(DitlabError, match=r"maps of 2 images, found those of 4.*use the denoiser without guidance"):
         attention_maps(guided(inner, GuidanceConfig(2.0)), images, 0.5, label=label)

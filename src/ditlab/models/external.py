@@ -18,7 +18,7 @@ from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reo
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.samplers import SamplerConfig
-from ditlab.errors import DitlabError, Incompatible, NotFound
+from ditlab.errors import Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
 from ditlab.models.model import RESULTS, Model, Side
 from ditlab.models.split_config import SplitConfig
@@ -202,7 +202,7 @@ def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], Importe
     def either(ema: bool) -> ImportedModel:
         model = read()
         if not ema:
-            raise DitlabError(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
+            raise NotFound(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
         return model
 
     return either
