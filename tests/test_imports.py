@@ -26,7 +26,7 @@ LAYERS = (
     {"sampling"},
     {"models"},
     {"analyses"},
-    {"report"},
+    {"reporting"},
     {"studies"},
     {"api"},
     {"cli"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ditlab.models.converting import Converted
     from ditlab.models.model import Model
     from ditlab.models.run import Run
+    from ditlab.reporting.report import ReportResult
     from ditlab.sampling.samples import Samples
     from ditlab.studies.grid import Study
     from ditlab.studies.quickstart import QuickstartResult
@@ -46,6 +47,7 @@ __all__ = [
     "prepare",
     "psnr_gap",
     "quickstart",
+    "report",
     "sample",
     "study",
     "train",
@@ -485,9 +487,89 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
     Args:
         first: a run.
         second: the other one, trained with the same settings and `skip` = N.
-        settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig`, and the keywords of `analyze`.
+        settings: those of `ditlab.analyses.two_subsets.TwoSubsetsConfig` (`seeds` may also be a sequence), and the
+            keywords of `analyze`.
     """
+    from ditlab.sampling.seeds import seed_list, seeds_text
+
+    if "seeds" in settings:
+        settings["seeds"] = seeds_text(seed_list(settings["seeds"]))
     return analyze("two-subsets", [first, second], **settings)
+
+
+def report(
+    models: Source | Sequence[Source],
+    *,
+    out: str | Path | None = None,
+    title: str | None = None,
+    samples: int = 16,
+    hide_training_images: bool = False,
+    jacobian: bool = False,
+    configs: Mapping[str, Any] | None = None,
+    commands: Sequence[tuple[str, str]] = (),
+    foreword: Sequence[str] = (),
+    data: ImageSet | str | Path | None = None,
+    held_out: ImageSet | str | Path | None = None,
+    split: SplitConfig | None = None,
+    names: Sequence[str] = (),
+    checkpoint: int | None = None,
+    raw: bool = False,
+    codec: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> ReportResult:
+    """Writes one HTML page about models: a verdict, a table and a figure, then a section for each analysis.
+
+    What was measured before is used; the PSNR gap and attention are measured where they are missing.
+
+    Args:
+        models: models, or strings that name them; one or several.
+        out: the page; report.html in the first model's folder if None. Its figures go into figures/ beside it.
+        title: the model's name, or the names of the kinds, if None.
+        samples: images to draw of each kind of model at each N, at most 64.
+        hide_training_images: show no picture of a real image, nor a sample that is nearly one.
+        jacobian: also measure Jacobians of models that have none, which takes minutes.
+        configs: analysis -> the settings to measure it with, instead of its defaults.
+        commands: (what it does, the exact command line), shown before the commands that trained the models.
+        foreword: sentences under the verdict.
+        data: as for `analyze`, like all that follow.
+
+    Example:
+        >>> ditlab.report(["runs/global", "runs/local"], out="report.html")  # doctest: +SKIP
+
+    Raises:
+        DitlabError: models that cannot be opened or compared, or a page that cannot be written.
+    """
+    from ditlab.reporting.report import write_report
+
+    place, reporter = None if out is None else Path(out), _reporter(reporter)
+    opened = _open_set(
+        _several(models),
+        data,
+        held_out=held_out,
+        split=split,
+        names=names,
+        step=checkpoint,
+        ema=not raw,
+        codec=codec,
+        device=device,
+        threads=threads,
+        out=None if place is None else place.parent,
+        reporter=reporter,
+    )
+    return write_report(
+        opened,
+        opened[0].path / "report.html" if place is None else place,
+        title=title,
+        samples=samples,
+        hide_training_images=hide_training_images,
+        jacobian=jacobian,
+        configs=configs,
+        commands=commands,
+        foreword=foreword,
+        reporter=reporter,
+    )
 
 
 def complexity(
@@ -682,7 +764,7 @@ def convert(
     """
     from ditlab.interop.improved_diffusion import UNetFile
     from ditlab.models.converting import Conversion
-    from ditlab.report.hub_export import send_run
+    from ditlab.reporting.hub_export import send_run
 
     reporter, unet = _reporter(reporter), unet or UNetFile()
     if str(out).startswith("hub:"):

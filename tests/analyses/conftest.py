@@ -1,4 +1,4 @@
-"""What all figures must hold."""
+"""What all figures must hold, and tiny trained runs that several tests share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+import ditlab
+from ditlab.models.run import Run
 
 
 @pytest.fixture
@@ -37,3 +40,47 @@ def texts_apart(monkeypatch) -> Callable[[Figure], None]:
             assert min(overlap) <= 1.0, (one, two)
 
     return check
+
+
+TINY: dict[str, Any] = {
+    "n": 20,
+    "test": 20,
+    "steps": 6,
+    "width": 16,
+    "heads": 2,
+    "depth": 2,
+    "batch_size": 8,
+    "log_every": 2,
+    "eval_every": 3,
+    "save_every": 2,
+    "evaluation.images": 4,
+    "evaluation.levels": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Callable[..., Run]:
+    """`trained("name", skip=20)` is a run of six steps on 20 digits of 8x8 pixels; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("trained")
+    images = ditlab.prepare("digits", size=8, out=folder / "digits")
+    asked: dict[str, dict[str, Any]] = {}
+
+    def train(name: str, *, preset: str = "dit-nano/1", **settings: Any) -> Run:
+        wanted = {"preset": preset, **settings}
+        assert asked.setdefault(name, wanted) == wanted, f"two kinds of runs are called {name}"
+        run = ditlab.train(preset, images, out=folder / "runs" / name, **TINY | settings)
+        assert run is not None
+        return run
+
+    return train
+
+
+@pytest.fixture
+def opened(tmp_path) -> Callable[[Run], Run]:
+    """`opened(run)` is the run again, with a results folder of the test's own."""
+
+    def reopen(run: Run) -> Run:
+        return Run.open(run.home, results=tmp_path / "results" / run.home.name)
+
+    return reopen

@@ -30,7 +30,7 @@ def result(label: str, gap_db: float, seed: int = 0, n: int = 50, **facts) -> PS
     )
 
 
-def test_means_and_spread_over_shuffles():
+def test_means_and_spread_over_seeds():
     found = compare([result("global", g, s) for s, g in enumerate((2.0, 3.0, 4.0))])
     (group,) = found.groups
     assert group.seeds == (0, 1, 2)
@@ -38,7 +38,7 @@ def test_means_and_spread_over_shuffles():
     assert group.std() == pytest.approx(1.0)
     np.testing.assert_allclose(group.curve("gap"), 3.0)
     assert found.differences == ()
-    assert "std 1.00 over 3 shuffles" in found.sentences()[0]
+    assert "std 1.00 over 3 seeds" in found.sentences()[0]
 
 
 def test_groups_by_label_and_n_with_differences_at_each_n():

@@ -9,10 +9,10 @@ from matplotlib.colors import to_hex
 from ditlab.analyses.complexity.figures import complexity_figure
 from ditlab.analyses.scaling.figures import sampling_figure, scaling_figure
 from ditlab.analyses.scaling.points import ScalingPoint, scaling_points
+from ditlab.analyses.scaling.sizes import best_sentence, sizes_table
 from ditlab.errors import DitlabError
 from ditlab.metrics.complexity import Complexity
 from ditlab.pages.theme import DARK, LIGHT, assign, plain_log, png
-from ditlab.report.sections import scaling_section
 from ditlab.studies.published import published
 
 SIZES = {"s": (33, 6.06), "b": (130, 23.0), "l": (458, 80.7), "xl": (675, 118.6)}
@@ -112,15 +112,14 @@ def test_what_is_drawn_of_sampling():
         sampling_figure(scaling_points(ScalingPoint("a", "a", 1, 1.0, 1, 0), [{"step": 1, "loss": 1.0}]))
 
 
-def test_the_section_has_the_last_values():
-    section = scaling_section(points())
-    (table,) = section.tables
+def test_the_table_has_the_last_values():
+    table = sizes_table(points())
     assert table.columns[:6] == ("run", "kind", "parameters, M", "GMACs", "steps", "training, GMACs")
     assert [row[0] for row in table.rows] == ["nano", "micro"]
     assert table.rows[0][4:6] == (5000, f"{0.7 * 32 * 5000 * 3:.2e}")
     assert table.rows[0][table.columns.index("FID")] == pytest.approx(103.0)
-    assert len(section.data["scaling.json"]["points"]) == len(points())
-    assert scaling_section([]).empty
+    assert best_sentence(points()) == "micro (4.9 GMACs) has the lowest FID of 2 runs at the end: 53.00."
+    assert best_sentence([]) == ""
 
 
 def test_readable_numbers_on_logarithmic_axes():

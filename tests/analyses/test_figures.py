@@ -8,11 +8,12 @@ from matplotlib.colors import to_hex
 
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves, sample_grid
+from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, overview_curves, psnr_curves
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import Trajectory, compare_trajectories
 from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves, matched_psnr
 from ditlab.errors import DitlabError
+from ditlab.pages.grids import sample_grid
 from ditlab.pages.theme import DARK, LIGHT, assign, png, save
 from ditlab.provenance import Provenance
 
@@ -70,6 +71,8 @@ FIGURES = {
     "gap along training": lambda theme: gap_along_training(trajectories(), theme=theme),
     "matched": lambda theme: matched_psnr(trajectories(), matched(), theme=theme),
     "loss": lambda theme: loss_curves({"global": log(), "local": log()}, theme=theme),
+    "first screen": lambda theme: overview_curves(comparison(), theme=theme),
+    "forest": lambda theme: gap_differences(comparison(), theme=theme),
     "samples": lambda theme: sample_grid([("some", np.zeros((12, 3, 8, 8), np.uint8))] * 2, columns=6, theme=theme),
 }
 
@@ -140,6 +143,34 @@ def test_references_of_another_n_stay_out_of_a_column():
     assert counts[1] == counts[0] + 2
 
 
+def test_a_reference_that_leaves_the_axis_is_drawn_at_its_edge():
+    """As empirical Bayes does: its PSNR on training images has no bound, and on others it is far below a network's."""
+    exact = result("empirical Bayes", 70.0)
+    figure = psnr_curves(comparison((0,), (50,)), [exact])
+    low, high = figure.axes[0].get_ylim()
+    for line in figure.axes[0].get_lines()[1:]:
+        values = np.asarray(line.get_ydata())
+        assert (values >= low).all()
+        assert (values <= high).all()
+    words = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert "A reference beyond the axis is drawn at its edge." in words
+    inside = psnr_curves(comparison((0,), (50,)), [result("Wiener", 0.5)])
+    assert not any("edge" in text.get_text() for text in inside.axes[2].get_legend().get_texts())
+
+
+def test_the_forest_fills_differences_whose_interval_leaves_zero_out():
+    kinds = (("global", (3.0, 3.1, 3.2)), ("local", (2.0, 2.1, 2.2)), ("other", (1.0, 3.0, 5.0)))
+    results = [result(kind, gap, seed) for kind, gaps in kinds for seed, gap in enumerate(gaps)]
+    figure = gap_differences(compare(results))
+    (axes,) = figure.axes
+    marks = [c for c in axes.collections if len(c.get_offsets()) == 1]
+    filled = {round(float(c.get_offsets()[0][0]), 3): to_hex(c.get_facecolor()[0]) == LIGHT.run(0) for c in marks}
+    assert filled == {-1.0: True, -0.1: False, 0.9: False}
+    assert [t.get_text().split(",")[0] for t in axes.get_yticklabels()][-1] == "local minus global"
+    with pytest.raises(DitlabError, match="expected at least two kinds"):
+        gap_differences(compare([result("global", 1.0)]))
+
+
 def test_what_cannot_be_drawn():
     with pytest.raises(DitlabError, match="other noise levels"):
         psnr_curves(comparison(), [result("Wiener", 1.0, levels=tuple(v * 1.1 for v in LEVELS))])
@@ -173,7 +204,7 @@ def test_one_level_is_drawn_as_points():
 
 
 def test_the_axis_says_whose_psnr_it_is():
-    about = Provenance("run", settings={"space": "latents"})
+    about = Provenance("run", ema=True, settings={"space": "latents"})
     for found, says in ((result("a", 1.0), "PSNR (dB)"), (result("a", 1.0, about=about), "PSNR of latents (dB)")):
         figure = psnr_curves(compare([found]))
         assert figure.axes[0].get_ylabel() == says

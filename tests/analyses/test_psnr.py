@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.analyses.psnr_gap.result import PSNRResult, psnr_gap
+from ditlab.analyses.psnr_gap.measure import measure_gap as psnr_gap
+from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange

@@ -54,6 +54,22 @@ def test_with_one_training_image_nothing_is_a_copy(row):
     assert not any("copy" in text for text in texts(samples_with_nearest([alone])))
 
 
+def test_the_file_of_the_nearest_image_stands_under_its_distance(row, texts_apart):
+    names = ["cats/a.png", "a-very-long-name-of-a-file.png", *[""] * 3]
+    figure = samples_with_nearest([SampleRow("global", row.samples, row.nearest, row.pictures, names)], columns=5)
+    words = texts(figure)
+    assert "a.png" in words
+    assert "a-very-…ile.png" in words
+    assert len(words) == 5 + 2
+    texts_apart(figure)
+
+
+def test_samples_of_unknown_training_images_stand_alone(row, texts_apart):
+    figure = samples_with_nearest([SampleRow("bare", row.samples)])
+    assert texts(figure) == []
+    texts_apart(figure)
+
+
 def test_bad_input(row):
     with pytest.raises(DitlabError, match="at least one row"):
         samples_with_nearest([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_seed, compare_trajectories
+from ditlab.analyses.trajectory.tables import best_sentence, course_table, matched_differences, matched_table
 from ditlab.errors import DitlabError
 from ditlab.metrics.psnr import PSNRPoint
 
@@ -67,6 +68,27 @@ def test_several_seeds_are_paired_and_others_named():
     assert found.unpaired == (5,)
     assert "only one side has them: seeds 5" in found.sentences()[-1]
     assert "no difference seen" in found.best_test.sentence("best")
+
+
+def test_tables_say_what_the_sentences_say():
+    first = [run("global", (16, 20, 24, 28 + s / 10), (16, 18, 17, 14), s) for s in (0, 1, 2)]
+    second = [run("local", (14, 16, 20, 24 + s / 5), (15, 16, 18, 17), s) for s in (0, 1, 2)]
+    comparison = compare_trajectories(first, second)
+    table = matched_differences([comparison])
+    assert [row[0] for row in table.rows] == ["gap at equal steps", "gap at matched train PSNR", "best test PSNR"]
+    assert table.rows[0][2:] == ("local minus global", "-6.90", "-7.15 to -6.65", 3, "local is lower")
+    assert table.rows[2][-1] == "no difference seen"
+    assert len(matched_table(comparison).rows) == 6
+    course = course_table([*first, *second])
+    assert course.rows[0] == ("global", None, 0, 400, 28.0, 14.0, 14.0, 18.0, 200)
+    assert best_sentence(first[:1]) == (
+        "global was best on held-out images at step 200 of 400, and lost 4.00 dB of test PSNR afterwards."
+    )
+    assert best_sentence([run("a", (1, 2, 3, 4), (1, 2, 3, 4))]) == (
+        "Test PSNR was still at its best at the end of training."
+    )
+    assert "6 of 6 runs passed their best test PSNR: global" in best_sentence([*first, *second])
+    assert best_sentence([]) == ""
 
 
 def test_saved_and_loaded_again(tmp_path):

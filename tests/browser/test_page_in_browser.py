@@ -336,6 +336,7 @@ def test_an_old_browser_is_told_so(opened, path, missing):
 def test_files_can_be_saved(opened, path, tmp_path):
     page = opened(path).page
     with page.expect_download() as download:
+        page.locator("#numbers details summary").click()
         page.click("text=numbers.json")
     assert download.value.suggested_filename == "numbers.json"
     download.value.save_as(tmp_path / "numbers.json")

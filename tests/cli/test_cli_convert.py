@@ -6,21 +6,16 @@ import argparse
 import json
 import os
 import re
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import ditlab as library
-from ditlab.analyses.attention.config import AttentionConfig
-from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.cli.report import write_report
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.interop.original_dit import to_original
-from ditlab.models.opening import ExternalConfig, open_model
+from ditlab.models.opening import open_model
 from ditlab.networks.dit import DiT, DiTConfig
 
 pytest.importorskip("diffusers")
@@ -401,26 +396,3 @@ def test_what_cannot_be_looked_at(refused, place, plain, diffusers_folder, tmp_p
     assert "expected no step" in refused("psnr-gap", unet, "--data", place.images, "--step", 3)
     assert "split: 5000 test images asked for" in refused("psnr-gap", unet, "--data", place.images, "--test", 5000)
     assert "name layers that are alike" in refused("attention", unet, "--data", place.images, *SPLIT)
-
-
-def test_a_report_about_a_unet(place, diffusers_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = ExternalConfig(n=20, test=10)
-    run = open_model(f"diffusers:{diffusers_folder('unet', 'theirs')}", place.images, config=config)
-    write_report(
-        [run],
-        ["theirs"],
-        tmp_path / "page" / "report.html",
-        Console(file=StringIO()),
-        title="A model of diffusers",
-        foreword=list(run.notes),
-        samples=0,
-        settings=PSNRConfig(images=5, points=3),
-        attention=AttentionConfig(images=2, levels=(0.5,)),
-    )
-    page = (tmp_path / "page" / "report.html").read_text()
-    assert "Nobody said which images this model was trained on" in page
-    assert "Where a token attends" in page
-    assert "Along training" not in page
-    kept = json.loads((run.path / "analysis" / "attention.json").read_text())
-    assert kept["layers"] == [1, 2, 3]

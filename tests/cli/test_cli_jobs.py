@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 import ditlab as package
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.cli import report
-from ditlab.cli.report import write_report
 from ditlab.models.run import Run
 from ditlab.training.log import read_log
 
@@ -180,27 +174,3 @@ def test_psnr_gap_of_two_runs(ditlab, place, plain, tmp_path):
     for words in (["--levels", "0.1", "1.0", "--no-references"], ["--raw", "--step", "4", "--reduction", "psnr_mean"]):
         done = ditlab("psnr-gap", runs[0], "--images", 5, "--points", 2, "--out", tmp_path / "more", *words)
         assert done.status == 0, done.err
-
-
-@pytest.mark.slow
-def test_report_is_one_file(ditlab, place, plain, tmp_path, monkeypatch):
-    local = place.trained("local", "--network.attention", "3,3")
-    runs = [place.copy(plain), place.copy(local)]
-    monkeypatch.setattr(report, "write_report", partial(write_report, settings=COARSE))
-    done = ditlab("report", *runs, "--samples", 2, "--out", tmp_path / "page" / "report.html", "--json")
-    assert done.status == 0, done.err
-    assert json.loads(done.out)["report"] == str(tmp_path / "page" / "report.html")
-    page = (tmp_path / "page" / "report.html").read_text()
-    assert "global" in page
-    assert "3,3" in page
-    sources = re.findall(r'<(?:img|script|link|iframe|source)[^>]*?(?:src|href|srcset)="([^"]{0,40})', page)
-    assert sources
-    assert all(source.startswith("data:") for source in sources)
-    assert not re.search(r"@import|url\((?!['\"]?(data:|#))", page)
-    pictures = {p.name for p in (tmp_path / "page" / "figures").iterdir()}
-    assert {"samples.png", "psnr-curves.png", "gap-bars.png", "losses.png", "matched-psnr.png"} <= pictures
-    # What was measured with the same settings is used again.
-    made = [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs]
-    for run in runs:
-        report._result(Run.open(run), COARSE, Console(file=io.StringIO()), "cpu")
-    assert [(run / "analysis" / "psnr-gap.json").stat().st_mtime_ns for run in runs] == made

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ditlab.analyses.jacobian.result import JacobianResult
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.cli import copies, reporting
+from ditlab.analyses.samples.measure import KindSamples
 from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
@@ -27,8 +27,9 @@ from ditlab.diffusion.likelihood import bits_per_dimension
 from ditlab.diffusion.samplers import ImageNoise
 from ditlab.errors import DitlabError
 from ditlab.metrics.nearest import nearest
+from ditlab.models import memorization
+from ditlab.models.comparing import OpenedModel
 from ditlab.models.run import Run
-from ditlab.report.sections import samples_section
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_run_on_latents(latent, latents, weights, place):
     assert run.pixels(images).shape == (3, 3, 8, 8)
     # Real pictures where they lie where they lay, else decoded ones.
     stored = ImageSet.open(place.images)
-    assert np.array_equal(run.pixels_at([4, 2]), stored.take([4, 2]))
+    assert np.array_equal(run.originals([4, 2]), stored.take([4, 2]))
     alone = shutil.copytree(latents, place.folder / "elsewhere" / "far" / "latents", dirs_exist_ok=True)
     moved = Run.open(latent, alone, weights)
     assert np.array_equal(moved.pixels_at([4, 2]), moved.pixels(moved.images.batch([4, 2])))
@@ -219,7 +220,7 @@ def test_references_are_marked_as_latents_too(plain, latent):
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_replay_of_latents_lies_at_no_distance(place, latent, latents, weights, moved, monkeypatch):
     """Decoded pictures are compared with decoded ones, also of mirrored latents; the originals are only shown."""
-    monkeypatch.setattr(copies, "PART", 7)
+    monkeypatch.setattr(memorization, "DECODE_BATCH", 7)
     if moved:
         alone = shutil.copytree(latents, place.folder / "elsewhere" / "far" / "latents", dirs_exist_ok=True)
         run = Run.open(latent, alone, weights)
@@ -230,25 +231,26 @@ def test_a_replay_of_latents_lies_at_no_distance(place, latent, latents, weights
     replayed = run.images.batch(indices, mirrored=flip_mask)
     generator = np.random.default_rng(0)
     other = torch.from_numpy(generator.normal(size=(2, 4, 4, 4))).float()
-    drawn = reporting.Drawn.of(run, "a", torch.cat([replayed, other]))
+    opened = OpenedModel(run, run.denoiser(), run.provenance(run.newest_step))
+    drawn = KindSamples.of(opened, "a", torch.cat([replayed, other]))
     found = drawn.nearest.samples
     assert found.index[:6].tolist() == [0, 3, 9, 19, 4, 11]
     assert found.mirrored[:6].tolist() == flip_mask.tolist()
     # Pictures that are decoded beside others may round differently.
     assert found.first[:6].max() < 0.3
     assert found.first[6:].min() > 1
-    assert drawn.telling[:6].all()
+    assert drawn.near_copies[:6].all()
     assert drawn.nearest.samples.copied[:6].all()
     # The control is of decoded pictures too.
-    train, test = run.decoded_at(run.split.train), run.decoded_at(run.split.test)
-    twins = run.decoded_at(run.split.train, mirrored=True)
+    train, test = run.decoded(run.split.train), run.decoded(run.split.test)
+    twins = run.decoded(run.split.train, mirrored=True)
     expected = np.minimum(nearest(test, train).first, nearest(test, twins).first)
     assert drawn.nearest.held_out is not None
     np.testing.assert_allclose(drawn.nearest.held_out.first, expected, atol=0.3)
-    shown = run.pixels_at(indices)
-    np.testing.assert_array_equal(drawn.pictures[:4], shown[:4])
-    np.testing.assert_array_equal(drawn.pictures[4:6], shown[4:, ..., ::-1])
-    assert "both sides are decoded" in samples_section([], [drawn.nearest]).notes[0]
+    shown = run.originals(indices)
+    np.testing.assert_array_equal(drawn.nearest_images[:4], shown[:4])
+    np.testing.assert_array_equal(drawn.nearest_images[4:6], shown[4:, ..., ::-1])
+    assert drawn.nearest.latents
 
 
 def test_latents_are_never_clipped(refused, ditlab, latent, place):

@@ -15,7 +15,7 @@ from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import infer_config, is_bias_free
 from ditlab.interop.checkpoints import open_checkpoint
-from ditlab.models.opening import ExternalConfig, load, open_model
+from ditlab.models.split_config import SplitConfig, load, open_model
 from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
 from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
 
@@ -68,7 +68,7 @@ def test_a_cnns_shape_is_told_by_its_weights(tmp_path):
 
 def test_it_takes_the_size_of_the_images_it_is_given(tmp_path, digits):
     path = saved(BFUNet(UNETS[0]), tmp_path / "unet.pt")
-    opened = open_model(path, digits.path, config=ExternalConfig(n=20, test=10))
+    opened = open_model(path, digits.path, config=SplitConfig(n=20, test=10))
     denoiser, facts = opened.denoiser_and_provenance()
     assert denoiser.shape == (1, 16, 16) == opened.images.shape
     images, _ = opened.pictures("test", 4)
@@ -111,7 +111,7 @@ def test_published_weights_gain_seven_decibels(shared, tmp_path):
     if not weights.is_file():
         pytest.skip(f"no {weights.name} in ../shared/weights beside the checkout")
     images = prepare("photos", tmp_path / "photos", size=32, near_duplicates=None)
-    opened = open_model(weights, images.path, config=ExternalConfig(test=16))
+    opened = open_model(weights, images.path, config=SplitConfig(test=16))
     denoiser, facts = opened.denoiser_and_provenance()
     assert denoiser.network.config == BFCNNConfig()
     pictures, _ = opened.pictures("test", 16)

@@ -23,8 +23,10 @@ from ditlab.errors import DitlabError
 from ditlab.interop.converted import open_converted, write_converted
 from ditlab.interop.diffusers_dit import convert_diffusers
 from ditlab.interop.original_dit import open_original, to_original, write_original
-from ditlab.models.opening import ExternalConfig, ExternalModel, load, open_model
+from ditlab.models.external import ExternalModel
+from ditlab.models.opening import load, open_model
 from ditlab.models.run import Run
+from ditlab.models.split_config import SplitConfig
 from ditlab.networks.dit import DiT, DiTConfig
 from ditlab.presets import preset
 
@@ -125,7 +127,7 @@ def test_images_are_asked_for_only_where_they_are_needed(original, sets):
 
 
 def test_a_split_that_is_not_its_own(original, sets):
-    model = open_model(original, sets["10"], config=ExternalConfig(n=10, test=5, split_seed=3))
+    model = open_model(original, sets["10"], split=SplitConfig(n=10, test=5, split_seed=3))
     record = model.split_record
     assert (record.train, record.test, record.seed) == (10, 5, 3)
     assert not set(model.split.train) & set(model.split.test)
@@ -135,28 +137,28 @@ def test_a_split_that_is_not_its_own(original, sets):
     assert (facts.n, facts.seed, facts.step, facts.split_hash) == (10, 3, None, record.hash)
     assert facts.settings["notes"] == [note]
     assert facts.settings["model"]["format"] == "original DiT"
-    assert open_model(original, sets["10"], config=ExternalConfig(test=5, own_split=True)).notes == ()
-    assert open_model(original, sets["10"], config=ExternalConfig(test=5)).split_record.train == 25
-    (train, labels), (test, _) = model.pictures("train", 4), model.pictures("test", 4)
+    assert open_model(original, sets["10"], split=SplitConfig(test=5, own_split=True)).notes == ()
+    assert open_model(original, sets["10"], split=SplitConfig(test=5)).split_record.train == 25
+    (train, labels), (test, _) = model.batch("train", 4), model.batch("test", 4)
     result = psnr_gap(denoiser, train, test, PSNRConfig(images=4, points=3), about=facts, train_labels=labels)
     assert type(result).from_json(result.to_json(), {"train_mse": result.train_mse, "test_mse": result.test_mse})
 
 
 def test_labels_where_the_classes_are_as_many(original, sets):
-    assert open_model(original, sets["10"], config=ExternalConfig(test=5)).pictures("test", 3)[1] is not None
+    assert open_model(original, sets["10"], split=SplitConfig(test=5)).batch("test", 3)[1] is not None
     for name, words in (("3", "has 10 classes and the set 3"), ("0", "has 10 classes and the set none")):
-        model = open_model(original, sets[name], config=ExternalConfig(test=5))
-        assert model.pictures("test", 3)[1] is None
+        model = open_model(original, sets[name], split=SplitConfig(test=5))
+        assert model.batch("test", 3)[1] is None
         assert words in model.notes[1]
 
 
 def test_classes_that_a_model_cannot_do_without(diffusers_folder, sets):
     reference = f"diffusers:{diffusers_folder('unet', num_class_embeds=10)}"
-    config = ExternalConfig(test=5)
-    assert open_model(reference, sets["10"], config=config).pictures("test", 3)[1] is not None
+    config = SplitConfig(test=5)
+    assert open_model(reference, sets["10"], config=config).batch("test", 3)[1] is not None
     for name, found in (("3", "3 classes"), ("0", "no classes")):
         with pytest.raises(DitlabError, match=f"expected images of its 10 classes, .* found {found} in"):
-            open_model(reference, sets[name], config=config).pictures("test", 3)
+            open_model(reference, sets[name], config=config).batch("test", 3)
 
 
 def test_images_of_another_size(diffusers_folder, sets):
@@ -216,7 +218,7 @@ def latents(sets, tmp_path_factory, write_kl):
 def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
     folder = diffusers_folder("dit", sample_size=4, in_channels=4, out_channels=8)
     shutil.copytree(latents / "one-kl", folder / "vae")
-    reference, config = f"diffusers:{folder}", ExternalConfig(test=5, own_split=True)
+    reference, config = f"diffusers:{folder}", SplitConfig(test=5, own_split=True)
     model = open_model(reference, latents / "one", config=config)
     assert model.images.shape == (4, 4, 4)
     assert not any("autoencoder" in note for note in model.notes)
@@ -243,7 +245,7 @@ def test_pixels_for_a_model_of_latents(diffusers_folder, latents, sets):
 def test_notes_of_the_model_go_along(tmp_path, sets):
     network = DiT(DiTConfig(image_size=(8, 8), patch=2, width=384, depth=1, heads=6, num_classes=10))
     save_file(to_original(network, VPObjectiveConfig()), tmp_path / "bare.safetensors")
-    config = ExternalConfig(test=5, own_split=True)
+    config = SplitConfig(test=5, own_split=True)
     (note,) = open_model(tmp_path / "bare.safetensors", sets["10"], config=config).notes
     assert "does not say how many attention heads" in note
     write_converted(open_original(tmp_path / "bare.safetensors"), tmp_path / "converted")
@@ -331,7 +333,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     assert (found.name, found.path, found.newest_step) == ("me--mine", Path("foreign/me--mine"), 2)
     assert found.log
     assert same(found.denoiser(), load(home))
-    assert len(found.pictures("test", 5)[0]) == 5
+    assert len(found.batch("test", 5)[0]) == 5
     # One of its checkpoints stands for the run.
     first = open_model(Path(home) / "checkpoints" / "000000001", sets["0"])
     assert (first.newest_step, first.denoiser_and_provenance()[1].step) == (1, 1)

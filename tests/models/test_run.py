@@ -16,7 +16,8 @@ from ditlab.data.imageset import ImageSet
 from ditlab.data.preparing import prepare
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig
 from ditlab.errors import DitlabError
-from ditlab.models.run import Run, environment, start, train_run
+from ditlab.models.creating import environment, start, train_run
+from ditlab.models.run import Run
 from ditlab.networks.dit import DiTConfig
 from ditlab.presets import preset
 from ditlab.training.config import TrainingConfig

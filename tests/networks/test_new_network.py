@@ -18,8 +18,9 @@ from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, sample
 from ditlab.errors import DitlabError
+from ditlab.models.creating import start, train_run
 from ditlab.models.opening import open_model
-from ditlab.models.run import Run, start, train_run
+from ditlab.models.run import Run
 from ditlab.networks.base import NETWORKS, NetworkConfig, build_network, register
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import Processes

@@ -15,13 +15,12 @@ from PIL import Image
 
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.analyses.psnr_gap.figures import gap_bars, sample_grid
+from ditlab.analyses.psnr_gap.figures import gap_bars
 from ditlab.analyses.psnr_gap.result import PSNRResult
-from ditlab.analyses.trajectory.comparison import Trajectory, compare_trajectories
 from ditlab.errors import DitlabError
-from ditlab.metrics.nearest import NearestResult, nearest
 from ditlab.nn.patterns import Global
 from ditlab.pages import page as page_module
+from ditlab.pages.grids import sample_grid
 from ditlab.pages.page import (
     EXACT_BYTES,
     PAGE_BYTES,
@@ -34,17 +33,10 @@ from ditlab.pages.page import (
     fit_page,
     page_size,
     save_page,
+    with_pickers,
 )
 from ditlab.pages.token_picker import BUDGET, AttentionPicker, pack_run
 from ditlab.provenance import Provenance
-from ditlab.report.sections import (
-    attention_section,
-    gap_section,
-    matched_section,
-    psnr_section,
-    samples_section,
-    training_section,
-)
 
 
 def result(label: str, gap_db: float, seed: int) -> PSNRResult:
@@ -72,25 +64,28 @@ def picker(label: str = "global", tokens: int = 4, budget: int = BUDGET, layers:
 def data() -> PageData:
     results = [result(k, g + s / 10, s) for k, g in (("global", 3.0), ("local", 2.0)) for s in (0, 1)]
     comparison = compare(results)
-    sides = [
-        [Trajectory.from_points(k, s, [(100, 10.0, 9.5), (200, top + s / 10, 12.0)], n=50) for s in (0, 1)]
-        for k, top in (("global", 20.0), ("local", 18.0))
-    ]
     picture = ThemedFigure.draw(
         lambda theme: gap_bars(comparison, theme=theme), "Two bars <of> gap", "The gap & its spread."
     )
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4), np.uint8)
-    found = NearestResult(results[0].about, nearest(images[:2], images), nearest(images[:3], images))
+    table = Table(("model", "N", "gap, dB"), [("global", 50, "3.05\n2.41–3.69"), ("local", 50, "2.05\n1.41–2.69")])
+    seeds = Section("seeds", "Seed by seed", tables=[table], data={"seeds.json": {"a": 1}}, folded=True)
     return PageData(
         title="Global & local <attention>",
-        summary=comparison.sentences(),
+        summary=[comparison.verdict(), "Two kinds were trained."],
+        tables=[table],
+        pictures=[picture, picture],
+        notes=["Beneath: intervals over seeds."],
         sections=[
-            samples_section([picture], [found]),
-            psnr_section(comparison, [picture], {"psnr-gap.json": results[0].to_json()}),
-            gap_section(comparison, [picture]),
-            training_section([picture]),
-            matched_section([compare_trajectories(*sides)], [picture]),
-            attention_section([picker()], [picture]),
+            Section("psnr", "PSNR", pictures=[picture], data={"psnr-gap.json": results[0].to_json()}),
+            Section(
+                "gap",
+                "PSNR gap",
+                verdict="The gap is smaller.",
+                tables=[table, Table(("a",), [(1,)], folded="More numbers")],
+                notes=list(dict.fromkeys(note for r in results for note in r.notes)),
+                parts=[seeds],
+            ),
+            Section("attention", "Attention", pickers=[picker()], pictures=[picture]),
         ],
         runs=[
             RunCard(
@@ -160,7 +155,7 @@ def test_only_the_pages_own_script_may_run(data):
 
 def test_every_picture_has_both_themes_and_words(data):
     reader = Reader(build_page(data))
-    assert len(reader.all("img")) == len(reader.all("source")) == 6
+    assert len(reader.all("img")) == len(reader.all("source")) == 4
     for image, dark in zip(reader.all("img"), reader.all("source"), strict=True):
         assert image["alt"] == "Two bars <of> gap"
         assert dark["media"] == "screen and (prefers-color-scheme: dark)"
@@ -172,8 +167,8 @@ def test_every_picture_has_both_themes_and_words(data):
 def test_links_lead_to_sections(data):
     reader = Reader(build_page(data))
     ids = [a["id"] for a in reader.all("section")]
-    top = ["settings", "samples", "psnr", "gap", "training", "matched", "attention", "commands", "environment", "files"]
-    assert ids == [*top[:6], "matched-0", *top[6:]]
+    top = ["psnr", "gap", "attention", "settings", "commands", "environment", "files"]
+    assert ids == [*top[:2], "seeds", *top[2:]]
     assert [str(a["href"])[1:] for a in reader.all("a") if str(a["href"]).startswith("#")] == top
     assert len({a["id"] for _, a in reader.found if "id" in a}) == len([a for _, a in reader.found if "id" in a])
 
@@ -184,23 +179,63 @@ def test_numbers_settings_and_words_are_there(data):
     for expected in (
         "Global &amp; local &lt;attention&gt;",
         "The gap &amp; its spread.",
-        "Only 4 training images exist where 8 were asked for",
+        "Only 4 training images exist, 8 were asked for",
         "ditlab psnr-gap runs/global-0 runs/local-0",
         "Settings that all runs share (2)",
         "20,000",
-        "no difference seen",
-        "Median distance to the nearest training image",
+        "local is lower",
+        "The gap is smaller.",
+        "Beneath: intervals over seeds.",
+        "More numbers",
     ):
         assert expected in text, expected
-    differing = html[html.index("What differs") : html.index("<details>")]
+    settings = html[html.index('id="settings"') :]
+    differing = settings[: settings.index("<details>")]
     assert "network.attention" in differing
     assert "training.steps" not in differing
 
 
+def test_the_first_screen_comes_before_the_sections(data):
+    html = build_page(data)
+    head = html[html.index("<h1>") : html.index("<main>")]
+    places = [head.index(words) for words in (data.summary[0][:20], "<table>", "first-figure", "first-images", "<nav")]
+    assert places == sorted(places)
+    assert "3.05<br><small>2.41–3.69</small>" in head
+
+
+def test_details_are_folded_away(data):
+    """What is folded can only be read after its summary was opened."""
+    html = build_page(data)
+    folded = re.findall(r"<details[^>]*><summary>(.*?)</summary>(.*?)</details>", html, re.DOTALL)
+    summaries = dict(folded)
+    assert {"Seed by seed", "More numbers", "Notes", "Data", "Settings that all runs share (2)"} <= set(summaries)
+    assert "Only 4 training images exist" in summaries["Notes"]
+    assert "training.steps" in summaries["Settings that all runs share (2)"]
+
+
+def test_the_settings_of_one_run_are_folded_at_the_end():
+    run = RunCard("a", "a", {f"setting.{i}": i for i in range(54)})
+    page = build_page(PageData("a", ["y"], [Section("b", "B", ["words"])], runs=[run]))
+    assert page.index('id="b"') < page.index('id="settings"') < page.index("<summary>All settings (54)</summary>")
+    assert page.index("<summary>All settings") < page.index("setting.0")
+
+
+def test_pickers_are_added_to_a_section_that_was_made_smaller():
+    kept, smaller = noise(40), noise(20)
+    whole = Section("a", "A", ["no room"], pictures=[kept], parts=[Section("b", "B", pictures=[kept])])
+    fitted = Section("a", "A", ["no room"], notes=["left out"], pictures=[smaller], parts=[Section("b", "B")])
+    made = Section("a", "A", ["a map"], notes=["a note"], pickers=[picker()], pictures=[kept], parts=whole.parts)
+    section = with_pickers(fitted, made)
+    assert (section.paragraphs, section.notes) == (["a map"], ["a note", "left out"])
+    assert section.pickers == made.pickers
+    assert section.pictures == [smaller]
+    assert section.parts[0].pictures == ()
+
+
 def test_downloads_hold_the_results(data):
     links = {str(a["download"]): str(a["href"]) for a in Reader(build_page(data)).all("a") if "download" in a}
-    assert list(links) == ["global-0-nearest.json", "psnr-gap.json", "comparison.json", "matched-0.json", "all.json"]
-    for name, expected in (("psnr-gap.json", data.sections[1].data["psnr-gap.json"]), ("all.json", {"a": 1})):
+    assert list(links) == ["psnr-gap.json", "seeds.json", "all.json"]
+    for name, expected in (("psnr-gap.json", data.sections[0].data["psnr-gap.json"]), ("all.json", {"a": 1})):
         content = json.loads(base64.b64decode(links[name].split(",", 1)[1]))
         assert content == json.loads(json.dumps(expected))
 
@@ -214,7 +249,7 @@ def test_data_cannot_end_the_script_that_holds_it():
 
 
 def test_tables_set_numbers_to_the_right_and_colours_beside_labels():
-    rows = [("global", 1234567, 1.005, "1.2 ± 0.3", True, None), ("local", None, -2.0, "≥ 4", False, None)]
+    rows = [("global", 1234567, 1.005, "1.2 ± 0.3", True, None), ("local", None, -2.0, "≥ 4", False, "3*4 minus g")]
     page = PageData("x", ["y"], [Section("a", "A", tables=[Table(list("abcdef"), rows)])], labels=["local", "global"])
     html = build_page(page)
     body = html[html.index("<tbody>") : html.index("</tbody>")]
@@ -222,7 +257,7 @@ def test_tables_set_numbers_to_the_right_and_colours_beside_labels():
     assert [bool(number) for _, number, _ in cells[:6]] == [False, True, True, True, False, False]
     assert [re.sub("<.*?>", "", words) for _, _, words in cells] == [
         *("global", "1,234,567", "1.00", "1.2 ± 0.3", "yes", "–"),
-        *("local", "–", "-2.00", "≥ 4", "no", "–"),
+        *("local", "–", "-2.00", "≥ 4", "no", "3*4 minus g"),
     ]
     assert 'class="swatch s1"' in cells[0][2]
     assert 'class="swatch s0"' in cells[6][2]

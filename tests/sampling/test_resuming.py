@@ -28,9 +28,9 @@ import ditlab
 settings = json.loads(sys.argv[2])
 try:
     samples = ditlab.sample(sys.argv[1], **settings)
-    print("drew", len(samples), samples.images.shape)
+    sys.stdout.write(f"drew {len(samples)} {samples.images.shape}\\n")  # one write, so that lines do not mix
 except ditlab.DitlabError as error:
-    print("refused:", error)
+    sys.stdout.write(f"refused: {error}\\n")
     sys.exit(2)
 """
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ditlab.pages.drawing import Drawing
     from ditlab.pages.page import Section, Table, ThemedFigure
 
-__all__ = ["Analysis", "Comparison", "NoOptions", "ReportContext", "Result", "find_results", "save_result"]
+__all__ = ["Analysis", "Comparison", "NoOptions", "Overview", "ReportContext", "Result", "find_results", "save_result"]
 
 
 class Result(Protocol):
@@ -73,6 +73,24 @@ class ReportContext:
     """Kind of model -> its colour, the same in all figures of the page."""
     picker_bytes: int = 0
     """Bytes of the page that are left for token pickers; known when sections are made."""
+    notes: list[str] = field(default_factory=list)
+    """Takes what a reader of the page must know, such as a model that an analysis cannot measure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """What an analysis puts on the first screen of a page."""
+
+    cells: Mapping[tuple[str, int | None], Mapping[str, Any]] = field(default_factory=dict)
+    """(kind, N) -> column -> cell; a second line in a cell is its interval."""
+    verdict: str = ""
+    """The answer in one sentence."""
+    figure: Drawing | None = None
+    """The figure of the answer."""
+    images: Drawing | None = None
+    """Small images beside it."""
+    note: str = ""
+    """What a reader must know about the cells."""
 
 
 ConfigT = TypeVar("ConfigT")
@@ -187,6 +205,8 @@ class Analysis(Generic[ConfigT, OptionsT]):
     """Where the class of its results is, "package.module:Class"."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models it takes."""
+    pickers: ClassVar[bool] = False
+    """Whether its section has token pickers, which get the bytes that the rest of a page leaves."""
     verb: ClassVar[bool] = True
     """Whether the command line has it; an analysis that only makes sense on a page has no verb."""
     report: ClassVar[Literal["measure", "cached"]] = "cached"
@@ -235,6 +255,10 @@ class Analysis(Generic[ConfigT, OptionsT]):
 
     # -- what may be changed ----------------------------------------------------------------------------------------
 
+    def overview(self, comparison: Comparison) -> Overview:
+        """Returns what the first screen of a page says of a comparison: nothing by default."""
+        return Overview()
+
     def sentences(self, comparison: Comparison) -> Sequence[str]:
         """Returns the sentences of the room's own comparison."""
         return comparison.detail.sentences()
@@ -278,7 +302,11 @@ class Analysis(Generic[ConfigT, OptionsT]):
         settings = self.Config() if config is None else config
         groups: dict[Any, list[tuple[int, Any]]] = {}
         for place, name in enumerate(models.names):
-            result = self.report_result(models, place, settings, context, reporter)
+            try:
+                result = self.report_result(models, place, settings, context, reporter)
+            except DitlabError as error:
+                context.notes.append(f"{name}: no {self.name} ({error}).")
+                continue
             if result is not None:
                 about = replace(result.about, name=name, label=models.kinds[place])
                 result = replace(result, about=about)
@@ -334,7 +362,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise DitlabError(f"{self.name}: expected {wanted} models, found {count}")
+            raise DitlabError(f"{self.name}: expected {wanted} model{'' if wanted == '1' else 's'}, found {count}")
 
     def cached(
         self, opened: OpenedModel, config: ConfigT, measure: Callable[[], Any], reporter: Reporter = SILENT

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 __all__ = ["config_from_json", "stored_config"]
 
-STORED = {"sigmas": "levels", "timesteps": "steps"}
+STORED = {"sigmas": "levels", "timesteps": "steps", "baselines": "references"}
 """Setting -> its name in files."""
 
 ConfigT = TypeVar("ConfigT")

@@ -30,6 +30,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "psnr-gap": {"--references": "--baselines", "--no-references": "--no-baselines"},
     "attention": {"--steps": "--timesteps"},
     "jacobian": {"--steps": "--timesteps"},
+    "agreement": {"--references": "--baselines"},
 }
 """Verb -> flags of earlier versions and what they are called now; they are accepted and not shown."""
 _EVERYWHERE = {"--labels": "--names", "--levels": "--sigmas", "--step": "--checkpoint"}

@@ -8,7 +8,7 @@ was fixed before the runs were looked at: an interval that contains zero may mer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,17 @@ class PairedDifference:
         return f"{side}, but {within}" if self.similar else side
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Returns the t interval of the mean of independent values; None with fewer than two."""
+    from scipy.stats import t as student
+
+    if len(values) < 2:
+        return None
+    mean, count = float(np.mean(values)), len(values)
+    half = float(student.ppf((1 + confidence) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return mean - half, mean + half
+
+
 def paired_difference(
     first: str,
     second: str,
@@ -96,17 +107,13 @@ def paired_difference(
     Raises:
         DitlabError: no seed in common, or a margin that is not positive.
     """
-    from scipy.stats import t as student
-
     if margin is not None and not margin > 0:
         raise DitlabError(f"comparison of '{first}' and '{second}': expected a margin above 0, found {margin}")
 
     seeds = tuple(sorted(set(first_values) & set(second_values)))
     if not seeds:
         raise DitlabError(f"comparison of '{first}' and '{second}': expected at least one seed in common, found none")
-    differences = np.array([second_values[s] - first_values[s] for s in seeds])
-    mean, low, high = float(differences.mean()), None, None
-    if len(seeds) > 1:
-        half = student.ppf((1 + confidence) / 2, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds))
-        low, high = float(mean - half), float(mean + half)
-    return PairedDifference(first, second, seeds, tuple(differences.tolist()), mean, low, high, confidence, margin)
+    differences = [second_values[s] - first_values[s] for s in seeds]
+    low, high = mean_interval(differences, confidence) or (None, None)
+    mean = float(np.mean(differences))
+    return PairedDifference(first, second, seeds, tuple(differences), mean, low, high, confidence, margin)

@@ -84,6 +84,11 @@ class ModelSet(Sequence[Model]):
                 return tuple(names)
         return tuple(f"{name}-{number}" for number, name in enumerate(plain, 1))
 
+    @property
+    def chosen_names(self) -> tuple[str, ...]:
+        """The kinds that the caller named; "" for each model where none was named."""
+        return ("",) * len(self) if self.kinds == tuple(kinds_of(self.models)) else self.kinds
+
     def open(self, reporter: Reporter = SILENT) -> list[OpenedModel]:
         """Loads the weights of every model.
 

@@ -60,6 +60,33 @@ def labelled_grid(
     return figure
 
 
+def sample_grid(
+    rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 10, inches: float = 0.62, theme: Theme = LIGHT
+) -> Figure:
+    """Draws small images in captioned rows, e.g. the samples of each run and training images beneath.
+
+    Args:
+        rows: (caption, uint8 [N, C, H, W]) pairs; each continues on further lines after `columns` images.
+        columns: images in a line.
+        inches: width of one image in the figure.
+        theme: light or dark.
+
+    Raises:
+        DitlabError: no row, or one that is not uint8 [N, C, H, W] with C 1 or 3 and N at least 1.
+    """
+    if not rows:
+        raise DitlabError("sample grid: expected at least one row of images, found none")
+    sheets = [montage(caption, images, columns) for caption, images in rows]
+    lines = [sheet.shape[0] / sheet.shape[1] * columns for sheet in sheets]
+    with canvas(columns * inches + 0.2, sum(lines) * inches + 0.34 * len(rows) + 0.1, theme) as figure:
+        grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=lines)
+        for axes, (caption, _), sheet in zip(grid[:, 0], rows, sheets, strict=True):
+            axes.imshow(sheet, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=9, fontweight="normal", pad=3)
+    return figure
+
+
 def montage(caption: str, images: np.ndarray, columns: int) -> np.ndarray:
     """Images in lines of `columns`, uint8 [h, w, 4] with transparent gaps, each pixel enlarged so that it stays sharp.
 

@@ -1,10 +1,10 @@
 """The report page: one HTML file with its style, pictures, script and result files inside, which opens anywhere.
 
-A page is a summary and a sequence of sections; a section holds words, tables, pictures, attention pickers and the JSON
-behind them. `ditlab.report.sections` makes the standard sections from results; a study adds its own. `build_page` only
-lays out what it is given, and `save_page` makes a page that would be too large smaller. The page asks nothing of the
-network and runs no script but its own (its content-security policy names that script's hash), follows the reader's
-light or dark setting, and can be read on a phone and on paper.
+A page is a first screen that answers the question (a sentence, a table, a figure) and a sequence of sections; a
+section has a verdict, tables, pictures, attention pickers and the JSON behind them. Each analysis makes its own
+section, a study adds others. `build_page` only lays them out, and `save_page` makes a page that would be too large
+smaller. The page asks nothing of the network and runs no script but its own (its content-security policy names that
+script's hash), follows the reader's light or dark setting, and can be read on a phone and on paper.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _SMALLEST = 4
 """Figures lose at most so much of their resolution, in each direction, where a page would be too large."""
 _NOT_HERE = "The page would be too large with the files behind this; they lie beside the results that it was made of."
 
-_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d")
-"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"."""
+_NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?(?![^\s%±–])")
+"""How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"; not "3*4" nor "3,5,g*2"."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class ThemedFigure:
 class Table:
     """Rows under named columns; the first column names the row.
 
-    A cell may be None (shown as "–"), a number, a truth value or words. Columns of numbers stand to the right. A cell
-    that is the name of a kind of run (`PageData.labels`) carries its colour. `words in backticks` are set as code.
+    A cell may be None (shown as "–"), a number, a truth value or words; a second line in it is small print, such as an
+    interval. Columns of numbers stand to the right. A cell that is the name of a kind of model (`PageData.labels`)
+    carries its colour. `words in backticks` are set as code.
     """
 
     columns: Sequence[str]
@@ -112,7 +113,7 @@ class Table:
                 )
 
     def __str__(self) -> str:
-        rows = [list(self.columns), *self.texts]
+        rows = [list(self.columns), *([cell.replace("\n", " ") for cell in row] for row in self.texts)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -131,11 +132,11 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """For each column, whether all that stands in it are numbers (at least one)."""
-        found = []
+        numeric = []
         for column in range(len(self.columns)):
             cells = [row[column] for row in self.rows if row[column] is not None]
-            found.append(bool(cells) and all(_is_number(cell) for cell in cells))
-        return found
+            numeric.append(bool(cells) and all(_is_number(cell) for cell in cells))
+        return numeric
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Section:
     """Sentences in a list."""
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
-    """Small print: what a reader must know about how it was measured."""
+    """Small print, folded away with the data: what a reader must know about how it was measured."""
     code: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command line)."""
     pickers: Sequence[AttentionPicker] = ()
@@ -159,6 +160,10 @@ class Section:
     """Sections within this one."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """File name -> the JSON behind this section, offered as a download."""
+    verdict: str = ""
+    """The section's answer in one sentence, under its title."""
+    folded: bool = False
+    """Whether only the title is to be seen until a reader opens it."""
 
     @property
     def empty(self) -> bool:
@@ -184,12 +189,18 @@ class PageData:
 
     title: str
     summary: Sequence[str]
-    """Sentences with the numbers, the most important first."""
+    """The verdict, and what else the first screen says in sentences."""
     sections: Sequence[Section] = ()
-    """After the runs and their settings, in this order."""
+    """In this order; the settings, commands and environment follow."""
     runs: Sequence[RunCard] = ()
     labels: Sequence[str] = ()
-    """The kinds of runs in the order of their colours (as `style.assign`); those of `runs` where empty."""
+    """The kinds of models in the order of their colours (as `theme.assign`); those of `runs` where empty."""
+    tables: Sequence[Table] = ()
+    """On the first screen."""
+    pictures: Sequence[ThemedFigure] = ()
+    """On the first screen: the figure that answers the question, then what stands under the table."""
+    notes: Sequence[str] = ()
+    """Small print of the first screen."""
     commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command line)."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -202,7 +213,7 @@ def build_page(data: PageData) -> str:
     """The page as HTML.
 
     Raises:
-        DitlabError: there is neither a summary nor a run nor a section, two sections have one id, or a file is not
+        DitlabError: there is nothing to show, two sections have one id, or a file is not
             JSON.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -221,7 +232,7 @@ def build_page(data: PageData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"base64": _base64, "words": _words, "file": _file, "inline_json": _inline_json}
+    pages.filters |= {"base64": _base64, "words": _words, "cell": _cell, "file": _file, "inline_json": _inline_json}
     assert pages.loader is not None
     script = pages.loader.get_source(pages, "page.js")[0].strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -279,13 +290,33 @@ def fit_page(data: PageData, spare: int = 0) -> PageData:
         data = replace(data, sections=[*data.sections, Section("files", "Results as files", [_NOT_HERE])], downloads={})
     excess = page_size(data) - limit
     pictures = {id(p): p for section in data.sections for part in _all_parts(section) for p in part.pictures}
+    pictures |= {id(p): p for p in data.pictures}
     for smaller in (_few_colours, _one_theme, *(partial(_shrink, by=by) for by in range(2, _SMALLEST + 1, 2))):
         for key in sorted(pictures, key=lambda key: -pictures[key].size):
             if excess > 0:
                 made = smaller(pictures[key])
                 excess -= pictures[key].size - made.size
                 pictures[key] = made
-    return replace(data, sections=[_with_pictures(section, pictures) for section in data.sections])
+    sections = [_with_pictures(section, pictures) for section in data.sections]
+    return replace(data, sections=sections, pictures=[pictures[id(picture)] for picture in data.pictures])
+
+
+def with_pickers(section: Section, made: Section) -> Section:
+    """Returns a section with the pickers of another form of it, and with the words that go with these.
+
+    Args:
+        section: as it is on the page, made smaller where that was needed.
+        made: the same section, made again when it was known how many bytes pickers may take.
+    """
+    parts = {part.id: part for part in made.parts}
+    return replace(
+        section,
+        verdict=made.verdict,
+        paragraphs=made.paragraphs,
+        pickers=made.pickers,
+        notes=list(dict.fromkeys([*made.notes, *section.notes])),
+        parts=[with_pickers(part, parts.get(part.id, part)) for part in section.parts],
+    )
 
 
 def _without_files(section: Section) -> Section:
@@ -327,15 +358,15 @@ def _shrink(picture: ThemedFigure, by: int) -> ThemedFigure:
 
 
 def page_sections(data: PageData) -> list[Section]:
-    """All sections of a page in order: settings, the page's own, commands, environment, files; none of them empty."""
-    found = [
-        _settings_section(data.runs),
+    """Returns all sections of a page in order: its own, settings, commands, environment, files; none of them empty."""
+    sections = [
         *data.sections,
+        _settings_section(data.runs),
         Section("commands", "Commands", code=data.commands),
-        Section("environment", "Environment", tables=_two_columns(data.environment)),
+        Section("environment", "Environment", tables=_two_columns(data.environment, "Versions and machine")),
         Section("files", "Results as files", data=data.downloads),
     ]
-    return [_without_empty(section) for section in found if not section.empty]
+    return [_without_empty(section) for section in sections if not section.empty]
 
 
 def _without_empty(section: Section) -> Section:
@@ -356,18 +387,15 @@ def _two_columns(values: Mapping[str, Any], folded: str = "") -> list[Table]:
 def _settings_section(runs: Sequence[RunCard]) -> Section:
     """What differs between the runs in a table, and folded away what they share."""
     differing, shared = _settings(runs)
-    if len(runs) == 1:
-        return Section("settings", "Run and settings", [runs[0].name], tables=_two_columns(shared))
-    names = ", ".join(run.name for run in runs)
-    words = ["What differs between the runs:"] if differing else [f"No setting differs between the runs: {names}."]
-    tables = []
-    if differing:
-        rows = [
-            (run.name, run.label, *(_value(values[i]) for values in differing.values())) for i, run in enumerate(runs)
-        ]
-        tables.append(Table(("run", "kind", *(f"`{name}`" for name in differing)), rows))
-    tables += _two_columns(shared, f"Settings that all runs share ({len(shared)})")
-    return Section("settings", "Runs and settings", words if runs else (), tables=tables)
+    folded = f"All settings ({len(shared)})" if len(runs) == 1 else f"Settings that all runs share ({len(shared)})"
+    tables = _two_columns(shared, folded)
+    if not differing:
+        names = ", ".join(run.name for run in runs)
+        words = [f"No setting differs between the runs: {names}."] if len(runs) > 1 else []
+        return Section("settings", "Settings", words, tables=tables)
+    rows = [(run.name, run.label, *(_value(values[i]) for values in differing.values())) for i, run in enumerate(runs)]
+    table = Table(("run", "kind", *(f"`{name}`" for name in differing)), rows, "What differs between the runs")
+    return Section("settings", "Settings", tables=[table, *tables])
 
 
 def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -410,6 +438,12 @@ def _words(text: str) -> Markup:
     from markupsafe import escape
 
     return _safe(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _cell(text: str) -> Markup:
+    """A cell of a table as HTML; its second line is small."""
+    first, _, rest = text.partition("\n")
+    return _words(first) + _safe("<br><small>") + _words(rest) + _safe("</small>") if rest else _words(first)
 
 
 def _file(record: Any, name: str) -> bytes:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
-from ditlab.analyses.attention.section import MAX_SENTENCES, attention_tables
+from ditlab.analyses.attention.section import locality_section
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
+from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.files import write_bytes, write_json, write_text
 from ditlab.metrics.paired import PairedDifference
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
 from ditlab.pages.theme import Theme, assign
 from ditlab.pages.token_picker import AttentionPicker
-from ditlab.report.sections import matched_table
 from ditlab.studies.figures import differences_figure
 from ditlab.studies.findings import answer, contrasts, findings, phrase
 from ditlab.studies.grid import Study
@@ -343,16 +343,9 @@ class StudyPage:
                 ),
             )
         records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
-        differences = comparison.differences()  # a table has them if they are many
-        return Section(
-            f"locality{tail}",
-            f"How local attention is{name}",
-            points=differences if len(differences) <= MAX_SENTENCES else (),
-            tables=attention_tables(comparison),
-            notes=list(dict.fromkeys(note for result in results for note in result.notes)),
-            pictures=pictures,
-            data={f"locality{tail}.json": comparison.to_json(), f"attention{tail}.json": records},
-        )
+        data = {f"attention{tail}.json": records}
+        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
+        return replace(made, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
         """What the paper reports, and what was measured here."""

@@ -1,152 +1,167 @@
-"""Figures of the agreement with closed-form references: the images side by side, and the correlations.
+"""Figures of the agreement with closed-form denoisers: the images side by side, and the correlations.
 
-The first is in the manner of Kamb and Ganguli (2412.20292): from equal noise, what the network draws beside what each
-machine draws.
+The first follows Kamb and Ganguli (2412.20292): the samples of the network and of each baseline from the same noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ditlab.analyses.agreement.result import AgreementResult
-from ditlab.errors import DitlabError
+from ditlab.data.pixels import to_uint8
+from ditlab.diffusion.samplers import ImageNoise
+from ditlab.models.memorization import mask_images, near_copies, nearest_training
+from ditlab.models.model import Model
+from ditlab.pages.drawing import Drawing
+from ditlab.pages.image_rows import ImageRow, image_rows
 from ditlab.pages.theme import LIGHT, Theme, canvas, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BELOW = 0.24
-"""Room for words beneath an image, as a share of its height."""
+__all__ = ["agreement_curves", "agreement_images", "drawings", "images_to_show"]
+
+MAX_SHOWN = 8
+"""Images in a row of a figure, at most."""
+MEMORIZING_BASELINES = ("empirical-bayes", "wiener-locality")
+"""Baselines whose samples are training images, or nearly so."""
 
 
-def image_table(
-    rows: Sequence[tuple[str, np.ndarray, Sequence[str]]],
-    *,
-    titles: Sequence[str] = (),
-    inches: float = 0.9,
-    theme: Theme = LIGHT,
-) -> Figure:
-    """Rows of images, each with a few words beneath it.
+def drawings(model: Model, result: AgreementResult, hide_training_images: bool) -> dict[str, Drawing]:
+    """Returns the figures of a result by file name; the images are left out if only the JSON is there.
 
     Args:
-        rows: (what the row is, images uint8 [n, C, H, W] of one shape and number, words beneath each, or none).
-        titles: a word above each column.
-        inches: width of one image.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no rows, or rows of different numbers of images.
+        model: whose result it is; its autoencoder decodes latents.
+        result: what was measured.
+        hide_training_images: show no training image, and nothing that is nearly one.
     """
-    if not rows or len({images.shape for _, images, _ in rows}) != 1:
-        raise DitlabError(
-            f"image table: expected rows of equal images, found {[list(images.shape) for _, images, _ in rows]}"
+    name = result.about.name
+    figures = {
+        "agreement": Drawing(
+            lambda theme: agreement_curves(result, theme=theme),
+            f"Correlations of {name} with closed-form denoisers: of final images, and by noise level.",
+            "Final images: one dot for each image, bars are medians. Single estimates of the clean image are compared "
+            "on the model's own trajectories.",
         )
-    count, _, height, width = rows[0][1].shape
-    tall = height / width
-    tops, at = [], 0.0
-    for _, _, words in rows:
-        tops.append(at)
-        at += tall + (_BELOW if words else 0.06)
-    left = 0.085 * max(len(line) for name, _, _ in rows for line in name.split("\n")) + 0.15
-    above = 0.22 if titles else 0.05
-    step = 1.06
-    with canvas(max(count * step * inches + left, 3.0), at * inches + above, theme) as figure:
-        axes = figure.subplots()
-        for top, (_, images, words) in zip(tops, rows, strict=True):
-            for column, image in enumerate(images):
-                start = column * step
-                pixels = np.broadcast_to(image.transpose(1, 2, 0), (height, width, 3))
-                axes.imshow(pixels, extent=(start, start + 1, top + tall, top), interpolation="nearest")
-                if words:
-                    axes.text(
-                        start + 0.5, top + tall + 0.03, words[column], ha="center", va="top", fontsize=7,
-                        color=theme.muted,
-                    )  # fmt: skip
-        axes.set_xlim(0, count * step - 0.06)
-        axes.set_ylim(at, 0)
-        axes.set_aspect("equal")
-        axes.set_yticks([top + tall / 2 for top in tops], [name for name, _, _ in rows])
-        axes.set_xticks([i * step + 0.5 for i in range(count)] if titles else [], titles or [])
-        axes.tick_params(length=0, pad=3, labeltop=True, labelbottom=False, labelcolor=theme.ink, labelsize=8)
-        axes.spines[:].set_visible(False)
-        axes.grid(False)
-    return figure
+    }
+    if result.images is None:
+        return figures
+    images = images_to_show(model, result, hide_training_images=hide_training_images)
+    shown = Drawing(
+        lambda theme: agreement_images(result, images, theme=theme),
+        f"Rows of images: noise, the samples of {name}, and the samples of closed-form denoisers.",
+        f"Samples of {name} and of closed-form denoisers of its training images, from the same noise. Below each "
+        "image: its correlation with the model's.",
+        exact=True,
+    )
+    return {"agreement-images": shown, **figures}
+
+
+def images_to_show(
+    model: Model, result: AgreementResult, *, hide_training_images: bool = False
+) -> dict[str, np.ndarray]:
+    """Returns the first images, uint8 [n, C, H, W]: "noise", "network", and those of baselines by name.
+
+    Args:
+        model: whose autoencoder decodes latents; noise is not decoded.
+        result: with its images.
+        hide_training_images: leave out the baselines whose samples are training images, and mask images that are
+            nearly a training image.
+    """
+    assert result.images is not None
+    arrays = {"network": result.images, **{b.name: b.images for b in result.baselines if b.images is not None}}
+    if hide_training_images:
+        arrays = {name: images for name, images in arrays.items() if name not in MEMORIZING_BASELINES}
+    pictures = {name: model.decode(torch.from_numpy(images[:MAX_SHOWN])) for name, images in arrays.items()}
+    if hide_training_images:
+        hidden = near_copies(*nearest_training(model, np.concatenate(list(pictures.values()))))
+        parts = np.split(hidden, len(pictures))
+        pictures = {
+            name: mask_images(images, part) for (name, images), part in zip(pictures.items(), parts, strict=True)
+        }
+    noise = ImageNoise(range(min(MAX_SHOWN, result.config.images)), result.shape).initial() / 3
+    if result.shape[0] in (1, 3) and result.shape[1:] == pictures["network"].shape[2:]:
+        return {"noise": to_uint8(noise).numpy(), **pictures}
+    # Noise of latents is shown as the mean of its channels, as large as the pictures.
+    grey = to_uint8(noise.mean(1, keepdim=True) * noise.shape[1] ** 0.5)
+    large = torch.nn.functional.interpolate(grey.float(), pictures["network"].shape[2:]).byte().numpy()
+    return {"noise": np.broadcast_to(large, pictures["network"].shape), **pictures}
 
 
 def agreement_images(
-    result: AgreementResult, pictures: Mapping[str, np.ndarray], *, columns: int = 8, theme: Theme = LIGHT
+    result: AgreementResult, images: Mapping[str, np.ndarray], *, columns: int = 8, theme: Theme = LIGHT
 ) -> Figure:
-    """Noise, what the network draws from it, and what each reference draws, with the correlations beneath.
+    """Draws the noise, what the network draws from it, and what each baseline draws, with the correlations below.
 
     Args:
         result: what was measured.
-        pictures: uint8 [n, C, H, W] by name: "noise", "network", and the references that are to be shown.
-        columns: images shown, at most.
+        images: uint8 [n, C, H, W] by name: "noise", "network", and the baselines to show.
+        columns: images in a row, at most.
         theme: light or dark.
     """
-    rows: list[tuple[str, np.ndarray, Sequence[str]]] = [
-        (name, pictures[name][:columns], []) for name in ("noise", "network")
-    ]
-    for one in result.references:
-        if one.name not in pictures:
-            continue
-        words = [f"{value:.2f}" for value in one.correlation[:columns]]
-        rows.append((f"{one.word}\nmedian {np.median(one.correlation):.2f}", pictures[one.name][:columns], words))
-    seeds = [f"seed {seed}" for seed in range(len(rows[0][1]))]
-    return image_table(rows, titles=seeds, theme=theme)
+    rows = [ImageRow(name, images[name][:columns]) for name in ("noise", "network")]
+    for baseline in result.baselines:
+        if baseline.name in images:
+            name = f"{baseline.title}\nmedian {np.median(baseline.correlation):.2f}"
+            captions = [f"{value:.2f}" for value in baseline.correlation[:columns]]
+            rows.append(ImageRow(name, images[baseline.name][:columns], captions))
+    seeds = [f"seed {seed}" for seed in range(len(rows[0].images))]
+    return image_rows(rows, titles=seeds, theme=theme)
 
 
 def agreement_curves(result: AgreementResult, *, theme: Theme = LIGHT) -> Figure:
-    """Correlation of the final images by reference; of single estimates by noise level; windows by level, if any."""
-    windowed = [one for one in result.references if one.windows is not None and one.calibration is not None]
-    widths = [1.15, 1.3, 1.0] if windowed else [1.15, 1.3]
-    colors = {one.name: theme.run(slot) for slot, one in enumerate(result.references)}
+    """Draws correlations of final images by baseline, of single estimates by noise level, and calibrated windows."""
+    windows = [
+        (baseline, baseline.windows)
+        for baseline in result.baselines
+        if baseline.windows is not None and baseline.calibration is not None
+    ]
+    widths = [1.15, 1.3, 1.0] if windows else [1.15, 1.3]
+    colors = {baseline.name: theme.run(slot) for slot, baseline in enumerate(result.baselines)}
     with canvas(4.2 * len(widths), 4.1, theme) as figure:
         panels = figure.subplots(1, len(widths), width_ratios=widths)
-        _final(panels[0], result, colors, theme)
+        _final_images(panels[0], result, colors, theme)
         levels = np.array(result.levels)
-        for one in result.references:
-            panels[1].plot(levels, np.median(one.one_step, axis=1), color=colors[one.name], label=one.word)
+        for baseline in result.baselines:
+            median = np.median(baseline.one_step, axis=1)
+            panels[1].plot(levels, median, color=colors[baseline.name], label=baseline.title)
         panels[1].set_ylabel("correlation with the network's estimate")
-        panels[1].set_title("One estimate, on the network's path")
+        panels[1].set_title("Single estimates, on the network's trajectories")
         for axes in panels[1:]:
             axes.set_xscale("log")
             axes.set_xlabel("noise level σ")
             plain_log(axes.xaxis, (float(levels.min()), float(levels.max())))
-        # Below, where it never lies over data.
-        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(result.references))
-        if windowed:
-            # Curves that coincide must all be seen: each is moved by a little.
-            for place, one in enumerate(windowed):
-                schedule = one.windows
-                assert schedule is not None
-                sizes = np.array(schedule.sizes) + 0.22 * (place - (len(windowed) - 1) / 2)
-                panels[2].plot(schedule.levels, sizes, ".-", color=colors[one.name], label=one.word, markersize=5)
+        # Below, where it never covers data.
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(result.baselines))
+        if windows:
+            # Curves that coincide are shifted a little, so that all are seen.
+            for place, (baseline, schedule) in enumerate(windows):
+                sizes = np.array(schedule.sizes) + 0.22 * (place - (len(windows) - 1) / 2)
+                panels[2].plot(schedule.levels, sizes, ".-", color=colors[baseline.name], markersize=5)
             panels[2].set_ylabel("side of the window, pixels")
             panels[2].set_title("Calibrated windows")
             panels[2].set_yticks([size for size in result.config.candidates if size <= min(result.shape[1:])])
     return figure
 
 
-def _final(axes: Axes, result: AgreementResult, colors: Mapping[str, str], theme: Theme) -> None:
-    for place, one in enumerate(result.references):
-        spread = np.linspace(-0.16, 0.16, len(one.correlation)) if len(one.correlation) > 1 else np.zeros(1)
-        axes.plot(one.correlation, place + spread, "o", color=colors[one.name], markersize=4, alpha=0.75, mew=0)
-        median = float(np.median(one.correlation))
-        axes.plot([median, median], [place - 0.3, place + 0.3], color=colors[one.name], linewidth=2.2)
+def _final_images(axes: Axes, result: AgreementResult, colors: Mapping[str, str], theme: Theme) -> None:
+    for place, baseline in enumerate(result.baselines):
+        values, color = baseline.correlation, colors[baseline.name]
+        spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(values, place + spread, "o", color=color, markersize=4, alpha=0.75, mew=0)
+        ends, median = [place - 0.3, place + 0.3], float(np.median(values))
+        axes.plot([median, median], ends, color=color, linewidth=2.2)
         if result.config.images > 1:
-            other = float(np.median(one.control))
-            axes.plot(
-                [other, other], [place - 0.3, place + 0.3], color=theme.muted, linewidth=1.2, linestyle=(0, (2, 2))
-            )
-    axes.set_yticks(range(len(result.references)), [one.word for one in result.references])
-    axes.set_ylim(len(result.references) - 0.5, -0.5)
+            control = float(np.median(baseline.control))
+            axes.plot([control, control], ends, color=theme.muted, linewidth=1.2, linestyle=(0, (2, 2)))
+    axes.set_yticks(range(len(result.baselines)), [baseline.title for baseline in result.baselines])
+    axes.set_ylim(len(result.baselines) - 0.5, -0.5)
     axes.set_xlim(right=1.03)
-    axes.set_xlabel(
-        "correlation with the network's image" + ("\n(broken: other noise)" if result.config.images > 1 else "")
-    )
+    dashed = "\n(dashed: other noise)" if result.config.images > 1 else ""
+    axes.set_xlabel(f"correlation with the network's image{dashed}")
     axes.set_title("Final images")

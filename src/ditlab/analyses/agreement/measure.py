@@ -1,19 +1,21 @@
-"""Agreement: does a trained denoiser draw the images that a closed-form one draws from the same noise?
+"""Agreement: does a trained denoiser draw the images that a closed-form denoiser draws from the same noise?
 
-All of them start from equal noise and take the same steps of a deterministic sampler on the network's own noise levels.
-The final images are compared in pairs, by their correlation and by R^2. Beside it stands the same of images from other
-noise: faces are alike, whoever draws them.
+The denoiser and the baselines start from the same noise and take the same steps of a deterministic sampler on the
+denoiser's own noise levels. Their final images are compared in pairs by correlation and R^2. The control is the same
+between images of different noise: any two faces correlate.
 
-The windows of Kamb and Ganguli's machines are calibrated as theirs were: on paths of the network from noise to image,
-at each level the odd side whose score has the highest cosine with the network's, the median over the paths. In these
-coordinates the score is (D(y) - y) / sigma^2.
+The windows of Kamb and Ganguli's local denoisers are calibrated as in the paper. At each level of the denoiser's own
+trajectories, the odd side is chosen whose score has the highest cosine with the denoiser's score; then the median over
+the trajectories. In these coordinates the score is (D(y) - y) / sigma^2.
 
-Sources: Kamb and Ganguli, 2412.20292 (machines, scales, correlation; 20 steps); Lukoianov et al., 2509.09672 (R^2).
+Sources: Kamb and Ganguli, 2412.20292 (local denoisers, windows, correlation; 20 steps); Lukoianov et al., 2509.09672
+(R^2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,76 +23,99 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ditlab.analyses.agreement.result import (
-    WORDS,
-    AgreementConfig,
-    AgreementResult,
-    Reference,
-    ReferenceAgreement,
-)
+from ditlab.analyses.agreement.config import TITLES, AgreementConfig, BaselineName
+from ditlab.analyses.agreement.result import AgreementResult, BaselineAgreement
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser, WienerLocalityDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.local_scores import EquivariantLocalScoreDenoiser, LocalScoreDenoiser, WindowSchedule
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, ImageNoise, SamplerConfig, evaluations, sample
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, Incompatible
 from ditlab.metrics.similarity import cosines, mean_squares, r_squared, unit_vectors
+from ditlab.models.comparing import OpenedModel
+from ditlab.progress import SILENT, Bar, Reporter
 from ditlab.provenance import Provenance
 
-WINDOWED: tuple[Reference, ...] = ("ls", "els", "bbels")
-"""Those that look through a window."""
+__all__ = ["calibrate", "check_agreement", "make_baseline", "make_sampler", "measure_agreement", "measure_model"]
 
-Progress = Callable[[int, int], object]
+WINDOWED: tuple[BaselineName, ...] = ("ls", "els", "bbels")
+"""Baselines with windows."""
 
 
 class PathPoint(NamedTuple):
-    """Where the network's paths were at one level."""
+    """The denoiser's trajectories at one level."""
 
     sigma: float
     y: Tensor
-    """The noisy images, float32 [trajectories, C, H, W]."""
+    """Noisy images, float32 [trajectories, C, H, W]."""
     x0: Tensor
-    """What the network took them for, the same shape."""
+    """The denoiser's estimates of the clean images, the same shape."""
 
 
-def make_reference(
-    name: Reference, images: Float[Tensor, "n c h w"], window: int | WindowSchedule | None = None
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What the denoiser drew, and how."""
+
+    denoiser: Denoiser
+    sampler: SamplerConfig
+    noise: Tensor
+    images: np.ndarray
+    """Final images, float32 [n, C, H, W]."""
+    path: Sequence[PathPoint]
+
+
+def measure_model(opened: OpenedModel, config: AgreementConfig, reporter: Reporter = SILENT) -> AgreementResult:
+    """Measures the agreement of a model with baselines of its training images."""
+    model = opened.model
+    check_agreement(opened.denoiser, config)
+    count = config.training_images or model.split_record.train
+    with reporter.bar(f"agreement of {opened.name}") as bar:
+        return measure_agreement(
+            opened.denoiser,
+            model.batch("train", count)[0],
+            config,
+            about=opened.provenance,
+            mirrored=model.mirrored_batch(count),
+            bar=bar,
+        )
+
+
+def make_baseline(
+    name: BaselineName, images: Float[Tensor, "n c h w"], window: int | WindowSchedule | None = None
 ) -> Denoiser:
-    """A reference made of training images.
+    """Returns a baseline made of training images.
 
     Args:
-        name: which.
+        name: which one.
         images: in [-1, 1], or scaled latents.
-        window: the side of its windows, for those that have some.
+        window: the side of the windows, for baselines with windows.
 
     Raises:
-        DitlabError: one that looks through windows was given none.
+        DitlabError: a baseline with windows needs their side.
     """
-    if name not in WINDOWED:
-        kinds = {
-            "empirical-bayes": EmpiricalBayesDenoiser,
-            "wiener": WienerDenoiser,
-            "wiener-locality": WienerLocalityDenoiser,
-        }
-        return kinds[name](images)
+    if name == "empirical-bayes":
+        return EmpiricalBayesDenoiser(images)
+    if name == "wiener":
+        return WienerDenoiser(images)
+    if name == "wiener-locality":
+        return WienerLocalityDenoiser(images)
     if window is None:
-        raise DitlabError(f"reference {WORDS[name]}: expected the side of its windows, found none")
+        raise DitlabError(f"baseline {TITLES[name]}: expected the side of its windows as `window`, found none")
     if name == "ls":
         return LocalScoreDenoiser(images, window)
     return EquivariantLocalScoreDenoiser(images, window, "circular" if name == "els" else "broken")
 
 
-def calibrated(
+def calibrate(
     levels: Sequence[float], candidates: Sequence[int], scores: Float[np.ndarray, "levels candidates trajectories"]
 ) -> WindowSchedule:
-    """The side of the windows at each level: for each path the candidate with the highest cosine, then their median.
+    """Returns the side of the windows at each level: the median over trajectories of the best candidate of each.
 
-    Of an even number of paths it is the lower of the two middle ones, so that it is one of the candidates. A level
-    that occurs twice (Heun's corrections are not looked at) is one.
+    Of an even number of trajectories it is the lower of the two middle ones, so that the median is a candidate.
 
     Args:
-        levels: noise levels, in any order.
+        levels: noise levels, in any order; of a level that occurs twice the last one counts.
         candidates: odd sides, ascending.
-        scores: cosine of the machine's and the network's score.
+        scores: cosine between the score of the baseline and that of the denoiser.
     """
     best = np.sort(scores.argmax(1), axis=1)
     sizes = [candidates[row[(len(row) - 1) // 2]] for row in best]
@@ -105,186 +130,181 @@ def measure_agreement(
     *,
     about: Provenance,
     mirrored: Float[Tensor, "n c h w"] | None = None,
-    progress: Progress = lambda done, total: None,
+    bar: Callable[[int, int], object] | Bar | None = None,
 ) -> AgreementResult:
-    """A denoiser beside references of its training images.
+    """Compares a denoiser with baselines of its training images.
 
     Args:
-        denoiser: a trained one. Where it takes classes it is told none.
+        denoiser: a trained one; a conditional one gets the label "no class".
         images: its training images as it sees them, in their order.
-        config: which references, and how they are compared.
+        config: which baselines, and how they are compared.
         about: which denoiser, trained on what.
-        mirrored: the same images left to right reversed, where training mirrored them: references know them too.
-        progress: told how many calls of references are done, of how many.
+        mirrored: the same images mirrored left to right, if training mirrored them; baselines then use both.
+        bar: shows how many calls of baselines are done.
 
     Raises:
-        DitlabError: a denoiser of other images, or that cannot do without a class; windows that do not fit; images
-            that are not finite.
+        DitlabError: the denoiser takes other images, or needs a class; windows do not fit; images are not finite.
     """
     check_agreement(denoiser, config)
     if tuple(images.shape[1:]) != tuple(denoiser.shape):
-        raise DitlabError(
-            f"agreement: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"
+        raise Incompatible(
+            f"agreement: expected images {tuple(denoiser.shape)}, as the denoiser takes them, found "
+            f"{tuple(images.shape[1:])}"
         )
-    sampler, sizes = sampler_of(config), _sizes(config, denoiser)
-    known = images[: config.training_images]
-    count_known = len(known)
+    training = images[: config.training_images]
+    count = len(training)
     if mirrored is not None:
-        known = torch.cat([known, mirrored[: config.training_images]])
-    known = known.to(denoiser.device)
-    noise = ImageNoise(range(config.images), denoiser.shape).initial()
-    label = torch.full((len(noise),), denoiser.num_classes) if denoiser.num_classes else None
-    points: list[PathPoint] = []
-    kept = min(config.trajectories, config.images)
-    drawn = sample(
-        denoiser,
-        sampler,
-        noise,
-        label=label,
-        callback=lambda step: points.append(
-            PathPoint(step.sigma, step.y[:kept].float().clone(), step.x0[:kept].float().clone())
-        ),
-    )
-    mine = _array(drawn, "the denoiser's images")
-    count = _Count(progress, sum(len(points) * (1 + len(sizes[name])) for name in config.references))
-    found = [_compare(name, known, denoiser, sampler, noise, mine, points, sizes[name], count) for name in sizes]
+        training = torch.cat([training, mirrored[: config.training_images]])
+    training = training.to(denoiser.device)
+    sampled, sides = _sample(denoiser, config), _sides(config, denoiser)
+    counter = _Counter(bar, sum(len(sampled.path) * (1 + len(tried)) for tried in sides.values()))
     return AgreementResult(
         about=about,
         config=config,
-        levels=tuple(point.sigma for point in points),
-        references=tuple(found),
-        training_images=count_known,
+        levels=tuple(point.sigma for point in sampled.path),
+        baselines=tuple(_compare(name, training, sampled, sides[name], counter) for name in sides),
+        training_images=count,
         shape=denoiser.shape,
-        notes=_notes(denoiser, count_known, max(len(images), about.n or 0), mirrored is not None),
-        images=mine,
+        notes=_notes(denoiser, count, max(len(images), about.n or 0), mirrored is not None),
+        images=sampled.images,
     )
 
 
 def check_agreement(denoiser: Denoiser, config: AgreementConfig) -> None:
-    """Raises DitlabError where `measure_agreement` could not compare this denoiser, whatever its training images."""
+    """Raises DitlabError if `measure_agreement` cannot compare this denoiser, whatever its training images."""
     if denoiser.num_classes and not denoiser.null_class:
-        raise DitlabError(
-            "agreement: references know no classes; expected an unconditional denoiser, or one that knows 'no class'"
+        raise Incompatible(
+            "agreement: baselines take no class; expected an unconditional denoiser or one with a label for 'no "
+            "class', found one that needs a class"
         )
-    _sizes(config, denoiser)
-    evaluations(sampler_of(config), denoiser)
+    _sides(config, denoiser)
+    evaluations(make_sampler(config), denoiser)
 
 
-def sampler_of(config: AgreementConfig) -> SamplerConfig:
-    """The sampler that all of them take; on the network's own steps where it has numbered ones."""
+def make_sampler(config: AgreementConfig) -> SamplerConfig:
+    """Returns the sampler of the denoiser and the baselines; it takes the denoiser's own steps if it has a grid."""
     if config.sampler == "ddim":
         return DDIMConfig(steps=str(config.sampler_steps))
     return HeunConfig(steps=config.sampler_steps, levels="grid", second_order=config.sampler == "heun")
 
 
-def _sizes(config: AgreementConfig, denoiser: Denoiser) -> dict[Reference, tuple[int | None, ...]]:
-    """The sides to try for each reference; (None,) for one without windows."""
+def _sides(config: AgreementConfig, denoiser: Denoiser) -> dict[BaselineName, tuple[int | None, ...]]:
+    """The sides of windows to try for each baseline; (None,) for one without windows."""
     side = min(denoiser.shape[1:])
     fitting = tuple(size for size in config.candidates if size <= side)
     if config.window is not None:
         if config.window > side:
-            raise DitlabError(
-                f"agreement --window: expected at most {side}, the images' side in pixels, found {config.window}"
+            raise Incompatible(
+                f"agreement: `window` must be at most {side}, the images' side in pixels, found {config.window}"
             )
         fitting = (config.window,)
-    if not fitting and any(name in WINDOWED for name in config.references):
-        raise DitlabError(
-            f"agreement --candidates: expected one of at most {side}, the images' side in pixels, found "
+    if not fitting and any(name in WINDOWED for name in config.baselines):
+        raise Incompatible(
+            f"agreement: `candidates` must have one of at most {side}, the images' side in pixels, found "
             f"{list(config.candidates)}"
         )
-    return {name: fitting if name in WINDOWED else (None,) for name in config.references}
+    return {name: fitting if name in WINDOWED else (None,) for name in config.baselines}
 
 
-class _Count:
-    """Counts calls of references."""
+class _Counter:
+    """Counts calls of baselines."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        progress(0, total)
+    def __init__(self, bar: Callable[[int, int], object] | Bar | None, total: int) -> None:
+        self._bar, self._total, self._done = bar or Bar(), total, 0
+        self._bar(0, total)
 
     def __call__(self, step: object = None) -> None:
         self._done += 1
-        self._progress(self._done, self._total)
+        self._bar(self._done, self._total)
+
+
+def _sample(denoiser: Denoiser, config: AgreementConfig) -> Sampled:
+    """Draws the denoiser's images, and records the first trajectories."""
+    sampler = make_sampler(config)
+    noise = ImageNoise(range(config.images), denoiser.shape).initial()
+    label = torch.full((len(noise),), denoiser.num_classes) if denoiser.num_classes else None
+    path: list[PathPoint] = []
+    count = min(config.trajectories, config.images)
+    images = sample(
+        denoiser,
+        sampler,
+        noise,
+        label=label,
+        callback=lambda step: path.append(
+            PathPoint(step.sigma, step.y[:count].float().clone(), step.x0[:count].float().clone())
+        ),
+    )
+    return Sampled(denoiser, sampler, noise, _array(images, "the denoiser's images"), path)
 
 
 def _compare(
-    name: Reference,
-    known: Tensor,
-    denoiser: Denoiser,
-    sampler: SamplerConfig,
-    noise: Tensor,
-    mine: np.ndarray,
-    points: Sequence[PathPoint],
-    sizes: Sequence[int | None],
-    count: _Count,
-) -> ReferenceAgreement:
-    """One reference; see `measure_agreement`."""
+    name: BaselineName, training: Tensor, sampled: Sampled, sides: Sequence[int | None], counter: _Counter
+) -> BaselineAgreement:
+    """Compares one baseline; see `measure_agreement`."""
 
-    def made(window: int | WindowSchedule | None) -> Denoiser:
-        reference = make_reference(name, known, window)
+    def make(window: int | WindowSchedule | None) -> Denoiser:
+        baseline = make_baseline(name, training, window)
         # The same levels, so that the same sampler takes the same steps.
-        reference.levels, reference.pixel_space = denoiser.levels, denoiser.pixel_space
-        return reference
+        baseline.levels, baseline.pixel_space = sampled.denoiser.levels, sampled.denoiser.pixel_space
+        return baseline
 
-    tried = [_on_the_path(made(size), points, count) for size in sizes]
+    tried = [_along_path(make(side), sampled.path, counter) for side in sides]
     scores = np.stack([score for score, _ in tried], 1)
-    likeness = np.stack([step for _, step in tried], 1)
-    levels = [point.sigma for point in points]
-    windows = None
+    correlations = np.stack([correlation for _, correlation in tried], 1)
+    levels = [point.sigma for point in sampled.path]
+    windows, chosen = None, [0] * len(levels)
     if name in WINDOWED:
-        windows = calibrated(levels, [size for size in sizes if size is not None], scores)
-        chosen = [sizes.index(windows.at(sigma)) for sigma in levels]
-    else:
-        chosen = [0] * len(levels)
-    drawn = _array(sample(made(windows), sampler, noise, callback=count), f"images of the reference {WORDS[name]}")
-    return ReferenceAgreement(
+        windows = calibrate(levels, [side for side in sides if side is not None], scores)
+        chosen = [sides.index(windows.at(sigma)) for sigma in levels]
+    drawn = sample(make(windows), sampled.sampler, sampled.noise, callback=counter)
+    images = _array(drawn, f"images of the baseline {TITLES[name]}")
+    return BaselineAgreement(
         name=name,
-        correlation=cosines(drawn, mine),
-        r2=r_squared(drawn, mine),
-        mse=mean_squares(drawn, mine),
-        control=_with_others(mine, drawn),
-        one_step=likeness[np.arange(len(levels)), chosen],
+        correlation=cosines(images, sampled.images),
+        r2=r_squared(images, sampled.images),
+        mse=mean_squares(images, sampled.images),
+        control=_control(sampled.images, images),
+        one_step=correlations[np.arange(len(levels)), chosen],
         windows=windows,
-        calibration=scores if len(sizes) > 1 else None,
-        images=drawn,
+        calibration=scores if len(sides) > 1 else None,
+        images=images,
     )
 
 
 @torch.no_grad()
-def _on_the_path(reference: Denoiser, points: Sequence[PathPoint], count: _Count) -> tuple[np.ndarray, np.ndarray]:
-    """At each level and for each path: cosine of both scores, correlation of both estimates; [levels, trajectories]."""
-    scores, likeness = [], []
-    for sigma, y, x0 in points:
-        theirs = reference(y, sigma)
-        noisy, estimate, network = (one.cpu().double().numpy() for one in (y, theirs, x0))
+def _along_path(baseline: Denoiser, path: Sequence[PathPoint], counter: _Counter) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of the two scores and correlations of the two estimates along the path; [levels, trajectories] each."""
+    scores, correlations = [], []
+    for sigma, y, x0 in path:
+        noisy, estimate, network = (part.cpu().double().numpy() for part in (y, baseline(y, sigma), x0))
         scores.append(cosines(estimate - noisy, network - noisy, mean_removed=False))
-        likeness.append(cosines(estimate, network))
-        count()
-    return np.stack(scores), np.stack(likeness)
+        correlations.append(cosines(estimate, network))
+        counter()
+    return np.stack(scores), np.stack(correlations)
 
 
-def _with_others(mine: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """The mean correlation of each image of one side with those of the other that come from other noise."""
-    products = unit_vectors(mine) @ unit_vectors(drawn).T
-    others = len(mine) - 1
-    return (products.sum(1) - products.diagonal()) / others if others else np.zeros(1)
+def _control(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The mean correlation of each image with the other side's images of other noise; 0 for a single image."""
+    products = unit_vectors(images) @ unit_vectors(others).T
+    count = len(images) - 1
+    return (products.sum(1) - products.diagonal()) / count if count else np.zeros(1)
 
 
 def _array(images: Tensor, what: str) -> np.ndarray:
-    found = images.float().cpu().numpy()
-    if not np.isfinite(found).all():
+    array = images.float().cpu().numpy()
+    if not np.isfinite(array).all():
         raise DitlabError(f"agreement: {what} are not finite")
-    return found
+    return array
 
 
-def _notes(denoiser: Denoiser, known: int, trained_on: int, mirrored: bool) -> tuple[str, ...]:
+def _notes(denoiser: Denoiser, count: int, trained_on: int, mirrored: bool) -> tuple[str, ...]:
     notes = []
-    if known < trained_on:
-        notes.append(f"References were made of the first {known} of {trained_on} training images.")
+    if count < trained_on:
+        notes.append(f"Baselines were made of the first {count} of {trained_on} training images.")
     if mirrored:
-        notes.append("Training mirrored images left to right, so references know each of them both ways.")
+        notes.append("Training mirrored images, so baselines use each training image and its mirror image.")
     if denoiser.num_classes:
-        notes.append("The denoiser was told no class; references know none.")
+        notes.append("The denoiser got the label 'no class'; baselines take no class.")
     if not denoiser.pixel_space:
         notes.append("Images are latents: correlations, R² and errors are those of latents.")
     return tuple(notes)

@@ -4,79 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from ditlab.analyses.agreement.config import TITLES, AgreementConfig, BaselineName
+from ditlab.analyses.stored import config_from_json, stored_config
 from ditlab.diffusion.local_scores import WindowSchedule
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.errors import DitlabError
 from ditlab.files import read_arrays, read_json, write_arrays, write_json
 from ditlab.provenance import Provenance
 
-Reference = Literal["empirical-bayes", "wiener", "ls", "els", "bbels", "wiener-locality"]
-DeterministicSampler = Literal["ddim", "euler", "heun"]
-
-REFERENCES: tuple[Reference, ...] = get_args(Reference)
-WORDS: Mapping[Reference, str] = {
-    "empirical-bayes": "empirical Bayes",
-    "wiener": "Wiener",
-    "ls": "LS",
-    "els": "ELS",
-    "bbels": "bbELS",
-    "wiener-locality": "Wiener locality",
-}
-"""What tables and figures call them."""
-
-
-@dataclass(frozen=True)
-class AgreementConfig:
-    """How a denoiser is compared with references."""
-
-    references: tuple[Reference, ...] = REFERENCES
-    """Which: the optimal denoiser of the training images, the optimal linear one, Kamb and Ganguli's local (ls), local
-    and shift-equivariant (els) machines and that which sees the border (bbels), and Lukoianov et al.'s."""
-    images: int = 8
-    """Images that all of them draw from equal noise, of the seeds 0, 1, ..."""
-    sampler: DeterministicSampler = "ddim"
-    """How; without fresh noise, on the network's own levels."""
-    sampler_steps: int = 20
-    """Its steps."""
-    window: int | None = None
-    """Side of the windows of ls, els and bbels in pixels, at all levels; calibrated by level where not given."""
-    candidates: tuple[int, ...] = (3, 5, 7, 9, 11, 13, 15, 17)
-    """Sides to choose from, odd, ascending; those above the image's side are left out."""
-    trajectories: int = 4
-    """Of how many of the images the network's path from noise is looked at, level by level: windows are calibrated on
-    it, and single estimates compared."""
-    training_images: int | None = None
-    """References are made of the first so many training images; of all where not given."""
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be."""
-        if not self.references or len(set(self.references)) < len(self.references):
-            raise DitlabError(f"agreement --references: expected different ones, found {list(self.references)}")
-        for name in self.references:
-            if name not in REFERENCES:
-                raise unknown_name("reference", name, REFERENCES)
-        for name in ("images", "sampler_steps", "trajectories"):
-            if getattr(self, name) < 1:
-                raise DitlabError(f"agreement: {name} must be at least 1, found {getattr(self, name)}")
-        if self.training_images is not None and self.training_images < 1:
-            raise DitlabError(f"agreement: training_images must be at least 1, found {self.training_images}")
-        if not self.candidates or any(b <= a for a, b in pairwise(self.candidates)):
-            raise DitlabError(f"agreement: candidates must be ascending, at least one, found {list(self.candidates)}")
-        for size in (*self.candidates, *([] if self.window is None else [self.window])):
-            WindowSchedule.of(size)
+__all__ = ["AgreementResult", "BaselineAgreement", "table_row"]
 
 
 @dataclass(frozen=True, eq=False)
-class ReferenceAgreement:
-    """One reference beside the denoiser; one number an image, unless said otherwise."""
+class BaselineAgreement:
+    """One baseline beside the denoiser; one number for each image, unless stated otherwise."""
 
-    name: Reference
+    name: BaselineName
     correlation: Float[np.ndarray, " n"]
     """Of the final images: cosine about their means, in [-1, 1]."""
     r2: Float[np.ndarray, " n"]
@@ -84,35 +32,36 @@ class ReferenceAgreement:
     mse: Float[np.ndarray, " n"]
     """Mean squared difference of the final images in [-1, 1]."""
     control: Float[np.ndarray, " n"]
-    """Mean correlation of the denoiser's image with the reference's images of other seeds; 0 where there is none."""
+    """Mean correlation of the denoiser's image with the baseline's images of other seeds; 0 if there is one image."""
     one_step: Float[np.ndarray, "levels trajectories"]
-    """Correlation of both estimates of the clean image, on the denoiser's path, at each level."""
+    """Correlation of the two estimates of the clean image, on the denoiser's trajectories, at each level."""
     windows: WindowSchedule | None = None
-    """The sides of its windows by level; None for a reference without."""
+    """The sides of its windows by level; None for a baseline without windows."""
     calibration: Float[np.ndarray, "levels candidates trajectories"] | None = None
-    """Cosine of both scores at each level for each candidate; None where the windows were given, or there are none."""
+    """Cosine of the two scores at each level for each candidate; None if nothing was calibrated."""
     images: np.ndarray | None = None
-    """Its final images, float32 [n, C, H, W]; None where only the JSON was kept."""
+    """Its final images, float32 [n, C, H, W]; None if only the JSON is there."""
 
     @property
-    def word(self) -> str:
-        """What tables and figures call it."""
-        return WORDS[self.name]
+    def title(self) -> str:
+        """Its name in tables and figures."""
+        return TITLES[self.name]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the images."""
+        """Returns everything but the images."""
         names = ("correlation", "r2", "mse", "control", "one_step")
+        windows = self.windows
         return {
             "name": self.name,
             **{name: getattr(self, name).tolist() for name in names},
             "median": {name: float(np.median(getattr(self, name))) for name in names[:-1]},
-            "windows": None if self.windows is None else _lists(asdict(self.windows)),
+            "windows": None if windows is None else {"levels": list(windows.levels), "sizes": list(windows.sizes)},
             "calibration": None if self.calibration is None else self.calibration.tolist(),
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], images: np.ndarray | None) -> ReferenceAgreement:
-        """Again, from `to_json()`."""
+    def from_json(cls, record: Mapping[str, Any], images: np.ndarray | None) -> BaselineAgreement:
+        """Returns what `to_json` gave."""
         windows, calibration = record["windows"], record["calibration"]
         return cls(
             name=record["name"],
@@ -125,82 +74,79 @@ class ReferenceAgreement:
 
 @dataclass(frozen=True, eq=False)
 class AgreementResult:
-    """A denoiser beside closed-form references of its training images."""
+    """A denoiser beside baselines of its training images."""
 
     about: Provenance
     config: AgreementConfig
     levels: tuple[float, ...]
     """Noise levels at which the sampler called the denoiser, descending."""
-    references: tuple[ReferenceAgreement, ...]
+    baselines: tuple[BaselineAgreement, ...]
+    """Stored as "references"."""
     training_images: int
-    """How many training images the references were made of, mirrored twins not counted."""
+    """Number of training images the baselines were made of, mirror images not counted."""
     shape: tuple[int, int, int]
     """(C, H, W) of the images."""
     notes: tuple[str, ...] = ()
     """What a reader must know about how this was measured, one sentence each."""
     images: np.ndarray | None = field(default=None)
-    """The denoiser's final images, float32 [n, C, H, W]; None where only the JSON was kept."""
+    """The denoiser's final images, float32 [n, C, H, W]; None if only the JSON is there."""
 
     kind = "agreement"
     version = 1
 
     @property
-    def best(self) -> ReferenceAgreement:
-        """The reference with the highest median correlation."""
-        return max(self.references, key=lambda one: float(np.median(one.correlation)))
+    def best(self) -> BaselineAgreement:
+        """The baseline with the highest median correlation."""
+        return max(self.baselines, key=lambda baseline: float(np.median(baseline.correlation)))
 
     def sentences(self) -> tuple[str, ...]:
-        """What was found, one sentence each."""
+        """Returns which baseline agrees best, and the correlations with the others."""
         name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
         count, best = self.config.images, self.best
-        drawn = f"of {count} images from equal noise" if count > 1 else "of one image from equal noise"
-        words = f"{name}: the images are most like those of {best.word}, median correlation "
-        words += f"{np.median(best.correlation):.2f}, R² {np.median(best.r2):.2f} {drawn}"
-        if count > 1:
-            words += f" ({np.median(best.control):.2f} with the images of other noise)"
+        text = f"{name}: the samples agree most with those of {best.title} from the same noise: "
+        text += f"{'median ' if count > 1 else ''}correlation {np.median(best.correlation):.2f}, "
+        text += f"R² {np.median(best.r2):.2f} (of {count} image{'s' if count > 1 else ''}"
+        text += f"; {np.median(best.control):.2f} with samples from other noise)." if count > 1 else ")."
         others = ", ".join(
-            f"{one.word} {np.median(one.correlation):.2f}" for one in self.references if one.name != best.name
+            f"{other.title} {np.median(other.correlation):.2f}" for other in self.baselines if other.name != best.name
         )
-        return (f"{words}.", *([f"{name}: correlation with the other references: {others}."] if others else []))
+        return (text, *([f"{name}: correlation with the other baselines: {others}."] if others else []))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the images."""
+        """Returns everything but the images."""
         return {
             "kind": self.kind,
             "version": self.version,
             "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": _lists(asdict(self.config)),
+            "config": stored_config(self.config),
             "levels": list(self.levels),
             "training_images": self.training_images,
             "shape": list(self.shape),
             "notes": list(self.notes),
-            "references": [one.to_json() for one in self.references],
+            "references": [baseline.to_json() for baseline in self.baselines],
             "sentences": list(self.sentences()),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], images: Mapping[str, np.ndarray] | None = None) -> AgreementResult:
-        """The result again, from `to_json()`; images by reference's name, the denoiser's as "network".
+        """Returns what `to_json` gave, with the images by the name of the baseline, the denoiser's as "network".
 
         Raises:
             DitlabError: a field is missing or unknown.
         """
-        kept = {} if images is None else images
+        images = images or {}
         try:
-            config: dict[str, Any] = {
-                name: tuple(v) if isinstance(v, list) else v for name, v in record["config"].items()
-            }
             return cls(
                 about=Provenance(**record["about"]),
-                config=AgreementConfig(**config),
+                config=config_from_json(AgreementConfig, record["config"]),
                 levels=tuple(record["levels"]),
-                references=tuple(
-                    ReferenceAgreement.from_json(one, kept.get(one["name"])) for one in record["references"]
+                baselines=tuple(
+                    BaselineAgreement.from_json(part, images.get(part["name"])) for part in record["references"]
                 ),
                 training_images=record["training_images"],
                 shape=(record["shape"][0], record["shape"][1], record["shape"][2]),
                 notes=tuple(record["notes"]),
-                images=kept.get("network"),
+                images=images.get("network"),
             )
         except DitlabError:
             raise
@@ -208,29 +154,40 @@ class AgreementResult:
             raise DitlabError(f"agreement result: a field is missing or unknown ({error})") from error
 
     def save(self, folder: Path | str, name: str = "agreement") -> Path:
-        """Writes NAME.npz (where there are images) and then NAME.json; returns the JSON's path."""
+        """Writes NAME.npz (if there are images) and then NAME.json; returns the JSON's path."""
         folder = Path(folder)
         if self.images is not None:
-            images = {one.name: one.images for one in self.references if one.images is not None}
+            images = {baseline.name: baseline.images for baseline in self.baselines if baseline.images is not None}
             write_arrays(folder / f"{name}.npz", {"network": self.images, **images})
         return write_json(folder / f"{name}.json", self.to_json())
 
     @classmethod
     def load(cls, path: Path | str) -> AgreementResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz need not lie beside it.
+        """Loads what `save` wrote, from the JSON's path; the .npz need not be beside it.
 
         Raises:
             DitlabError: a file is damaged, or is another kind of result.
         """
         path = Path(path)
         record = read_json(path, cls.kind, cls.version)
-        beside = path.with_suffix(".npz")
-        if not beside.exists():
+        arrays = path.with_suffix(".npz")
+        if not arrays.exists():
             return cls.from_json(record)
-        names = ("network", *(one["name"] for one in record.get("references", ())))
-        return cls.from_json(record, read_arrays(beside, names))
+        names = ("network", *(part["name"] for part in record.get("references", ())))
+        return cls.from_json(record, read_arrays(arrays, names))
 
 
-def _lists(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back: lists for tuples."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def table_row(result: AgreementResult, baseline: BaselineAgreement) -> tuple[Any, ...]:
+    """Returns model, N, baseline, correlation, other noise, R², MSE, one step and window: medians over images."""
+    sizes = [] if baseline.windows is None else sorted(set(baseline.windows.sizes))
+    return (
+        result.about.group,
+        result.about.n,
+        baseline.title,
+        float(np.median(baseline.correlation)),
+        float(np.median(baseline.control)) if result.config.images > 1 else None,
+        float(np.median(baseline.r2)),
+        f"{np.median(baseline.mse):.4f}",
+        float(np.median(baseline.one_step)),
+        None if not sizes else f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+    )

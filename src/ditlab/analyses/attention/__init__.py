@@ -34,6 +34,7 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
     Config, Options = AttentionConfig, AttentionOptions
     Result = "ditlab.analyses.attention.result:LocalityResult"
     report = "measure"
+    pickers = True
     comparison_file = "attention-comparison.json"
 
     def measure(

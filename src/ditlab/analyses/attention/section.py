@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ditlab.analyses.base import Comparison, ReportContext
     from ditlab.pages.theme import Theme
 
-__all__ = ["attention_drawings", "attention_section", "attention_tables"]
+__all__ = ["attention_drawings", "attention_section", "attention_tables", "locality_section"]
 
 _NO_IMAGE = "No token picker: real images are hidden here, and there is no sample that may be shown instead."
 _NO_ROOM = "No token picker: the page reached its size limit. Report fewer models to get one."
@@ -215,7 +215,7 @@ def attention_section(
         comparison: of the page.
         figures: those of `attention_drawings`.
         number: which section of attention this is on the page.
-        sentences: what was found.
+        sentences: what was found, the most important first.
         notes: what a reader must know about how it was measured.
     """
     locality: LocalityComparison = comparison.detail
@@ -232,14 +232,40 @@ def attention_section(
     maps = [figure for name, figure in figures.items() if name.startswith("attention-maps")]
     curves = [figure for name, figure in figures.items() if not name.startswith("attention-maps")]
     files = {f"{r.about.name}-attention.json": r.to_json() for g in locality.groups for r in g.results}
-    part = Section(
-        f"locality{ending}",
-        f"How local attention is{heading}",
+    part = locality_section(locality, curves, number=number, sentences=sentences[1:], notes=notes, data=files)
+    title = f"Where a token attends{heading}"
+    verdict = sentences[0] if sentences else ""
+    return Section(
+        f"attention{ending}", title, paragraphs, pickers=pickers, pictures=maps, parts=[part], verdict=verdict
+    )
+
+
+def locality_section(
+    locality: LocalityComparison,
+    pictures: Sequence[ThemedFigure],
+    *,
+    number: int = 1,
+    sentences: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+) -> Section:
+    """Returns the section "locality": the table, the curves, the numbers.
+
+    Args:
+        locality: models that were measured alike.
+        pictures: the curves.
+        number: which section of attention this is on the page.
+        sentences: what was found.
+        notes: what a reader must know about how it was measured.
+        data: file name -> what is behind it, beside the comparison itself.
+    """
+    name = "locality" if number == 1 else f"locality-{number}"
+    return Section(
+        name,
+        "How local attention is" + ("" if number == 1 else f" ({number})"),
         points=sentences,
         tables=attention_tables(locality),
         notes=[_NOTE, *notes],
-        pictures=curves,
-        data={f"locality{ending}.json": locality.to_json(), **files},
+        pictures=pictures,
+        data={f"{name}.json": locality.to_json(), **(data or {})},
     )
-    title = f"Where a token attends{heading}"
-    return Section(f"attention{ending}", title, paragraphs, pickers=pickers, pictures=maps, parts=[part])

@@ -190,11 +190,13 @@ def jacobian_section(
     name = "jacobian" if number == 1 else f"jacobian-{number}"
     notes = dict.fromkeys(note for result in comparison.results for note in result.notes)
     gaps = ". ".join(f"{column.heading} is {column.meaning}" for column in R_HOM_R_LIN)
+    sentences = [*comparison.gaps(), *comparison.between()]
     return Section(
         name,
         "Direction by direction: the Jacobian" + ("" if number == 1 else f" ({number})"),
         [f"{gaps}. {CAUTION}"],
-        points=[*comparison.gaps(), *comparison.between()],
+        verdict=sentences[0] if sentences else "",
+        points=sentences[1:],
         tables=jacobian_tables(comparison),
         notes=[f"Columns. {'; '.join(definitions(comparison))}.", *notes],
         pictures=pictures,

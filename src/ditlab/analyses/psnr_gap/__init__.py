@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.base import Analysis, Comparison
+from ditlab.analyses.base import Analysis, Comparison, Overview, ReportContext
 from ditlab.analyses.psnr_gap.config import PSNRConfig, PSNROptions
 from ditlab.progress import SILENT, Reporter
 
@@ -51,6 +52,62 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             results += measure_baselines(models, config, results[0].levels, reporter)
         return results
 
+    def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
+        """Returns one comparison of all models that have images, with the baselines at each N."""
+        from ditlab.analyses.psnr_gap.measure import measure_baselines
+
+        comparisons = super().for_report(models, context, reporter)
+        for comparison in comparisons:
+            assert comparison.models is not None
+            levels = comparison.results[0].levels
+            baselines = measure_baselines(comparison.models, comparison.config, levels, reporter)
+            comparison.detail = self.compare([*comparison.results, *baselines])
+        return comparisons
+
+    def report_result(
+        self, models: ModelSet, place: int, config: PSNRConfig, context: ReportContext, reporter: Reporter
+    ) -> PSNRResult:
+        """Returns the result of one model, at the noise levels of the page's first model."""
+        from ditlab.metrics.denoising_errors import grid_levels
+
+        single = replace(models, models=(models[place],), kinds=(models.kinds[place],))
+        if config.sigmas is None:
+            own = grid_levels(single.open_one(0, reporter).denoiser, config.points)
+            levels = context.shared.setdefault("psnr-gap levels", own)
+            same = len(own) == len(levels) and all(abs(a / b - 1) < 1e-6 for a, b in zip(own, levels, strict=True))
+            config = config if same else replace(config, sigmas=levels)
+        return self.measure(single, config, PSNROptions(baselines=False), reporter)[0]
+
+    def overview(self, comparison: Comparison) -> Overview:
+        """Returns PSNR and gap of each kind with their intervals, the verdict, and the figure of it."""
+        from ditlab.analyses.psnr_gap.figures import overview_curves
+        from ditlab.pages.drawing import Drawing
+
+        gap, slots = comparison.detail, comparison.slots
+        cells = {}
+        for g in gap.groups:
+            values = {what: (g.mean(what), *g.interval(what)) for what in ("train", "test", "gap")}
+            cells[g.label, g.n] = {
+                f"{what}, dB": f"{mean:.2f}\n{low:.2f}{'–' if low >= 0 else ' to '}{high:.2f}"
+                for what, (mean, low, high) in values.items()
+            }
+        drawings = self.figures(comparison)
+        curves = Drawing(
+            lambda theme: overview_curves(gap, slots=slots, theme=theme),
+            f"Curves of train and test PSNR by noise level for {' and '.join(gap.labels)}.",
+            "The higher a solid line is above the dashed line of its colour, the more the training images are "
+            "remembered.",
+        )
+        single = [g for g in gap.groups if len(g.seeds) == 1]
+        over = "seeds, or over images where there is one seed" if single else "seeds"
+        if len(single) == len(gap.groups):
+            over = "images, for there is one seed"
+        truncated = " The gap counts as zero at levels where it is negative"
+        truncated += ", so its interval over images does not reach below zero." if single else "."
+        levels = len(gap.groups[0].results[0].levels)
+        note = f"PSNR and gap are averages over {levels} noise levels.{truncated} Beneath: 95 % intervals over {over}."
+        return Overview(cells, gap.verdict(), drawings.get("gap-differences", curves), note=note)
+
     def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
         """Groups results by kind and N, over seeds."""
         from ditlab.analyses.psnr_gap.comparison import compare
@@ -83,12 +140,12 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
         """Returns the curves by noise level, and bars of the average gap."""
-        from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
+        from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, psnr_curves
         from ditlab.pages.drawing import Drawing
 
         gap, slots = comparison.detail, comparison.slots
         names = " and ".join(gap.labels)
-        return {
+        drawings = {
             "psnr-curves": Drawing(
                 lambda theme: psnr_curves(gap, gap.baselines, slots=slots, theme=theme),
                 f"Curves of train and test PSNR by diffusion step for {names}, with the gap below.",
@@ -102,21 +159,37 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
                 "The average over noise levels of the gap, truncated at zero at each level.",
             ),
         }
+        if any(d.low is not None for _, d in gap.differences):
+            drawings["gap-differences"] = Drawing(
+                lambda theme: gap_differences(gap, theme=theme),
+                f"Differences of the average PSNR gap between {names}, with intervals over paired seeds.",
+                "Differences of the average gap over paired seeds; small dots are the seeds.",
+            )
+        return drawings
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
         """Returns the section: differences between kinds, the table, the curves and bars."""
+        from ditlab.analyses.differences import differences_table
         from ditlab.pages.page import Section
 
         gap: PSNRComparison = comparison.detail
         results = {f"{r.about.name}-psnr-gap.json": r.to_json() for g in gap.groups for r in g.results}
         for r in gap.baselines:
             results[f"{r.about.name.replace(' ', '-').lower()}-n{r.about.n}-psnr-gap.json"] = r.to_json()
+        rows = [("average PSNR gap", n, d) for n, d in gap.differences]
+        bars = Section(
+            "gap",
+            "The gap" if not rows else "The gap, and how kinds differ",
+            tables=[differences_table(rows)] if rows else (),
+            pictures=[figure for name, figure in figures.items() if name != "psnr-curves"],
+        )
         return Section(
             "psnr",
             "Train and test PSNR, and the gap between them",
-            points=gap.sentences()[len(gap.groups) :],
+            verdict=gap.verdict(),
             tables=self.tables(comparison),
             notes=self.notes(comparison),
-            pictures=list(figures.values()),
+            pictures=[figure for name, figure in figures.items() if name == "psnr-curves"],
+            parts=[bars],
             data={"comparison.json": gap.to_json(), **results},
         )

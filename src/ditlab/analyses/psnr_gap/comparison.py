@@ -1,4 +1,4 @@
-"""Several PSNR-gap results side by side: means and spreads over shuffles, and differences paired by shuffle.
+"""Several PSNR-gap results side by side: means and spreads over seeds, and differences paired by seed.
 
 Results are comparable where they were measured on the same test images with the same noise at the same levels, and
 where trained on the same number of images, on the same ones. Anything else is refused here, before a figure shows it.
@@ -13,43 +13,47 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ditlab.analyses.psnr_gap.result import PSNRResult, Side
+from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity, Side
 from ditlab.errors import DitlabError
-from ditlab.metrics.paired import PairedDifference, paired_difference
+from ditlab.metrics.paired import PairedDifference, mean_interval, paired_difference
 from ditlab.metrics.reduction import Reduction
 from ditlab.provenance import check_splits
 
 
 @dataclass(frozen=True, eq=False)
 class PSNRGroup:
-    """Results that differ only in their seed: one kind of run at one N over several shuffles."""
+    """Results that differ only in their seed: one kind of run at one N over several seeds."""
 
     label: str
     n: int | None
     results: tuple[PSNRResult, ...]
-    """One per seed, in ascending order of the seeds."""
+    """One for each seed, in ascending order of the seeds."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The shuffles, ascending."""
+        """The seeds, ascending."""
         return tuple(r.about.seed for r in self.results)
 
     def curve(self, what: Side | Literal["gap"]) -> np.ndarray:
-        """Mean over shuffles of a curve in dB, float64 [L]."""
+        """Mean over seeds of a curve in dB, float64 [L]."""
         return np.mean([r.gap() if what == "gap" else r.curve(what) for r in self.results], axis=0)
 
-    def averages(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> dict[int, float]:
+    def averages(self, what: Quantity = "gap") -> dict[int, float]:
         """The average over levels in dB, by seed."""
         return {r.about.seed: r.average(what) for r in self.results}
 
-    def mean(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float:
-        """Mean over shuffles of the average over levels, in dB."""
+    def mean(self, what: Quantity = "gap") -> float:
+        """Mean over seeds of the average over levels, in dB."""
         return float(np.mean(list(self.averages(what).values())))
 
-    def std(self, what: Side | Literal["gap", "gap_untruncated"] = "gap") -> float | None:
-        """Standard deviation over shuffles (n - 1) of the average over levels, in dB; None with one shuffle."""
+    def std(self, what: Quantity = "gap") -> float | None:
+        """Standard deviation over seeds (n - 1) of the average over levels, in dB; None with one seed."""
         values = list(self.averages(what).values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def interval(self, what: Quantity = "gap") -> tuple[float, float]:
+        """Returns the 95 % interval of `mean`, in dB: over seeds, or over images where there is one seed."""
+        return mean_interval(list(self.averages(what).values())) or self.results[0].interval(what)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +96,33 @@ class PSNRComparison:
         lines = []
         for g in self.groups:
             std, seeds = g.std(), g.seeds
-            spread = f"one shuffle (seed {seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} shuffles"
+            spread = f"one seed ({seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} seeds"
             name = g.label if g.n is None else f"{g.label}, N = {g.n}"
             sides = f"train {g.mean('train'):.2f} dB, test {g.mean('test'):.2f} dB, gap {g.mean():.2f} dB"
             lines.append(f"{name}: {sides}, {spread}.")
         for n, difference in self.differences:
             lines.append(difference.sentence("Average PSNR gap" if n is None else f"Average PSNR gap at N = {n}"))
         return tuple(lines)
+
+    def verdict(self) -> str:
+        """Returns the answer in one sentence, which claims no more than its intervals allow."""
+        several = [(n, d) for n, d in self.differences if d.low is not None]
+        if len(several) == 1:
+            n, difference = several[0]
+            return difference.sentence("Average PSNR gap" if n is None else f"Average PSNR gap at N = {n:,}")
+        if several:
+            return _count_sentence([d for _, d in several])
+        if len(self.groups) == 1:
+            return _gap_sentence(self.groups[0])
+        same_n = len(self.counts) == 1 and self.counts[0] is not None
+        where = f" at N = {self.counts[0]:,}" if same_n else ""
+        gaps = [f"{g.mean():.2f} dB for {g.label if same_n else _name(g)}" for g in self.groups]
+        if len(gaps) > 4:
+            low, high = (choose(self.groups, key=lambda g: g.mean()) for choose in (min, max))
+            listed = f"from {low.mean():.2f} dB ({_name(low)}) to {high.mean():.2f} dB ({_name(high)})"
+        else:
+            listed = f"{', '.join(gaps[:-1])} and {gaps[-1]}"
+        return f"The average PSNR gap{where} is {listed}; one seed of each cannot tell whether kinds differ."
 
     def to_json(self) -> dict[str, Any]:
         """The numbers of every group and difference (the results have their own files)."""
@@ -122,6 +146,40 @@ class PSNRComparison:
             "differences": [{"n": n, **asdict(d), "seen": d.seen, "similar": d.similar} for n, d in self.differences],
             "sentences": list(self.sentences()),
         }
+
+
+def _name(group: PSNRGroup) -> str:
+    return group.label if group.n is None else f"{group.label} at N = {group.n:,}"
+
+
+def _gap_sentence(group: PSNRGroup) -> str:
+    """What one kind's gap and its interval allow to be said."""
+    low, high = group.interval("gap_untruncated")
+    over = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "images, one seed"
+    size = (
+        f"average gap {group.mean():.2f} dB; train minus test PSNR {group.mean('gap_untruncated'):+.2f} dB, 95 % "
+        f"interval {low:+.2f} to {high:+.2f} over {over}"
+    )
+    which = "training images" if group.n is None else f"{group.n:,} training images"
+    if low > 0:
+        return f"{group.label} denoises its {which} better than held-out ones ({size})."
+    return f"{group.label}: no difference is seen between its {which} and held-out ones ({size})."
+
+
+def _count_sentence(differences: Sequence[PairedDifference]) -> str:
+    """How many of several differences are seen, by pair of kinds."""
+    pairs: dict[tuple[str, str], list[PairedDifference]] = {}
+    for d in differences:
+        pairs.setdefault((d.first, d.second), []).append(d)
+    parts = []
+    for (first, second), members in pairs.items():
+        seen = [d for d in members if d.seen]
+        lower, higher = sum(d.mean < 0 for d in seen), sum(d.mean > 0 for d in seen)
+        sides = [f"{word} at {count}" for count, word in ((lower, "lower"), (higher, "higher")) if count]
+        parts.append(
+            f"of {second} against {first}: {' and '.join(sides) or 'no difference seen at any'} of {len(members)} N"
+        )
+    return f"Average PSNR gap {'; '.join(parts)} (95 % intervals over paired seeds)."
 
 
 def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PSNRComparison:
@@ -174,8 +232,8 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
             f"{second.levels[-1]:.4g}); measure both at the same levels"
         )
     for what in ("reduction", "noise_seed", "images", "clip"):
-        one, two = getattr(first.config, what), getattr(second.config, what)
-        if one != two:
-            raise DitlabError(f"comparison: {names} were measured with different {what} ({one} and {two})")
+        mine, theirs = getattr(first.config, what), getattr(second.config, what)
+        if mine != theirs:
+            raise DitlabError(f"comparison: {names} were measured with different {what} ({mine} and {theirs})")
     if first.peak != second.peak:
         raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")

@@ -15,8 +15,17 @@ import numpy as np
 from ditlab.analyses.psnr_gap.comparison import PSNRComparison, PSNRGroup
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.errors import DitlabError
-from ditlab.pages.grids import montage
-from ditlab.pages.theme import LIGHT, REFERENCE_DASHES, Slots, Theme, assign, canvas, legend_below
+from ditlab.pages.theme import (
+    LIGHT,
+    REFERENCE_DASHES,
+    Slots,
+    Theme,
+    assign,
+    canvas,
+    legend_below,
+    plain_log,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +44,7 @@ def psnr_curves(
 ) -> Figure:
     """Train and test PSNR by noise level, the gap under them, and their averages in the legend (An et al. Fig. 2).
 
-    One column a number of training images. Means over shuffles; the band around a gap is their standard deviation.
+    One column a number of training images. Means over seeds; the band around a gap is their standard deviation.
 
     Args:
         comparison: runs, from `ditlab.analyses.psnr_gap.comparison.compare`.
@@ -58,19 +67,87 @@ def psnr_curves(
         n: ([g for g in comparison.groups if g.n == n], [r for r in references if r.about.n in (None, n)])
         for n in counts
     }
-    rows = max(len(groups) + len(mine) for groups, mine in columns.values()) + 3
+    rows = max(len(groups) + len(mine) for groups, mine in columns.values()) + 4
     heights = [3.3, 1.5, 0.19 * rows]
     with canvas(max(7.2, 4.9 * len(counts)), sum(heights) + 1.3, theme) as figure:
         grid = figure.subplots(3, len(counts), squeeze=False, height_ratios=heights, sharey="row")
         for column, (n, (groups, mine)) in enumerate(columns.items()):
             top, below, key = grid[:, column]
-            _draw_curves(top, x, groups, mine, slots, theme)
+            clipped = _draw_curves(top, x, groups, mine, slots, theme)
             _draw_gaps(below, x, groups, slots, theme)
             _finish_axes(top, below, x, name, _first(comparison), first=column == 0)
             top.set_title("Train and test PSNR" + ("" if n is None else f", N = {n:,} training images"), pad=10)
             legend_below(
-                key, _curve_keys(groups, mine, slots, theme), title="Average over levels: train / test, gap in dB"
+                key,
+                _curve_keys(groups, mine, slots, theme, clipped),
+                title="Average over levels: train / test, gap in dB",
             )
+    return figure
+
+
+def overview_curves(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
+    """Draws train and test PSNR by noise level alone, small enough for a phone; one panel for each of at most two N.
+
+    Args:
+        comparison: the models.
+        slots: colours of the labels.
+        theme: light or dark.
+    """
+    from matplotlib.lines import Line2D
+
+    slots = slots or assign(comparison.labels)
+    sigmas = np.asarray(_first(comparison).levels)
+    counts = comparison.counts[:2]
+    with canvas(4.4, 2.2 * len(counts) + 0.9, theme) as figure:
+        panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, n in zip(panels, counts, strict=True):
+            groups = [g for g in comparison.groups if g.n == n]
+            _draw_curves(axes, sigmas, groups, [], slots, theme)
+            axes.set_xscale("log")
+            plain_log(axes.xaxis, (sigmas[0], max(sigmas[-1], 1.01 * sigmas[0])))
+            axes.set_ylabel("PSNR (dB)" if len(counts) == 1 else f"PSNR (dB), N = {n:,}")
+            for line in axes.get_lines() if len(sigmas) == 1 else ():
+                line.set_marker("o")
+        panels[-1].set_xlabel("noise level σ")
+        handles = [Line2D([], [], color=theme.run(slots[label]), label=label) for label in comparison.labels]
+        handles += [
+            Line2D([], [], color=theme.ink, lw=1.2, label="training images"),
+            Line2D([], [], color=theme.ink, lw=1.2, ls=(0, (3.5, 1.6)), label="held-out images"),
+            Line2D([], [], color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="noisy input"),
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
+    return figure
+
+
+def gap_differences(comparison: PSNRComparison, *, theme: Theme = LIGHT) -> Figure:
+    """Draws the difference of the average gap between each two kinds at each N, as a forest plot.
+
+    A filled mark is a difference whose 95 % interval over paired seeds leaves zero out; small dots are the seeds.
+    Differences of a single seed have no interval.
+
+    Raises:
+        DitlabError: there is no difference.
+    """
+    if not comparison.differences:
+        raise DitlabError("figure: expected at least two kinds of models at one N, found none")
+    rows = list(comparison.differences)[::-1]
+    with canvas(4.4, 1.1 + 0.42 * len(rows), theme) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=theme.muted, lw=1.1, zorder=1)
+        color = theme.run(0)
+        for y, (_, d) in enumerate(rows):
+            if d.low is not None and d.high is not None:
+                axes.plot([d.low, d.high], [y, y], color=color, lw=1.8, solid_capstyle="butt", zorder=2)
+            axes.scatter(d.differences, [y + 0.22] * len(d.differences), s=9, color=theme.muted, lw=0, zorder=2.5)
+            inside = color if d.seen else theme.background
+            axes.scatter([d.mean], [y], s=44, color=inside, edgecolor=color, lw=1.6, zorder=3)
+        names = [wrapped(f"{d.second} minus {d.first}" + ("" if n is None else f", N = {n:,}"), 24) for n, d in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=8)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(
+            "difference of the average PSNR gap (dB)\nfilled: the 95 % interval leaves zero out", fontsize=9
+        )
     return figure
 
 
@@ -90,24 +167,30 @@ def _axis(comparison: PSNRComparison, axis: Axis) -> tuple[np.ndarray, Literal["
 
 def _draw_curves(
     axes: Axes, x: np.ndarray, groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme
-) -> None:
+) -> bool:
+    """Draws the curves of one N; returns whether a reference leaves the axis, at whose edge it is then drawn."""
     axes.plot(x, groups[0].results[0].input_psnr, color=theme.muted, lw=1.1, ls=(0, (1, 2)), zorder=1.5)
-    for i, reference in enumerate(references):
-        color = theme.references[i % len(theme.references)]
-        axes.plot(x, reference.curve("train"), color=color, lw=1.2, zorder=1.8)
-        axes.plot(x, reference.curve("test"), color=color, lw=1.2, ls=REFERENCE_DASHES[i % 3], zorder=1.8)
     for group in groups:
         color, train, test = theme.run(slots[group.label]), group.curve("train"), group.curve("test")
         axes.fill_between(x, test, train, where=(train > test).tolist(), color=color, alpha=0.10, lw=0)
         axes.plot(x, train, color=color, zorder=2.5)
         axes.plot(x, test, color=color, ls=(0, (3.5, 1.6)), zorder=2.5)
-    # The axis follows the runs and the input: empirical Bayes leaves it where it returns a stored image exactly.
+    # The axis follows the models and the input: empirical Bayes returns a stored image exactly at low noise.
     curves = [g.curve(side) for g in groups for side in ("train", "test")] + [groups[0].results[0].input_psnr]
     low, high = min(c.min() for c in curves), max(c.max() for c in curves)
     shown = [c[c > low - 25] for r in references for c in (r.curve("train"), r.curve("test"))]
     low = min([low, *(c.min() for c in shown if len(c))])
     low = max(low, min(g.curve("test").min() for g in groups) - 8)
-    axes.set_ylim(low - 1.5, high + 0.08 * (high - low))
+    bottom, top = low - 1.5, high + 0.08 * (high - low)
+    clipped = False
+    for i, reference in enumerate(references):
+        style = {"color": theme.references[i % len(theme.references)], "lw": 1.2, "zorder": 1.8}
+        for curve, dashes in ((reference.curve("train"), "solid"), (reference.curve("test"), REFERENCE_DASHES[i % 3])):
+            inside = np.clip(curve, bottom, top)
+            clipped = clipped or bool((inside != curve).any())
+            axes.plot(x, inside, ls=dashes, **style)
+    axes.set_ylim(bottom, top)
+    return clipped
 
 
 def _draw_gaps(axes: Axes, x: np.ndarray, groups: list[PSNRGroup], slots: Slots, theme: Theme) -> None:
@@ -131,7 +214,7 @@ def _finish_axes(
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if len(x) > 1:
             axes.set_xlim(x[0], x[-1])
-        else:  # a line through one point shows nothing; a ring stands for a broken one
+        else:  # a line through one point shows nothing; a ring stands for a dashed one
             for line in axes.get_lines():
                 line.set_marker("o")
                 line.set_markerfacecolor("none" if line.is_dashed() else line.get_color())
@@ -158,13 +241,15 @@ def _numbers(train: float, test: float, gap: float, exact: bool = False) -> str:
     return f"{'≥ ' if exact else ''}{train:.2f} / {test:.2f}, gap {'≥ ' if exact else ''}{gap:.2f}"
 
 
-def _curve_keys(groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme) -> list[Any]:
+def _curve_keys(
+    groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme, clipped: bool
+) -> list[Any]:
     from matplotlib.lines import Line2D
 
     keys = []
     for group in groups:
         std = group.std()
-        spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} shuffles"
+        spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} seeds"
         text = _numbers(group.mean("train"), group.mean("test"), group.mean()) + spread
         keys.append(Line2D([], [], color=theme.run(slots[group.label]), label=f"{group.label}: {text}"))
     for i, reference in enumerate(references):
@@ -173,14 +258,16 @@ def _curve_keys(groups: list[PSNRGroup], references: list[PSNRResult], slots: Sl
         dashes = REFERENCE_DASHES[i % 3]
         keys.append(Line2D([], [], color=color, lw=1.2, ls=dashes, label=f"{reference.about.name}: {numbers}"))
     keys.append(Line2D([], [], color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="noisy input"))
-    keys.append(Line2D([], [], color=theme.ink, lw=1.2, label="solid: train images; broken: test images"))
+    keys.append(Line2D([], [], color=theme.ink, lw=1.2, label="solid: train images; dashed: test images"))
+    if clipped:
+        keys.append(Line2D([], [], lw=0, label="A reference beyond the axis is drawn at its edge."))
     return keys
 
 
 def gap_bars(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
     """Average PSNR gap by number of training images, one bar a label (An et al. Fig. 6).
 
-    The value stands on each bar. With several shuffles each is a dot, and the error bar is their standard deviation.
+    The value stands on each bar. With several seeds each is a dot, and the error bar is their standard deviation.
     """
     slots = slots or assign(comparison.labels)
     counts, labels = comparison.counts, comparison.labels
@@ -221,30 +308,3 @@ def _label_legend(figure: Figure, labels: Sequence[str], slots: Slots, theme: Th
 
     handles = [Patch(color=theme.run(slots[label]), label=label) for label in labels]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(labels)), handlelength=1.2)
-
-
-def sample_grid(
-    rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 10, inches: float = 0.62, theme: Theme = LIGHT
-) -> Figure:
-    """Small images in captioned rows, e.g. the samples of each run and training images beneath.
-
-    Args:
-        rows: (caption, uint8 [N, C, H, W]) pairs; each continues on further lines after `columns` images.
-        columns: images in a line.
-        inches: width of one image in the figure.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no row, or one that is not uint8 [N, C, H, W] with C 1 or 3 and N at least 1.
-    """
-    if not rows:
-        raise DitlabError("sample grid: expected at least one row of images, found none")
-    sheets = [montage(caption, images, columns) for caption, images in rows]
-    lines = [sheet.shape[0] / sheet.shape[1] * columns for sheet in sheets]
-    with canvas(columns * inches + 0.2, sum(lines) * inches + 0.34 * len(rows) + 0.1, theme) as figure:
-        grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=lines)
-        for axes, (caption, _), sheet in zip(grid[:, 0], rows, sheets, strict=True):
-            axes.imshow(sheet, interpolation="nearest")
-            axes.set_axis_off()
-            axes.set_title(caption, fontsize=9, fontweight="normal", pad=3)
-    return figure

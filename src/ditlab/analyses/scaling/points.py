@@ -6,7 +6,7 @@ evaluation is a file evaluation/NAME.json in the run's folder, of the form
 
     {"step": 400000, "sampler_steps": 250, "nfe": 250, "metrics": {"fid": 12.3, "is": 98.7}}
 
-No verb writes one yet: what lies there is read.
+No verb writes one yet: those that are there are read.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ def scaling_points(
     Returns:
         One point for each part of the log with its mean loss, for each line with measurements, and each evaluation.
     """
-    found = []
+    points = []
     losses = [(int(line["step"]), float(line["loss"])) for line in log if line.get("loss") is not None]
     for part in np.array_split(np.array(losses, float).reshape(-1, 2), min(_PARTS, len(losses)) or 1):
         if len(part) and np.isfinite(part[:, 1]).all():
-            found.append(_at(about, int(part[-1, 0]), {"loss": float(part[:, 1].mean())}))
+            points.append(_at(about, int(part[-1, 0]), {"loss": float(part[:, 1].mean())}))
     for line in log:
         metrics = {name: float(line[name]) for name in ("test_loss", "test_psnr") if line.get(name) is not None}
         if metrics:
-            found.append(_at(about, int(line["step"]), metrics))
-    for one in evaluations:
-        metrics = {name: float(one["metrics"][name]) for name in METRICS if one["metrics"].get(name) is not None}
-        found.append(_at(about, int(one["step"]), metrics, one.get("nfe")))
-    return [point for point in found if point.step > 0 and point.metrics]
+            points.append(_at(about, int(line["step"]), metrics))
+    for record in evaluations:
+        metrics = {name: float(record["metrics"][name]) for name in METRICS if record["metrics"].get(name) is not None}
+        points.append(_at(about, int(record["step"]), metrics, record.get("nfe")))
+    return [point for point in points if point.step > 0 and point.metrics]
 
 
 def _at(about: ScalingPoint, step: int, metrics: Mapping[str, float], nfe: int | None = None) -> ScalingPoint:
@@ -96,12 +96,12 @@ def _at(about: ScalingPoint, step: int, metrics: Mapping[str, float], nfe: int |
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What lies in a run's evaluation folder, by file name; empty where there is none.
+    """Returns the records in a run's evaluation folder, by file name; empty where there is none.
 
     Raises:
         DitlabError: a file that is not of the form that this module's head describes.
     """
-    found = []
+    records = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
             raise DitlabError(f"{path}: expected an evaluation with a step and metrics (numbers by name), found none")
         if not isinstance(record.get("nfe"), int | None):
             raise DitlabError(f"{path}: expected nfe to be a whole number, found {record['nfe']!r}")
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 def _is_number(value: Any) -> bool:
@@ -128,21 +128,21 @@ def measured(points: Sequence[ScalingPoint]) -> tuple[str, ...]:
 
 def along_training(points: Sequence[ScalingPoint], metric: str) -> dict[str, list[ScalingPoint]]:
     """Run -> its points with this metric by step, of several evaluations at a step the one with most network calls."""
-    found: dict[str, dict[int, ScalingPoint]] = {}
+    runs: dict[str, dict[int, ScalingPoint]] = {}
     for point in points:
         if metric in point.metrics:
-            steps = found.setdefault(point.run, {})
+            steps = runs.setdefault(point.run, {})
             if point.step not in steps or (point.nfe or 0) > (steps[point.step].nfe or 0):
                 steps[point.step] = point
-    return {run: [steps[step] for step in sorted(steps)] for run, steps in found.items()}
+    return {run: [steps[step] for step in sorted(steps)] for run, steps in runs.items()}
 
 
 def by_sampling(points: Sequence[ScalingPoint], metric: str) -> dict[str, list[ScalingPoint]]:
     """Run -> its points with this metric at the last step where samples were taken, by network calls."""
-    found: dict[str, list[ScalingPoint]] = {}
+    runs: dict[str, list[ScalingPoint]] = {}
     for run in dict.fromkeys(point.run for point in points):
         mine = [p for p in points if p.run == run and p.nfe is not None and metric in p.metrics]
         last = [p for p in mine if p.step == max(q.step for q in mine)]
         if last:
-            found[run] = sorted(last, key=lambda p: p.nfe or 0)
-    return found
+            runs[run] = sorted(last, key=lambda p: p.nfe or 0)
+    return runs

@@ -182,10 +182,14 @@ class MatchedComparison:
             shown = f"{low:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
             lines.append(self.gap_matched.sentence(f"Gap at matched train PSNR ({shown} dB)"))
         lines.append(self.best_test.sentence("Best test PSNR along training"))
-        lines += [f"Seed {s.seed}: {s.note}" for s in self.seeds if s.note]
+        return (*lines, *self.notes())
+
+    def notes(self) -> list[str]:
+        """Returns what must be said of seeds that are left out or cannot be matched, one sentence each."""
+        notes = [f"Seed {s.seed}: {s.note}" for s in self.seeds if s.note]
         if self.unpaired:
-            lines.append(f"Left out, because only one side has them: seeds {', '.join(map(str, self.unpaired))}.")
-        return tuple(lines)
+            notes.append(f"Left out, because only one side has them: seeds {', '.join(map(str, self.unpaired))}.")
+        return notes
 
     def to_json(self) -> dict[str, Any]:
         """Everything, and the sentences."""
@@ -252,13 +256,13 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
     i, j = first.steps.index(step), second.steps.index(step)
     (low_1, high_1), (low_2, high_2) = first.train_range, second.train_range
     matched, note = min(high_1, high_2), ""
-    one, two = first.crossing(matched), second.crossing(matched)
-    if one is None or two is None:
+    crossing_1, crossing_2 = first.crossing(matched), second.crossing(matched)
+    if crossing_1 is None or crossing_2 is None:
         note = (
             f"the ranges of train PSNR do not overlap ({first.label} {low_1:.2f} to {high_1:.2f} dB, "
             f"{second.label} {low_2:.2f} to {high_2:.2f} dB), so there is no matched comparison."
         )
-    both = None if one is None or two is None else (one, two)
+    both = None if crossing_1 is None or crossing_2 is None else (crossing_1, crossing_2)
     return SeedComparison(
         seed=first.seed,
         step=step,
@@ -285,7 +289,7 @@ def compare_kinds(runs: Sequence[Trajectory], *, margin: float | None = None) ->
     Raises:
         DitlabError: as `compare_trajectories`.
     """
-    found = []
+    comparisons = []
     for n in sorted({run.n for run in runs}, key=lambda n: -1 if n is None else n):
         kinds: dict[str, list[Trajectory]] = {}
         for run in runs:
@@ -293,8 +297,8 @@ def compare_kinds(runs: Sequence[Trajectory], *, margin: float | None = None) ->
                 kinds.setdefault(run.label, []).append(run)
         for first, second in combinations(kinds.values(), 2):
             if {run.seed for run in first} & {run.seed for run in second}:
-                found.append(compare_trajectories(first, second, margin=margin))
-    return found
+                comparisons.append(compare_trajectories(first, second, margin=margin))
+    return comparisons
 
 
 def compare_trajectories(
@@ -333,8 +337,8 @@ def compare_trajectories(
     seeds = tuple(compare_seed(sides[0][s], sides[1][s]) for s in common)
 
     def difference(pairs: Mapping[int, tuple[float, float]]) -> PairedDifference:
-        one, other = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
-        return paired_difference(a, b, one, other, margin=margin)
+        mine, theirs = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
+        return paired_difference(a, b, mine, theirs, margin=margin)
 
     matched = {s.seed: s.gap_matched for s in seeds if s.gap_matched is not None}
     return MatchedComparison(

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def _by_label(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
     if not trajectories:
         raise DitlabError("figure: expected at least one run with PSNR along its training, found none")
-    found: dict[str, list[Trajectory]] = {}
+    runs: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
-        found.setdefault(trajectory.label, []).append(trajectory)
-    return found
+        runs.setdefault(trajectory.label, []).append(trajectory)
+    return runs
 
 
 def _named(label: str, runs: Sequence[Trajectory]) -> str:

@@ -1,22 +1,78 @@
-"""Figures of the two-subset test, in the manner of Kadkhodaie et al. (2310.02557), Fig. 2: histograms and pairs."""
+"""Figures of the two-subset test: histograms and pairs, as in Kadkhodaie et al. (2310.02557), Fig. 2."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ditlab.analyses.agreement.figures import image_table
-from ditlab.analyses.two_subsets.measure import TwoSubsetsResult
+from ditlab.analyses.two_subsets.result import TwoSubsetsResult
 from ditlab.errors import DitlabError
+from ditlab.models.memorization import mask_images
+from ditlab.models.model import Model
+from ditlab.pages.drawing import Drawing
+from ditlab.pages.image_rows import ImageRow, image_rows
 from ditlab.pages.theme import LIGHT, Theme, canvas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["closest_pictures", "drawings", "mask_near_copies", "two_subsets_histograms", "two_subsets_pairs"]
+
+
+def drawings(models: Sequence[Model], result: TwoSubsetsResult, hide_training_images: bool) -> dict[str, Drawing]:
+    """Returns the figures of a result by file name; the pairs are left out if only the JSON is there.
+
+    Args:
+        models: the two models; if both are not at hand, no training images are shown.
+        result: what was measured.
+        hide_training_images: show no training image, and mask samples that are nearly one.
+    """
+    names = f"{result.about[0].name} and {result.about[1].name}"
+    figures = {
+        "two-subsets": Drawing(
+            lambda theme: two_subsets_histograms(result, theme=theme),
+            f"Histograms of cosines: pairs of samples of {names}, samples and training images, and the control.",
+            "Dashed lines are means.",
+        )
+    }
+    if result.pictures is None:
+        return figures
+    shown, nearest = result, None
+    if hide_training_images:
+        shown = mask_near_copies(result)
+    elif len(models) == 2:
+        nearest = closest_pictures(models, result)
+    figures["two-subsets-pairs"] = Drawing(
+        lambda theme: two_subsets_pairs(shown, nearest, theme=theme),
+        f"Rows of images: samples of {names} from the same noise.",
+        "Below each first sample: its cosine with the second. Below the others: the cosine of a sample with its "
+        "closest training image.",
+        exact=True,
+    )
+    return figures
+
+
+def closest_pictures(models: Sequence[Model], result: TwoSubsetsResult) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the closest training images of the samples of both runs that are shown, uint8 [k, C, H, W] each."""
+    assert result.pictures is not None
+    count, pictures = result.pictures.shape[1], []
+    for model, nearest in zip(models, result.nearest, strict=True):
+        images = model.originals(model.split.train[nearest.index[:count]])
+        pictures.append(np.where(nearest.mirrored[:count, None, None, None], images[..., ::-1], images))
+    return pictures[0], pictures[1]
+
+
+def mask_near_copies(result: TwoSubsetsResult) -> TwoSubsetsResult:
+    """Returns the result with grey pictures in place of samples that are nearly a training image."""
+    assert result.pictures is not None
+    return replace(result, pictures=mask_images(result.pictures, result.near_copies[:, : result.pictures.shape[1]]))
+
 
 def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: Theme = LIGHT) -> Figure:
-    """Cosines of the pairs (blue), to the closest training image (orange), and of the control (grey), as shares.
+    """Draws the cosines of the pairs (blue), with the closest training image (orange) and of the control (grey).
 
     Args:
         result: what was measured.
@@ -24,9 +80,9 @@ def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: T
         theme: light or dark.
     """
     sides = (
-        ("pairs from equal noise", result.pair, theme.run(0)),
-        ("to the closest training image", result.nearest_cosine, theme.run(1)),
-        ("control: closest images of both training sets", result.control, theme.muted),
+        ("pairs from the same noise", result.pair, theme.run(0)),
+        ("with the closest training image", result.nearest_cosine, theme.run(1)),
+        ("control: closest images of the two training sets", result.control, theme.muted),
     )
     low = min(float(values.min()) for _, values, _ in sides)
     edges = np.linspace(min(low, 0.9) - 0.01, 1.001, bins + 1)
@@ -46,7 +102,7 @@ def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: T
                 label=f"{name} (mean {values.mean():.2f})",
             )
             axes.axvline(float(values.mean()), color=color, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.set_xlabel("cosine of images" + (" about their means" if result.mean_removed else ""))
+        axes.set_xlabel(f"cosine of images{' about their means' if result.mean_removed else ''}")
         axes.set_ylabel("share")
         axes.set_title(f"Two networks, N = {result.about[0].n}, no training image in common")
         handles, labels = axes.get_legend_handles_labels()
@@ -61,30 +117,31 @@ def two_subsets_pairs(
     columns: int = 8,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Samples of both runs from equal noise, between the training images that are most like them.
+    """Draws samples of both runs from the same noise, between their closest training images.
 
     Args:
         result: with its pictures.
-        nearest: the closest training image of each sample of both, uint8 [n, C, H, W]; None to show no real image.
-        columns: pairs shown, at most.
+        nearest: the closest training image of each sample of both, uint8 [n, C, H, W]; None to show no training image.
+        columns: pairs, at most.
         theme: light or dark.
 
     Raises:
-        DitlabError: the result was read without its pictures.
+        DitlabError: the result was loaded without its pictures.
     """
     if result.pictures is None:
-        raise DitlabError("two-subsets figure: expected a result with its pictures, found one read from JSON alone")
+        raise DitlabError("two-subsets figure: expected a result with its pictures, found one loaded from JSON alone")
     count = min(columns, result.pictures.shape[1])
-    first, second = result.about
+    first, second = (about.group for about in result.about)
 
-    def words(side: int) -> list[str]:
-        return [f"{value:.2f}" for value in result.nearest[side].cosine[:count]]
+    def captions(values: np.ndarray) -> list[str]:
+        return [f"{value:.2f}" for value in values[:count]]
 
+    closest = [captions(side.cosine) for side in result.nearest]
     rows = [
-        (f"drawn by\n{first.name}", result.pictures[0][:count], [f"{value:.2f}" for value in result.pair[:count]]),
-        (f"drawn by\n{second.name}", result.pictures[1][:count], [] if nearest else words(1)),
+        ImageRow(f"samples of\n{first}", result.pictures[0][:count], captions(result.pair)),
+        ImageRow(f"samples of\n{second}", result.pictures[1][:count], () if nearest else closest[1]),
     ]
     if nearest is not None:
-        above = (f"its closest of\n{first.name}'s set", nearest[0][:count], words(0))
-        rows = [above, *rows, (f"its closest of\n{second.name}'s set", nearest[1][:count], words(1))]
-    return image_table(rows, titles=[f"seed {seed}" for seed in result.seeds[:count]], theme=theme)
+        above = ImageRow(f"closest images\nof {first}", nearest[0][:count], closest[0])
+        rows = [above, *rows, ImageRow(f"closest images\nof {second}", nearest[1][:count], closest[1])]
+    return image_rows(rows, titles=[f"seed {seed}" for seed in result.seeds[:count]], theme=theme)

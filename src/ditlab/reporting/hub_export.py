@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +19,33 @@ import ditlab
 from ditlab.analyses.attention.result import LocalityResult
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
-from ditlab.cli.measuring import trajectories
+from ditlab.analyses.trajectory.course import trajectory_of
 from ditlab.config import to_json
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.files import atomic_folder
+from ditlab.interop.hub import upload
+from ditlab.models.comparing import Source
+from ditlab.models.converting import Converted
+from ditlab.models.opening import open_model
 from ditlab.models.run import Run
+from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
 
 FIGURES = "figures"
 _RESULTS: Mapping[str, Any] = {"psnr-gap": PSNRResult, "attention": LocalityResult}
-"""What analyses leave in a run's folder, as numbers alone."""
+"""Results that are exported: numbers alone, and no image."""
 
 
 def export_run(
     run: Run, out: Path, repo: str, *, step: int | None = None, licence: str = "", samples: bool = False
 ) -> Path:
-    """Writes what the hub gets: config.json, one checkpoint, log, results, figures of them, README.md.
+    """Writes the folder that the hub gets: config.json, one checkpoint, log, results, figures of them, README.md.
 
     Args:
         run: the run.
         out: a folder that does not exist yet; it appears whole or not at all.
         repo: ORG/NAME, for the sentences on how to load it.
-        step: of which checkpoint; the newest whole one where not given.
+        step: of which checkpoint; the newest whole one if None.
         licence: the weights' licence, by the hub's short name such as apache-2.0.
         samples: take along the grid of the newest samples.
 
@@ -52,8 +59,8 @@ def export_run(
         for name, kind in _RESULTS.items()
         if (run.path / "analysis" / f"{name}.json").is_file()
     }
-    # Results of other weights than the exported ones, or on another split, would tell of another model.
-    results = {name: found for name, found in results.items() if _tells_of(run, checkpoint.step, found.about)}
+    # Results of other weights than the exported ones, or on another split, belong to another model.
+    results = {name: result for name, result in results.items() if _is_of(run, checkpoint.step, result.about)}
     parameters = sum(value.numel() for value in checkpoint.ema.values())
     try:
         with atomic_folder(out) as folder:
@@ -61,8 +68,8 @@ def export_run(
             shutil.copytree(checkpoint.path, folder / "checkpoints" / checkpoint.path.name)
             if run.log:
                 shutil.copy(run.home / "log.jsonl", folder / "log.jsonl")
-            for name, found in results.items():
-                found.save(folder / "analysis", name)
+            for name, result in results.items():
+                result.save(folder / "analysis", name)
             figures = _save_figures(run, results, folder / FIGURES)
             if grid is not None:
                 (folder / FIGURES).mkdir(exist_ok=True)
@@ -73,11 +80,51 @@ def export_run(
     except FileExistsError:
         raise DitlabError(f"{out}: expected a new folder, found something there") from None
     except OSError as error:
-        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
+        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was written") from None
     return out
 
 
-def _tells_of(run: Run, step: int, about: Provenance) -> bool:
+def send_run(
+    source: Source,
+    out: str,
+    *,
+    checkpoint: int | None = None,
+    licence: str = "",
+    samples: bool = False,
+    dry_run: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> Converted:
+    """Exports a run and sends it to the hub.
+
+    Args:
+        source: a run, or its folder.
+        out: `hub:ORG/NAME`.
+        checkpoint: the step of the checkpoint; the newest whole one if None.
+        licence: see `export_run`.
+        samples: see `export_run`.
+        dry_run: a new folder to write what would be sent into; nothing is sent then.
+        reporter: takes notes.
+
+    Raises:
+        DitlabError: the source is not a run, `out` is no repository's name, or as `export_run`.
+    """
+    run = open_model(source)
+    if not isinstance(run, Run):
+        raise Incompatible(f"convert: expected a run of ditlab to send to the hub, found {source}")
+    repo = out.removeprefix("hub:")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise InvalidConfig(f"convert: expected `out` as hub:ORG/NAME, found '{out}'")
+    if not licence:
+        reporter.note("no `licence` was given, so the card names none")
+    export = partial(export_run, run, repo=repo, step=checkpoint, licence=licence, samples=samples)
+    if dry_run is not None:
+        return Converted(str(export(dry_run)), "hub", f"what would be sent to {out}", sent=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        address = upload(export(Path(temporary) / "export"), repo)
+    return Converted(address, "hub", "the run with a model card", sent=True)
+
+
+def _is_of(run: Run, step: int, about: Provenance) -> bool:
     """Whether a result is of the averaged weights after this step, which a reader loads, and of the run's split."""
     return about.step == step and bool(about.ema) and about.split_hash == run.record.split.hash
 
@@ -91,7 +138,7 @@ def model_card(
     repo: str,
     licence: str = "",
 ) -> str:
-    """README.md of an exported run: what it is, its numbers and figures, how it was trained, how to load it.
+    """Returns README.md of an exported run: what it is, its numbers and figures, how it was trained, how to load it.
 
     Args:
         run: the run.
@@ -109,13 +156,13 @@ def model_card(
     lines = ["---", *head, "---", "", f"# {repo.rpartition('/')[2]}", ""]
     side = "x".join(map(str, config.network.image_size))
     version = run.environment.get("ditlab", ditlab.__version__)
-    words = (
+    summary = (
         f"A diffusion denoiser ({kind}) of {config.network.channels}x{side} "
         f"{'latents' if run.record.codec else 'pixels'}, trained with ditlab {version} on {split.train:,} images "
         f"(preset {config.preset or 'none'}, {parameters:,} parameters)."
     )
     lines += [
-        words,
+        summary,
         "",
         "## Use it",
         "",
@@ -139,36 +186,36 @@ def model_card(
         *(f"| {name} | {value} |" for name, value in _numbers(run, step, results).items()),
         "",
     ]
-    for file, words in figures.items():
-        lines += [f"![{words}]({FIGURES}/{file})", "", words, ""]
+    for file, caption in figures.items():
+        lines += [f"![{caption}]({FIGURES}/{file})", "", caption, ""]
     lines += ["## Training", ""]
     if run.command:
         lines += ["```sh", run.command, "```", ""]
     lines += ["All settings are in config.json; the environment was:", ""]
     lines += [f"- {name}: {value}" for name, value in run.environment.items()]
-    said = f"The weights are under the licence {licence}." if licence else "Whoever exported it named none."
-    lines += ["", "## Licence", "", said, ""]
+    terms = f"The weights are under the licence {licence}." if licence else "The exporter named no licence."
+    lines += ["", "## Licence", "", terms, ""]
     return "\n".join(lines)
 
 
 def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of these weights, in words."""
-    found = {"training images": f"{run.record.split.train:,}", "steps": f"{step:,}"}
-    found["images in a step"] = f"{run.config.training.batch_size}"
+    """What is known of these weights, by name."""
+    numbers = {"training images": f"{run.record.split.train:,}", "steps": f"{step:,}"}
+    numbers["images in a step"] = f"{run.config.training.batch_size}"
     for line in run.log:
         for key, name in (("train_loss", "loss on training images"), ("test_loss", "loss on held-out images")):
             if line["step"] <= step and line.get(key) is not None:
-                found[name] = f"{line[key]:.4f}"
+                numbers[name] = f"{line[key]:.4f}"
     gap: PSNRResult | None = results.get("psnr-gap")
     if gap is not None:
-        found["PSNR on training images"] = f"{gap.average('train'):.2f} dB"
-        found["PSNR on held-out images"] = f"{gap.average('test'):.2f} dB"
-        found["PSNR gap"] = f"{gap.average_gap:.2f} dB, the mean over {len(gap.levels)} noise levels"
+        numbers["PSNR on training images"] = f"{gap.average('train'):.2f} dB"
+        numbers["PSNR on held-out images"] = f"{gap.average('test'):.2f} dB"
+        numbers["PSNR gap"] = f"{gap.average_gap:.2f} dB, the mean over {len(gap.levels)} noise levels"
     attention: LocalityResult | None = results.get("attention")
     if attention is not None:
         distance = float(attention.values("distance").mean())
-        found["mean attention distance"] = f"{distance:.2f} tokens on {attention.grid[0]}x{attention.grid[1]}"
-    return found
+        numbers["mean attention distance"] = f"{distance:.2f} tokens on {attention.grid[0]}x{attention.grid[1]}"
+    return numbers
 
 
 def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -183,8 +230,8 @@ def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[st
         about = replace(results["psnr-gap"].about, label=run.name)
         comparison = compare([replace(results["psnr-gap"], about=about)])
         drawn["psnr-curves.png"] = psnr_curves(comparison), "PSNR on training and held-out images by noise level."
-    if along := trajectories([run], [run.name]):
-        drawn["gap-along-training.png"] = gap_along_training(along), "The PSNR gap along its training."
+    if trajectory := trajectory_of(run, run.name):
+        drawn["gap-along-training.png"] = gap_along_training([trajectory]), "The PSNR gap along its training."
     if any("loss" in line or "train_loss" in line for line in run.log):
         drawn["losses.png"] = loss_curves({run.name: run.log}), "Losses along its training."
     if "attention" in results:
@@ -193,7 +240,7 @@ def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[st
         folder.mkdir()
     for file, (figure, _) in drawn.items():
         save(figure, folder / file)
-    return {file: words for file, (_, words) in drawn.items()}
+    return {file: caption for file, (_, caption) in drawn.items()}
 
 
 def _write_config(run: Run, folder: Path) -> None:
@@ -206,5 +253,5 @@ def _write_config(run: Run, folder: Path) -> None:
 def _newest_grid(run: Run) -> Path:
     grids = sorted((run.path / "samples").glob("*/grid.png"), key=lambda path: path.stat().st_mtime)
     if not grids:
-        raise DitlabError(f"run {run.path}: expected samples to show, found none; draw some with ditlab sample")
+        raise DitlabError(f"run {run.path}: expected samples to show, found none; draw some with `ditlab sample`")
     return grids[-1]

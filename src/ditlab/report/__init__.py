@@ -1,1 +1,0 @@
-"""Drawing results: figures and the report page. Nothing is computed here (DESIGN 3)."""

@@ -1,0 +1,1 @@
+"""Composes the sections that the analyses give into one page; model cards for the hub."""

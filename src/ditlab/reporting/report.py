@@ -1,0 +1,176 @@
+"""The report: one page about one or several models, made of the sections that the analyses give.
+
+Nothing here knows which analyses there are: `write_report` asks each of `ditlab.analyses.analysis_names()` what it has
+to show. What one of them cannot show is a note on the page; it never keeps the page from being made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ditlab.analyses import analysis, analysis_names
+from ditlab.analyses.base import Comparison, ReportContext
+from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.models.comparing import ModelSet
+from ditlab.pages import page as pages
+from ditlab.pages import token_picker
+from ditlab.pages.page import PageData, RunCard, Section, ThemedFigure, fit_page, page_size, save_page, with_pickers
+from ditlab.pages.theme import assign
+from ditlab.progress import SILENT, Reporter
+from ditlab.reporting.figure_files import save_figures
+from ditlab.reporting.first_screen import FirstScreen, title_of
+
+__all__ = ["MAX_SAMPLES", "ReportResult", "write_report"]
+
+MAX_SAMPLES = 64
+"""Samples of each kind, at most, so that the page stays small."""
+PICKER_ROOM = 1_000_000
+"""Bytes of the page that are kept for token pickers, where an analysis has any."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReportResult:
+    """A page that was written, and what it shows."""
+
+    path: Path
+    sentences: Sequence[str]
+    """The verdict, then what each analysis found."""
+    comparisons: Sequence[Comparison] = field(repr=False)
+    """What the sections were made of, in their order."""
+
+    def _repr_html_(self) -> str:
+        path = escape(self.path.resolve().as_uri())
+        lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences[:3])
+        return f'<a href="{path}">{escape(str(self.path))}</a><ul>{lines}</ul>'
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """A comparison on the page."""
+
+    comparison: Comparison
+    figures: Mapping[str, ThemedFigure]
+    """By the names that the analysis gave them."""
+
+    def section(self, context: ReportContext) -> Section:
+        """The section, as the context wants it."""
+        self.comparison.context = context
+        return self.comparison.section(self.figures, self.comparison.number)
+
+
+def write_report(
+    models: ModelSet,
+    out: Path,
+    *,
+    title: str | None = None,
+    samples: int = 16,
+    hide_training_images: bool = False,
+    jacobian: bool = False,
+    configs: Mapping[str, Any] | None = None,
+    commands: Sequence[tuple[str, str]] = (),
+    foreword: Sequence[str] = (),
+    reporter: Reporter = SILENT,
+) -> ReportResult:
+    """Measures what is missing, draws, and writes the page with its figures beside it.
+
+    Args:
+        models: one or several.
+        out: the page; its figures go into figures/ beside it.
+        title: the model's name, or the names of the kinds, if None.
+        samples: images to draw of each kind of model at each N, at most 64.
+        hide_training_images: show no picture of a real image, nor a sample that is nearly one.
+        jacobian: also measure Jacobians of models that have none, which takes minutes.
+        configs: analysis -> the settings to measure it with, instead of its defaults.
+        commands: (what it does, the exact command line), shown before the commands that trained the models.
+        foreword: sentences under the verdict.
+        reporter: takes notes and progress.
+
+    Raises:
+        InvalidConfig: a number of samples below 0 or above 64.
+        DitlabError: the page cannot be written, or is too large with its figures as small as they can be.
+    """
+    if not 0 <= samples <= MAX_SAMPLES:
+        raise InvalidConfig(
+            f"report: `samples` must be from 0 to {MAX_SAMPLES}, found {samples}; `ditlab sample` draws more"
+        )
+    context = ReportContext(
+        hide_training_images,
+        samples,
+        frozenset({"jacobian"} if jacobian else ()),
+        configs or {},
+        slots=assign(models.kinds),
+    )
+    comparisons = _comparisons(models, context, reporter)
+    shown, files = _drawn(comparisons)
+    title = title or title_of(models)
+    first = FirstScreen.of(models, comparisons, title)
+    notes = [f"{name}: {note}" for name, model in zip(models.names, models, strict=True) for note in model.notes]
+    names = zip(models.names, models.kinds, models, strict=True)
+    data = PageData(
+        title=title,
+        summary=[*first.sentences, *foreword],
+        tables=[first.table],
+        pictures=first.pictures,
+        notes=[*first.notes, *notes, *context.notes],
+        sections=[part.section(context) for part in shown],
+        runs=[RunCard(name, kind, dict(model.settings)) for name, kind, model in names],
+        labels=list(context.slots),
+        commands=[
+            *commands,
+            *((f"train {n}", m.command) for n, m in zip(models.names, models, strict=True) if m.command),
+        ],
+        environment=models[0].environment,
+    )
+    save_page(_with_pickers(data, shown, context), out)
+    save_figures(files, out.parent / "figures")
+    sentences = [*first.sentences, *(sentence for comparison in comparisons for sentence in comparison.sentences())]
+    return ReportResult(out, list(dict.fromkeys(sentences)), comparisons)
+
+
+def _comparisons(models: ModelSet, context: ReportContext, reporter: Reporter) -> list[Comparison]:
+    """What all analyses show, in the order of their sections; those that cannot show anything leave a note."""
+    comparisons: list[Comparison] = []
+    for name in analysis_names():
+        try:
+            shown = analysis(name).for_report(models, context, reporter)
+        except DitlabError as error:
+            context.notes.append(f"No section on {name}: {error}.")
+            continue
+        for number, comparison in enumerate(shown, 1):
+            comparison.number, comparison.count = number, len(shown)
+        comparisons += shown
+    return comparisons
+
+
+def _drawn(comparisons: Sequence[Comparison]) -> tuple[list[_Shown], dict[str, ThemedFigure]]:
+    """The comparisons with their figures, and all figures by the names of their files."""
+    shown = []
+    for comparison in comparisons:
+        drawings = comparison.drawings().items()
+        figures = {name: ThemedFigure.draw(d.draw, d.alt, d.caption, exact=d.exact) for name, d in drawings}
+        shown.append(_Shown(comparison, figures))
+    count = Counter(name for part in shown for name in part.figures)
+    files = {
+        name if count[name] == 1 else f"{name}-{part.comparison.number}": figure
+        for part in shown
+        for name, figure in part.figures.items()
+    }
+    return shown, files
+
+
+def _with_pickers(data: PageData, shown: Sequence[_Shown], context: ReportContext) -> PageData:
+    """The page, small enough, with the token pickers that the rest of it leaves room for."""
+    wanted = [part.comparison.analysis.pickers for part in shown]
+    fitted = fit_page(data, PICKER_ROOM if any(wanted) else 0)
+    room = max(0, min(token_picker.BUDGET, pages.PAGE_BYTES - page_size(fitted)))
+    context = replace(context, picker_bytes=room)
+    sections = [
+        with_pickers(section, part.section(context)) if has else section
+        for section, part, has in zip(fitted.sections, shown, wanted, strict=False)
+    ]
+    return replace(fitted, sections=[*sections, *fitted.sections[len(shown) :]])
