@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ditlab.reporting import report
 
 import ditlab as package
 from ditlab.data.preparing import prepare
 from ditlab.errors import DitlabError
 from ditlab.models.run import Run
+from ditlab.reporting import report
 from ditlab.studies import quickstart
 from ditlab.studies.quickstart_config import QuickstartConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
-from ditlab.analyses.attention.section import locality_section
+from ditlab.analyses.attention.section import MAX_SENTENCES, locality_section
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
@@ -80,11 +80,13 @@ class StudyPage:
             pickers: makes token pickers of at most so many bytes, which is what the rest of the page leaves.
         """
         sentences = self.sentences()
-        sections = self.sections()
+        sections, tables, pictures = _first_screen(self.sections())
         rows = [{"scale": f.plan.scale, **trial.row()} for f in self.facets for trial in f.trials]
         data = PageData(
             title=self.study.title,
             summary=[self.study.question, *sentences],
+            tables=tables,
+            pictures=pictures,
             sections=sections,
             labels=list(self.slots),
             commands=[(f"this study, scale {plan.scale}", plan.command) for plan in self.plans if plan.command],
@@ -124,7 +126,7 @@ class StudyPage:
                 self._ways(facet, tail, name),
                 self._curves(facet, tail, name),
                 self._along(facet, tail, name),
-                self._locality(facet, tail, name),
+                self._locality(facet, number, tail, name),
             ]
         sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
@@ -319,7 +321,7 @@ class StudyPage:
             ),
         ]
 
-    def _locality(self, facet: Facet, tail: str, name: str) -> Section:
+    def _locality(self, facet: Facet, number: int, tail: str, name: str) -> Section:
         comparison = facet.locality
         if comparison is None:
             return Section(f"locality{tail}", "")
@@ -344,8 +346,10 @@ class StudyPage:
             )
         records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
         data = {f"attention{tail}.json": records}
-        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
-        return replace(made, title=f"How local attention is{name}")
+        differences = comparison.differences()
+        sentences = differences if len(differences) <= MAX_SENTENCES else ()  # else they are in a table
+        section = locality_section(comparison, pictures, number=number, sentences=sentences, data=data)
+        return replace(section, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
         """What the paper reports, and what was measured here."""
@@ -433,6 +437,17 @@ class StudyPage:
     def _environment(self) -> Mapping[str, Any]:
         records = (trial.record for facet in self.facets for trial in facet.trials)
         return next((record["environment"] for record in records if record is not None), {})
+
+
+def _first_screen(sections: Sequence[Section]) -> tuple[list[Section], list[Table], list[ThemedFigure]]:
+    """The sections, and the table and the figure that answer the question, which stand before them."""
+    place = next((i for i, s in enumerate(sections) if s.id in ("gap", "locality") and not s.empty), None)
+    if place is None:
+        return list(sections), [], []
+    first = sections[place]
+    # The figure is drawn once; the table is small, and its section refers to it.
+    shown = replace(first, pictures=first.pictures[1:])
+    return [*sections[:place], shown, *sections[place + 1 :]], list(first.tables[:1]), list(first.pictures[:1])
 
 
 def _instruments(facet: Facet) -> str:
