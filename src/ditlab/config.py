@@ -14,13 +14,12 @@ from typing import Annotated, Any, Union, get_args
 
 import pydantic
 
-from ditlab.data.autoencoder import AutoencoderRecord
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.networks.registry import NETWORKS, NetworkConfig
 from ditlab.training.config import TrainingConfig
 

@@ -12,7 +12,8 @@ import torch
 
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser
 from ditlab.diffusion.denoisers import Denoiser, Prediction
-from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.samplers import (
@@ -26,7 +27,8 @@ from ditlab.diffusion.samplers import (
 )
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.rng import torch_generator
 
 LINEAR = make_schedule("linear", 1000)

@@ -15,9 +15,12 @@ from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import infer_config, is_bias_free
 from ditlab.interop.checkpoints import open_checkpoint
-from ditlab.models.split_config import SplitConfig, load, open_model
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.models.opening import load, open_model
+from ditlab.models.split_config import SplitConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 
 UNETS = [
     BFUNetConfig(channels=1, width=4, blocks=3),

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from ditlab.data.augment import flip
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.progress import Bar, Reporter, StopFlag
 from ditlab.training.batches import Batches, image_order
 from ditlab.training.checkpoint import CheckpointStore

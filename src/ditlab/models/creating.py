@@ -21,7 +21,7 @@ from torch import nn
 
 import ditlab
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, to_json
-from ditlab.data.autoencoder import AutoencoderRecord
+from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
 from ditlab.errors import DitlabError, Incompatible

@@ -25,7 +25,7 @@ from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
 from ditlab.data.splits import Split, held_out_order, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
 from ditlab.errors import Incompatible, NotFound
 from ditlab.models.split_config import SplitConfig

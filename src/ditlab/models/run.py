@@ -23,8 +23,8 @@ from ditlab.config import RunConfig, RunRecord, SplitRecord, flat, read_record
 from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.models.model import Model

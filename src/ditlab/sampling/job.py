@@ -19,7 +19,7 @@ from torch import Tensor
 import ditlab
 from ditlab.config import differing_settings
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
 from ditlab.errors import AlreadyExists, Damaged, DitlabError, InvalidConfig
 from ditlab.files import flush, write_json

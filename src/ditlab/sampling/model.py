@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ditlab.data.autoencoder import Autoencoder
     from ditlab.data.imageset import ImageSet
-    from ditlab.diffusion.guidance import GuidanceConfig
+    from ditlab.diffusion.guidance_config import GuidanceConfig
     from ditlab.diffusion.sampler_configs import SamplerConfig
 
 __all__ = ["Sampled"]
