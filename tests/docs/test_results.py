@@ -34,10 +34,10 @@ def test_readme_repeats_what_was_seen_on_faces():
 
 
 @pytest.mark.parametrize("name", ["an2024/fig6", "an2024/fig4"])
-def test_what_is_said_of_faces_follows_from_the_committed_cells(name):
+def test_what_is_said_of_faces_follows_from_the_committed_trials(name):
     folder = FACES / f"{name.replace('/', '-')}-small"
     page = StudyPage(STUDIES[name], [Plan.load(folder / "plan.json")], Store(FACES))
-    assert all(cell.status.state == "done" for facet in page.facets for cell in facet.cells)
+    assert all(trial.status.state == "done" for facet in page.facets for trial in facet.trials)
     assert page.sentences() == json.loads((folder / "table.json").read_text())["sentences"]
 
 

@@ -135,7 +135,7 @@ def test_a_rate_that_falls_to_the_last_step_keeps_that_step(images, tmp_path):
 
 @pytest.mark.parametrize("sampler", [DDIMConfig(steps="7"), DDPMConfig(steps="9")])
 def test_another_sampler_is_no_other_run(images, tmp_path, sampler):
-    """It changes no step, and no cell's hash (`ditlab.studies.cells`): the run goes on, and keeps the new one."""
+    """It changes no step, and no hash of a trial (`ditlab.studies.trial`): the run resumes, and keeps the new one."""
     start(tmp_path / "run", settings(images), images, device=CPU)
     again = start(tmp_path / "run", replace(settings(images), sampler=sampler), images, device=CPU)
     assert again.config.sampler == Run.open(tmp_path / "run").config.sampler == sampler
