@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from ditlab.cli.console import Output, command_line, parse_words, stop_on_signal
+from ditlab.cli.console import Output, command_line, stop_on_signal
 from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
+from ditlab.cli.parsing import parse_words
 from ditlab.config import DataConfig, EvaluationConfig, Network, ObjectiveSettings, RunConfig, Sampler
 from ditlab.diffusion.guidance import GuidanceConfig
 from ditlab.diffusion.objectives import VPObjectiveConfig
