@@ -25,6 +25,7 @@ class Output:
         self.main = os.environ.get("RANK", "0") == "0"
         """Whether this process prints; of those that torchrun starts only the first does."""
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self.console.on_broken_pipe = _broken_pipe
         self.reporter: Reporter = RichReporter(self.console) if self.main else SILENT
 
     def line(self, text: str) -> None:
@@ -50,6 +51,11 @@ class Output:
         """Prints the result where JSON was asked for; of several processes only the first has one."""
         if self.as_json and result:
             print(json.dumps(result, indent=1))
+
+
+def _broken_pipe() -> None:
+    """Leaves it to `main` what happens when the reader of a pipe has gone; rich would end with status 1."""
+    raise BrokenPipeError
 
 
 def command_line(verb: str) -> str:

@@ -1,33 +1,18 @@
-"""From the words of a command line to a verb's dataclass: flags of earlier versions, errors in one sentence."""
+"""From the words of a command line to a verb's dataclass: errors in one sentence."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
 
+from ditlab.cli.flags import flags_of, renamed
 from ditlab.errors import DitlabError
-
-ALIASES: dict[str, dict[str, str]] = {
-    "sample": {
-        "--labels": "--classes",
-        "--steps": "--sampler-steps",
-        "--levels": "--schedule",
-        "--step": "--checkpoint",
-    },
-    "psnr-gap": {"--references": "--baselines", "--no-references": "--no-baselines"},
-    "attention": {"--steps": "--timesteps"},
-    "jacobian": {"--steps": "--timesteps"},
-    "agreement": {"--references": "--baselines"},
-}
-"""Verb -> flags of earlier versions and what they are called now; they are accepted and not shown."""
-EVERYWHERE = {"--labels": "--names", "--levels": "--sigmas", "--step": "--checkpoint"}
-"""The same for all other verbs."""
 
 _RULE = re.compile(r"[-─]+")
 _VALUES = {
@@ -46,7 +31,7 @@ def parse(kind: Any, verb: str, words: list[str]) -> Any:
     Raises:
         DitlabError: a flag or a value that the verb does not take, in one sentence with the nearest flag.
     """
-    words = [_renamed(verb, word) for word in words]
+    words = [renamed(verb, word) for word in words]
     if hasattr(kind, "parse"):  # a verb with a way of its own: `train` looks up its preset first
         return kind.parse(words)
     return parse_words(kind, verb, words, description=kind.__doc__ or "")
@@ -126,57 +111,6 @@ def _value_error(message: str) -> str:
             found = match["found"].replace("'", "").replace(",", "")
             return f"expected {' or '.join(_VALUES.get(name, name) for name in names)}, found '{found}'"
     return message
-
-
-def flags_of(kind: Any) -> frozenset[str]:
-    """Returns the names of a verb's flags, without dashes at the start, as a command line writes them.
-
-    Args:
-        kind: the verb's dataclass, or its defaults, where a group of flags is of the kind that stands there.
-    """
-    return frozenset(_flags(kind, ""))
-
-
-def _flags(kind: Any, prefix: str) -> Iterator[str]:
-    try:
-        hints = get_type_hints(kind if isinstance(kind, type) else type(kind), include_extras=True)
-    except (NameError, TypeError):
-        hints = {}
-    for field in fields(kind):
-        hint = hints.get(field.name, field.type)
-        about = getattr(hint, "__metadata__", ())
-        if any(str(meta) in ("Positional", "Suppress") for meta in about):
-            continue
-        named = [meta.name for meta in about if getattr(meta, "name", None) is not None]
-        name = named[0] if named else field.name
-        inner = getattr(hint, "__origin__", hint) if about else hint
-        options = [getattr(option, "__origin__", option) for option in getattr(inner, "__args__", (inner,))]
-        default = None if isinstance(kind, type) else getattr(kind, field.name)
-        groups = [default] if is_dataclass(default) else [option for option in options if is_dataclass(option)]
-        for group in groups:
-            yield from _flags(group, f"{prefix}{name}." if name else prefix)
-        flag = f"{prefix}{name}".replace("_", "-")
-        if not groups:
-            yield flag
-        if inner is bool:
-            group, dot, last = flag.rpartition(".")
-            yield f"{group}{dot}no-{last}"
-
-
-def with_flags(message: str, flags: frozenset[str]) -> str:
-    """Returns an error with each parameter in backticks written as a flag, where the verb has it."""
-
-    def flag(match: re.Match[str]) -> str:
-        name = match[1].replace("_", "-")
-        return f"--{name}" if name in flags else match[1]
-
-    return re.sub(r"`([A-Za-z_][\w.]*)`", flag, message)
-
-
-def _renamed(verb: str, word: str) -> str:
-    name, equals, value = word.partition("=")
-    renamed = {**EVERYWHERE, **ALIASES.get(verb, {})}
-    return renamed.get(name, name) + equals + value
 
 
 def _plain(flag: str) -> str:

@@ -86,17 +86,9 @@ class Train:
             )
         # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
         network = replace(recipe.network, image_size=(0, 0))
-        default = Train(
-            preset=recipe.preset,
-            network=network,
-            objective=recipe.objective,
-            training=recipe.training,
-            sampler=recipe.sampler,
-            guidance=recipe.guidance,
-            evaluation=recipe.evaluation,
-        )
+        same = ("preset", "objective", "training", "sampler", "guidance", "evaluation")
         chosen = any(re.match(r"--objective\.sigma[-_]data(=|$)", word) for word in words)
-        default = replace(default, measured_sigma=not chosen)
+        default = Train(network=network, measured_sigma=not chosen, **{part: getattr(recipe, part) for part in same})
         return parse_words(
             Train,
             "train",
