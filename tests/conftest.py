@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -302,6 +303,21 @@ def in_process(capsys, monkeypatch) -> Callable[..., Done]:
 
 
 @pytest.fixture
+def notes() -> Any:
+    """A reporter whose `sentences` are the notes that it was told."""
+    from ditlab.progress import Reporter
+
+    class Notes(Reporter):
+        def __init__(self) -> None:
+            self.sentences: list[str] = []
+
+        def note(self, sentence: str) -> None:
+            self.sentences.append(sentence)
+
+    return Notes()
+
+
+@pytest.fixture
 def disk_of(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
     """`disk_of("400k")` makes a disk of that size."""
     made: list[Path] = []
@@ -331,6 +347,111 @@ def _one_thread():
 def _seeded():
     """Draws that a test makes without a generator of its own are the same in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+TINY: dict[str, Any] = {
+    "n": 20,
+    "test": 20,
+    "network.width": 16,
+    "network.heads": 2,
+    "network.depth": 2,
+    "training.batch_size": 8,
+    "training.log_every": 2,
+    "training.eval_every": 3,
+    "training.save_every": 2,
+    "evaluation.images": 4,
+    "evaluation.levels": 2,
+    "device": "cpu",
+    "threads": 1,
+}
+"""Settings of a run that is trained in a moment."""
+
+
+class Place:
+    """An image set and runs trained on it, made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        import ditlab
+
+        self.folder, self.images = folder, folder / "digits"
+        self._copies = 0
+        self._made: dict[str, dict[str, Any]] = {}
+        ditlab.prepare("digits", size=8, out=self.images)
+
+    def train(
+        self, out: Path | str, *, preset: str = "dit-nano/1", images: Path | None = None, **settings: Any
+    ) -> Path:
+        """Trains a tiny run, of six steps where nothing else is said."""
+        import ditlab
+
+        ditlab.train(preset, images or self.images, out=out, **{**TINY, "training.steps": 6, **settings})
+        return Path(out)
+
+    def trained(self, name: str, **settings: Any) -> Path:
+        """A trained run; not to be changed by a test."""
+        assert self._made.setdefault(name, settings) == settings, f"two kinds of runs are called {name}"
+        out = self.folder / "runs" / name
+        return out if out.exists() else self.train(out, **settings)
+
+    def words(self, out: Path, *more: object, preset: str = "dit-nano/1", steps: int = 6) -> list[str]:
+        """The command line that trains the same."""
+        words = ["train", preset, "--data", self.images, "--out", out, "--training.steps", steps]
+        for name, value in TINY.items():
+            words += [f"--{name.replace('_', '-')}", value]
+        return [*map(str, words), *map(str, more)]
+
+    def copy(self, run: Path) -> Path:
+        """A copy of a run, at the same distance from its image set, that a test may damage."""
+        self._copies += 1
+        return shutil.copytree(run, self.folder / "runs" / f"copy{self._copies}")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def plain(place) -> Path:
+    """Six steps, unconditional, global attention; not to be changed."""
+    return place.trained("plain")
+
+
+@pytest.fixture
+def conditional(place) -> Path:
+    """Six steps, with classes; not to be changed."""
+    return place.trained("conditional", conditional=True)
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, str]]:
+    """`contents(folder)` has every file and folder below a folder, hidden ones too, and what is in it."""
+
+    def read(folder: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+            for path in folder.rglob("*")
+        }
+
+    return read
+
+
+@pytest.fixture
+def refused(place, contents, tmp_path, monkeypatch) -> Callable[..., str]:
+    """`refused(ditlab.sample, run, steps=0)` checks that a call raises one sentence and not a byte is written."""
+    from ditlab.errors import DitlabError
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(call: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
+        before = contents(place.folder), contents(tmp_path)
+        with pytest.raises(DitlabError) as caught:
+            call(*arguments, **settings)
+        assert (contents(place.folder), contents(tmp_path)) == before
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return run
 
 
 _TINY_UNET = {

@@ -155,7 +155,7 @@ def test_a_training_job_needs_little():
 
 HELP = """
 import json, os, sys
-from ditlab.cli.console import parse
+from ditlab.cli.parsing import parse
 from ditlab.cli.main import main, verb_class
 
 def show(verb):

@@ -1,129 +1,45 @@
-"""`ditlab complexity`: the table, its files, the width of equal cost, and input that cannot be used."""
+"""`ditlab complexity`: the table, JSON, files, and how it refuses. The numbers are tested in tests/analyses."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
-
-LATENTS = ("--channels", 4, "--classes", 1000)
+import ditlab as package
 
 
-def test_the_papers_numbers(ditlab, tmp_path):
-    done = ditlab("complexity", "dit-s/8", "dit-s/4", *LATENTS, "--out", "costs", "--json")
+def test_table_json_and_files(ditlab, tmp_path):
+    words = ["complexity", "dit-s/8", "dit-s/4", "--channels", 4, "--classes", 1000, "--no-memory"]
+    done = ditlab(*words, "--out", "costs", "--json")
     assert done.status == 0, done.err
     result = json.loads(done.out)
-    assert [network["name"] for network in result["networks"]] == ["dit-s/8", "dit-s/4"]
-    for network, gmacs in zip(result["networks"], (0.36, 1.41), strict=True):
-        assert abs(network["gmacs"] - gmacs) < 0.01
-        assert round(network["parameters"] / 1e6) == 33
-        assert (network["batch_size"], network["steps"]) == (256, 400_000)
-        assert network["training_gmacs"] == pytest.approx(network["gmacs"] * 256 * 400_000 * 3)
-        assert 0 < network["activation_bytes_bf16"] < network["activation_bytes"]
-        assert network["gmacs_without_attention"] < network["gmacs"]
-        assert network["network"]["image_size"] == [32, 32]
-    folder = tmp_path / "costs"
-    assert sorted(path.name for path in folder.iterdir()) == ["complexity.json", "complexity.png"]
-    saved = json.loads((folder / "complexity.json").read_text())
-    assert saved["networks"] == result["networks"]
-    assert (folder / "complexity.png").read_bytes()[:4] == b"\x89PNG"
-    for words in ("dit-s/8", "0.36", "(256 x 400,000)"):
-        assert words in done.err  # the table
+    costs = package.complexity(["dit-s/8", "dit-s/4"], channels=4, classes=1000, memory=False)
+    assert result == {**json.loads(json.dumps(costs.to_json())), "files": result["files"]}
+    assert [tmp_path / name for name in result["files"]] == [
+        tmp_path / "costs" / name for name in ("complexity.json", "complexity.png")
+    ]
+    for text in ("dit-s/8", "0.36", "(256 x 400,000)"):
+        assert text in done.err
+    done = ditlab(*words)
+    assert (done.err, "0.36" in done.out) == ("", True)
+    assert [path.name for path in tmp_path.iterdir()] == ["costs"]
 
 
 def test_flags_change_the_network(ditlab):
     changed = ("--depth", 2, "--width", 64, "--heads", 2, "--attention", "3,g", "--block", "in-context")
     done = ditlab("complexity", "dit-nano/2", *changed, "--size", 8, 12, "--no-memory", "--batch", 3, "--json")
-    (found,) = json.loads(done.out)["networks"]
-    assert found["name"] == "dit-nano/2, depth 2, attention 3,g, block in-context"  # width and heads are its own
-    assert found["network"]["image_size"] == [8, 12]
-    assert (found["batch_size"], found["steps"], found["activation_bytes"]) == (3, 5000, None)
+    [network] = json.loads(done.out)["networks"]
+    assert network["name"] == "dit-nano/2, depth 2, attention 3,g, block in-context"  # width and heads are its own
+    assert network["network"]["image_size"] == [8, 12]
+    assert (network["batch_size"], network["steps"], network["activation_bytes"]) == (3, 5000, None)
     assert "MiB" not in done.err
 
 
-def test_the_width_that_costs_the_same(ditlab):
-    changes = ("--attention", "3*4", "--size", 16, "--no-memory")
-    done = ditlab("complexity", "dit-nano/1", *changes, "--match", "dit-nano/1", "--json")
-    assert done.status == 0, done.err
-    wanted, found = json.loads(done.out)["networks"]
-    assert wanted["name"] == "dit-nano/1"
-    assert found["network"]["attention"] == "3*4"
-    assert found["network"]["width"] > wanted["network"]["width"]
-    assert found["network"]["width"] % 4 == 0
-    assert abs(found["gmacs"] / wanted["gmacs"] - 1) < 0.06  # a step of 4 in the width is 10% here
-    assert f"width {found['network']['width']} costs" in done.err
-
-
-def test_networks_of_every_kind(ditlab):
-    done = ditlab("complexity", "unet-an2024", "bf-unet", "bf-cnn", "--no-memory", "--classes", 10, "--json")
-    assert done.status == 0, done.err
-    unet, *bias_free = json.loads(done.out)["networks"]
-    assert unet["network"]["kind"] == "unet"
-    assert (unet["network"]["num_classes"], unet["network"]["multipliers"]) == (10, [1, 2, 3, 4])
-    assert unet["parameters"] == 109_554_051 + 10 * 512  # and the table of classes
-    assert unet["gmacs_without_attention"] == pytest.approx(302.7 / 32, abs=0.002)
-    assert [network["attention_macs"] for network in bias_free] == [0, 0]  # which take no classes
-    assert bias_free[0]["parameters"] == 7_659_264 + 2 * 9 * 64 * 2  # published for one channel; two more in and out
-
-
-def test_classes_and_size_that_a_preset_has_are_its_own(ditlab):
-    done = ditlab("complexity", "unet-imagenet64-cond", "unet-imagenet64", "--no-memory", "--json")
-    cond, uncond = json.loads(done.out)["networks"]
-    assert (cond["network"]["num_classes"], uncond["network"]["num_classes"]) == (1000, 0)
-    assert (cond["network"]["image_size"], uncond["network"]["image_size"]) == ([64, 64], [64, 64])
-    assert round(cond["parameters"] / 1e6, 2) == 273.05
-    assert round(uncond["parameters"] / 1e6, 2) == 121.06
-    assert "for one image of 64x64x3" in done.err
-
-
-def test_an_et_als_equal_operations(ditlab):
-    words = ("dit-xs/1", "--match", "unet-an2024", "--linear", "--no-memory", "--json")
-    done = ditlab("complexity", *words)
-    unet, dit = json.loads(done.out)["networks"]
-    # The width nearest to the operations of their UNet, attention matrices aside, is the one that their DiT has.
-    assert dit["network"]["width"] == 252
-    assert "width 252 costs 99.06% of unet-an2024's GMACs without attention matrices" in done.err
-    assert dit["gmacs"] / unet["gmacs"] > 1.6
-
-
-def test_a_unet_as_wide_as_costs_the_same(ditlab):
-    done = ditlab("complexity", "unet-nano", "bf-unet", "--match", "dit-nano/2", "--no-memory", "--json")
-    wanted, unet, bias_free = json.loads(done.out)["networks"]
-    assert unet["network"]["width"] % 4 == 0
-    for found in (unet, bias_free):
-        assert abs(found["gmacs"] / wanted["gmacs"] - 1) < 0.15
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("unet-nano --attention g", "unet-nano: expected flags of a unet network, found --attention"),
-        ("bf-unet dit-s/8 --heads 2", "bf-unet: expected flags of a bf-unet network, found --heads"),
-        (
-            "unet-cifar10 unet-imagenet64",
-            "expected --size for presets whose images differ in size, found 32x32 of unet-cifar10, 64x64 of unet-",
-        ),
-        (
-            "unet-imagenet64 --match dit-s/2",
-            "expected --size for presets whose images differ in size, found 64x64 of unet-imagenet64, 32x32 of dit-s/2",
-        ),
-        ("unet-nano --size 30", "unet-nano: UNet config: with 3 levels image_size must be multiples of 4"),
-        ("unet-nano --width 18", "unet-nano: UNet config: width must be even and a multiple of the 4 groups, found 18"),
-        ("dit-s/8 --linear", "--linear says what --match compares; expected --match with it, found none"),
+def test_bad_input(refused):
+    for words, sentence in (
+        ("dit-s/8 --linear", "complexity: --linear says what --match compares; expected --match with it, found none"),
+        ("dit-s/8 --size 8 8 8", "complexity: --size: expected one side or height and width, found [8, 8, 8]"),
+        ("unet-nano --attention g", "unet-nano: expected settings of a unet network, found --attention"),
         ("", "complexity: expected at least one preset (e.g. dit-s/2), found none"),
         ("dit-sx/2", "unknown preset 'dit-sx/2' (nearest: "),
-        ("dit-s/8 --size 33", "dit-s/8: DiT config: image_size must be multiples of the patch 8, found (33, 33)"),
-        ("dit-s/8 --size 8 8 8", "complexity --size: expected one side or height and width, found [8, 8, 8]"),
-        ("dit-s/8 --size 0", "complexity --size: expected one side or height and width, found [0]"),
-        ("dit-s/8 --batch 0", "complexity --batch: expected at least 1, found 0"),
-        ("dit-s/8 --steps -5", "complexity --steps: expected at least 1, found -5"),
-        ("dit-s/8 --classes -1", "num_classes must be 0 (unconditional) or more, found -1"),
-        ("dit-s/8 --attention 99,g*11", "attention window 99: expected a size of at most 4"),
-        ("dit-s/8 --heads 7", "width must be a multiple of the 7 heads, found 384"),
-        ("dit-s/8 --match dit-nona/1", "unknown preset 'dit-nona/1'"),
-        ("dit-s/8 --match dit-s/4 --width 8", "--match finds the width, so --width cannot be given with it"),
-        ("dit-xl/2 --size 8 --match dit-nano/8", "dit-xl/2: match: expected a network that can cost"),
-    ],
-)
-def test_input_that_cannot_be_used(refused, words, says):
-    assert says in refused("complexity", *words.split(), *(() if "--out" in words else ("--out", "costs")))
+    ):
+        assert refused("complexity", *words.split(), "--out", "costs").startswith(sentence)

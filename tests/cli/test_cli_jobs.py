@@ -1,4 +1,4 @@
-"""The verbs at work, end to end, on tiny networks: train, go on, sample, measure, report."""
+"""The verbs at work, end to end, on tiny networks: train, resume, measure; signals, locks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ditlab as package
-from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.models.run import Run
 from ditlab.training.log import read_log
-
-COARSE = PSNRConfig(images=10, points=3)
-"""Measured in a moment; the report's own settings take half a minute."""
 
 
 def lines(run: Path) -> list[dict]:
@@ -61,27 +57,18 @@ def test_help_and_version(ditlab):
     assert ditlab("--version").out == f"ditlab {package.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["quickstart", "data prepare", "data info", "sample", "psnr-gap", "report", "train"])
-def test_every_verb_has_help(ditlab, verb):
-    words = [*verb.split(), *(["dit-xs/1"] if verb == "train" else []), "--help"]
-    done = ditlab(*words)
-    assert done.status == 0
-    assert f"ditlab {verb}" in done.out
-    if verb == "train":
-        assert "dit-nano/1-edm" in done.out
-
-
-def test_train_finishes_and_goes_on(ditlab, place, plain):
+def test_train_finishes_and_resumes(ditlab, place, plain):
     run = place.copy(plain)
     before = weights(run)
     done = ditlab(*place.words(run))
-    assert (done.status, done.out) == (0, f"{run} is finished (6 steps)\n")
+    assert done.status == 0
+    assert done.out.startswith(f"note: {run} is finished (6 steps)\ndone: train PSNR ")
     assert weights(run) == before
     done = ditlab(*place.words(run, steps=9))
     assert done.status == 0
-    assert "going on from step 6" in done.out
+    assert ", resuming from step 6" in done.out
     assert Run.open(run).config.training.steps == 9
-    longer = place.trained("longer", steps=9)
+    longer = place.trained("longer", **{"training.steps": 9})
     assert weights(run) == weights(longer)
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["000000008", "000000009"]
 
@@ -90,7 +77,7 @@ def test_train_says_its_result_as_json(ditlab, place, plain):
     done = ditlab(*place.words(plain), "--json")
     result = json.loads(done.out)
     assert (result["run"], result["steps"], result["last"]["step"]) == (str(plain), 6, 6)
-    assert done.err == f"{plain} is finished (6 steps)\n"
+    assert done.err.startswith(f"note: {plain} is finished (6 steps)\n")
     record = json.loads((plain / "config.json").read_text())
     assert record["config"]["preset"] == "dit-nano/1"
     assert (plain / record["config"]["data"]["path"]).resolve() == place.images.resolve()
@@ -101,7 +88,7 @@ def test_train_says_its_result_as_json(ditlab, place, plain):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(ditlab, place, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes(ditlab, place, tmp_path):
     """Interrupted and taken up again, a run has the weights and the log of an unbroken one, to the bit."""
     intervals = ["--training.log-every", 10, "--training.eval-every", 100, "--training.save-every", 100]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
@@ -112,41 +99,30 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(ditlab, place, tmp_path):
     assert process.returncode == 130, said
     step = max(Run.open(broken).checkpoints.steps())
     assert 10 <= step < 300
-    assert f"stopped and saved after step {step}; the same command goes on from there" in said
+    assert said.count("run the same command again to resume") == 1
+    assert f"ditlab: stopped and saved after step {step}; run the same command again to resume\n" in said
     assert "Traceback" not in said
     done = ditlab(*place.words(broken, *intervals, steps=300))
-    assert f"going on from step {step}" in done.out
+    assert f", resuming from step {step}" in done.out
     assert ditlab(*place.words(whole, *intervals, steps=300)).status == 0
     assert weights(broken) == weights(whole)
     assert lines(broken) == lines(whole)
 
 
 def test_two_processes_do_not_train_one_run(ditlab, place, plain, tmp_path, monkeypatch):
-    from ditlab.cli.common import run_lock
-
-    from ditlab.cli import train
+    from ditlab.models import creating
 
     fcntl = pytest.importorskip("fcntl")
     run = place.copy(plain)
-    monkeypatch.setattr(train, "run_lock", lambda folder: run_lock(folder, wait=0.0))
+    monkeypatch.setattr(creating, "run_lock", partial(creating.run_lock, wait=0.0))
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = ditlab(*place.words(run, steps=7))
     assert (done.status, done.err) == (2, f"ditlab: run {run}: another process is training it\n")
 
 
-def test_edm_training_and_heun(ditlab, place, tmp_path):
-    run = place.trained("edm", preset="dit-nano/1-edm")
-    result = json.loads(ditlab("sample", run, "--seeds", "0-1", "--steps", 3, "--out", "a", "--json").out)
-    assert (result["sampler"]["kind"], result["sampler"]["steps"]) == ("heun", 3)
-    assert Run.open(run).config.network.learn_sigma is False
-    # EDM's skip connection makes even a barely trained denoiser leave a nearly clean image alone.
-    y = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert (package.load(run)(y, 0.01) - y).abs().max() < 0.05
-
-
 def test_psnr_gap_of_two_runs(ditlab, place, plain, tmp_path):
-    local = place.trained("local", "--network.attention", "3,3")
+    local = place.trained("local", **{"network.attention": "3,3"})
     runs = [place.copy(plain), place.copy(local)]
     words = ["psnr-gap", *runs, "--images", 20, "--points", 3, "--out", tmp_path / "out"]
     done = ditlab(*words, "--json")
@@ -172,6 +148,21 @@ def test_psnr_gap_of_two_runs(ditlab, place, plain, tmp_path):
         with np.load(run / "analysis" / "psnr-gap.npz") as arrays:
             assert np.isfinite(arrays["train_mse"]).all()
             assert arrays["train_mse"].shape[:2] == (3, 20)
-    for words in (["--levels", "0.1", "1.0", "--no-references"], ["--raw", "--step", "4", "--reduction", "psnr_mean"]):
+    for words in (
+        ["--sigmas", "0.1", "1.0", "--no-baselines"],
+        ["--raw", "--checkpoint", "4", "--reduction", "psnr_mean"],
+    ):
         done = ditlab("psnr-gap", runs[0], "--images", 5, "--points", 2, "--out", tmp_path / "more", *words)
         assert done.status == 0, done.err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_is_no_error(place, plain, tmp_path):
+    """`ditlab ... | head` ends quietly."""
+    words = [sys.executable, "-m", "ditlab", "data", "info", str(place.images), "--sheet", str(tmp_path / "a.png")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")

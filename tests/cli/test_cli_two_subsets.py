@@ -16,7 +16,7 @@ QUICK = ["--seeds", "3-7,20", "--sampler-steps", 3, "--threads", 1, "--device", 
 @pytest.fixture
 def twin(place):
     """The plain run's twin: the next 20 images."""
-    return place.trained("twin", "--skip", 20)
+    return place.trained("twin", skip=20)
 
 
 def test_two_runs(ditlab, place, plain, twin, tmp_path):
@@ -51,7 +51,7 @@ def test_the_samples_are_those_of_ditlab_sample(ditlab, plain, twin, tmp_path):
 
 
 def test_bad_input(refused, place, plain, twin):
-    half = place.trained("half", "--skip", 10)
+    half = place.trained("half", skip=10)
     assert "found 10 of plain's 20 images in half's too" in refused("two-subsets", plain, half)
     assert "named twice" in refused("two-subsets", plain, plain)
     assert "expected 2 models, found 1" in refused("two-subsets", plain)

@@ -1,72 +1,59 @@
-"""The names of a verb's flags, and errors in their words."""
+"""The flags of a verb: their names, those of earlier versions, and flags in place of parameters in errors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-_BOX = re.compile(r"[│╭╮╰╯─]+")
-
-
-def sentence_of(box: str, verb: str, words: Sequence[str], flags: frozenset[str]) -> str:
-    """Returns the first paragraph of a parser's box as one sentence, with the nearest flags of an unknown one."""
-    unknown = [w.split("=")[0] for w in words if re.match(r"--?[A-Za-z]", w) and _plain(w.split("=")[0]) not in flags]
-    known = sorted(flags)
-    if unknown and "nrecognized" in box:
-        near = get_close_matches(_plain(unknown[0]), known, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(f'--{name}' for name in near)}" if near else f"see ditlab {verb} --help"
-        return f"{verb}: unknown flag '{unknown[0]}' ({hint})"
-    lines = [_BOX.sub(" ", line).strip() for line in box.splitlines()]
-    text, started = [], False
-    for raw, line in zip(box.splitlines(), lines, strict=True):
-        if raw.startswith("╭"):
-            started = True
-            continue
-        if started and (not line or re.match(r"(For full helptext|Argument helptext)", line)):
-            if text:
-                break
-            continue
-        text.append(line)
-    flag, message = re.fullmatch(r"(?:Error parsing (\S+): )?(.*)", " ".join(text).strip()).groups()  # type: ignore
-    if message.startswith("Missing from"):
-        missing = re.sub(r"^Missing from [^:]*:", "", message).split(" (")[0].strip()
-        return f"{verb}: expected {missing}, found nothing"
-    message = re.sub(
-        r"no type matching (.+) could be instantiated from \['?(.*?)'?\]\.?", r"expected \1, found '\2'", message
-    )
-    if flag is not None and flag.startswith("-"):
-        return f"{verb} {flag.split('/')[-1]}: {message}"
-    return message if re.match(r"[\w .-]+: ", message) else f"{verb}: {message}"
+ALIASES: dict[str, dict[str, str]] = {
+    "sample": {
+        "--labels": "--classes",
+        "--steps": "--sampler-steps",
+        "--levels": "--schedule",
+        "--step": "--checkpoint",
+    },
+    "psnr-gap": {"--references": "--baselines", "--no-references": "--no-baselines"},
+    "attention": {"--steps": "--timesteps"},
+    "jacobian": {"--steps": "--timesteps"},
+    "agreement": {"--references": "--baselines"},
+}
+"""Verb -> flags of earlier versions and what they are called now; they are accepted and not shown."""
+EVERYWHERE = {"--labels": "--names", "--levels": "--sigmas", "--step": "--checkpoint"}
+"""The same for all other verbs."""
 
 
 def flags_of(kind: Any) -> frozenset[str]:
-    """Returns the names of a verb's flags, without dashes at the start, as a command line writes them."""
+    """Returns the names of a verb's flags, without dashes at the start, as a command line writes them.
+
+    Args:
+        kind: the verb's dataclass, or its defaults, where a group of flags is of the kind that stands there.
+    """
     return frozenset(_flags(kind, ""))
 
 
 def _flags(kind: Any, prefix: str) -> Iterator[str]:
     try:
-        hints = get_type_hints(kind, include_extras=True)
+        hints = get_type_hints(kind if isinstance(kind, type) else type(kind), include_extras=True)
     except (NameError, TypeError):
         hints = {}
     for field in fields(kind):
         hint = hints.get(field.name, field.type)
-        named = [meta.name for meta in getattr(hint, "__metadata__", ()) if getattr(meta, "name", None) is not None]
+        about = getattr(hint, "__metadata__", ())
+        if any(str(meta) in ("Positional", "Suppress") for meta in about):
+            continue
+        named = [meta.name for meta in about if getattr(meta, "name", None) is not None]
         name = named[0] if named else field.name
-        inner = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-        options: tuple[Any, ...] = getattr(inner, "__args__", (inner,))
-        for option in options:
-            option = getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
-            if is_dataclass(option):
-                # A network's settings are declared by their base, and those of its subclasses are flags too.
-                subclasses: list[type[Any]] = getattr(option, "__subclasses__", list)()
-                for part in (option, *subclasses):
-                    yield from _flags(part, f"{prefix}{name}." if name else prefix)
+        inner = getattr(hint, "__origin__", hint) if about else hint
+        options = [getattr(option, "__origin__", option) for option in getattr(inner, "__args__", (inner,))]
+        default = None if isinstance(kind, type) else getattr(kind, field.name)
+        groups = [default] if is_dataclass(default) else [option for option in options if is_dataclass(option)]
+        for group in groups:
+            yield from _flags(group, f"{prefix}{name}." if name else prefix)
         flag = f"{prefix}{name}".replace("_", "-")
-        yield flag
+        if not groups:
+            yield flag
         if inner is bool:
             group, dot, last = flag.rpartition(".")
             yield f"{group}{dot}no-{last}"
@@ -82,5 +69,7 @@ def with_flags(message: str, flags: frozenset[str]) -> str:
     return re.sub(r"`([A-Za-z_][\w.]*)`", flag, message)
 
 
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").replace("_", "-")
+def renamed(verb: str, word: str) -> str:
+    """Returns a word of a command line, with a flag of an earlier version in its present name."""
+    name, equals, value = word.partition("=")
+    return (EVERYWHERE | ALIASES.get(verb, {})).get(name, name) + equals + value

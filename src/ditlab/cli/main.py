@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import ditlab
 from ditlab.analyses import analysis, analysis_names
-from ditlab.cli.console import Output, parse
+from ditlab.cli.console import Output
 from ditlab.cli.flags import flags_of, with_flags
+from ditlab.cli.parsing import parse
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.progress import Interrupted
 

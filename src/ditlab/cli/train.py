@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from ditlab.cli.console import Output, command_line, parse_words, stop_on_signal
+from ditlab.cli.console import Output, command_line, stop_on_signal
 from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
+from ditlab.cli.parsing import parse_words
 from ditlab.config import DataConfig, EvaluationConfig, Network, ObjectiveSettings, RunConfig, Sampler
 from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
@@ -85,9 +86,9 @@ class Train:
             )
         # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
         network = replace(recipe.network, image_size=(0, 0))
+        same = ("preset", "objective", "training", "sampler", "guidance", "evaluation")
         chosen = any(re.match(r"--objective\.sigma[-_]data(=|$)", word) for word in words)
-        parts = ("preset", "objective", "training", "sampler", "guidance", "evaluation")
-        default = Train(network=network, measured_sigma=not chosen, **{part: getattr(recipe, part) for part in parts})
+        default = Train(network=network, measured_sigma=not chosen, **{part: getattr(recipe, part) for part in same})
         return parse_words(
             Train,
             "train",

@@ -113,9 +113,7 @@ class Conversion:
     def _to_ditlab(self, out: Path, reporter: Reporter) -> Converted:
         found = self._read()
         if self.codec is not None:
-            raise DitlabError(
-                "convert: `codec`: expected a run on latents and `to` diffusers, found another conversion"
-            )
+            raise DitlabError(_NO_CODEC)
         if isinstance(found, Run):
             if not self.source.startswith("hub:"):
                 raise DitlabError(f"convert: {self.source} is a run of ditlab already; name another format as `to`")
@@ -193,9 +191,7 @@ class Conversion:
         )
         record = found.record.codec if isinstance(found, Run) else codec and codec.record
         if self.codec is not None and (not isinstance(found, Run) or record is None or to != "diffusers"):
-            raise DitlabError(
-                "convert: `codec`: expected a run on latents and `to` diffusers, found another conversion"
-            )
+            raise DitlabError(_NO_CODEC)
         if record is None:
             return None
         if to == "diffusers" and record.kind == "kl":
