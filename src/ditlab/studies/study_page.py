@@ -124,7 +124,7 @@ class StudyPage:
                 self._ways(facet, tail, name),
                 self._curves(facet, tail, name),
                 self._along(facet, tail, name),
-                self._locality(facet, tail, name),
+                self._locality(facet, number, name),
             ]
         sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
@@ -319,8 +319,8 @@ class StudyPage:
             ),
         ]
 
-    def _locality(self, facet: Facet, tail: str, name: str) -> Section:
-        comparison = facet.locality
+    def _locality(self, facet: Facet, number: int, name: str) -> Section:
+        comparison, tail = facet.locality, "" if number == 1 else f"-{number}"
         if comparison is None:
             return Section(f"locality{tail}", "")
         results = [r for g in comparison.groups for r in g.results]

@@ -206,7 +206,7 @@ class _Counting:
         images: dict[str, Any] = {"image_size": self._image_size, "channels": self.config.channels}
         if self.config.classes and network.takes_labels:
             images["num_classes"] = self.config.classes
-        missing = [flag for name in changes if flag not in {field.name for field in fields(network)}]
+        missing = [name for name in changes if name not in {field.name for field in fields(network)}]
         if missing:
             raise DitlabError(f"{name}: expected settings of a {network.kind} network, found `{missing[0]}`")
         try:
