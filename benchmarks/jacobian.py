@@ -52,9 +52,12 @@ from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.metrics.denoising_errors import level_noise
 from ditlab.models.opening import load
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.networks.unet import UNet, UNetConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
+from ditlab.networks.unet import UNet
+from ditlab.networks.unet_config import UNetConfig
 from ditlab.presets import preset
 from ditlab.rng import torch_generator
 

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from clocks import clock
-from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, DPMSolverConfig, ImageNoise, SamplerConfig, sample
 from ditlab.diffusion.schedules import make_schedule

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from ditlab.models.creating import environment
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.networks.registry import build_network
 from ditlab.presets import preset
 from ditlab.training.checkpoint import CheckpointStore

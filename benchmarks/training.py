@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from clocks import clock
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.models.run import environment
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.attention import attention_kernel
 from ditlab.presets import preset
 from ditlab.training.compiling import compile_blocks

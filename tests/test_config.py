@@ -20,13 +20,13 @@ from ditlab.config import (
     read_record,
     to_json,
 )
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNNConfig
-from ditlab.networks.bf_unet import BFUNetConfig
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet_config import BFUNetConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.presets import PRESETS, preset
 from ditlab.training.config import TrainingConfig
 

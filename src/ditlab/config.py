@@ -14,13 +14,12 @@ from typing import Annotated, Any, Union, get_args
 
 import pydantic
 
-from ditlab.data.autoencoder import AutoencoderRecord
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig, SamplerConfig
-from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
+from ditlab.errors import Damaged, DitlabError, Incompatible, InvalidConfig, NotFound
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.networks.registry import NETWORKS, NetworkConfig
 from ditlab.training.config import TrainingConfig
 
@@ -63,11 +62,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuses impossible counts."""
         if self.n is not None and self.n < 1:
-            raise DitlabError(f"data: n must be at least 1, found {self.n}")
+            raise InvalidConfig(f"data: n must be at least 1, found {self.n}")
         if self.test < 1:
-            raise DitlabError(f"data: test must be at least 1, found {self.test}")
+            raise InvalidConfig(f"data: test must be at least 1, found {self.test}")
         if self.skip < 0:
-            raise DitlabError(f"data: skip must not be negative, found {self.skip}")
+            raise InvalidConfig(f"data: skip must not be negative, found {self.skip}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         """Refuses impossible counts."""
         if self.images < 1 or self.levels < 0:
-            raise DitlabError(
+            raise InvalidConfig(
                 f"evaluation: images must be at least 1 and levels at least 0, found {self.images} and {self.levels}"
             )
 
@@ -116,28 +115,28 @@ class RunConfig:
         if isinstance(self.objective, VPObjectiveConfig):
             learned = self.objective.variance == "learned-range"
             if learned != learns and network.can_learn_variance and fitted:
-                raise DitlabError(
+                raise InvalidConfig(
                     f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
                     f"{learned}, found {learns}"
                 )
             if learned != learns and not network.can_learn_variance:
-                raise DitlabError(
+                raise InvalidConfig(
                     f"config: a {network.kind} network learns no variance; expected objective.variance "
                     "fixed-small or fixed-large, found learned-range"
                 )
         elif learns and fitted:
-            raise DitlabError(
+            raise InvalidConfig(
                 f"config: the {self.objective.kind} objective learns no variance; expected network.learn_sigma False"
             )
         if isinstance(self.objective, BlindObjectiveConfig) and network.takes_noise_level:
             blind = " or ".join(sorted(config.kind for config in NETWORKS if not config.takes_noise_level))
-            raise DitlabError(
+            raise InvalidConfig(
                 f"config: the blind objective gives the network no noise level, which a {network.kind} network needs; "
                 f"expected a {blind} network, or objective.kind vp or edm"
             )
         dropout = getattr(self.objective, "label_dropout", 0.0)
         if dropout and not network.label_optional:
-            raise DitlabError(
+            raise InvalidConfig(
                 "config: label dropout needs a network with a null class; expected objective.label_dropout 0 or "
                 f"network.null_class True, found {dropout}"
             )
@@ -153,9 +152,9 @@ def check_guidance(config: RunConfig) -> None:
     """
     network = config.network
     if not network.classes:
-        raise DitlabError("guidance: expected a class-conditional network, found an unconditional one")
+        raise InvalidConfig("guidance: expected a class-conditional network, found an unconditional one")
     if not network.label_optional or not getattr(config.objective, "label_dropout", 0.0):
-        raise DitlabError(
+        raise InvalidConfig(
             "guidance: expected a network that was trained with label dropout, found one that has no estimate without "
             "a class (network.null_class False or objective.label_dropout 0)"
         )
@@ -175,7 +174,7 @@ def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: i
     """
     network = config.network
     if network.classes not in (0, num_classes):
-        raise DitlabError(f"config: expected network.num_classes {num_classes} or 0, found {network.classes}")
+        raise InvalidConfig(f"config: expected network.num_classes {num_classes} or 0, found {network.classes}")
     return replace(config, network=replace(network, image_size=shape[1:], channels=shape[0]))
 
 
@@ -259,17 +258,17 @@ def from_json(kind: type, values: Any, where: str) -> Any:
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except DitlabError as error:
-        raise DitlabError(f"{where}: {error}") from None
+        raise InvalidConfig(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         if isinstance(cause := first.get("ctx", {}).get("error"), DitlabError):  # a config's own check
-            raise DitlabError(f"{where}: {cause}") from None
+            raise InvalidConfig(f"{where}: {cause}") from None
         # pydantic's location contains the tag of a union's member, which is no key of the file.
         tags = {config.kind for config in (*NETWORKS, *get_args(ObjectiveConfig), *get_args(SamplerConfig))}
         place = ".".join(str(part) for part in first["loc"] if part not in tags)
         if first["type"] == "unexpected_keyword_argument":
-            raise DitlabError(f"{where}: unknown key '{place}'") from None
-        raise DitlabError(f"{where}: '{place}': {first['msg']}, found {first['input']!r:.60}") from None
+            raise InvalidConfig(f"{where}: unknown key '{place}'") from None
+        raise InvalidConfig(f"{where}: '{place}': {first['msg']}, found {first['input']!r:.60}") from None
 
 
 def read_record(path: Path) -> RunRecord:
@@ -279,16 +278,18 @@ def read_record(path: Path) -> RunRecord:
         DitlabError: the file is missing, not JSON, of a newer format, or has unknown keys.
     """
     if not path.is_file():
-        raise DitlabError(f"{path}: expected a run's config.json, found nothing")
+        raise NotFound(f"{path}: expected a run's config.json, found nothing")
     try:
         values = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError):
-        raise DitlabError(f"{path}: expected JSON, found something else") from None
+        raise Damaged(f"{path}: expected JSON, found something else") from None
     version = values.get("format") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise DitlabError(f"{path}: expected a run's config.json with a 'format', found none")
+        raise Incompatible(f"{path}: expected a run's config.json with a 'format', found none")
     if version > FORMAT:
-        raise DitlabError(f"{path}: its format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it")
+        raise Incompatible(
+            f"{path}: its format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it"
+        )
     return from_json(RunRecord, values, str(path))
 
 

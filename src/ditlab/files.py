@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from zipfile import BadZipFile
 
-import numpy as np
+from ditlab.errors import Damaged, DitlabError, Incompatible, NotFound
 
-from ditlab.errors import DitlabError
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -199,6 +200,8 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes a compressed .npz file whole or not at all."""
+    import numpy as np
+
     return _write(path, lambda file: np.savez_compressed(file, allow_pickle=False, **dict(arrays)))
 
 
@@ -211,22 +214,24 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DitlabError(f"{path}: no result can be read there ({error.strerror or error})") from error
+        raise NotFound(f"{path}: no result can be read there ({error.strerror or error})") from error
     except ValueError as error:
-        raise DitlabError(f"{path}: expected a JSON result, found something else ({error})") from error
+        raise Damaged(f"{path}: expected a JSON result, found something else ({error})") from error
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
-        raise DitlabError(f"{path}: expected a result of kind '{kind}', found {found!r}")
+        raise Incompatible(f"{path}: expected a result of kind '{kind}', found {found!r}")
     if not isinstance(record.get("version"), int) or record["version"] > version:
-        raise DitlabError(f"{path}: expected version {version} or older, found {record.get('version')!r}")
+        raise Incompatible(f"{path}: expected version {version} or older, found {record.get('version')!r}")
     return record
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Reads the named arrays of an .npz file; nothing pickled is accepted. Raises DitlabError where one is missing."""
+    import numpy as np
+
     try:
         # Opened here, for np.load leaves a file open that turns out to be damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise DitlabError(f"{path}: expected the arrays {', '.join(names)} of a result ({error})") from error
+        raise Damaged(f"{path}: expected the arrays {', '.join(names)} of a result ({error})") from error

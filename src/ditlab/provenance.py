@@ -44,14 +44,17 @@ class Provenance:
         return self.label or self.name
 
     def same_measurement(self, other: Provenance) -> bool:
-        """Returns whether both are of the same weights and images; names and labels do not matter."""
+        """Returns whether both are of the same weights and images; names and labels do not matter.
+
+        Args:
+            other: the model's provenance; a result may say more in its settings than that.
+        """
         if not self.weights or self.weights != other.weights:
             return False
-        mine, theirs = (
-            [about.split_family, about.split_hash, json.dumps(about.settings, sort_keys=True)]
-            for about in (self, other)
-        )
-        return mine == theirs
+        if (self.split_family, self.split_hash) != (other.split_family, other.split_hash):
+            return False
+        mine, theirs = (json.loads(json.dumps(dict(about.settings))) for about in (self, other))
+        return all(name in mine and mine[name] == value for name, value in theirs.items())
 
 
 def check_groups(runs: Sequence[Provenance], what: str) -> None:

@@ -122,8 +122,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(ditlab, place, tmp_path):
 
 
 def test_two_processes_do_not_train_one_run(ditlab, place, plain, tmp_path, monkeypatch):
-    from ditlab.cli import train
     from ditlab.cli.common import run_lock
+
+    from ditlab.cli import train
 
     fcntl = pytest.importorskip("fcntl")
     run = place.copy(plain)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ditlab.cli.measuring import measure_references
 from PIL import Image
 from rich.console import Console
 
 from ditlab.analyses.jacobian.result import JacobianResult
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.samples.measure import KindSamples
-from ditlab.cli.measuring import measure_references
 from ditlab.config import RunRecord, from_json, to_json
 from ditlab.data import ImageSet, to_uint8
 from ditlab.data.autoencoder import open_autoencoder

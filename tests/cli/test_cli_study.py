@@ -38,7 +38,10 @@ def test_help(ditlab, verb):
         ("study report an2024/fig6 --scale big", "unknown scale of an2024/fig6 'big' ("),
         ("study report an2024/fig6 --scale small small", "study report: expected different values of --scale, found ["),
         ("study run an2024/fig6 --scale paper", "scale paper: expected --data with a source of images"),
-        ("study report an2024/fig6 --scale paper", "scale paper: expected --data with a source of images"),
+        (
+            "study report an2024/fig6 --scale paper",
+            "expected a plan at studies/an2024-fig6-paper/plan.json, found none",
+        ),
         (
             "study status an2024/fig6",
             "expected a plan at studies/an2024-fig6-small/plan.json, found none; `ditlab study run` makes it",

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ditlab.data import autoencoder as codecs
 from ditlab.data import prepare, to_float
-from ditlab.data.autoencoder import AutoencoderRecord, Identity, open_autoencoder, reopen_autoencoder, weights_hash
+from ditlab.data.autoencoder import Identity, open_autoencoder, reopen_autoencoder, weights_hash
+from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.tiny_autoencoder import TinyAutoencoder
 from ditlab.errors import DitlabError
 

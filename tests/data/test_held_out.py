@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from ditlab.data import ImageSet, held_out_order, make_split, prepare, prepare_held_out
-from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord
-from ditlab.data.encode import EncodeConfig, encode_images
+from ditlab.data.autoencoder import Autoencoder
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.data.encode import encode_images
+from ditlab.data.encode_config import EncodeConfig
 from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.errors import DitlabError
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, encode, make_split, prepare
-from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord, open_autoencoder
-from ditlab.data.encode import EncodeConfig, LatentEncoder
+from ditlab.data.autoencoder import Autoencoder, open_autoencoder
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.data.encode import LatentEncoder
+from ditlab.data.encode_config import EncodeConfig
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD
 from ditlab.data.manifest import content_hash
 from ditlab.errors import DitlabError

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from ditlab.config import ObjectiveSettings
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
 from ditlab.diffusion.network_denoisers import BlindDenoiser
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 from ditlab.rng import torch_generator
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch_generator(0, "images")) * 2 - 1

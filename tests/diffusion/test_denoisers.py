@@ -12,14 +12,17 @@ from safetensors.torch import load_file
 
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.network_denoisers import BlindDenoiser, EDMDenoiser, VPDenoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.rng import torch_generator
 
 SHAPE = (3, 8, 8)

@@ -12,7 +12,8 @@ import torch
 
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser
 from ditlab.diffusion.denoisers import Denoiser, Prediction
-from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
 from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.samplers import (
@@ -26,7 +27,8 @@ from ditlab.diffusion.samplers import (
 )
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.rng import torch_generator
 
 LINEAR = make_schedule("linear", 1000)
@@ -371,5 +373,5 @@ def test_attention_is_not_looked_at_through_guidance():
     inner, label = VPDenoiser(dit(), LINEAR), torch.tensor([1, 2])
     images = torch.zeros(2, *SHAPE)
     assert attention_maps(inner, images, 0.5, label=label).of(1).shape == (16, 16)
-    with pytest.raises(DitlabError, match=r"maps of 2 images, found those of 4.*give the one without guidance"):
+    with pytest.raises(DitlabError, match=r"maps of 2 images, found those of 4.*use the denoiser without guidance"):
         attention_maps(guided(inner, GuidanceConfig(2.0)), images, 0.5, label=label)

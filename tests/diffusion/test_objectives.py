@@ -8,7 +8,8 @@ import torch
 
 from ditlab.config import ObjectiveSettings
 from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjective, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objectives import VPObjective
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.rng import torch_generator

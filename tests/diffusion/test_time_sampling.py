@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.time_sampling import LAST, UNIFORM, LossSecondMoment
 from ditlab.errors import DitlabError
 from ditlab.rng import torch_generator

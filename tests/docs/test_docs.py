@@ -14,7 +14,7 @@ import torch
 from ditlab.cli.console import parse
 from ditlab.cli.main import _split, main, verb_class, verbs
 from ditlab.networks.dit import DiT
-from ditlab.networks.registry import NETWORKS
+from ditlab.networks.registry import network_class
 from ditlab.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_the_table_of_other_presets(start, twins):
     for name, parameters, _, steps, batch, lr in rows:
         network, training = PRESETS[name].network, PRESETS[name].training
         with torch.device("meta"):
-            count = sum(p.numel() for p in NETWORKS[type(network)](network).parameters())
+            count = sum(p.numel() for p in network_class(type(network))(network).parameters())
         assert [f"{count / 1e6:.2f} M", f"{training.steps:,}"] == [parameters, steps]
         assert [f"{training.batch_size}", f"{training.lr:g}"] == [batch, lr]
 

@@ -1,6 +1,7 @@
 """What the README and results/ say was measured stands in the files that the commands wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_readme_repeats_what_was_seen_on_faces():
 
 
 @pytest.mark.parametrize("name", ["an2024/fig6", "an2024/fig4"])
-def test_what_is_said_of_faces_follows_from_the_committed_cells(name):
+def test_what_is_said_of_faces_follows_from_the_committed_trials(name):
     folder = FACES / f"{name.replace('/', '-')}-small"
     page = StudyPage(STUDIES[name], [Plan.load(folder / "plan.json")], Store(FACES))
     assert all(trial.status.state == "done" for facet in page.facets for trial in facet.trials)
@@ -141,3 +142,11 @@ def test_what_is_said_of_two_subsets_and_agreement():
 def test_no_picture_shows_what_a_network_of_few_faces_draws():
     assert not list((JACOBIAN / "n10").glob("*denoised*"))
     assert {path.stem for path in (JACOBIAN / "two-subsets").glob("*pairs*")} == {"n1000-pairs"}
+
+
+def test_the_minutes_of_presets_are_the_measured_ones():
+    rows = json.loads((ROOT / "results" / "preset-minutes.json").read_text())["rows"]
+    page = (ROOT / "docs" / "training.md").read_text()
+    shown = dict(re.findall(r"^\| `([\w/-]+)`: whole recipe \| [\d,]+ \| (\d+ \| \d+) \|$", page, re.MULTILINE))
+    minutes = {(row["preset"], row["size"]): f"{row['minutes']:.0f}" for row in rows}
+    assert shown == {name: f"{minutes[name, 16]} | {minutes[name, 32]}" for name, size in minutes if size == 16}

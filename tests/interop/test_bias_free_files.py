@@ -15,9 +15,12 @@ from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import infer_config, is_bias_free
 from ditlab.interop.checkpoints import open_checkpoint
-from ditlab.models.split_config import SplitConfig, load, open_model
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.models.opening import load, open_model
+from ditlab.models.split_config import SplitConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 
 UNETS = [
     BFUNetConfig(channels=1, width=4, blocks=3),
@@ -68,12 +71,12 @@ def test_a_cnns_shape_is_told_by_its_weights(tmp_path):
 
 def test_it_takes_the_size_of_the_images_it_is_given(tmp_path, digits):
     path = saved(BFUNet(UNETS[0]), tmp_path / "unet.pt")
-    opened = open_model(path, digits.path, config=SplitConfig(n=20, test=10))
-    denoiser, facts = opened.denoiser_and_provenance()
+    opened = open_model(path, digits.path, split=SplitConfig(n=20, test=10))
+    denoiser, about = opened.denoiser_and_provenance()
     assert denoiser.shape == (1, 16, 16) == opened.images.shape
-    images, _ = opened.pictures("test", 4)
+    images, _ = opened.batch("test", 4)
     assert denoiser(images, 0.2).shape == (4, 1, 16, 16)
-    assert facts.settings["model"]["format"] == "published bias-free UNet"
+    assert about.settings["model"]["format"] == "published bias-free UNet"
     assert opened.settings["network.image_size"] == (16, 16)
     deep = saved(BFUNet(BFUNetConfig(channels=1, width=2, blocks=5)), tmp_path / "deep.pt")
     with pytest.raises(DitlabError, match="multiples of 32 for 5 blocks, found 16x16"):
@@ -111,11 +114,11 @@ def test_published_weights_gain_seven_decibels(shared, tmp_path):
     if not weights.is_file():
         pytest.skip(f"no {weights.name} in ../shared/weights beside the checkout")
     images = prepare("photos", tmp_path / "photos", size=32, near_duplicates=None)
-    opened = open_model(weights, images.path, config=SplitConfig(test=16))
-    denoiser, facts = opened.denoiser_and_provenance()
+    opened = open_model(weights, images.path, split=SplitConfig(test=16))
+    denoiser, about = opened.denoiser_and_provenance()
     assert denoiser.network.config == BFCNNConfig()
-    pictures, _ = opened.pictures("test", 16)
-    result = psnr_gap(denoiser, pictures, pictures, PSNRConfig(images=16, levels=(50 / 255,)), about=facts)
+    pictures, _ = opened.batch("test", 16)
+    result = psnr_gap(denoiser, pictures, pictures, PSNRConfig(images=16, sigmas=(50 / 255,)), about=about)
     before = -20 * torch.tensor(25 / 255).log10().item()
     assert before == pytest.approx(20.17, abs=0.01)
     assert result.curve("test")[0] > before + 7

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.diffusers_dit import (
@@ -21,7 +21,8 @@ from ditlab.interop.diffusers_dit import (
 )
 from ditlab.interop.diffusers_models import open_diffusers
 from ditlab.interop.imported import objective_of
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn import embeddings
 
 diffusers = pytest.importorskip("diffusers")

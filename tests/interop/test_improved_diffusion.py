@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.converted import open_converted, write_converted
+from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import objective_of
-from ditlab.interop.improved_diffusion import UNetFile, open_improved, to_original, write_improved
+from ditlab.interop.improved_diffusion import open_improved, to_original, write_improved
 from ditlab.models.opening import open_model
 from ditlab.networks.registry import build_network
-from ditlab.networks.unet import UNet, UNetConfig
+from ditlab.networks.unet import UNet
+from ditlab.networks.unet_config import UNetConfig
 
 SMALL = UNetConfig(image_size=(32, 32), width=32, res_blocks=1, learn_sigma=True)
 """The levels of the published model of CIFAR-10, narrow."""

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.original_dit import infer_config, open_original, read_original, to_original, write_original
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 
 
 @pytest.fixture

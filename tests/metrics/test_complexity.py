@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 from ditlab.metrics.complexity import Complexity, complexity, match_width, training_compute
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn import kernels
 from ditlab.nn.attention import SelfAttention, attention_kernel, register_attention
 from ditlab.nn.layers import MLP

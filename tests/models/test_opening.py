@@ -78,7 +78,7 @@ def test_every_reference_is_a_denoiser(diffusers_folder, original, tmp_path):
 
 def test_steps_and_raw_weights_that_are_not_there(diffusers_folder):
     reference = f"diffusers:{diffusers_folder('unet')}"
-    with pytest.raises(DitlabError, match="expected no step, for it has one set of weights, found 3"):
+    with pytest.raises(DitlabError, match="expected no `checkpoint`, for it has one set of weights, found 3"):
         load(reference, step=3)
     with pytest.raises(DitlabError, match="expected raw weights beside averaged ones, found one set only"):
         load(reference, ema=False)
@@ -103,18 +103,18 @@ def test_results_go_to_a_folder_of_the_users_own(diffusers_folder, original, tmp
     monkeypatch.chdir(tmp_path)
     unet = open_model(f"diffusers:{diffusers_folder('unet', 'unet')}")
     assert isinstance(unet, ExternalModel)
-    assert unet.path == Path(f"foreign/unet-{unet.model.digest[:8]}")
+    assert unet.path == Path(f"external/unet-{unet.model.digest[:8]}")
     digest = sha256(original.read_bytes()).hexdigest()[:8]
-    assert open_model(original).path == Path(f"foreign/dit-{digest}")
-    assert open_model(original, results=Path("out")).path == Path(f"out/dit-{digest}")
+    assert open_model(original).path == Path(f"external/dit-{digest}")
+    assert open_model(original, out=Path("out")).path == Path(f"out/dit-{digest}")
     other = tmp_path / "other" / original.name  # of the same name, so the same folder it must not be
     write_original(open_original(original).denoiser.network.requires_grad_(True), VPObjectiveConfig(), other)
-    assert open_model(other).path == Path(f"foreign/dit-{digest}")
+    assert open_model(other).path == Path(f"external/dit-{digest}")
     weights = {key: value + (key != "pos_embed") * 0.1 for key, value in open_state(original).items()}
     save_file(weights, other)
     assert open_model(other).path.name not in ("dit", f"dit-{digest}")
     write_converted(open_original(original), tmp_path / "converted")
-    assert open_model("converted", results=Path("out")).path == Path("converted")
+    assert open_model("converted", out=Path("out")).path == Path("converted")
 
 
 def test_images_are_asked_for_only_where_they_are_needed(original, sets):
@@ -122,7 +122,7 @@ def test_images_are_asked_for_only_where_they_are_needed(original, sets):
     assert isinstance(model, ExternalModel)
     assert model.denoiser_and_provenance()[1].n is None
     assert model.settings["network.width"] == 384
-    with pytest.raises(DitlabError, match="model dit: which images it was trained on is not known; give --data"):
+    with pytest.raises(DitlabError, match="model dit: training images unknown; pass an image set as `data`"):
         _ = model.images
 
 
@@ -132,15 +132,15 @@ def test_a_split_that_is_not_its_own(original, sets):
     assert (record.train, record.test, record.seed) == (10, 5, 3)
     assert not set(model.split.train) & set(model.split.test)
     (note,) = model.notes
-    assert "Nobody said which images this model was trained on: 10 training and 5 test images" in note
-    denoiser, facts = model.denoiser_and_provenance(label="kind")
-    assert (facts.n, facts.seed, facts.step, facts.split_hash) == (10, 3, None, record.hash)
-    assert facts.settings["notes"] == [note]
-    assert facts.settings["model"]["format"] == "original DiT"
+    assert "The training images of this model are unknown: the 10 training and 5 test images" in note
+    denoiser, about = model.denoiser_and_provenance(label="kind")
+    assert (about.n, about.seed, about.step, about.split_hash) == (10, 3, None, record.hash)
+    assert about.settings["notes"] == [note]
+    assert about.settings["model"]["format"] == "original DiT"
     assert open_model(original, sets["10"], split=SplitConfig(test=5, own_split=True)).notes == ()
     assert open_model(original, sets["10"], split=SplitConfig(test=5)).split_record.train == 25
     (train, labels), (test, _) = model.batch("train", 4), model.batch("test", 4)
-    result = psnr_gap(denoiser, train, test, PSNRConfig(images=4, points=3), about=facts, train_labels=labels)
+    result = psnr_gap(denoiser, train, test, PSNRConfig(images=4, points=3), about=about, train_labels=labels)
     assert type(result).from_json(result.to_json(), {"train_mse": result.train_mse, "test_mse": result.test_mse})
 
 
@@ -154,11 +154,11 @@ def test_labels_where_the_classes_are_as_many(original, sets):
 
 def test_classes_that_a_model_cannot_do_without(diffusers_folder, sets):
     reference = f"diffusers:{diffusers_folder('unet', num_class_embeds=10)}"
-    config = SplitConfig(test=5)
-    assert open_model(reference, sets["10"], config=config).batch("test", 3)[1] is not None
+    split = SplitConfig(test=5)
+    assert open_model(reference, sets["10"], split=split).batch("test", 3)[1] is not None
     for name, found in (("3", "3 classes"), ("0", "no classes")):
         with pytest.raises(DitlabError, match=f"expected images of its 10 classes, .* found {found} in"):
-            open_model(reference, sets[name], config=config).batch("test", 3)
+            open_model(reference, sets[name], split=split).batch("test", 3)
 
 
 def test_images_of_another_size(diffusers_folder, sets):
@@ -171,8 +171,10 @@ def test_images_of_another_size(diffusers_folder, sets):
 def test_latents_without_an_autoencoder(diffusers_folder):
     model = open_model(f"diffusers:{diffusers_folder('dit', in_channels=4, out_channels=8)}")
     assert not model.denoiser().pixel_space
-    with pytest.raises(DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give --codec"):
-        model.pixels(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(
+        DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give one as `codec`"
+    ):
+        model.decode(torch.zeros(1, 4, 8, 8))
 
 
 def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
@@ -187,11 +189,11 @@ def test_latents_with_the_autoencoder_of_the_pipeline(diffusers_folder):
     autoencoder.save_pretrained(folder / "vae")
     model = open_model(f"diffusers:{folder}")
     assert not model.denoiser().pixel_space
-    assert model.pixels(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16)
+    assert model.decode(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16)
     # It goes with a converted model.
     write_converted(convert_diffusers(str(folder))[0], folder.parent / "converted")
     shutil.rmtree(folder)
-    assert open_model(folder.parent / "converted").pixels(torch.randn(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+    assert open_model(folder.parent / "converted").decode(torch.randn(1, 4, 8, 8)).shape == (1, 3, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -218,18 +220,18 @@ def latents(sets, tmp_path_factory, write_kl):
 def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
     folder = diffusers_folder("dit", sample_size=4, in_channels=4, out_channels=8)
     shutil.copytree(latents / "one-kl", folder / "vae")
-    reference, config = f"diffusers:{folder}", SplitConfig(test=5, own_split=True)
-    model = open_model(reference, latents / "one", config=config)
+    reference, split = f"diffusers:{folder}", SplitConfig(test=5, own_split=True)
+    model = open_model(reference, latents / "one", split=split)
     assert model.images.shape == (4, 4, 4)
     assert not any("autoencoder" in note for note in model.notes)
     for name, words in (("scale", r"with scale 0\.18215, found .* with scale 0\.5"), ("weights", "with sha256 ")):
         with pytest.raises(DitlabError, match=f"expected latents of its own autoencoder .*{words}"):
-            _ = open_model(reference, latents / name, config=config).images
+            _ = open_model(reference, latents / name, split=split).images
     # The same where the user names it; and without any, the set's own is taken, with a note.
     shutil.rmtree(folder / "vae")
     with pytest.raises(DitlabError, match="expected latents of its own autoencoder"):
-        _ = open_model(reference, latents / "scale", codec=latents / "one-kl", config=config).images
-    model = open_model(reference, latents / "scale", config=config)
+        _ = open_model(reference, latents / "scale", codec=latents / "one-kl", split=split).images
+    model = open_model(reference, latents / "scale", split=split)
     assert "No autoencoder lies beside this model" in model.notes[-1]
     assert "(scale 0.5, shift 0)" in model.notes[-1]
     assert model.codec.record.scale == 0.5
@@ -245,11 +247,11 @@ def test_pixels_for_a_model_of_latents(diffusers_folder, latents, sets):
 def test_notes_of_the_model_go_along(tmp_path, sets):
     network = DiT(DiTConfig(image_size=(8, 8), patch=2, width=384, depth=1, heads=6, num_classes=10))
     save_file(to_original(network, VPObjectiveConfig()), tmp_path / "bare.safetensors")
-    config = SplitConfig(test=5, own_split=True)
-    (note,) = open_model(tmp_path / "bare.safetensors", sets["10"], config=config).notes
+    split = SplitConfig(test=5, own_split=True)
+    (note,) = open_model(tmp_path / "bare.safetensors", sets["10"], split=split).notes
     assert "does not say how many attention heads" in note
     write_converted(open_original(tmp_path / "bare.safetensors"), tmp_path / "converted")
-    assert open_model(tmp_path / "converted", sets["10"], config=config).notes == (note,)
+    assert open_model(tmp_path / "converted", sets["10"], split=split).notes == (note,)
 
 
 def test_a_converted_models_folder(original, tmp_path):
@@ -300,7 +302,7 @@ def test_models_on_the_hub(diffusers_folder, original, tmp_path, monkeypatch):
     asked = fetched(monkeypatch, tmp_path / "converted")
     model = open_model("hub:me/mine")
     assert isinstance(model, ExternalModel)
-    assert (model.name, model.path) == ("me--mine", Path(f"foreign/me--mine-{model.model.digest[:8]}"))
+    assert (model.name, model.path) == ("me--mine", Path(f"external/me--mine-{model.model.digest[:8]}"))
     assert asked == [("me/mine", ["*.json"]), ("me/mine", None)]
     assert same(model.denoiser(), load(tmp_path / "converted"))
     unet = diffusers_folder("unet", "unet")
@@ -312,7 +314,7 @@ def test_models_on_the_hub(diffusers_folder, original, tmp_path, monkeypatch):
 def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from ditlab.models.run import start, train_run
+    from ditlab.models.creating import start, train_run
     from ditlab.training.distributed import DistributedContext
 
     monkeypatch.chdir(tmp_path)
@@ -330,7 +332,7 @@ def test_a_run_on_the_hub(sets, tmp_path, monkeypatch):
     fetched(monkeypatch, Path(home))
     found = open_model("hub:me/mine", sets["0"])
     assert isinstance(found, Run)
-    assert (found.name, found.path, found.newest_step) == ("me--mine", Path("foreign/me--mine"), 2)
+    assert (found.name, found.path, found.newest_step) == ("me--mine", Path("external/me--mine"), 2)
     assert found.log
     assert same(found.denoiser(), load(home))
     assert len(found.batch("test", 5)[0]) == 5

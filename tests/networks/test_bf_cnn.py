@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.rng import torch_generator
 
 

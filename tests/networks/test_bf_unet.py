@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.networks.bf_norm import initial_gamma
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 from ditlab.rng import torch_generator
 
 

@@ -5,7 +5,8 @@ import torch
 
 from ditlab.errors import DitlabError
 from ditlab.interop.original_dit import renamed
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.attention import attention_kernel
 from ditlab.nn.embeddings import frequencies, sinusoid
 

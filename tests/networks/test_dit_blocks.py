@@ -16,8 +16,9 @@ from ditlab.analyses.attention.maps import attention_layers, attention_maps
 from ditlab.analyses.attention.measure import measure_attention
 from ditlab.diffusion.network_denoisers import EDMDenoiser
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.networks.dit_blocks import BLOCKS, AdaLNBlock, AdaLNZeroBlock, Block, BlockKind, CrossAttentionBlock
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_blocks import BLOCKS, AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock
+from ditlab.networks.dit_config import BlockKind, DiTConfig
 from ditlab.nn.attention import attention_kernel
 from ditlab.nn.embeddings import frequencies
 from ditlab.nn.layers import CrossAttention

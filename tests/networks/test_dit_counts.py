@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ditlab.metrics.complexity import complexity
-from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.networks.dit_blocks import BlockKind
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import BlockKind, DiTConfig
 from ditlab.networks.registry import build_network
 from ditlab.presets import PRESETS
 from ditlab.studies.published import published

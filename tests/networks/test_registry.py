@@ -12,12 +12,15 @@ from typing import get_args
 import pytest
 import torch
 
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
-from ditlab.networks.dit import DiT, DiTConfig
-from ditlab.networks.dit_blocks import BlockKind
-from ditlab.networks.registry import NETWORKS, build_network
-from ditlab.networks.unet import UNet, UNetConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import BlockKind, DiTConfig
+from ditlab.networks.registry import NETWORKS, build_network, network_class
+from ditlab.networks.unet import UNet
+from ditlab.networks.unet_config import UNetConfig
 from ditlab.presets import PRESETS
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 from ditlab.training.compiling import compile_blocks
@@ -189,6 +192,6 @@ def test_initial_weights_follow_the_seed_alone():
 
 
 def test_every_kind_has_a_network():
-    kinds = {config.kind: network for config, network in NETWORKS.items()}
+    kinds = {config.kind: network_class(config) for config in NETWORKS}
     assert kinds == {"dit": DiT, "unet": UNet, "bf-cnn": BFCNN, "bf-unet": BFUNet}
     assert isinstance(build_network(BFCNNConfig()), BFCNN)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.improved_diffusion import UNetFacts, from_original, infer_config
 from ditlab.metrics.complexity import complexity
 from ditlab.networks.registry import build_network
-from ditlab.networks.unet import UNet, UNetConfig
+from ditlab.networks.unet import UNet
 from ditlab.networks.unet_blocks import Downsample, ResidualBlock, Stage
+from ditlab.networks.unet_config import UNetConfig
 from ditlab.nn.attention import adapted_layers, attention_kernel, attention_modules
 from ditlab.nn.embeddings import sinusoid
 from ditlab.presets import PRESETS

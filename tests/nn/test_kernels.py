@@ -240,8 +240,8 @@ def test_the_context_sets_and_restores_the_kernel(monkeypatch):
 
 def test_unknown_kernels_name_the_near_ones():
     q, k, v, _ = tensors((2, 2), torch.float32)
-    with pytest.raises(DitlabError, match="nearest: strips"):
-        attention(q, k, v, Global(), (2, 2), kernel="strip")
+    with pytest.raises(DitlabError, match="nearest: tiles"):
+        attention(q, k, v, Global(), (2, 2), kernel="tile")
     with pytest.raises(DitlabError, match="unknown attention kernel"), attention_kernel("x"):
         pass
 
@@ -252,8 +252,8 @@ def test_a_wrong_number_of_tokens_is_said():
         attention(q, k, v, Global(), (2, 3), extra=1)
 
 
-def test_a_fallback_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(kernels, "_said", set())
+def test_a_fallback_warns_once(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "_warned", set())
     q, k, v, _ = (x.requires_grad_() for x in tensors((4, 4), torch.float32))
     with caplog.at_level(logging.WARNING, "ditlab"):
         for _ in range(2):

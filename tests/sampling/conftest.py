@@ -14,11 +14,11 @@ import pytest
 from ditlab.config import DataConfig, fit_to_images
 from ditlab.data.imageset import ImageSet
 from ditlab.data.preparing import prepare
-from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.errors import DitlabError
 from ditlab.models.creating import start, train_run
 from ditlab.models.run import Run
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.presets import preset
 from ditlab.progress import Reporter
 from ditlab.sampling.draw import draw_batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,12 +11,12 @@ import torch
 from PIL import Image
 
 import ditlab
-from ditlab.diffusion.guidance import GuidanceConfig, guided
-from ditlab.diffusion.sampler_configs import Spacing
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig
 from ditlab.errors import DitlabError
 from ditlab.sampling.draw import draw
-from ditlab.sampling.options import GuidanceFlags, SampleConfig, ScheduleName
+from ditlab.sampling.options import GuidanceFlags, SampleConfig
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -151,10 +150,6 @@ def test_the_cost_of_every_sampler(plain, sampler, calls):
         calls,
         {"euler": "heun", "run": "ddpm"}.get(sampler, sampler),
     )
-
-
-def test_schedules_are_those_of_the_samplers():
-    assert set(get_args(ScheduleName)) == {name for part in get_args(Spacing) for name in get_args(part) or [part]}
 
 
 def test_the_path_from_noise_to_image(plain, tmp_path):

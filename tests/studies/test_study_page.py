@@ -177,7 +177,7 @@ def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
     assert facet.alone == []
     assert sorted(apart.alone) == ["local N=10 seed 2", "local N=100 seed 2"]
     (gap,) = (s for s in StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path / "b")).sections() if s.id == "gap")
-    assert gap.notes[-1].endswith("with the same seed: local N=10 seed 2, local N=100 seed 2.")
+    assert gap.notes[-1].endswith("has the same seed: local N=10 seed 2, local N=100 seed 2.")
 
 
 def apart_(cell) -> bool:
@@ -240,7 +240,7 @@ def test_a_record_that_lacks_a_field_is_not_on_record(ditlab, tmp_path, file, fi
 
 def test_a_damaged_curve_is_one_sentence(ditlab, tmp_path):
     made = plan()
-    path = filled(tmp_path / "studies", made).cell("local10s0") / "psnr-gap.json"
+    path = filled(tmp_path / "studies", made).trial("local10s0") / "psnr-gap.json"
     path.write_text(path.read_text().replace('"mse_mean": {"train"', '"mse_mean": {"trian"'))
     done = ditlab(tmp_path, "study", "report", "an2024/fig6")
     assert done.status == 2

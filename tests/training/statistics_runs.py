@@ -12,10 +12,11 @@ from typing import Any
 import test_trainer
 import torch
 
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 from ditlab.training.distributed import DistributedContext, init_distributed
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from ditlab.data import ImageSet, flip, prepare
-from ditlab.data.autoencoder import Autoencoder, AutoencoderRecord
-from ditlab.data.encode import EncodeConfig, LatentEncoder
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.data.autoencoder import Autoencoder
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.data.encode import LatentEncoder
+from ditlab.data.encode_config import EncodeConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.rng import torch_generator
 from ditlab.training.batches import Batches, image_order
 from ditlab.training.config import TrainingConfig

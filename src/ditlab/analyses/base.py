@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from ditlab.errors import DitlabError, Incompatible
+from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -358,11 +358,11 @@ class Analysis(Generic[ConfigT, OptionsT]):
         return getattr(import_module(module), name)
 
     def check_count(self, count: int) -> None:
-        """Raises DitlabError for fewer or more models than the analysis takes."""
+        """Raises InvalidConfig for fewer or more models than the analysis takes."""
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise DitlabError(f"{self.name}: expected {wanted} model{'' if wanted == '1' else 's'}, found {count}")
+            raise InvalidConfig(f"{self.name}: expected {wanted} model{'' if wanted == '1' else 's'}, found {count}")
 
     def cached(
         self, opened: OpenedModel, config: ConfigT, measure: Callable[[], Any], reporter: Reporter = SILENT
@@ -436,12 +436,15 @@ def save_result(result: Any, folder: Path, name: str) -> Path:
     Raises:
         DitlabError: the folder cannot be written to.
     """
-    path = folder / f"{name}.json"
-    if path.is_file() and (key := _stored_key(path)) != _key(result.to_json()):
+    path, key = folder / f"{name}.json", _key(result.to_json())
+    if path.is_file() and (stored := _stored_key(path)) != key:
         for file in folder.glob(f"{name}.*"):
             if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
-                file.replace(file.with_name(f"{name}.{key}{file.suffix}"))
-    return result.save(folder, name)
+                file.replace(file.with_name(f"{name}.{stored}{file.suffix}"))
+    saved = result.save(folder, name)
+    for suffix in (".json", ".npz", ".csv"):  # a result that was kept, and is the last one again, is there once
+        (folder / f"{name}.{key}{suffix}").unlink(missing_ok=True)
+    return saved
 
 
 def _stored_key(path: Path) -> str:
@@ -476,14 +479,14 @@ def settings_of(kind: type[Any], values: Mapping[str, Any], where: str) -> tuple
         where: the call, for errors.
 
     Raises:
-        Incompatible: a value cannot be what the field takes.
+        InvalidConfig: a value cannot be what the field takes.
     """
     names = set(kind.__dataclass_fields__)
     mine = {name: _as_tuple(value) for name, value in values.items() if name in names}
     try:
         made = kind(**mine)
     except TypeError as error:
-        raise Incompatible(f"{where}: a setting has the wrong type ({error})") from None
+        raise InvalidConfig(f"{where}: a setting has the wrong type ({error})") from None
     return made, {name: value for name, value in values.items() if name not in names}
 
 

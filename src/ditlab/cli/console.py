@@ -1,25 +1,22 @@
-"""What all verbs share: output, parsing with one-sentence errors, flags in place of parameters, signals."""
+"""What all verbs share: output, parsing with one-sentence errors, signals."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from ditlab.cli.flags import flags_of, sentence_of
 from ditlab.errors import DitlabError
 from ditlab.progress import SILENT, Reporter, RichReporter, StopFlag
 
-_BOX = re.compile(r"[│╭╮╰╯─]+")
 ALIASES: dict[str, dict[str, str]] = {
     "sample": {
         "--labels": "--classes",
@@ -100,79 +97,12 @@ def parse_words(kind: Any, verb: str, words: list[str], *, description: str, **o
     except SystemExit as ended:
         if ended.code != 2:
             raise
-        raise DitlabError(_sentence(said.getvalue(), verb, words, flags_of(kind))) from None
+        raise DitlabError(sentence_of(said.getvalue(), verb, words, flags_of(kind))) from None
     finally:
         if width is None:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = width
-
-
-def _sentence(box: str, verb: str, words: Sequence[str], flags: frozenset[str]) -> str:
-    """Returns the first paragraph of a parser's box as one sentence, with the nearest flags of an unknown one."""
-    unknown = [w.split("=")[0] for w in words if re.match(r"--?[A-Za-z]", w) and _plain(w.split("=")[0]) not in flags]
-    known = sorted(flags)
-    if unknown and "nrecognized" in box:
-        near = get_close_matches(_plain(unknown[0]), known, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(f'--{name}' for name in near)}" if near else f"see ditlab {verb} --help"
-        return f"{verb}: unknown flag '{unknown[0]}' ({hint})"
-    lines = [_BOX.sub(" ", line).strip() for line in box.splitlines()]
-    text, started = [], False
-    for raw, line in zip(box.splitlines(), lines, strict=True):
-        if raw.startswith("╭"):
-            started = True
-            continue
-        if started and (not line or re.match(r"(For full helptext|Argument helptext)", line)):
-            if text:
-                break
-            continue
-        text.append(line)
-    flag, message = re.fullmatch(r"(?:Error parsing (\S+): )?(.*)", " ".join(text).strip()).groups()  # type: ignore
-    if message.startswith("Missing from"):
-        missing = re.sub(r"^Missing from [^:]*:", "", message).split(" (")[0].strip()
-        return f"{verb}: expected {missing}, found nothing"
-    message = re.sub(
-        r"no type matching (.+) could be instantiated from \['?(.*?)'?\]\.?", r"expected \1, found '\2'", message
-    )
-    if flag is not None and flag.startswith("-"):
-        return f"{verb} {flag.split('/')[-1]}: {message}"
-    return message if re.match(r"[\w .-]+: ", message) else f"{verb}: {message}"
-
-
-def flags_of(kind: Any) -> frozenset[str]:
-    """Returns the names of a verb's flags, without dashes at the start, as a command line writes them."""
-    return frozenset(_flags(kind, ""))
-
-
-def _flags(kind: Any, prefix: str) -> Iterator[str]:
-    try:
-        hints = get_type_hints(kind, include_extras=True)
-    except (NameError, TypeError):
-        hints = {}
-    for field in fields(kind):
-        hint = hints.get(field.name, field.type)
-        named = [meta.name for meta in getattr(hint, "__metadata__", ()) if getattr(meta, "name", None) is not None]
-        name = named[0] if named else field.name
-        inner = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-        for option in getattr(inner, "__args__", (inner,)):
-            option = getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
-            if is_dataclass(option):
-                yield from _flags(option, f"{prefix}{name}." if name else prefix)
-        flag = f"{prefix}{name}".replace("_", "-")
-        yield flag
-        if inner is bool:
-            group, dot, last = flag.rpartition(".")
-            yield f"{group}{dot}no-{last}"
-
-
-def with_flags(message: str, flags: frozenset[str]) -> str:
-    """Returns an error with each parameter in backticks written as a flag, where the verb has it."""
-
-    def flag(match: re.Match[str]) -> str:
-        name = match[1].replace("_", "-")
-        return f"--{name}" if name in flags else match[1]
-
-    return re.sub(r"`([A-Za-z_][\w.]*)`", flag, message)
 
 
 def command_line(verb: str) -> str:
@@ -202,7 +132,3 @@ def _renamed(verb: str, word: str) -> str:
     name, equals, value = word.partition("=")
     renamed = {**_EVERYWHERE, **ALIASES.get(verb, {})}
     return renamed.get(name, name) + equals + value
-
-
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").replace("_", "-")

@@ -9,8 +9,7 @@ from typing import Any
 import tyro
 
 from ditlab.cli.console import Output
-from ditlab.interop.improved_diffusion import UNetFile
-from ditlab.models.converting import Format
+from ditlab.interop.formats import Format, UNetFile
 
 
 @dataclass(frozen=True)

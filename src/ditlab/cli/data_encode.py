@@ -11,7 +11,7 @@ import tyro
 from ditlab.cli.console import Output
 from ditlab.cli.data_summary import print_summary
 from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
-from ditlab.data.encode import EncodeConfig
+from ditlab.data.encode_config import EncodeConfig
 
 
 @dataclass(frozen=True)

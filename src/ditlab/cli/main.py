@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import ditlab
 from ditlab.analyses import analysis, analysis_names
-from ditlab.cli.console import Output, flags_of, parse, with_flags
+from ditlab.cli.console import Output, parse
+from ditlab.cli.flags import flags_of, with_flags
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.progress import Interrupted
 

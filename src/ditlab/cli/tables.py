@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
-from ditlab.pages.page import Table as PageTable
+if TYPE_CHECKING:
+    from ditlab.pages.page import Table as PageTable
 
 
 def rich_table(table: PageTable) -> Any:

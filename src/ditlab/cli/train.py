@@ -12,11 +12,11 @@ import tyro
 from ditlab.cli.console import Output, command_line, parse_words, stop_on_signal
 from ditlab.cli.options import ComputeFlags, ComputeOptions, keywords
 from ditlab.config import DataConfig, EvaluationConfig, Network, ObjectiveSettings, RunConfig, Sampler
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.presets import PRESETS, preset
 from ditlab.training.config import TrainingConfig
 
@@ -85,17 +85,9 @@ class Train:
             )
         # Flags such as the patch and the windows are checked against the image set's size, not the preset's.
         network = replace(recipe.network, image_size=(0, 0))
-        default = Train(
-            preset=recipe.preset,
-            network=network,
-            objective=recipe.objective,
-            training=recipe.training,
-            sampler=recipe.sampler,
-            guidance=recipe.guidance,
-            evaluation=recipe.evaluation,
-        )
         chosen = any(re.match(r"--objective\.sigma[-_]data(=|$)", word) for word in words)
-        default = replace(default, measured_sigma=not chosen)
+        parts = ("preset", "objective", "training", "sampler", "guidance", "evaluation")
+        default = Train(network=network, measured_sigma=not chosen, **{part: getattr(recipe, part) for part in parts})
         return parse_words(
             Train,
             "train",
@@ -126,10 +118,10 @@ class Train:
 
     def run(self, output: Output) -> dict[str, Any]:
         """Trains, and says where the run is."""
-        from ditlab import api
+        from ditlab.api.making import train_config
 
         with stop_on_signal() as stop:
-            run = api.train_config(
+            run = train_config(
                 self.config,
                 self.data,
                 size=self.size,

@@ -1,14 +1,23 @@
-"""Image sets: sources, preparation, held-out images, splits, augmentation, contact sheets."""
+"""Image sets: sources, preparation, held-out images, splits, augmentation, contact sheets.
 
-from ditlab.data.augment import flip
-from ditlab.data.contact_sheet import fitting_scale, image_grid
-from ditlab.data.held_out import prepare_held_out
-from ditlab.data.imageset import ImageSet
-from ditlab.data.pixels import to_float, to_uint8
-from ditlab.data.preparing import default_folder, prepare
-from ditlab.data.sources.base import CropRule, Item, SkippedItem, Source
-from ditlab.data.sources.files import is_source, read_source
-from ditlab.data.splits import Split, held_out_order, make_split, verify
+Names are imported when they are first used, so that settings in this folder are read without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditlab.data.augment import flip
+    from ditlab.data.contact_sheet import fitting_scale, image_grid
+    from ditlab.data.held_out import prepare_held_out
+    from ditlab.data.imageset import ImageSet
+    from ditlab.data.pixels import to_float, to_uint8
+    from ditlab.data.preparing import default_folder, prepare
+    from ditlab.data.sources.base import CropRule, Item, SkippedItem, Source
+    from ditlab.data.sources.files import is_source, read_source
+    from ditlab.data.splits import Split, held_out_order, make_split, verify
 
 __all__ = [
     "CropRule",
@@ -31,3 +40,32 @@ __all__ = [
     "to_uint8",
     "verify",
 ]
+
+_MODULES = {
+    "CropRule": "sources.base",
+    "ImageSet": "imageset",
+    "Item": "sources.base",
+    "SkippedItem": "sources.base",
+    "Source": "sources.base",
+    "Split": "splits",
+    "default_folder": "preparing",
+    "fitting_scale": "contact_sheet",
+    "flip": "augment",
+    "held_out_order": "splits",
+    "image_grid": "contact_sheet",
+    "is_source": "sources.files",
+    "make_split": "splits",
+    "prepare": "preparing",
+    "prepare_held_out": "held_out",
+    "read_source": "sources.files",
+    "to_float": "pixels",
+    "to_uint8": "pixels",
+    "verify": "splits",
+}
+"""Name -> its module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ditlab.data' has no attribute '{name}'")
+    return getattr(import_module(f"ditlab.data.{_MODULES[name]}"), name)

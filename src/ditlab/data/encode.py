@@ -13,9 +13,9 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 import ditlab
 from ditlab.data.autoencoder import Autoencoder
+from ditlab.data.encode_config import PART, EncodeConfig, Store
 from ditlab.data.imageset import LABELS, POOL, ImageSet
-from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord, Store
+from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord
 from ditlab.data.manifest import LATENT_VERSION, SOURCE_NAMES, content_hash, hash_file
 from ditlab.data.preparing import require_space
 from ditlab.errors import DitlabError
@@ -32,33 +33,9 @@ from ditlab.files import atomic_folder, lock_folder, write_atomically
 from ditlab.progress import SILENT, Reporter
 from ditlab.rng import torch_generator
 
-__all__ = ["PART", "EncodeConfig", "LatentEncoder", "encode_images"]
-
-PART = 64
-"""Pictures in one part file, the most that a killed process loses."""
+__all__ = ["LatentEncoder", "encode_images"]
 
 _SETTINGS = "settings.json"
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How pictures are encoded."""
-
-    store: Store = "moments"
-    """Mean and standard deviation, of which training draws a sample each time (as DiT's did); one sample, drawn now; or
-    the mean alone. An autoencoder without deviations gives the mean in any case."""
-    mirrored: bool = False
-    """Also encode the pictures mirrored left to right: needed to train with flips, at twice the size."""
-    seed: int = 0
-    """Seed of the samples, if one sample is stored."""
-    batch: int = 16
-    """Pictures encoded at once."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """Number format that the autoencoder computes in."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.batch <= PART:
-            raise DitlabError(f"data encode: expected a batch of 1 to {PART} pictures, found {self.batch}")
 
 
 class LatentEncoder:

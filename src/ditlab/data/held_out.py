@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ditlab.data.autoencoder import reopen_autoencoder
-from ditlab.data.encode import EncodeConfig, encode_images
+from ditlab.data.encode import encode_images
+from ditlab.data.encode_config import EncodeConfig
 from ditlab.data.imageset import ImageSet
 from ditlab.data.latents import LatentRecord
 from ditlab.data.preparing import open_if_image_set, open_source, shared_images_error, slug, write_image_set

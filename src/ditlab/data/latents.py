@@ -21,14 +21,13 @@ from jaxtyping import Bool, Float
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ditlab.data.autoencoder import AutoencoderRecord
+from ditlab.data.autoencoder_record import AutoencoderRecord
+from ditlab.data.encode_config import Store
 from ditlab.errors import DitlabError
 
 LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD = "latents.npy", "latents_std.npy", "mirrored.npy", "mirrored_std.npy"
 
-Store = Literal["moments", "sample", "mean"]
-
-__all__ = ["LATENTS", "LATENTS_STD", "MIRRORED", "MIRRORED_STD", "LatentRecord", "Latents", "Store"]
+__all__ = ["LATENTS", "LATENTS_STD", "MIRRORED", "MIRRORED_STD", "LatentRecord", "Latents"]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def prepare(
     if near_duplicates is not None and not 0 < near_duplicates < 1:
         raise DitlabError(f"near_duplicates: expected a correlation between 0 and 1, found {near_duplicates}")
     images = open_if_image_set(source)
-    if images is None and source in ("photos", "digits") and Path(source).is_dir():
+    if isinstance(source, str) and source in ("photos", "digits") and Path(source).is_dir():
         reporter.note(f"'{source}' is the built-in set; write 'folder:{source}' for the folder of that name")
     if images is not None:
         if size not in (None, images.manifest.size):

@@ -7,52 +7,17 @@ Source: Kadkhodaie et al. 2024, their published training code.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ditlab.diffusion.network_denoisers import BlindDenoiser
 from ditlab.diffusion.noise_levels import LevelRange
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig
 from ditlab.diffusion.objectives import Draws, Objective
-from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
 
-__all__ = ["BlindObjective", "BlindObjectiveConfig"]
-
-
-@dataclass(frozen=True)
-class BlindObjectiveConfig:
-    """Training of a network that gets the noisy image alone, in its own units, and returns the noise.
-
-    The loss is the squared error summed over an image, as in Kadkhodaie et al.'s code. The values -1 and 1 of an
-    image are `low` and `high` for the network; a bias-free network is homogeneous about its zero.
-    """
-
-    kind: Literal["blind"] = "blind"
-    """Names this objective in config.json."""
-    low: float = 0.0
-    """The network's value for -1."""
-    high: float = 1.0
-    """The network's value for 1."""
-    max_level: float = 1.0
-    """Highest noise level, in the network's units: 1 in Kadkhodaie et al., 100 / 255 in Mohan et al.'s BF-CNN."""
-
-    __repr__ = short_repr
-
-    def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
-        if not -math.inf < self.low < self.high < math.inf:
-            raise DitlabError(f"objective: expected finite low < high, found {self.low} and {self.high}")
-        if not 0 < self.max_level < math.inf:
-            raise DitlabError(f"objective: expected a finite max_level > 0, found {self.max_level}")
-
-    def build(self) -> BlindObjective:
-        """Returns the objective."""
-        return BlindObjective(self)
+__all__ = ["BlindObjective"]
 
 
 class BlindObjective(Objective):

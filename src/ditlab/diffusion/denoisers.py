@@ -14,21 +14,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.noise_levels import LevelRange, Levels
 from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError, unknown_name
 
-__all__ = ["Denoiser", "Prediction", "PredictionTarget", "Variance", "complete", "spread"]
-
-PredictionTarget = Literal["epsilon", "x0"]
-Variance = Literal["learned-range", "fixed-small", "fixed-large"]
+__all__ = ["Denoiser", "Prediction", "complete", "spread"]
 
 # Float32 rounding may move a level beyond a grid's ends.
 _SLACK = 1e-6

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ditlab.diffusion.denoisers import PredictionTarget, Variance
+from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.schedules import VPSchedule
 from ditlab.diffusion.short_repr import short_repr
 

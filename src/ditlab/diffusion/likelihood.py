@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ditlab.diffusion.choices import Respacing
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
-from ditlab.diffusion.schedules import Respacing, VPSchedule
+from ditlab.diffusion.schedules import VPSchedule
 from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
 

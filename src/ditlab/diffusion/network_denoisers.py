@@ -17,14 +17,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.denoisers import Denoiser, Prediction, PredictionTarget, Variance, complete
-from ditlab.diffusion.noise_levels import BetweenSteps, DiscreteLevels, LevelRange, Levels
+from ditlab.diffusion.choices import BetweenSteps, Preconditioning, PredictionTarget, Variance
+from ditlab.diffusion.denoisers import Denoiser, Prediction, complete
+from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange, Levels
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
 from ditlab.errors import DitlabError, unknown_name
 
-__all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "Preconditioning", "VPDenoiser"]
-
-Preconditioning = Literal["edm", "vp", "ve"]
+__all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "VPDenoiser"]
 
 
 class NetworkDenoiser(Denoiser):

@@ -13,18 +13,17 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditlab.diffusion.schedules import Respacing, noise_levels, respace
+from ditlab.diffusion.choices import BetweenSteps, Respacing
+from ditlab.diffusion.schedules import noise_levels, respace
 from ditlab.errors import DitlabError
 
-__all__ = ["BetweenSteps", "DiscreteLevels", "LevelRange", "Levels"]
-
-BetweenSteps = Literal["interpolate", "round"]
+__all__ = ["DiscreteLevels", "LevelRange", "Levels"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,95 +15,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ditlab.diffusion.denoisers import Denoiser, PredictionTarget, Variance
+from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
-from ditlab.diffusion.network_denoisers import EDMDenoiser, Preconditioning, VPDenoiser
-from ditlab.diffusion.noise_levels import BetweenSteps
-from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, ScheduleName, VPSchedule, make_schedule
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.network_denoisers import EDMDenoiser, VPDenoiser
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, make_schedule
 from ditlab.diffusion.time_sampling import LossSecondMoment
 from ditlab.errors import DitlabError
 
-__all__ = ["Draws", "EDMObjective", "EDMObjectiveConfig", "Objective", "VPObjective", "VPObjectiveConfig"]
+__all__ = ["Draws", "EDMObjective", "Objective", "VPObjective"]
 
 Draws = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class VPObjectiveConfig:
-    """Training on the steps of a discrete VP process, as DDPM, improved-diffusion and DiT do."""
-
-    kind: Literal["vp"] = "vp"
-    """Names this objective in config.json."""
-    schedule: ScheduleName = "linear"
-    """Noise schedule."""
-    steps: int = 1000
-    """Number of steps T of the process."""
-    prediction: PredictionTarget = "epsilon"
-    """What the network predicts: the noise or the clean image."""
-    variance: Variance = "learned-range"
-    """Reverse variance: learned between its two bounds (the network then has twice the channels), or one of the two."""
-    loss: Literal["mse", "rescaled-mse", "kl", "kl-unscaled"] = "mse"
-    """mse: mean squared error, plus the variational bound in bits if the variance is learned; rescaled-mse: the
-    bound times T / 1000; kl: T times the bound alone; kl-unscaled: the bound of one step alone."""
-    time_sampling: Literal["uniform", "loss-second-moment"] = "uniform"
-    """How t is drawn in training: loss-second-moment draws steps of large loss more often and weights them down."""
-    rescale_time: bool = False
-    """Give the network t * 1000 / T instead of t."""
-    between: BetweenSteps = "interpolate"
-    """For a level between two steps, the denoiser takes a fractional t or the nearest step's."""
-    label_dropout: float = 0.1
-    """Probability that an image's label is replaced by "no class" (conditional networks only)."""
-
-    __repr__ = short_repr
-
-    def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
-        make_schedule(self.schedule, self.steps)
-        _check_dropout(self.label_dropout)
-
-    def build(self) -> VPObjective:
-        """Returns the objective."""
-        return VPObjective(self)
-
-
-@dataclass(frozen=True)
-class EDMObjectiveConfig:
-    """Training on continuous levels with a preconditioned network, as EDM does."""
-
-    kind: Literal["edm"] = "edm"
-    """Names this objective in config.json."""
-    precond: Preconditioning = "edm"
-    """Preconditioning, with the distribution of levels and the loss weight that belong to it."""
-    sigma_data: float = 0.5
-    """Standard deviation of the images (precond edm)."""
-    p_mean: float = -1.2
-    """Mean of ln sigma in training (precond edm)."""
-    p_std: float = 1.2
-    """Standard deviation of ln sigma in training (precond edm)."""
-    label_dropout: float = 0.1
-    """Probability that an image's label is replaced by "no class" (conditional networks only)."""
-
-    __repr__ = short_repr
-
-    def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
-        if self.sigma_data <= 0 or self.p_std <= 0:
-            raise DitlabError(
-                f"objective: expected sigma_data > 0 and p_std > 0, found {self.sigma_data} and {self.p_std}"
-            )
-        _check_dropout(self.label_dropout)
-
-    def build(self) -> EDMObjective:
-        """Returns the objective."""
-        return EDMObjective(self)
 
 
 class Objective(ABC):
@@ -333,8 +261,3 @@ class EDMObjective(Objective):
     def network_outputs(self, channels: int) -> int:
         """Returns C: no variance is learned."""
         return channels
-
-
-def _check_dropout(probability: float) -> None:
-    if not 0 <= probability < 1:
-        raise DitlabError(f"objective: expected label_dropout in [0, 1), found {probability}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.diffusion.schedules import Discretization, FlowName, check_respacing, noise_levels
+from ditlab.diffusion.choices import Discretization, FlowName, check_levels, respacing_counts
 from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError
 
@@ -146,7 +146,7 @@ def _respacing(where: str, steps: object) -> str:
     """Returns steps as text, checked."""
     if isinstance(steps, bool) or not isinstance(steps, int | str):
         raise DitlabError(f"{where}: expected steps as a count or a respacing such as ddim50, found {steps!r}")
-    check_respacing(str(steps))
+    respacing_counts(str(steps))  # refuses what is no respacing
     return str(steps)
 
 
@@ -158,7 +158,11 @@ def _check_levels(where: str, config: HeunConfig | DPMSolverConfig) -> None:
     steps = int(value)
     object.__setattr__(config, "steps", steps)
     if config.levels != "grid":
-        noise_levels(config.levels, steps, config.sigma_min, config.sigma_max, config.rho)
+        check_levels(config.levels, steps, config.sigma_min, config.sigma_max)
+        if config.levels == "iddpm":  # between two limits there may be no level at all
+            from ditlab.diffusion.schedules import noise_levels
+
+            noise_levels(config.levels, steps, config.sigma_min, config.sigma_max)
     elif steps < 1:
         raise DitlabError(f"{where}: expected steps of at least 1, found {steps}")
     elif config.sigma_min is not None or config.sigma_max is not None:

@@ -11,29 +11,24 @@ Karras et al. 2022, Table 1 (the four discretizations, the flows), Eq. 5 (rho sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.diffusion.choices import FlowName, Respacing, check_levels, check_schedule, respacing_counts
+from ditlab.errors import DitlabError
 
 __all__ = [
     "FLOWS",
-    "LEVEL_LIMITS",
     "VP_BETA_D",
     "VP_BETA_MIN",
-    "Discretization",
     "Flow",
-    "FlowName",
     "FlowPoint",
-    "Respacing",
-    "ScheduleName",
     "VPSchedule",
-    "check_respacing",
     "cosine_levels",
     "make_schedule",
     "noise_levels",
@@ -41,10 +36,6 @@ __all__ = [
     "vp_sigma",
     "vp_sigma_inverse",
 ]
-
-ScheduleName = Literal["linear", "cosine"]
-Discretization = Literal["edm", "vp", "ve", "iddpm"]
-Respacing = str | int | Sequence[int]
 
 # Song et al. 2021's continuous VP process, in the notation of Karras et al. 2022, Table 1.
 VP_BETA_D = 19.9
@@ -152,22 +143,12 @@ def make_schedule(name: str, steps: int) -> VPSchedule:
     Raises:
         DitlabError: unknown name, or too few steps.
     """
+    check_schedule(name, steps)
     if name == "linear":
-        if steps <= 20:
-            raise DitlabError(f"schedule 'linear': expected more than 20 steps, found {steps}")
         return VPSchedule(np.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps))
-    if name == "cosine":
-        if steps < 1:
-            raise DitlabError(f"schedule 'cosine': expected at least 1 step, found {steps}")
-        u = np.arange(steps + 1) / steps
-        abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-        return VPSchedule(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
-    raise unknown_name("schedule", name, ("linear", "cosine"))
-
-
-def check_respacing(spec: Respacing) -> None:
-    """Raises a DitlabError for a specification that `respace` cannot read, whatever the number of steps."""
-    _counts(spec.removeprefix("ddim") if isinstance(spec, str) else spec, spec, single=str(spec).startswith("ddim"))
+    u = np.arange(steps + 1) / steps
+    abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    return VPSchedule(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
 
 
 def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
@@ -184,12 +165,12 @@ def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
     """
     steps = schedule if isinstance(schedule, int) else len(schedule)
     if isinstance(spec, str) and spec.startswith("ddim"):
-        (count,) = _counts(spec.removeprefix("ddim"), spec, single=True)
+        (count,) = respacing_counts(spec)
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
         raise DitlabError(f"respacing '{spec}': no integer stride takes exactly {count} of {steps} steps")
-    counts = _counts(spec, spec)
+    counts = respacing_counts(spec)
     respaced: list[int] = []
     start = 0
     for section, count in enumerate(counts):
@@ -204,16 +185,6 @@ def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
             position += stride
         start += size
     return respaced
-
-
-def _counts(spec: Respacing, whole: Respacing, single: bool = False) -> list[int]:
-    try:
-        parts = [int(part) for part in (str(spec).split(",") if isinstance(spec, str | int) else spec)]
-    except ValueError:
-        parts = []
-    if not parts or min(parts) < 1 or (single and len(parts) > 1):
-        raise DitlabError(f"respacing '{whole}': expected counts of at least 1 such as 250, ddim50 or 10,15,20")
-    return parts
 
 
 def vp_sigma(t: np.ndarray | float, beta_d: float = VP_BETA_D, beta_min: float = VP_BETA_MIN) -> np.ndarray:
@@ -268,7 +239,6 @@ def _vp_growth(sigma: float) -> float:
     return 0.5 * (VP_BETA_MIN + VP_BETA_D * float(vp_sigma_inverse(sigma))) * (1 + sigma**-2)
 
 
-FlowName = Literal["linear", "vp", "ve"]
 FLOWS: dict[FlowName, Flow] = {
     "linear": Flow(
         time=lambda sigma: sigma,
@@ -294,15 +264,6 @@ FLOWS: dict[FlowName, Flow] = {
 }
 
 
-# Default lowest and highest level of each discretization (Karras et al. 2022, Table 1).
-LEVEL_LIMITS: dict[str, tuple[float, float]] = {
-    "edm": (0.002, 80.0),
-    "vp": (float(vp_sigma(1e-3)), float(vp_sigma(1.0))),
-    "ve": (0.02, 100.0),
-    "iddpm": (0.002, 81.0),
-}
-
-
 def noise_levels(
     name: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
 ) -> np.ndarray:
@@ -319,12 +280,7 @@ def noise_levels(
     Raises:
         DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
     """
-    if name not in LEVEL_LIMITS:
-        raise unknown_name("discretization", name, LEVEL_LIMITS)
-    low = LEVEL_LIMITS[name][0] if sigma_min is None else sigma_min
-    high = LEVEL_LIMITS[name][1] if sigma_max is None else sigma_max
-    if steps < 1 or not 0 < low < high < np.inf:
-        raise DitlabError(f"noise levels: expected steps >= 1 and 0 < lowest < highest, found {steps}, {low}, {high}")
+    low, high = check_levels(name, steps, sigma_min, sigma_max)
     # 0 at the highest level, 1 at the lowest; a single level is the highest.
     fraction = np.arange(steps) / max(steps - 1, 1)
     if name == "edm":

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-
 __all__ = ["short_repr"]
 
 
@@ -28,13 +25,17 @@ def short_repr(self: Any) -> str:
 
 
 def _equal(value: Any, default: Any) -> bool:
-    return default is not MISSING and not isinstance(value, Tensor | np.ndarray) and value == default
+    return default is not MISSING and not _is_array(value) and value == default
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")  # a tensor or an array; neither library is imported here
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Tensor | np.ndarray):
+    if _is_array(value):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, nn.Module):
+    if hasattr(value, "named_parameters"):  # a network
         return type(value).__name__
     if isinstance(value, list | tuple) and len(value) > 6:
         return f"[{value[0]!r}, ..., {value[-1]!r}] of {len(value)}"

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditlab.diffusion.choices import LEVEL_LIMITS
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
-from ditlab.diffusion.schedules import FLOWS, LEVEL_LIMITS, FlowPoint, VPSchedule, noise_levels
+from ditlab.diffusion.schedules import FLOWS, FlowPoint, VPSchedule, noise_levels
 
 __all__ = ["DDIMStep", "DDPMStep", "DPMSolverStep", "FlowStep", "HeunStep", "Step", "StepTable", "make_step_table"]
 

@@ -16,13 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from ditlab.data.manifest import hash_file
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig
 from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, freeze
 from ditlab.interop.original_files import load_weights
-from ditlab.networks.bf_cnn import BFCNN, BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet, BFUNetConfig
+from ditlab.networks.bf_cnn import BFCNN
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet import BFUNet
+from ditlab.networks.bf_unet_config import BFUNetConfig
 
 _PARALLEL = "module."
 _CNN, _UNET = "conv_layers.0.weight", "encoder.0.0.weight"

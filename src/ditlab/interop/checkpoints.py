@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ditlab.errors import DitlabError
 from ditlab.interop.bias_free import build_bias_free, is_bias_free
+from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel
-from ditlab.interop.improved_diffusion import UNetFile, build_unet, is_unet
+from ditlab.interop.improved_diffusion import build_unet, is_unet
 from ditlab.interop.original_dit import build_dit, is_dit
 from ditlab.interop.original_files import read_state
 

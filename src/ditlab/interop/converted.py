@@ -20,7 +20,7 @@ import pydantic
 
 from ditlab.config import Network, Sampler, from_json
 from ditlab.data.manifest import hash_file
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder
 from ditlab.interop.imported import ImportedModel, freeze, objective_of, state_on_cpu

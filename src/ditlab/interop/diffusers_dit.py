@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.errors import DitlabError
 from ditlab.files import atomic_folder
 from ditlab.interop.diffusers_models import describe, find_folder, library, load_module, load_scheduler, make_denoiser
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.rng import torch_generator
 
 _NAMES = {

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ditlab.data.autoencoder import weights_hash
-from ditlab.diffusion.denoisers import Prediction, PredictionTarget, Variance
+from ditlab.diffusion.choices import PredictionTarget, Variance
+from ditlab.diffusion.denoisers import Prediction
 from ditlab.diffusion.network_denoisers import VPDenoiser
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError

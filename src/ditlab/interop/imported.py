@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ditlab.diffusion.choices import ScheduleName
 from ditlab.diffusion.network_denoisers import NetworkDenoiser, VPDenoiser
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import SamplerConfig
-from ditlab.diffusion.schedules import ScheduleName, VPSchedule, make_schedule
+from ditlab.diffusion.schedules import VPSchedule, make_schedule
 from ditlab.errors import DitlabError
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,14 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ditlab.data.manifest import hash_file
-from ditlab.diffusion.denoisers import PredictionTarget
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.choices import ScheduleName
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
-from ditlab.diffusion.schedules import ScheduleName
 from ditlab.errors import DitlabError, unknown_name
+from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
 from ditlab.interop.original_files import int_arg, load_weights, read_state, write_state
-from ditlab.networks.unet import CONDITION, UNet, UNetConfig
+from ditlab.networks.unet import CONDITION, UNet
+from ditlab.networks.unet_config import UNetConfig
 
 _SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 2, 4, 4): 256}
 """Multipliers -> image size: the three that the original's scripts allow."""
@@ -57,24 +58,6 @@ _ENDS = {
     "out.0": "norm",
     "out.2": "out",
 }
-
-
-@dataclass(frozen=True)
-class UNetFile:
-    """Settings that a checkpoint of improved-diffusion lacks; by default those of the published one of its shape."""
-
-    heads_up: int | None = None
-    """Attention heads of the decoder; the same as the encoder's by default."""
-    size: int | None = None
-    """Side of the images in pixels, if its levels are not the original's for 32, 64 or 256."""
-    schedule: ScheduleName | None = None
-    """Noise schedule."""
-    steps: int | None = None
-    """Number of steps of the process."""
-    rescale_time: bool | None = None
-    """Whether the network gets t * 1000 / T instead of t."""
-    prediction: PredictionTarget | None = None
-    """Prediction target; the noise by default."""
 
 
 @dataclass(frozen=True)

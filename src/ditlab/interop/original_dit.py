@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ditlab.data.manifest import hash_file
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
 from ditlab.interop.original_files import int_arg, load_weights, read_state, write_state
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
 
 _NAMES = {

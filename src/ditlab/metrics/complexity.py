@@ -82,7 +82,8 @@ def complexity(
         DitlabError: a network that refuses such images.
 
     Example:
-        >>> from ditlab.networks.dit import DiT, DiTConfig
+        >>> from ditlab.networks.dit import DiT
+        >>> from ditlab.networks.dit_config import DiTConfig
         >>> network = DiT(DiTConfig(image_size=(8, 8), width=16, depth=2, heads=2))
         >>> complexity(network, (3, 8, 8)).macs
         672512

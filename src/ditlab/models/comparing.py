@@ -13,7 +13,7 @@ import torch
 from ditlab.config import differing_settings
 from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.errors import DitlabError, Incompatible, InvalidConfig
+from ditlab.errors import AlreadyExists, DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
 from ditlab.models.opening import open_model
 from ditlab.models.run import Run
@@ -114,7 +114,7 @@ def check_output(out: Path | None) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise DitlabError(f"`out` {out}: expected a folder, found a file at {place}")
+        raise AlreadyExists(f"`out` {out}: expected a folder, found a file at {place}")
     if not os.access(place, os.W_OK | os.X_OK):
         raise DitlabError(f"`out` {out}: expected a folder that can be written to, found {place}, which cannot")
 
@@ -156,8 +156,9 @@ def open_models(
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
-    for model in models if held_out is not None else ():
-        model.use_held_out(_held_out_images(held_out, model, codec, reporter))
+    if held_out is not None:
+        for model in models:
+            model.use_held_out(_held_out_images(held_out, model, codec, reporter))
     _check_named_once(models)
     _check_images(models)
     if names and len(names) != len(models):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ditlab.config import RunConfig, differences, fit_to_images, fit_to_latents, from_json, to_json
 from ditlab.data.imageset import ImageSet
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import InvalidConfig, unknown_name
 from ditlab.networks.base import NetworkConfig
 from ditlab.presets import preset

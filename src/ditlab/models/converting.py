@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ditlab.data.autoencoder import open_autoencoder
 from ditlab.errors import AlreadyExists, DitlabError
@@ -13,20 +13,20 @@ from ditlab.files import atomic_folder
 from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.converted import write_converted
 from ditlab.interop.diffusers_dit import convert_diffusers, write_diffusers
+from ditlab.interop.formats import Format, UNetFile
 from ditlab.interop.imported import ImportedModel, objective_of
-from ditlab.interop.improved_diffusion import UNetFile, write_improved
+from ditlab.interop.improved_diffusion import write_improved
 from ditlab.interop.original_dit import write_original
 from ditlab.interop.original_files import SUFFIXES
 from ditlab.models.external import ExternalModel
 from ditlab.models.opening import open_model
 from ditlab.models.run import Run
-from ditlab.networks.dit import DiT, DiTConfig
+from ditlab.networks.dit import DiT
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.networks.unet import UNet
 from ditlab.progress import SILENT, Reporter
 
-__all__ = ["Conversion", "Converted", "Format"]
-
-Format = Literal["ditlab", "diffusers", "original"]
+__all__ = ["Conversion", "Converted"]
 
 _NO_CODEC = "convert: `codec`: expected a run on latents and `to` diffusers, found another conversion"
 

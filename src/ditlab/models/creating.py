@@ -21,10 +21,10 @@ from torch import nn
 
 import ditlab
 from ditlab.config import RunConfig, RunRecord, SplitRecord, differences, to_json
-from ditlab.data.autoencoder import AutoencoderRecord
+from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.splits import make_split
-from ditlab.errors import DitlabError, Incompatible
+from ditlab.errors import AlreadyExists, DitlabError, Incompatible
 from ditlab.metrics.denoising_errors import grid_levels
 from ditlab.metrics.psnr import psnr_point
 from ditlab.models.run import Run
@@ -55,7 +55,7 @@ def environment(device: torch.device) -> dict[str, str]:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    found = {
+    versions = {
         "ditlab": ditlab.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -66,9 +66,9 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": str(device),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
-    return found
+        versions["gpu"] = torch.cuda.get_device_name(device)
+        versions["cuda"] = str(torch.version.cuda)
+    return versions
 
 
 def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torch.device, command: str = "") -> Run:
@@ -83,7 +83,10 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
             the place of the earlier one.
 
     Raises:
-        DitlabError: the folder holds something else, or a run with other settings, or the split cannot be made.
+        AlreadyExists: the folder holds something else than a run.
+        Incompatible: it holds a run with other settings or images, or that has already made more steps, or that
+            another process is training.
+        DitlabError: the split cannot be made, or the folder cannot be written to.
     """
     path = Path(path)
     split = make_split(images, config.data.n, config.data.test, config.data.seed, config.data.skip)
@@ -93,8 +96,8 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
         config, SplitRecord(**split.to_json()), command, environment(device), codec=_codec_of(config, images, path)
     )
     if (path / "config.json").exists():
-        found = Run.open(path)
-        changed = {k: v for k, v in differences(found.config, config).items() if k != "data.path"}
+        earlier = Run.open(path)
+        changed = {k: v for k, v in differences(earlier.config, config).items() if k != "data.path"}
         wrong = {
             name: pair
             for name, pair in changed.items()
@@ -103,31 +106,34 @@ def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torc
         if wrong:
             name, (before, now) = next(iter(wrong.items()))
             more = f" ({len(wrong)} settings differ)" if len(wrong) > 1 else ""
-            raise DitlabError(
+            raise Incompatible(
                 f"run {path}: it was started with {name} = {before}, now {now} is asked for{more}; "
                 "give another `out`, or the same settings to resume it"
             )
-        if found.record.split.hash != split.hash:
-            raise DitlabError(f"run {path}: it was started on other images; give another `out`, or the same image set")
+        if earlier.record.split.hash != split.hash:
+            raise Incompatible(f"run {path}: it was started on other images; give another `out`, or the same image set")
         if not changed:
-            return Run(path, found.record, images.path)
+            return Run(path, earlier.record, images.path)
         if "training.steps" in changed and config.training.lr_anneal:
             before, now = changed["training.steps"]
-            raise DitlabError(
+            raise Incompatible(
                 f"run {path}: its learning rate falls to 0 over training.steps = {before}, now {now} is asked for, "
                 "which would change the steps already made; give another `out`, or the same steps"
             )
-        done = found.checkpoints.steps()
+        done = earlier.checkpoints.steps()
         if done and config.training.steps < done[-1]:
-            raise DitlabError(
+            raise Incompatible(
                 f"run {path}: it has already made {done[-1]} steps, now training.steps = {config.training.steps} is "
                 "asked for; give another `out`, or at least as many steps"
             )
-        record = replace(found.record, config=config, command=command or found.record.command)
-    elif path.is_file():
-        raise DitlabError(f"run {path}: expected a new folder or a run's, found a file")
-    elif path.is_dir() and any(child.name != _UNFINISHED for child in path.iterdir()):
-        raise DitlabError(f"run {path}: the folder exists and is not a run; give another `out`")
+        record = replace(earlier.record, config=config, command=command or earlier.record.command)
+        with run_lock(path):  # while another process trains it, its settings stay as they are
+            _write_record(path, record)
+        return Run(path, record, images.path)
+    if path.is_file():
+        raise AlreadyExists(f"run {path}: expected a new folder or a run's, found a file")
+    if path.is_dir() and any(child.name != _UNFINISHED for child in path.iterdir()):
+        raise AlreadyExists(f"run {path}: the folder exists and is not a run; give another `out`")
     _write_record(path, record)
     return Run(path, record, images.path)
 
@@ -136,13 +142,13 @@ def _codec_of(config: RunConfig, images: ImageSet, path: Path) -> AutoencoderRec
     """What a run's record keeps of the codec of its images; None for pixels."""
     if images.latents is None:
         return None
-    kept = images.latents.record
-    if config.training.flip and not kept.mirrored:
-        raise DitlabError(
+    latents = images.latents.record
+    if config.training.flip and not latents.mirrored:
+        raise Incompatible(
             f"training.flip: {images.path} holds no latents of mirrored pictures; encode it with `mirrored`, or train "
             "with training.flip False"
         )
-    return kept.codec.moved(images.path, path)
+    return latents.codec.moved(images.path, path)
 
 
 def _write_record(path: Path, record: RunRecord) -> None:
@@ -171,13 +177,18 @@ def run_lock(folder: Path, wait: float = 30.0) -> Iterator[None]:
 
     Raises:
         Incompatible: another process still trains the run after that time.
+        DitlabError: the folder cannot be written to.
     """
     try:
         import fcntl
     except ImportError:  # Windows has no such lock; there the user must not train a run twice at once
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DitlabError(f"run {folder}: its folder could not be written: {error.strerror}") from None
+    with file:
         end = time.monotonic() + wait
         while True:
             try:

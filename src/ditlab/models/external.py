@@ -18,10 +18,11 @@ from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reo
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.samplers import SamplerConfig
-from ditlab.errors import DitlabError, Incompatible, NotFound
+from ditlab.errors import Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
 from ditlab.models.model import RESULTS, Model, Side
 from ditlab.models.split_config import SplitConfig
+from ditlab.networks.base import NetworkConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
 
@@ -66,9 +67,9 @@ class ExternalModel(Model):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The format, and the network's config where it is one of ditlab's; `preset` is its name."""
-        network = getattr(self.model.denoiser.network, "config", None)
-        known = isinstance(network, object) and hasattr(network, "__dataclass_fields__")
-        shape = {f"network.{name}": value for name, value in asdict(network).items()} if known else {}
+        network: Any = getattr(self.model.denoiser.network, "config", None)
+        values = asdict(network) if isinstance(network, NetworkConfig) else {}
+        shape = {f"network.{name}": value for name, value in values.items()}
         return {"preset": self.name, "format": self.model.source.get("format"), **shape}
 
     @property
@@ -201,7 +202,7 @@ def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], Importe
     def either(ema: bool) -> ImportedModel:
         model = read()
         if not ema:
-            raise DitlabError(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
+            raise NotFound(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
         return model
 
     return either

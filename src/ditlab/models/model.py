@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from ditlab.config import SplitRecord
 from ditlab.data.autoencoder import Autoencoder, Identity
+from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
 from ditlab.data.splits import Split, held_out_order, make_split, verify
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
 from ditlab.errors import Incompatible, NotFound
 from ditlab.models.split_config import SplitConfig
@@ -376,6 +377,16 @@ class Model:
     def codec(self) -> Autoencoder:
         """What turns images as the denoiser sees them into pictures: an autoencoder, or the identity for pixels."""
         return self._autoencoder or Identity(self.source_denoiser.shape[0])
+
+    @property
+    def autoencoder_record(self) -> AutoencoderRecord:
+        """What the autoencoder is; the identity's for pixels."""
+        return self.codec.record
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the image set."""
+        return self.images.class_names
 
     def decode(self, images: Tensor) -> np.ndarray:
         """Returns pictures, uint8 [B, C, H, W], of images [B, c, h, w] as the denoiser sees them."""

@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
@@ -144,7 +144,7 @@ def _open_object(
                 "Denoiser.wrap(network, shape)"
             )
         images = data if isinstance(data, ImageSet) else ImageSet.open(data)
-        value = Denoiser.wrap(value, shape=images.shape)
+        value = Denoiser.wrap(cast(Callable[..., Tensor], value), shape=images.shape)
     config = split or SplitConfig()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     model = Model(

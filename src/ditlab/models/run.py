@@ -23,10 +23,10 @@ from ditlab.config import RunConfig, RunRecord, SplitRecord, flat, read_record
 from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
-from ditlab.diffusion.objectives import VPObjectiveConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, NotFound
 from ditlab.models.model import Model
 from ditlab.networks.registry import build_network
 from ditlab.progress import SILENT, Reporter
@@ -42,7 +42,7 @@ class Run(Model):
         self,
         path: Path,
         record: RunRecord,
-        data: Path | None = None,
+        data: ImageSet | Path | None = None,
         codec: str | Path | None = None,
         *,
         step: int | None = None,
@@ -55,7 +55,7 @@ class Run(Model):
     @staticmethod
     def open(
         path: str | Path,
-        data: str | Path | None = None,
+        data: ImageSet | str | Path | None = None,
         codec: str | Path | None = None,
         *,
         step: int | None = None,
@@ -65,22 +65,23 @@ class Run(Model):
 
         Args:
             path: its folder.
-            data: where its image set lies now, if it was moved.
+            data: where its image set lies now, if it was moved, or the image set.
             codec: where its autoencoder lies now, if it was moved (`ditlab.data.autoencoder`).
             step: the checkpoint that stands for it; the newest where not given.
             results: the folder for what is measured, where its own one may not be written.
 
         Raises:
-            DitlabError: there is no run, or its config.json cannot be used.
+            NotFound: there is no run.
+            DitlabError: its config.json cannot be used.
         """
         folder = Path(path)
         if not folder.is_dir():
-            found = "a file" if folder.exists() else "nothing"
+            content = "a file" if folder.exists() else "nothing"
             if folder.is_file() and folder.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
-                found = "a pickle, which could run code and is not opened"
-            raise DitlabError(f"run {folder}: expected a run's folder, found {found}")
+                content = "a pickle, which could run code and is not opened"
+            raise NotFound(f"run {folder}: expected a run's folder, found {content}")
         record = read_record(folder / "config.json")
-        return Run(folder, record, None if data is None else Path(data), codec, step=step, results=results)
+        return Run(folder, record, Path(data) if isinstance(data, str) else data, codec, step=step, results=results)
 
     @property
     def name(self) -> str:
@@ -163,7 +164,9 @@ class Run(Model):
     def images(self) -> ImageSet:
         """The image set that it was trained on."""
         if self._data is None and not self.config.data.path:
-            raise DitlabError(f"run {self.name}: its images did not come with it; give their set's folder as `data`")
+            raise NotFound(f"run {self.name}: its images did not come with it; give their set's folder as `data`")
+        if isinstance(self._data, ImageSet):
+            return self._data
         return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
 
     @cached_property
@@ -186,18 +189,19 @@ class Run(Model):
         """The checkpoint of a step, the one that stands for the run, or the newest whole one.
 
         Raises:
-            DitlabError: there is none, or the one asked for is damaged.
+            NotFound: there is none.
+            Damaged: the one that was asked for is damaged.
         """
         step = self._step if step is None else step
         if step is not None:
             if step not in self.checkpoints.steps():
-                kept = ", ".join(str(s) for s in self.checkpoints.steps()) or "none"
-                raise DitlabError(f"run {self.path}: no checkpoint of step {step}, found {kept}")
+                steps = ", ".join(str(s) for s in self.checkpoints.steps()) or "none"
+                raise NotFound(f"run {self.path}: no checkpoint of step {step}, found {steps}")
             return self.checkpoints.load(step)
-        found = self.checkpoints.newest(reporter.note)
-        if found is None:
-            raise DitlabError(f"run {self.path}: expected a checkpoint, found none; was it trained?")
-        return found
+        checkpoint = self.checkpoints.newest(reporter.note)
+        if checkpoint is None:
+            raise NotFound(f"run {self.path}: expected a checkpoint, found none; was it trained?")
+        return checkpoint
 
     def network(self, checkpoint: Checkpoint, *, ema: bool = True) -> nn.Module:
         """The network with a checkpoint's weights, in evaluation mode, on the CPU."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar, TypeVar, get_args, get_type_hints
-
-import torch
-from torch import nn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from ditlab.errors import DitlabError
-from ditlab.rng import key
 
-_Network = TypeVar("_Network", bound=type[nn.Module])
+if TYPE_CHECKING:
+    from torch import nn
+
+_Network = TypeVar("_Network")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class NetworkConfig:
         return 0
 
 
-NETWORKS: dict[type[NetworkConfig], type[nn.Module]] = {}
-"""The registered networks: config class -> module class."""
+NETWORKS: dict[type[NetworkConfig], Any] = {}
+"""The registered networks: config class -> module class, or where it is: "package.module:Class"."""
 
 _FIELDS = {
     "takes_labels": {"num_classes", "null_class"},
@@ -96,7 +96,8 @@ _FIELDS = {
 def register(config: type[NetworkConfig]) -> Callable[[_Network], _Network]:
     """Registers a network, as a decorator of its module class; configs of its kind can then be read and built.
 
-    Registering a class of the same name again (a notebook cell that ran twice) replaces the first.
+    Registering a class of the same name again (a notebook cell that ran twice) replaces the first. ditlab's own list
+    gives the decorator "package.module:Class" instead of a class, so that configs are read without torch.
 
     Args:
         config: the config class, from which `network(config)` builds the module.
@@ -136,6 +137,15 @@ def register(config: type[NetworkConfig]) -> Callable[[_Network], _Network]:
     return add
 
 
+def network_class(config: type[NetworkConfig]) -> Any:
+    """Returns the module class of a registered network; imports its module where necessary."""
+    network = NETWORKS[config]
+    if not isinstance(network, str):
+        return network
+    module, _, name = network.partition(":")
+    return getattr(import_module(module), name)
+
+
 def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
     """Returns a network on the CPU with the initial weights of a seed; torch's global generator stays unchanged.
 
@@ -144,9 +154,13 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
     """
     if type(config) not in NETWORKS:
         raise DitlabError(f"build network: expected the config of a registered network, found {type(config).__name__}")
+    import torch
+
+    from ditlab.rng import key
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "weights"))
-        return NETWORKS[type(config)](config)
+        return network_class(type(config))(config)
 
 
-__all__ = ["NETWORKS", "NetworkConfig", "build_network", "register"]
+__all__ = ["NETWORKS", "NetworkConfig", "build_network", "network_class", "register"]

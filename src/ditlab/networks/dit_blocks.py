@@ -17,15 +17,12 @@ of adaLN's regression.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ditlab.networks.dit_config import BlockKind
 from ditlab.nn.attention import Grid, Pattern, SelfAttention
 from ditlab.nn.layers import MLP, CrossAttention, modulate
-
-BlockKind = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 
 
 def _norm(width: int, *, affine: bool) -> nn.LayerNorm:
@@ -178,4 +175,4 @@ class FinalLayer(nn.Module):
         return self.out(x)
 
 
-__all__ = ["BLOCKS", "Block", "BlockKind", "FinalLayer", "is_modulated"]
+__all__ = ["BLOCKS", "Block", "FinalLayer", "is_modulated"]

@@ -7,14 +7,12 @@ sinusoid of the timestep is DDPM's and DiT's (Vaswani et al. 2017).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-Spacing = Literal["original", "diffusers"]
-"""Spacing of a time embedding's frequencies; see `frequencies`."""
+from ditlab.nn.spacing import Spacing
 
 
 def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "original") -> Float[Tensor, " k"]:

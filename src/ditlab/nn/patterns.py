@@ -11,13 +11,12 @@ the clipped window; Hassani et al., "Neighborhood Attention Transformer" (2204.0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
-from jaxtyping import Bool
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Grid = tuple[int, int]
 Border = Literal["clip", "shift"]
@@ -36,8 +35,10 @@ class Global:
         """Whether every token sees every token on this grid: always true."""
         return True
 
-    def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
+    def mask(self, grid: Grid) -> Tensor:
         """Returns an all-true matrix `[rows * columns, rows * columns]`."""
+        import torch
+
         tokens = grid[0] * grid[1]
         return torch.ones(tokens, tokens, dtype=torch.bool)
 
@@ -79,7 +80,7 @@ class Window:
         """Whether every token sees every token on this grid: the outermost tokens see all."""
         return all(self.span(0, length) == (0, length) == self.span(length - 1, length) for length in grid)
 
-    def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
+    def mask(self, grid: Grid) -> Tensor:
         """Returns a matrix whose entry `[i, j]` says whether query i sees key j; the axes are independent.
 
         Args:
@@ -112,12 +113,14 @@ class Partition:
         """Whether there is only one window on this grid."""
         return self.size >= max(grid)
 
-    def mask(self, grid: Grid) -> Bool[Tensor, "T T"]:
+    def mask(self, grid: Grid) -> Tensor:
         """Returns a matrix whose entry `[i, j]` says whether query i sees key j.
 
         Args:
             grid: `(rows, columns)`. Windows at the far borders are smaller if `size` does not divide them.
         """
+        import torch
+
         rows, columns = (torch.arange(length) // self.size for length in grid)
         return _of_axes(rows[:, None] == rows[None], columns[:, None] == columns[None])
 
@@ -140,15 +143,17 @@ def check_fits(pattern: Pattern, grid: Grid) -> None:
         )
 
 
-def _axis_mask(window: Window, length: int) -> Bool[Tensor, "n n"]:
+def _axis_mask(window: Window, length: int) -> Tensor:
     """Returns which positions see which along one axis."""
+    import torch
+
     spans = [window.span(position, length) for position in range(length)]
     start, end = torch.tensor(spans).unbind(1)
     other = torch.arange(length)
     return (other >= start[:, None]) & (other < end[:, None])
 
 
-def _of_axes(rows: Bool[Tensor, "h h"], columns: Bool[Tensor, "w w"]) -> Bool[Tensor, "T T"]:
+def _of_axes(rows: Tensor, columns: Tensor) -> Tensor:
     """Returns the mask over the grid's tokens for which both the row rule and the column rule hold."""
     tokens = rows.shape[0] * columns.shape[0]
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tokens, tokens)

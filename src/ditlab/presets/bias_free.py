@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditlab.config import RunConfig
-from ditlab.diffusion.blind_objective import BlindObjectiveConfig
-from ditlab.diffusion.samplers import HeunConfig
+from ditlab.diffusion.objective_configs import BlindObjectiveConfig
+from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.networks.base import NetworkConfig
-from ditlab.networks.bf_cnn import BFCNNConfig
-from ditlab.networks.bf_unet import BFUNetConfig
+from ditlab.networks.bf_cnn_config import BFCNNConfig
+from ditlab.networks.bf_unet_config import BFUNetConfig
 from ditlab.presets.recipes import DDPM, LONG, TRAINING, in_edm
 from ditlab.training.config import TrainingConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ditlab.config import RunConfig
-from ditlab.networks.dit import DiTConfig
+from ditlab.networks.dit_config import DiTConfig
 from ditlab.presets.recipes import TRAINING, in_edm
 
 _SIZES = {  # depth, width, heads

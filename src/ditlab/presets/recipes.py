@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditlab.config import RunConfig
-from ditlab.diffusion.objectives import EDMObjectiveConfig, VPObjectiveConfig
-from ditlab.diffusion.samplers import HeunConfig
+from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
+from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.training.config import TrainingConfig
 
 _SHORT = TrainingConfig(batch_size=32, log_every=50, eval_every=250, save_every=500)

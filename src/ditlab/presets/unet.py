@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditlab.config import RunConfig
-from ditlab.diffusion.objectives import VPObjectiveConfig
-from ditlab.networks.unet import UNetConfig
+from ditlab.diffusion.objective_configs import VPObjectiveConfig
+from ditlab.networks.unet_config import UNetConfig
 from ditlab.presets.recipes import DDPM, LONG, TRAINING, in_edm
 from ditlab.training.config import TrainingConfig
 

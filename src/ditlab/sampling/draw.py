@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig, guided
+from ditlab.diffusion.guidance import guided
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import Callback, ImageNoise, SamplerConfig, sample
 from ditlab.errors import DitlabError
 from ditlab.progress import Bar

@@ -19,7 +19,7 @@ from torch import Tensor
 import ditlab
 from ditlab.config import differing_settings
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
 from ditlab.errors import AlreadyExists, Damaged, DitlabError, InvalidConfig
 from ditlab.files import flush, write_json
@@ -220,7 +220,7 @@ class SamplingJob:
         """Names of the classes, as far as the image set is there."""
         names: tuple[str, ...] = ()
         with suppress(DitlabError):  # sampling needs no images
-            names = self.model.images.class_names
+            names = self.model.class_names
         return {**dict(enumerate(names)), self.denoisers[0].num_classes: "no class"}
 
 
@@ -368,7 +368,7 @@ def _hash_of_images(model: Sampled, denoiser: Denoiser) -> str:
     """
     if denoiser.module is None:
         return ""
-    codec = {k: v for k, v in asdict(model.codec.record).items() if k not in ("source", "place")}
+    codec = {k: v for k, v in asdict(model.autoencoder_record).items() if k not in ("source", "place")}
     digest = hashlib.sha256(json.dumps([denoiser.identity, codec], sort_keys=True, default=str).encode())
     for name, value in sorted(denoiser.module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

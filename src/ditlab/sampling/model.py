@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ditlab.data.autoencoder import Autoencoder
-    from ditlab.data.imageset import ImageSet
-    from ditlab.diffusion.guidance import GuidanceConfig
+    from ditlab.data.autoencoder_record import AutoencoderRecord
+    from ditlab.diffusion.guidance_config import GuidanceConfig
     from ditlab.diffusion.sampler_configs import SamplerConfig
 
 __all__ = ["Sampled"]
@@ -44,19 +43,20 @@ class Sampled(Protocol):
         ...
 
     @property
-    def images(self) -> ImageSet:
-        """The image set, for the names of classes."""
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the image set."""
         ...
 
     @property
-    def codec(self) -> Autoencoder:
-        """What turns images as the denoiser sees them into pictures."""
+    def autoencoder_record(self) -> AutoencoderRecord:
+        """What the autoencoder is; the identity's for pixels."""
         ...
 
     def decode(self, images: Tensor) -> np.ndarray:
         """Returns pictures, uint8 [B, C, H, W], of images as the denoiser sees them."""
         ...
 
-    def denoiser_and_provenance(self, **keywords: Any) -> Any:
+    @property
+    def denoiser_and_provenance(self) -> Callable[..., Any]:
         """Returns the denoiser, and what a result keeps about its weights."""
         ...

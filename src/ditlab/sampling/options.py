@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from ditlab.diffusion.guidance import GuidanceConfig
+from ditlab.diffusion.guidance_config import GuidanceConfig, GuidanceSchedule
+from ditlab.diffusion.sampler_configs import Spacing
 
-__all__ = ["GuidanceFlags", "SampleConfig", "SamplerName", "ScheduleName"]
+__all__ = ["GuidanceFlags", "SampleConfig", "SamplerName"]
 
 SamplerName = Literal["run", "ddpm", "ddim", "euler", "heun", "dpm++2m"]
-ScheduleName = Literal["edm", "vp", "ve", "iddpm", "grid"]
-"""The values of `ditlab.diffusion.sampler_configs.Spacing`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class GuidanceFlags:
 
     scale: float | None = None
     """The scale w: 1 is no guidance, above 1 exaggerates the class, 0 leaves it out, between 0 and 1 weakens it."""
-    schedule: Literal["constant", "power-cosine"] | None = None
+    schedule: GuidanceSchedule | None = None
     """How the scale changes along sampling: constant, or power-cosine from 1 at pure noise to w at the image."""
     power: float | None = None
     """Exponent of power-cosine; the larger it is, the later guidance sets in."""
@@ -47,7 +45,7 @@ class SampleConfig:
     """The sampler; run: the model's own."""
     sampler_steps: str | None = None
     """Steps of the sampler: a count, for DDPM and DDIM also ddim50 or 10,15,20; the sampler's default if not given."""
-    schedule: ScheduleName | None = None
+    schedule: Spacing | None = None
     """How euler, heun and dpm++2m space their noise levels; grid, the denoiser's own steps, if not given."""
     classes: tuple[int, ...] | None = None
     """Classes to draw: seed S gets classes[S % number of classes]; all classes in turn if not given."""

@@ -103,7 +103,7 @@ def run_quickstart(
         "every layer."
     )
     report = write_report(
-        open_models(runs, images, names=kinds, device=place, reporter=reporter),
+        open_models(runs, images.path, names=kinds, device=place, reporter=reporter),
         out / "report.html",
         title="Global and local attention on the same photographs",
         foreword=[foreword],

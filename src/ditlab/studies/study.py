@@ -212,7 +212,7 @@ def open_study(study: str | Study, scale: str = "small", *, out: Path = Path("st
     study.scale(scale)
     path = store.plan(study.name, scale) / "plan.json"
     if not path.exists():
-        raise NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+        raise _not_planned(study, path)
     return StudyResult(study, Plan.load(path), store)
 
 
@@ -303,10 +303,15 @@ def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> N
     (both or plan).save(folder)
 
 
+def _not_planned(study: Study, path: Path) -> NotFound:
+    return NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+
+
 def _recorded_plan(study: Study, name: str, store: Store, reporter: Reporter) -> Plan:
     """The plan on record, or else that of the scale itself, with every trial possibly empty."""
-    study.scale(name)
-    path = store.plan(study.name, name) / "plan.json"
+    scale, path = study.scale(name), store.plan(study.name, name) / "plan.json"
     if path.exists():
         return Plan.load(path)
+    if not scale.data:
+        raise _not_planned(study, path)
     return _resolve(study, name, apply_overrides(study, name, Overrides()), "", {}, reporter)[0]

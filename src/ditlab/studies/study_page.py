@@ -6,8 +6,6 @@ nothing here computes a statistic of its own.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
-from ditlab.analyses.attention.section import locality_section
+from ditlab.analyses.attention.section import MAX_SENTENCES, locality_section
 from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
 from ditlab.analyses.trajectory.comparison import MatchedComparison
 from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
-from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.files import write_bytes, write_json, write_text
-from ditlab.metrics.paired import PairedDifference
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
 from ditlab.pages.theme import Theme, assign
@@ -31,8 +27,9 @@ from ditlab.studies.figures import differences_figure
 from ditlab.studies.findings import answer, contrasts, findings, phrase
 from ditlab.studies.grid import Study
 from ditlab.studies.published import Published, differing, published, settings_here
-from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet, facets
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Facet, facets
 from ditlab.studies.store import Store
+from ditlab.studies.study_tables import csv_text, differences_table, interval_cells, seed_table, trial_mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,11 +77,13 @@ class StudyPage:
             pickers: makes token pickers of at most so many bytes, which is what the rest of the page leaves.
         """
         sentences = self.sentences()
-        sections = self.sections()
+        sections, tables, pictures = _first_screen(self.sections())
         rows = [{"scale": f.plan.scale, **trial.row()} for f in self.facets for trial in f.trials]
         data = PageData(
             title=self.study.title,
             summary=[self.study.question, *sentences],
+            tables=tables,
+            pictures=pictures,
             sections=sections,
             labels=list(self.slots),
             commands=[(f"this study, scale {plan.scale}", plan.command) for plan in self.plans if plan.command],
@@ -95,7 +94,7 @@ class StudyPage:
         shown = [replace(section, pickers=chosen) if section.id == _MAPS else section for section in sections]
         page = save_page(replace(data, sections=shown), folder / "report.html")
         write_json(folder / "table.json", {"kind": "study-table", "version": 1, "cells": rows, "sentences": sentences})
-        write_text(folder / "table.csv", _csv(rows))
+        write_text(folder / "table.csv", csv_text(rows))
         for name, figure in self._figures.items():
             write_bytes(folder / "figures" / f"{name}.png", figure.light)
         return page, sentences
@@ -124,7 +123,7 @@ class StudyPage:
                 self._ways(facet, tail, name),
                 self._curves(facet, tail, name),
                 self._along(facet, tail, name),
-                self._locality(facet, number, name),
+                self._locality(facet, number, tail, name),
             ]
         sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
@@ -144,7 +143,9 @@ class StudyPage:
                 trials = {
                     t.place["n"]: t for t in facet.trials if (t.place["attention"], t.place["seed"]) == (label, seed)
                 }
-                rows.append((label, seed, *(_mark(trials[n].row()) if n in trials else None for n in facet.counts)))
+                rows.append(
+                    (label, seed, *(trial_mark(trials[n].row()) if n in trials else None for n in facet.counts))
+                )
         columns = ("attention", "seed", *(f"N = {n:,}" for n in facet.counts))
         states = Counter(trial.status.state for trial in facet.trials)
         words = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -199,7 +200,7 @@ class StudyPage:
         trends = []
         for label in facet.labels:
             for d in facet.trends(label):
-                trends.append((label, d.second, d.first, *_interval(d)))
+                trends.append((label, d.second, d.first, *interval_cells(d)))
         fall = Table(
             ("attention", "gap at", "minus gap at", "difference, dB", "95 % interval", "seeds"),
             trends,
@@ -232,10 +233,10 @@ class StudyPage:
             if not any(c.difference is not None for way in ways.values() for c in way):
                 continue
             tables += [
-                _differences(
+                differences_table(
                     facet.counts, {what: ways[what] for what in ALONG}, f"{second} minus {first}, along training"
                 ),
-                _differences(facet.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
+                differences_table(facet.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
             ]
             points += [
                 c.difference.sentence(f"{phrase(what)}, N = {n:,}")
@@ -296,7 +297,7 @@ class StudyPage:
                     f"along-{n}{tail}",
                     f"N = {n:,}",
                     pictures=self._along_pictures(facet, n, tail, only),
-                    tables=[_folded(m) for m in matched],
+                    tables=[seed_table(m) for m in matched],
                 )
             )
         note = "Measured with averaged weights at few noise levels, each time with the same images and noise."
@@ -319,8 +320,8 @@ class StudyPage:
             ),
         ]
 
-    def _locality(self, facet: Facet, number: int, name: str) -> Section:
-        comparison, tail = facet.locality, "" if number == 1 else f"-{number}"
+    def _locality(self, facet: Facet, number: int, tail: str, name: str) -> Section:
+        comparison = facet.locality
         if comparison is None:
             return Section(f"locality{tail}", "")
         results = [r for g in comparison.groups for r in g.results]
@@ -344,8 +345,10 @@ class StudyPage:
             )
         records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
         data = {f"attention{tail}.json": records}
-        made = locality_section(comparison, pictures, number=number, sentences=comparison.differences(), data=data)
-        return replace(made, title=f"How local attention is{name}")
+        differences = comparison.differences()
+        sentences = differences if len(differences) <= MAX_SENTENCES else ()  # else they are in a table
+        section = locality_section(comparison, pictures, number=number, sentences=sentences, data=data)
+        return replace(section, title=f"How local attention is{name}")
 
     def _claims(self, paper: Published) -> Section:
         """What the paper reports, and what was measured here."""
@@ -435,6 +438,17 @@ class StudyPage:
         return next((record["environment"] for record in records if record is not None), {})
 
 
+def _first_screen(sections: Sequence[Section]) -> tuple[list[Section], list[Table], list[ThemedFigure]]:
+    """The sections, and the table and the figure that answer the question, which stand before them."""
+    place = next((i for i, s in enumerate(sections) if s.id in ("gap", "locality") and not s.empty), None)
+    if place is None:
+        return list(sections), [], []
+    first = sections[place]
+    # The figure is drawn once; the table is small, and its section refers to it.
+    shown = replace(first, pictures=first.pictures[1:])
+    return [*sections[:place], shown, *sections[place + 1 :]], list(first.tables[:1]), list(first.pictures[:1])
+
+
 def _instruments(facet: Facet) -> str:
     """On how many images and noise levels the full measurement and the measurements along training are based."""
     here = settings_here(facet.plan, facet.network)
@@ -445,48 +459,3 @@ def _instruments(facet: Facet) -> str:
         f"{here['evaluation.levels']} noise levels. So differences of the full measurement cannot be compared with "
         "those along training."
     )
-
-
-def _differences(counts: Sequence[int], ways: Mapping[str, Sequence[Contrast]], caption: str) -> Table:
-    """Differences by N, two columns for each way of comparing."""
-    rows = []
-    for place, n in enumerate(counts):
-        intervals = [_interval(way[place].difference) for way in ways.values()]
-        pairs = [(mean, f"{ends} ({seeds})" if seeds and seeds > 1 else ends) for mean, ends, seeds in intervals]
-        rows.append((n, *(text for pair in pairs for text in pair)))
-    heads = [head for what in ways for head in (f"{what}, dB", "95 % interval (seeds)")]
-    return Table(("N", *heads), rows, caption)
-
-
-def _interval(d: PairedDifference | None) -> tuple[str | None, str | None, int | None]:
-    """(mean, interval, seeds) in words."""
-    if d is None:
-        return None, None, None
-    if d.low is None or d.high is None:
-        return _signed(d.mean), "one seed", 1
-    return _signed(d.mean), f"{_signed(d.low)} to {_signed(d.high)}", len(d.seeds)
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}"
-    return "0.00" if float(text) == 0 else text
-
-
-def _mark(row: Mapping[str, Any]) -> str:
-    """A trial in the table of the grid: its number, or how far it is."""
-    value = row["gap"] if row["gap"] is not None else row["attention_distance"]
-    return row["state"] if value is None else f"{value:.2f}" + ("" if row["state"] == "done" else f" ({row['state']})")
-
-
-def _folded(comparison: MatchedComparison) -> Table:
-    table = matched_table(comparison)
-    between = f"{comparison.first} and {comparison.second}"
-    return Table(table.columns, table.rows, table.caption, table.digits, f"Seed by seed: {between}")
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else ["hash"], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()

@@ -28,6 +28,7 @@ from ditlab.errors import Damaged, DitlabError
 from ditlab.files import read_json
 from ditlab.progress import Interrupted, Reporter, RichReporter, StopFlag, Worker, orphaned
 from ditlab.studies.runner import JOB_KIND, JOB_VERSION
+from ditlab.threads import use_threads
 
 __all__ = ["main", "run_job"]
 
@@ -73,7 +74,7 @@ def _train(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None:
     from ditlab.data.imageset import ImageSet
     from ditlab.models.creating import create_and_train
 
-    _use_threads(job)
+    use_threads(job["threads"])
     config = from_json(RunConfig, job["config"], "job")
     create_and_train(
         config,
@@ -92,18 +93,12 @@ def _analyze(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None
     from ditlab.models.comparing import open_models
     from ditlab.training.distributed import pick_device
 
-    _use_threads(job)
+    use_threads(job["threads"])
     room = analysis(job["analysis"])
     config, options = config_from_json(room.Config, job["config"]), room.Options(**job["options"])
     device = pick_device(job["device"])
     models = open_models([job["model"]], job["images"], names=job["names"], device=device, reporter=reporter)
     room.run(models, config, options, reporter=reporter)
-
-
-def _use_threads(job: Mapping[str, Any]) -> None:
-    import torch
-
-    torch.set_num_threads(job["threads"])
 
 
 def main() -> NoReturn:

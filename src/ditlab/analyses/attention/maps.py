@@ -223,7 +223,8 @@ def attention_maps(
 
     Example:
         >>> from ditlab.diffusion.denoisers import EDMDenoiser
-        >>> from ditlab.networks.dit import DiT, DiTConfig
+        >>> from ditlab.networks.dit import DiT
+        >>> from ditlab.networks.dit_config import DiTConfig
         >>> network = DiT(DiTConfig(image_size=(8, 8), width=16, depth=2, heads=2, learn_sigma=False)).eval()
         >>> attention_maps(EDMDenoiser(network), torch.zeros(1, 3, 8, 8), 0.5).of(layer=2).shape
         torch.Size([64, 64])

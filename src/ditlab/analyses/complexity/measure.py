@@ -206,7 +206,8 @@ class _Counting:
         images: dict[str, Any] = {"image_size": self._image_size, "channels": self.config.channels}
         if self.config.classes and network.takes_labels:
             images["num_classes"] = self.config.classes
-        missing = [name for name in changes if name not in {field.name for field in fields(network)}]
+        known = {field.name for field in fields(network)}
+        missing = [setting for setting in changes if setting not in known]
         if missing:
             raise DitlabError(f"{name}: expected settings of a {network.kind} network, found `{missing[0]}`")
         try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity, Side
-from ditlab.errors import DitlabError
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.metrics.paired import PairedDifference, mean_interval, paired_difference
 from ditlab.metrics.reduction import Reduction
 from ditlab.provenance import check_splits
@@ -190,22 +190,23 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
         margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
 
     Raises:
-        DitlabError: no result, different levels, noise, images a side or reduction; one seed with two different test
+        InvalidConfig: no result.
+        Incompatible: different levels, noise, images a side or reduction; one seed with two different test
             sets, or two training sets at one N; two results of one label, N and seed; labels without a common seed.
     """
     baselines = tuple(r for r in results if r.baseline)
     results = [r for r in results if not r.baseline]
     if not results:
-        raise DitlabError("comparison: expected at least one psnr-gap result, found none")
+        raise InvalidConfig("comparison: expected at least one psnr-gap result, found none")
     for other in results[1:]:
         check_comparable(results[0], other)
     groups: dict[tuple[str, int | None], dict[int, PSNRResult]] = {}
     for r in results:
         seeds = groups.setdefault((r.about.group, r.about.n), {})
         if r.about.seed in seeds:
-            raise DitlabError(
+            raise Incompatible(
                 f"comparison: '{seeds[r.about.seed].about.name}' and '{r.about.name}' are both '{r.about.group}' with "
-                f"N = {r.about.n} and seed {r.about.seed}; give them different labels"
+                f"N = {r.about.n} and seed {r.about.seed}; give them different `names`"
             )
         seeds[r.about.seed] = r
     check_splits([r.about for r in results])
@@ -226,7 +227,7 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
     """Raises DitlabError unless both results were measured alike (levels, noise, images a side, reduction, range)."""
     names = f"'{first.about.name}' and '{second.about.name}'"
     if len(first.levels) != len(second.levels) or not np.allclose(first.levels, second.levels, rtol=1e-6, atol=0):
-        raise DitlabError(
+        raise Incompatible(
             f"comparison: {names} were measured at different noise levels ({len(first.levels)} from "
             f"{first.levels[0]:.4g} to {first.levels[-1]:.4g}, {len(second.levels)} from {second.levels[0]:.4g} to "
             f"{second.levels[-1]:.4g}); measure both at the same levels"
@@ -234,6 +235,6 @@ def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
     for what in ("reduction", "noise_seed", "images", "clip"):
         mine, theirs = getattr(first.config, what), getattr(second.config, what)
         if mine != theirs:
-            raise DitlabError(f"comparison: {names} were measured with different {what} ({mine} and {theirs})")
+            raise Incompatible(f"comparison: {names} were measured with different {what} ({mine} and {theirs})")
     if first.peak != second.peak:
-        raise DitlabError(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")
+        raise Incompatible(f"comparison: {names} have different intensity ranges ({first.peak} and {second.peak})")

@@ -24,7 +24,7 @@ from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.errors import DitlabError
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.metrics.denoising_errors import denoising_errors, grid_levels, own_steps
 from ditlab.models.comparing import ModelSet, OpenedModel
 from ditlab.models.model import Model
@@ -119,11 +119,11 @@ def measure_gap(
     config = config or PSNRConfig()
     levels = config.sigmas or grid_levels(denoiser, config.points)
     if not levels:
-        raise DitlabError("psnr-gap: none of the default noise levels lies in the denoiser's range; give `sigmas`")
+        raise Incompatible("psnr-gap: none of the default noise levels lies in the denoiser's range; give `sigmas`")
     sides = []
     for name, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) == 0:
-            raise DitlabError(f"psnr-gap: expected {name} images, found none")
+            raise InvalidConfig(f"psnr-gap: expected {name} images, found none")
         used = images[: config.images]
         draws = config.draws * math.ceil(config.images / len(used))
         sides.append((used, None if labels is None else labels[: config.images], draws))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.stored import config_from_json, stored_config
-from ditlab.errors import DitlabError
+from ditlab.errors import Damaged
 from ditlab.files import read_arrays, read_json, write_arrays, write_json, write_text
 from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
@@ -171,7 +171,7 @@ class PSNRResult:
         """The result again, from `to_json()` and the two error arrays (`train_mse`, `test_mse`).
 
         Raises:
-            DitlabError: a field is missing or unknown, or the arrays do not belong to the record.
+            Damaged: a field is missing or unknown, or the arrays do not belong to the record.
         """
         try:
             steps = record["timesteps"]
@@ -187,11 +187,11 @@ class PSNRResult:
             for side in ("train", "test"):
                 expected = (len(result.levels), record["images"][side], record["draws"][side])
                 if result.mse(side).shape != expected:
-                    raise DitlabError(
+                    raise Damaged(
                         f"psnr-gap result: expected {side}_mse of shape {expected}, found {result.mse(side).shape}"
                     )
         except (KeyError, TypeError) as error:
-            raise DitlabError(f"psnr-gap result: a field is missing or unknown ({error})") from error
+            raise Damaged(f"psnr-gap result: a field is missing or unknown ({error})") from error
         return result
 
     def to_csv(self) -> str:

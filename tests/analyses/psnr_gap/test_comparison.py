@@ -1,4 +1,4 @@
-"""Results side by side: what may be compared, means and spreads over shuffles, and claims that respect their interval."""
+"""Results side by side: what may be compared, means and spreads over seeds, and claims that respect their interval."""
 
 from __future__ import annotations
 

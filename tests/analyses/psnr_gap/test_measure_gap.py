@@ -19,6 +19,7 @@ from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.metrics.denoising_errors import denoising_errors, grid_levels, level_noise
 from ditlab.metrics.psnr import average_psnr, psnr_of, psnr_point
+from ditlab.progress import Bar
 from ditlab.provenance import Provenance
 
 SHAPE = (1, 4, 4)
@@ -57,7 +58,7 @@ def test_a_range_takes_the_ddpm_levels_inside_it():
 
 
 def test_a_list_of_levels_has_no_steps():
-    result = psnr_gap(wrap(lambda y, s, _: y), images(0, 3), images(1, 3), PSNRConfig(images=3, levels=FEW))
+    result = psnr_gap(wrap(lambda y, s, _: y), images(0, 3), images(1, 3), PSNRConfig(images=3, sigmas=FEW))
     assert result.levels == FEW
     assert result.timesteps is None
 
@@ -69,14 +70,14 @@ def test_black_denoiser_has_the_psnr_of_the_images_power():
 
 
 def test_identity_has_the_input_psnr():
-    result = psnr_gap(wrap(lambda y, s, _: y), images(0, 200), images(1, 200), PSNRConfig(images=200, levels=FEW))
+    result = psnr_gap(wrap(lambda y, s, _: y), images(0, 200), images(1, 200), PSNRConfig(images=200, sigmas=FEW))
     np.testing.assert_allclose(result.curve("train"), result.input_psnr, atol=0.3)
     np.testing.assert_allclose(result.input_psnr, 10 * np.log10(4 / np.square(FEW)), atol=1e-9)
 
 
 def test_mean_of_errors_lies_below_mean_of_psnr_and_both_are_recomputed_from_kept_errors():
     x, test = images(0, 30), images(1, 30)
-    result = psnr_gap(remembering(x, 0.5), x, test, PSNRConfig(images=30, levels=FEW))
+    result = psnr_gap(remembering(x, 0.5), x, test, PSNRConfig(images=30, sigmas=FEW))
     assert (result.curve("test", "mse_mean") <= result.curve("test", "psnr_mean") + 1e-9).all()
     mse = result.test_mse
     np.testing.assert_allclose(result.curve("test", "mse_mean"), 10 * np.log10(4 / mse.mean((1, 2))))
@@ -123,14 +124,14 @@ def test_every_denoiser_sees_the_same_noise_whatever_the_batch():
 def test_batch_size_does_not_change_the_result():
     x, test = images(0, 9), images(1, 9)
     small, large = (
-        psnr_gap(remembering(x, 0.3), x, test, PSNRConfig(images=9, levels=FEW, batch_size=b)) for b in (2, 100)
+        psnr_gap(remembering(x, 0.3), x, test, PSNRConfig(images=9, sigmas=FEW, batch_size=b)) for b in (2, 100)
     )
     np.testing.assert_allclose(small.train_mse, large.train_mse, rtol=1e-5)
 
 
 def test_few_training_images_are_all_used_with_repeated_draws_and_it_is_said():
     x = images(0, 7)
-    result = psnr_gap(remembering(x, 0.5), x, images(1, 50), PSNRConfig(images=20, levels=FEW))
+    result = psnr_gap(remembering(x, 0.5), x, images(1, 50), PSNRConfig(images=20, sigmas=FEW))
     assert result.train_mse.shape == (4, 7, 3)  # 3 draws are the fewest that give 20 estimates
     assert result.test_mse.shape == (4, 20, 1)
     assert any("Only 7 training images" in note and "3 noise draws" in note for note in result.notes)
@@ -140,7 +141,7 @@ def test_few_training_images_are_all_used_with_repeated_draws_and_it_is_said():
 
 def test_empirical_bayes_is_the_limit_of_memorization():
     x, test = images(0, 20), images(1, 20)
-    config = PSNRConfig(images=20, levels=FEW)
+    config = PSNRConfig(images=20, sigmas=FEW)
     bayes, wiener = (psnr_gap(d(x), x, test, config) for d in (EmpiricalBayesDenoiser, WienerDenoiser))
     assert bayes.bounded
     assert bayes.curve("train")[0] == 100.0  # returns the stored image
@@ -159,7 +160,7 @@ def test_clip_and_labels_reach_the_denoiser():
         denoiser,
         x,
         x,
-        PSNRConfig(images=6, levels=(0.5,), clip=True, batch_size=4),
+        PSNRConfig(images=6, sigmas=(0.5,), clip=True, batch_size=4),
         train_labels=labels,
         test_labels=labels,
     )
@@ -172,7 +173,7 @@ def test_point_agrees_with_the_full_measure():
     x, test = images(0, 10), images(1, 10)
     denoiser = remembering(x, 0.6)
     point = psnr_point(denoiser, x, test, FEW)
-    result = psnr_gap(denoiser, x, test, PSNRConfig(images=10, levels=FEW))
+    result = psnr_gap(denoiser, x, test, PSNRConfig(images=10, sigmas=FEW))
     assert (point.train, point.test, point.gap) == pytest.approx(
         (result.average("train"), result.average("test"), result.average_gap)
     )
@@ -180,13 +181,18 @@ def test_point_agrees_with_the_full_measure():
 
 def test_progress_counts_every_estimate():
     calls = []
+
+    class Recorded(Bar):
+        def __call__(self, done: int, total: int | None = None, **fields: object) -> None:
+            calls.append((done, total))
+
     x = images(0, 5)
     psnr_gap(
         remembering(x, 0.1),
         x,
         images(1, 10),
-        PSNRConfig(images=10, levels=FEW, batch_size=4),
-        progress=lambda done, total: calls.append((done, total)),
+        PSNRConfig(images=10, sigmas=FEW, batch_size=4),
+        bar=Recorded(),
     )
     assert [d for d, _ in calls] == sorted(d for d, _ in calls)
     assert calls[-1] == (80, 80)
@@ -223,7 +229,7 @@ def test_saved_and_loaded_again(tmp_path):
     ],
 )
 def test_a_damaged_result_is_named(tmp_path, damage, sentence):
-    path = psnr_gap(wrap(lambda y, s, _: y), images(0, 2), images(1, 2), PSNRConfig(images=2, levels=FEW)).save(
+    path = psnr_gap(wrap(lambda y, s, _: y), images(0, 2), images(1, 2), PSNRConfig(images=2, sigmas=FEW)).save(
         tmp_path
     )
     damage(path)
@@ -234,10 +240,10 @@ def test_a_damaged_result_is_named(tmp_path, damage, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"images": 0}, "images must be at least 1"),
-        ({"levels": (1.0, 0.5)}, "ascending"),
-        ({"levels": (-1.0,)}, "positive"),
-        ({"levels": ()}, "at least one"),
+        ({"images": 0}, "`images` must be at least 1"),
+        ({"sigmas": (1.0, 0.5)}, "ascending"),
+        ({"sigmas": (-1.0,)}, "positive"),
+        ({"sigmas": ()}, "at least one"),
     ],
 )
 def test_settings_that_cannot_be(settings, sentence):
@@ -247,7 +253,7 @@ def test_settings_that_cannot_be(settings, sentence):
 
 def test_input_that_cannot_be_measured():
     good = wrap(lambda y, s, _: y)
-    config = PSNRConfig(images=2, levels=FEW)
+    config = PSNRConfig(images=2, sigmas=FEW)
     with pytest.raises(DitlabError, match="expected training images, found none"):
         psnr_gap(good, images(0, 0), images(1, 2), config)
     with pytest.raises(DitlabError, match="found images"):
@@ -255,7 +261,7 @@ def test_input_that_cannot_be_measured():
     with pytest.raises(DitlabError, match="not finite"):
         psnr_gap(wrap(lambda y, s, _: y * float("nan")), images(0, 2), images(1, 2), config)
     with pytest.raises(DitlabError, match="noise level"):
-        psnr_gap(good, images(0, 2), images(1, 2), PSNRConfig(images=2, levels=(0.001,)))
+        psnr_gap(good, images(0, 2), images(1, 2), PSNRConfig(images=2, sigmas=(0.001,)))
 
 
 def test_psnr_never_exceeds_the_bound():
@@ -270,7 +276,7 @@ def test_latents():
         return made
 
     images = 3 * torch.randn(6, 4, 4, 4)
-    config = PSNRConfig(images=4, levels=(0.3, 1.0))
+    config = PSNRConfig(images=4, sigmas=(0.3, 1.0))
     pixels, latents = (psnr_gap(denoiser(pixel_space), images, images[2:], config) for pixel_space in (True, False))
     assert np.array_equal(latents.train_mse, pixels.train_mse)
     assert (pixels.latents, latents.latents) == (False, True)
