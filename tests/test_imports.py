@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ from ditlab.analyses import analysis_names
 from ditlab.cli.main import _AFTER, _BEFORE
 
 PACKAGE = Path(ditlab.__file__).parent
+GUIDE = Path(__file__).parents[1] / "docs" / "contributing.md"
 LAYERS = (
     {"errors", "rng", "files", "memory", "progress", "provenance", "threads"},
     {"nn", "data"},
     {"networks"},
     {"diffusion"},
-    {"features"},
     {"metrics"},
     {"training"},
     {"config"},
@@ -96,6 +97,16 @@ def test_each_module_imports_only_what_stands_below(path):
             # Only lower layers; the lowest modules may use each other, siblings of other layers may not.
             allowed = LEVEL[other] < LEVEL[mine] or (LEVEL[other] == LEVEL[mine] == 0)
             assert allowed, f"{mine} imports {name}"
+
+
+def test_the_guide_tells_the_same_order():
+    line = re.search(r"^errors, rng, .* < cli$", GUIDE.read_text(), re.MULTILINE)
+    assert line is not None
+    assert [{part.strip() for part in step.split(",")} for step in line[0].split("<")] == list(LAYERS[:-1])
+
+
+def test_the_order_has_no_package_that_is_gone():
+    assert LEVEL.keys() == {layer_of(path) for path in MODULES} - {"__init__"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -110,19 +110,21 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuses components that do not fit together, before any work starts."""
         network, learns = self.network, self.network.learns_variance
+        # A network without a size gets its classes and a learned variance with it, when it is fitted to images.
+        fitted = network.sized
         if isinstance(self.objective, VPObjectiveConfig):
             learned = self.objective.variance == "learned-range"
-            if learned != learns and network.can_learn_variance:
+            if learned != learns and network.can_learn_variance and fitted:
                 raise InvalidConfig(
                     f"config: objective.variance '{self.objective.variance}' needs network.learn_sigma "
                     f"{learned}, found {learns}"
                 )
-            if learned != learns:
+            if learned != learns and not network.can_learn_variance:
                 raise InvalidConfig(
                     f"config: a {network.kind} network learns no variance; expected objective.variance "
                     "fixed-small or fixed-large, found learned-range"
                 )
-        elif learns:
+        elif learns and fitted:
             raise InvalidConfig(
                 f"config: the {self.objective.kind} objective learns no variance; expected network.learn_sigma False"
             )
@@ -138,7 +140,7 @@ class RunConfig:
                 "config: label dropout needs a network with a null class; expected objective.label_dropout 0 or "
                 f"network.null_class True, found {dropout}"
             )
-        if self.guidance.on:
+        if self.guidance.on and fitted:
             check_guidance(self)
 
 

@@ -12,11 +12,14 @@ import pytest
 RESULTS = Path(__file__).parents[2] / "results"
 CELLS = sorted((RESULTS / "faces" / "cells").iterdir())
 NUMBERS = ("train", "test", "gap")
+UNKNOWN = {f"about{place}.weights: new ('')" for place in ("", "[0]", "[1]")}
+"""Results of earlier versions have no hash of the weights."""
+
 KINDS = ("attention-locality", "jacobian", "agreement", "two-subsets")
 """Those that load without arrays beside them, which are not committed (a "psnr-gap" needs them)."""
 
-RECOMPUTED = {"uniform_distance", "pattern_distance"}
-"""Values of attention results that follow from the patterns and are not read: older files hold another definition."""
+RECOMPUTED = {"uniform_distance", "pattern_distance", "pattern_mass", "sentences"}
+"""Values that follow from the others and are not read: older files hold another definition, wording or rounding."""
 
 
 def kind(path: Path) -> str | None:
@@ -43,8 +46,8 @@ def test_all_trials_of_the_plan_are_committed():
 def test_a_committed_result_loads(pins, path):
     loaded = pins.load_result(path)
     record = json.loads(path.read_text())
-    different = {key for key in record if loaded[key] != record[key]}
-    assert different <= RECOMPUTED
+    lines = [line for key in record for line in pins.differences(record[key], loaded[key], 0.0, key)]
+    assert {line for line in lines if re.split(r"[.\[:]", line)[0] not in RECOMPUTED} <= UNKNOWN
 
 
 def test_runs_configs_give_hashes(pins):
