@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditlab.cli.console import parse
 from ditlab.cli.main import _split, main, verb_class, verbs
+from ditlab.cli.parsing import parse
 from ditlab.networks.dit import DiT
 from ditlab.networks.registry import network_class
 from ditlab.presets import PRESETS
