@@ -20,6 +20,7 @@ from ditlab.config import (
     read_record,
     to_json,
 )
+from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig
 from ditlab.errors import DitlabError
@@ -219,3 +220,16 @@ def test_dropped_labels_need_a_null_class():
     with pytest.raises(DitlabError, match=r"expected objective.label_dropout 0 .* found 0.1"):
         RunConfig(network=network)
     assert RunConfig(network=network, objective=VPObjectiveConfig(label_dropout=0.0)).network == network
+
+
+def test_a_preset_without_a_size_gets_classes_and_variance_with_it():
+    """`--conditional --guidance.scale 2 --objective.variance fixed-small`: the network follows once images are known."""
+    network = DiTConfig(image_size=(0, 0))
+    objective = VPObjectiveConfig(variance="fixed-small", label_dropout=0.1)
+    config = RunConfig(network=network, objective=objective, guidance=GuidanceConfig(scale=2.0))
+    sized = replace(network, image_size=(8, 8), num_classes=5, learn_sigma=False)
+    assert replace(config, network=sized).guidance.scale == 2.0
+    with pytest.raises(DitlabError, match="expected a class-conditional network"):
+        replace(config, network=replace(sized, num_classes=0))
+    with pytest.raises(DitlabError, match=r"needs network\.learn_sigma False"):
+        replace(config, network=replace(sized, learn_sigma=True))

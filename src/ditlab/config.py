@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
@@ -241,7 +242,13 @@ for _part in (*_PARTS, *get_args(ObjectiveConfig), *get_args(SamplerConfig)):
 
 def to_json(record: RunRecord | RunConfig) -> dict[str, Any]:
     """Returns a record or a config as JSON values."""
-    return pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+    return _adapter(type(record), tuple(NETWORKS)).dump_python(record, mode="json")
+
+
+@cache
+def _adapter(kind: type, networks: tuple[type, ...]) -> Any:
+    """Returns the reader of a record or config, made anew (0.1 s) once more networks are registered."""
+    return pydantic.TypeAdapter(kind)
 
 
 def from_json(kind: type, values: Any, where: str) -> Any:
@@ -256,7 +263,7 @@ def from_json(kind: type, values: Any, where: str) -> Any:
         DitlabError: for an unknown or missing key, a value of the wrong type, or values that do not fit together.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return _adapter(kind, tuple(NETWORKS)).validate_python(values)
     except DitlabError as error:
         raise InvalidConfig(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
