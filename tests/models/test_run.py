@@ -75,10 +75,10 @@ def test_what_a_run_holds(trained, images):
     assert (len(run.split.train), len(run.split.test)) == (10, 8)
     assert not set(run.split.train) & set(run.split.test)
     assert run.images.hash == images.hash
-    pictures, labels = run.pictures("test", 5)
+    pictures, labels = run.batch("test", 5)
     assert (pictures.shape, labels) == ((5, 3, 4, 4), None)
-    facts = run.facts(4, label="kind")
-    assert (facts.n, facts.step, facts.group, facts.split_hash) == (10, 4, "kind", run.split.hash)
+    provenance = run.provenance(4, label="kind")
+    assert (provenance.n, provenance.step, provenance.group, provenance.split_hash) == (10, 4, "kind", run.split.hash)
     assert not run.conditional
 
 
