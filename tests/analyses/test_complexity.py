@@ -114,11 +114,10 @@ def test_a_unet_as_wide_as_costs_the_same():
         ("dit-s/8", {"classes": -1}, "num_classes must be 0 (unconditional) or more, found -1"),
         ("dit-s/8", {"attention": "99,g*11"}, "attention window 99: expected a size of at most 4"),
         ("dit-s/8", {"heads": 7}, "width must be a multiple of the 7 heads, found 384"),
-        ("dit-s/8", {"block": "zz"}, "dit-s/8: unknown DiT config block 'zz' (known: adaln, adaln-zero, "),
         ("dit-s/8", {"match": "dit-nona/1"}, "unknown preset 'dit-nona/1'"),
         ("dit-s/8", {"match": "dit-s/4", "width": 8}, "`match` finds the width, so `width` cannot be given with it"),
         ("dit-xl/2", {"size": (8,), "match": "dit-nano/8"}, "dit-xl/2: match: expected a network that can cost"),
-        ("dit-s/8", {"sise": 8}, "unknown setting of complexity 'sise' (nearest: size)"),
+        ("dit-s/8", {"sise": 8}, "unknown setting of complexity 'sise' (nearest: size, classes)"),
     ],
 )
 def test_input_that_cannot_be_used(refused, presets, settings, sentence):

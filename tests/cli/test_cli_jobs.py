@@ -166,3 +166,12 @@ def test_a_reader_that_has_gone_is_no_error(place, plain, tmp_path):
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (0, "")
+
+
+def test_the_network_follows_the_objective(ditlab, place, tmp_path):
+    """A variance that is learned, or is not, needs no second flag."""
+    for variance, learned in (("fixed-small", False), ("learned-range", True)):
+        done = ditlab(*place.words(tmp_path / variance, "--objective.variance", variance, steps=1))
+        assert done.status == 0, done.err
+        network = Run.open(tmp_path / variance).config.network
+        assert network.learn_sigma is learned  # pyright: ignore[reportAttributeAccessIssue]

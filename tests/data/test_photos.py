@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,3 +81,14 @@ def test_settings_that_leave_no_crops_are_refused(size: int, options: dict, sent
 
 def test_default_crops_show_32_to_64_source_pixels():
     assert {size: default_scales(size) for size in (8, 16, 32, 64)} == {8: (4, 8), 16: (2, 4), 32: (1, 2), 64: (1,)}
+
+
+def test_the_table_of_photographs_in_the_docs_is_true():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+    assert len(rows) == 5
+    for size, scales, train, test in rows:
+        source = Photos(CropRule(int(size)))
+        pools = [crop.pool for _, crop, _ in source.crops]
+        assert scales == ", ".join(map(str, source.scales))
+        assert (train, test) == (f"{pools.count(TRAIN):,}", f"{pools.count(TEST):,}")

@@ -181,7 +181,7 @@ def test_what_cannot_be_converted(refused, place, plain, original, diffusers_fol
         (original, "there", {"heads": 2}, "expected a new file or folder, found something there"),
         (original, "out", {"heads": 2, "licence": "mit"}, "are for the hub"),
         (tmp_path / "nowhere", "out", {}, "expected a run's folder, found nothing"),
-        (plain, "hub:mine", {}, "expected hub:ORG/NAME, found 'hub:mine'"),
+        (plain, "hub:mine", {}, "expected `out` as hub:ORG/NAME, found 'hub:mine'"),
         (dit, "hub:me/mine", {}, "expected a run of ditlab to send to the hub"),
         (plain, "hub:me/mine", {"raw": True}, "goes to the hub as it is"),
         (plain, "hub:me/mine", {"samples": True, "dry_run": "out"}, "expected samples to show, found none"),

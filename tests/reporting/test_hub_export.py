@@ -56,7 +56,7 @@ def test_an_export(refused, place, plain):
     assert json.loads((out / "config.json").read_text())["config"]["data"]["path"] == ""
     ditlab.load(out)
     says = refused(ditlab.psnr_gap, out)
-    assert says == "run export: its images did not come with it; give `data` with their set's folder"
+    assert says == "run export: its images did not come with it; give their set's folder as `data`"
     ditlab.psnr_gap(out, data=place.images, **MEASURED)
 
 
@@ -109,7 +109,7 @@ def test_sending_and_fetching(refused, plain, tmp_path, monkeypatch):
     assert torch.equal(ditlab.load("fetched")(y, 0.5), expected)
     assert torch.equal(ditlab.load("hub:me/mine")(y, 0.5), expected)
     samples = ditlab.sample("hub:me/mine", seeds=range(2), steps=2, device="cpu", out=True)
-    assert next((tmp_path / "foreign" / "me--mine" / "samples").glob("*/grid.png")).parent.samefile(samples.folder)
+    assert next((tmp_path / "external" / "me--mine" / "samples").glob("*/grid.png")).parent.samefile(samples.folder)
 
 
 def test_an_interrupted_download(refused, monkeypatch):

@@ -96,7 +96,8 @@ def test_a_run_resumes_sharded_at_the_command_line(tmp_path):
     words = (*words, "--training.steps", "6", "--training.shard", "--training.checkpoint-activations")
     done = torchrun(tmp_path, *words)
     assert done.returncode == 0, done.stderr
-    assert "resuming from step 4" in done.stdout
+    assert ", resuming from step 4" in done.stdout
+    assert done.stdout.count("note: training run on ") == 1
     assert Run.open(run.path).finished
 
 
@@ -106,9 +107,9 @@ def replaced(config: RunConfig, **training: Any) -> RunConfig:
 
 @pytest.mark.parametrize("command", [[], ["--shard"], ["--training.shard"], ["--shard", "--training.shard"]])
 def test_both_names_of_the_flag(command):
-    settings = Train.parse(["dit-nano/1", *command]).config
-    assert settings.training.shard is bool(command)
-    assert not settings.training.checkpoint_activations
+    training = Train.parse(["dit-nano/1", *command]).config.training
+    assert training.shard is bool(command)
+    assert not training.checkpoint_activations
 
 
 def test_shares_of_a_batch():

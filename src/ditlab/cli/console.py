@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ditlab.cli.flags import with_flags
 from ditlab.progress import SILENT, Reporter, RichReporter, StopFlag
 
 
@@ -26,7 +27,9 @@ class Output:
         """Whether this process prints; of those that torchrun starts only the first does."""
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
         self.console.on_broken_pipe = _broken_pipe
-        self.reporter: Reporter = RichReporter(self.console) if self.main else SILENT
+        self.flags: frozenset[str] = frozenset()
+        """Flags of the verb: a note that names one of its parameters is printed with the flag."""
+        self.reporter: Reporter = _Notes(self) if self.main else SILENT
 
     def line(self, text: str) -> None:
         """Prints a line as it is."""
@@ -51,6 +54,18 @@ class Output:
         """Prints the result where JSON was asked for; of several processes only the first has one."""
         if self.as_json and result:
             print(json.dumps(result, indent=1))
+
+
+class _Notes(RichReporter):
+    """The reporter of a command line."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(output.console)
+        self._output = output
+
+    def note(self, sentence: str) -> None:
+        """Prints the sentence with flags in place of parameters."""
+        super().note(with_flags(sentence, self._output.flags))
 
 
 def _broken_pipe() -> None:

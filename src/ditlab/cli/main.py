@@ -77,14 +77,13 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     output = Output(as_json="--json" in words)
     words = [word for word in words if word != "--json"]
-    flags: frozenset[str] = frozenset()
     try:
         verb, rest = _split(words)
         kind = verb_class(verb)
-        flags = flags_of(kind)
+        output.flags = flags_of(kind)
         output.print_json(parse(kind, verb, rest).run(output))
     except DitlabError as error:
-        print(f"ditlab: {with_flags(str(error), flags)}", file=sys.stderr)
+        print(f"ditlab: {with_flags(str(error), output.flags)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         if output.main:

@@ -101,6 +101,8 @@ class Train:
     @property
     def config(self) -> RunConfig:
         """All settings, not yet fitted to the images."""
+        from ditlab.models.configuring import with_variance
+
         training = replace(
             self.training,
             shard=self.training.shard or self.shard,
@@ -109,7 +111,7 @@ class Train:
         return RunConfig(
             preset=self.preset,
             data=DataConfig(n=self.n, test=self.test, seed=self.seed, skip=self.skip),
-            network=self.network,
+            network=with_variance(self.network, self.objective),
             objective=self.objective,
             training=training,
             sampler=self.sampler,

@@ -15,7 +15,7 @@ from ditlab.networks.base import NetworkConfig
 from ditlab.presets import preset
 from ditlab.progress import SILENT, Reporter
 
-__all__ = ["change_settings", "default_run_folder", "fit_run", "unsized"]
+__all__ = ["change_settings", "default_run_folder", "fit_run", "unsized", "with_variance"]
 
 _PARTS = ("training", "network", "objective", "evaluation", "guidance", "sampler")
 """Parts of a config, in the order in which a plain name is looked for in them."""
@@ -33,6 +33,14 @@ def unsized(preset_name: str) -> RunConfig:
     return replace(recipe, network=replace(recipe.network, image_size=(0, 0)))
 
 
+def with_variance(network: Any, objective: Any) -> Any:
+    """Returns a network's config with a learned variance where the objective learns one and the network can."""
+    if not network.can_learn_variance:
+        return network
+    learned = isinstance(objective, VPObjectiveConfig) and objective.variance == "learned-range"
+    return replace(network, learn_sigma=learned)
+
+
 def change_settings(config: RunConfig, settings: Mapping[str, Any], where: str) -> RunConfig:
     """Returns a config with some settings changed.
 
@@ -47,8 +55,8 @@ def change_settings(config: RunConfig, settings: Mapping[str, Any], where: str) 
         DitlabError: an unknown setting, or values that do not fit together.
     """
     whole = {name: value for name, value in settings.items() if name in _PARTS and is_dataclass(value)}
-    config = replace(config, **whole)
-    values = to_json(config)
+    network = with_variance(whole.get("network", config.network), whole.get("objective", config.objective))
+    values = to_json(replace(config, **{**whole, "network": network}))
     known = {part: [name for name in values[part] if name != "kind"] for part in _PARTS}
     for name, value in settings.items():
         if name in whole:
@@ -59,6 +67,8 @@ def change_settings(config: RunConfig, settings: Mapping[str, Any], where: str) 
             names = [n for part in _PARTS for n in (*known[part], *(f"{part}.{name}" for name in known[part]))]
             raise unknown_name(f"setting of {where}", name, names)
         values[part][last] = list(value) if isinstance(value, tuple) else value
+    if network.can_learn_variance:
+        values["network"]["learn_sigma"] = values["objective"].get("variance") == "learned-range"
     return from_json(RunConfig, values, where)
 
 
@@ -87,9 +97,6 @@ def fit_run(
     """
     network: NetworkConfig = config.network
     derived: dict[str, Any] = {"image_size": images.shape[1:], "channels": images.shape[0]}
-    if network.can_learn_variance:
-        objective = config.objective
-        derived["learn_sigma"] = isinstance(objective, VPObjectiveConfig) and objective.variance == "learned-range"
     if conditional:
         if not images.num_classes:
             raise InvalidConfig(f"`conditional`: expected an image set with classes, found none in {images.path}")
@@ -100,7 +107,9 @@ def fit_run(
     if config.data.seed and not training.seed:
         training = replace(training, seed=config.data.seed)
     fitted = fit_to_images(
-        replace(config, network=replace(network, **derived), training=training), images.shape, images.num_classes
+        replace(config, network=replace(with_variance(network, config.objective), **derived), training=training),
+        images.shape,
+        images.num_classes,
     )
     if keep_sigma_data or images.latents is None:
         return fitted
