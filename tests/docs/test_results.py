@@ -147,6 +147,6 @@ def test_no_picture_shows_what_a_network_of_few_faces_draws():
 def test_the_minutes_of_presets_are_the_measured_ones():
     rows = json.loads((ROOT / "results" / "preset-minutes.json").read_text())["rows"]
     page = (ROOT / "docs" / "training.md").read_text()
-    shown = dict(re.findall(r"^\| `([\w/-]+)`: whole recipe \| [\d,]+ \| (\d+ \| \d+) \|$", page, re.MULTILINE))
+    shown = dict(re.findall(r"^\| `([\w/-]+)` \| [\d,]+ \| (\d+ \| \d+) \|$", page, re.MULTILINE))
     minutes = {(row["preset"], row["size"]): f"{row['minutes']:.0f}" for row in rows}
     assert shown == {name: f"{minutes[name, 16]} | {minutes[name, 32]}" for name, size in minutes if size == 16}

@@ -216,7 +216,7 @@ def test_options_reach_the_figure(pair, monkeypatch):
     ("config", "options", "says"),
     [
         ({"layers": (3,)}, {}, "model plain: attention: expected `layers` from 1 to 2, found 3"),
-        ({"timesteps": (1000,)}, {}, "model plain: attention: expected steps from 0 to 999, found 1000"),
+        ({"timesteps": (1000,)}, {}, "model plain: attention: expected `timesteps` from 0 to 999, found 1000"),
         ({"sigmas": (9999.0,)}, {}, "expected a noise level sigma from 0.0100005 to"),
         ({}, {"heads": (3,)}, "expected `heads` from 1 to 2, found 3"),
         ({}, {"token": "8,0"}, r"expected a `token` from 0,0 to 7,7 \(row,column\), found 8,0"),

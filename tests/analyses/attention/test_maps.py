@@ -408,7 +408,7 @@ REFUSED = {
         "expected layers with at least 2 tokens, found 1x1 tokens",
     ),
     "a layer too high": (DENOISERS["DiT-VP"], {"layers": (4,)}, "expected `layers` from 1 to 3, found 4"),
-    "a step too high": (DENOISERS["DiT-VP"], {"timesteps": (1000,)}, "expected steps from 0 to 999, found 1000"),
+    "a step too high": (DENOISERS["DiT-VP"], {"timesteps": (1000,)}, "expected `timesteps` from 0 to 999, found 1000"),
     "steps of a range": (DENOISERS["DiT-EDM"], {"timesteps": (3,)}, "this denoiser has no numbered steps"),
     "a level too high": (DENOISERS["DiT-VP"], {"sigmas": (1e4,)}, "expected a noise level sigma from"),
     "a layer twice": (

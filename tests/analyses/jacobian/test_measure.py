@@ -340,7 +340,7 @@ def test_unknown_names_are_refused(name):
     [
         ({"images": (0, 4)}, "`images` must be places from 0 to 3, found 4"),
         ({"pixels": ((6, 0),)}, "`pixels` must be rows below 6 and columns below 6, found 6,0"),
-        ({"timesteps": (1000,)}, "expected steps from 0 to 999"),
+        ({"timesteps": (1000,)}, "expected `timesteps` from 0 to 999"),
         ({"sigmas": (1e6,)}, "expected a noise level"),
         ({"top": 71}, "`top` must be 1 to 70 for a matrix of 72 x 72"),
         ({"show": (72,)}, "`show` must have a vector below 72"),
