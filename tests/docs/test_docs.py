@@ -109,10 +109,15 @@ def test_links_of_pages_outside_the_site(page):
         assert (ROOT / target).exists(), target
 
 
+def table_rows(page: str, start: str) -> list[list[str]]:
+    """Cells of the lines whose first cell is a name with that start, and nothing else."""
+    lines = re.findall(rf"^\| `{start}[^`]*` \|.*$", page, re.MULTILINE)
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def test_the_table_of_presets():
     page = (ROOT / "docs" / "training.md").read_text()
-    table = page.split("| parameters | depth x width x heads |")[1]
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:6] == "| `dit"]
+    rows = table_rows(page, "dit-")
     assert {row[0] for row in rows} == {n for n in PRESETS if n.startswith("dit-") and not n.endswith("-edm")}
     for name, parameters, shape, tokens, steps, batch, lr in rows:
         network, training = PRESETS[name].network, PRESETS[name].training
@@ -127,9 +132,7 @@ def test_the_table_of_presets():
 @pytest.mark.parametrize(("start", "twins"), [("bf-", ("-vp", "-edm")), ("unet-", "-edm")])
 def test_the_table_of_other_presets(start, twins):
     page = (ROOT / "docs" / "training.md").read_text()
-    table = page.split("| parameters | depth x width x heads |")[1]
-    lines = [line for line in table.splitlines() if line.startswith(f"| `{start}")]
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    rows = table_rows(page, start)
     assert {row[0] for row in rows} == {n for n in PRESETS if n.startswith(start) and not n.endswith(twins)}
     for name, parameters, _, steps, batch, lr in rows:
         network, training = PRESETS[name].network, PRESETS[name].training
