@@ -26,7 +26,7 @@ def smoke(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smoke")
     ditlab(folder, "study", "run", "an2024/fig6", "--scale", "smoke", "--device", "cpu")
     said = ditlab(folder, "study", "run", "an2024/fig4", "--scale", "smoke", "--device", "cpu")
-    assert "2 cells, 2 on record, 0 to do" in said
+    assert "2 trials, 2 on record, 0 to do" in said
     for study in ("an2024/fig4", "an2024/fig6"):
         ditlab(folder, "study", "report", study, "--scale", "smoke")
     return folder

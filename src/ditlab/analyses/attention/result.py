@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,11 @@ RADII = (0, 1, 2, 3, 4, 5, 6)
 
 BY_IMAGE = ("distance", "entropy", "position_invariance")
 """The values that are stored of each image."""
+
+
+@lru_cache(maxsize=256)  # layers share patterns, and every result that is written or drawn asks again
+def _mass_of_pattern(pattern: Pattern, grid: Grid, radius: int) -> float:
+    return float(mass_within(pattern_weights(pattern, grid), grid, radius))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +109,7 @@ class LocalityResult:
 
     def pattern_mass(self, radius: int) -> np.ndarray:
         """Returns the mass within a radius of uniform attention within each layer's pattern, float64 [layers]."""
-        weights = [pattern_weights(pattern, self.grid) for pattern in self.patterns]
-        return np.array([float(mass_within(w, self.grid, radius)) for w in weights])
+        return np.array([_mass_of_pattern(pattern, self.grid, radius) for pattern in self.patterns])
 
     def values(self, what: str | int) -> np.ndarray:
         """Returns a quantity by name, or the mass within a radius, float64 [levels, layers, heads].
