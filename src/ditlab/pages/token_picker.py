@@ -20,7 +20,7 @@ import numpy as np
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Grid, Pattern
 
-__all__ = ["BUDGET", "AttentionPicker", "PickerRun", "frame_size", "pack_map", "pack_run", "query_stride", "unpack_map"]
+__all__ = ["BUDGET", "AttentionPicker", "PickerRun", "frame_size", "pack_map", "pack_run", "query_stride"]
 
 BUDGET = 4_000_000
 """Bytes of all pickers on a page, in base64."""
@@ -213,15 +213,6 @@ def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
     largest = rows.max(1)
     scaled = np.rint(rows / np.maximum(largest, np.finfo(np.float32).tiny)[:, None] * 255).astype(np.uint8)
     return zlib.compress(scaled.tobytes() + largest.astype("<f4").tobytes(), 9)
-
-
-def unpack_map(packed: bytes, grid: Grid) -> np.ndarray:
-    """Returns the map that the page's script makes of `pack_map`, float32 [queries, T]."""
-    tokens, queries = grid[0] * grid[1], len(_queries(grid))
-    content = zlib.decompress(packed)
-    scaled = np.frombuffer(content, np.uint8, queries * tokens).reshape(queries, tokens)
-    largest = np.frombuffer(content, "<f4", queries, queries * tokens)
-    return scaled.astype(np.float32) / 255 * largest[:, None]
 
 
 def _queries(grid: Grid) -> np.ndarray:

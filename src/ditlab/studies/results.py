@@ -230,8 +230,8 @@ def psnr_of_levels(record: Mapping[str, Any]) -> PSNRResult:
         f"{side}_mse": (peak**2 * 10 ** (-np.asarray(curves[side], dtype=np.float64) / 10))[:, None, None]
         for side in ("train", "test")
     }
-    one = {"train": 1, "test": 1}
-    changed = {"images": one, "draws": one, "config": {**record["config"], "images": 1}}
+    count = {"train": 1, "test": 1}
+    changed = {"images": count, "draws": count, "config": {**record["config"], "images": 1}}
     return PSNRResult.from_json({**record, **changed}, errors)
 
 
