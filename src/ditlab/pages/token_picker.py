@@ -232,8 +232,7 @@ def _thin(sizes: Mapping[int, int], budget: int) -> list[int]:
 
 
 def _boxes(pattern: Pattern, grid: Grid) -> str | None:
-    """Returns the first and last row and column that each token that can be picked may see, as base64 of bytes;
-    None if it may see all."""
+    """Returns the first and last row and column that each pickable token sees, base64 of bytes; None if it sees all."""
     if pattern.covers(grid):
         return None
     seen = pattern.mask(grid).numpy()[_queries(grid)].reshape(-1, *grid)
