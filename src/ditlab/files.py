@@ -217,9 +217,9 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise NotFound(f"{path}: no result can be read there ({error.strerror or error})") from error
     except ValueError as error:
         raise Damaged(f"{path}: expected a JSON result, found something else ({error})") from error
-    found = record.get("kind") if isinstance(record, dict) else None
-    if found != kind:
-        raise Incompatible(f"{path}: expected a result of kind '{kind}', found {found!r}")
+    found_kind = record.get("kind") if isinstance(record, dict) else None
+    if found_kind != kind:
+        raise Incompatible(f"{path}: expected a result of kind '{kind}', found {found_kind!r}")
     if not isinstance(record.get("version"), int) or record["version"] > version:
         raise Incompatible(f"{path}: expected version {version} or older, found {record.get('version')!r}")
     return record

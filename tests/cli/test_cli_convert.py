@@ -41,4 +41,4 @@ def test_bad_input(refused, plain):
         "convert", plain, "out.pt", "--licence", "mit"
     )
     says = refused("convert", plain, "hub:me/mine", "--raw")
-    assert "expected no --to, --heads, unet, --raw or --codec, found some" in says
+    assert "expected no --to, --heads, unet, --raw or --codec, found --raw" in says

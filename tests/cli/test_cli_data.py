@@ -21,7 +21,7 @@ def test_prepare_then_info(ditlab, tmp_path):
     result, printed = json.loads(done.out), done.err
     assert result["images"] == len(ImageSet.open(out)) > 500
     assert result["classes"].keys() >= {"astronaut", "china"}
-    assert "only to test" in printed
+    assert "for test only" in printed
     done = ditlab("data", "info", out, "--verify", "--count", 30, "--json")
     info, printed = json.loads(done.out), done.err
     assert info["verified"]

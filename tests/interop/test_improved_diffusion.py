@@ -17,7 +17,7 @@ from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.converted import open_converted, write_converted
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import objective_of
-from ditlab.interop.improved_diffusion import open_improved, to_original, write_improved
+from ditlab.interop.improved_diffusion import to_original, write_improved
 from ditlab.models.opening import open_model
 from ditlab.networks.registry import build_network
 from ditlab.networks.unet import UNet
@@ -60,7 +60,7 @@ def test_a_file_gives_the_originals_outputs(golden, tmp_path, golden_name, suffi
     torch.save(weights, path) if suffix == "pt" else save_file(weights, path)
     heads_up = None if config["num_heads_upsample"] == -1 else config["num_heads_upsample"]
     settings = UNetFile(size=config["image_size"], heads_up=heads_up)
-    model = open_improved(path, heads=config["num_heads"], settings=settings)
+    model = open_checkpoint(path, heads=config["num_heads"], unet=settings)
     result = model.denoiser.network(fixture["in.x"], fixture["in.t"], fixture.tensors.get("in.y"))
     torch.testing.assert_close(result, fixture["out.y"], rtol=0, atol=fixture.tolerance("out.*"))
     shape = model.denoiser.network.config
@@ -78,9 +78,9 @@ def test_a_file_gives_the_originals_outputs(golden, tmp_path, golden_name, suffi
 
 def test_attention_is_in_the_right_order_for_every_number_of_heads(tmp_path):
     network = unet(replace(SMALL, heads=8, heads_up=2))
-    model = open_improved(bare(tmp_path / "a.pt", network), heads=8, settings=UNetFile(heads_up=2))
+    model = open_checkpoint(bare(tmp_path / "a.pt", network), heads=8, unet=UNetFile(heads_up=2))
     assert torch.equal(outputs(model.denoiser.network), outputs(network))
-    other = open_improved(tmp_path / "a.pt", heads=8)
+    other = open_checkpoint(tmp_path / "a.pt", heads=8)
     assert not torch.allclose(outputs(other.denoiser.network), outputs(network), atol=1e-4)
 
 
@@ -97,7 +97,7 @@ PUBLISHED = [  # the network, then: heads, schedule, steps, rescaled time, as in
 
 @pytest.mark.parametrize(("config", "recipe"), PUBLISHED)
 def test_what_a_file_does_not_say_is_taken_from_the_published_recipes(tmp_path, config, recipe):
-    model = open_improved(bare(tmp_path / "model.pt", unet(config)))
+    model = open_checkpoint(bare(tmp_path / "model.pt", unet(config)))
     assert model.denoiser.network.config == config
     objective = objective_of(model.denoiser, "here")
     found = (config.heads, objective.schedule, objective.steps, objective.rescale_time)
@@ -113,13 +113,13 @@ def test_what_a_file_does_not_say_is_taken_from_the_published_recipes(tmp_path, 
 def test_what_is_told_is_not_guessed(tmp_path):
     path = bare(tmp_path / "a.pt", unet(SMALL))
     settings = UNetFile(size=64, schedule="linear", steps=500, rescale_time=False, prediction="x0")
-    model = open_improved(path, heads=2, settings=settings)
+    model = open_checkpoint(path, heads=2, unet=settings)
     assert model.notes == ()
     assert model.denoiser.network.config == replace(SMALL, image_size=(64, 64), heads=2, attention_at=(32, 16))
     objective = objective_of(model.denoiser, "here")
     assert (objective.schedule, objective.steps, objective.rescale_time) == ("linear", 500, False)
     assert objective.prediction == "x0"
-    assert "4 attention heads" not in open_improved(path, heads=2).notes[0]
+    assert "4 attention heads" not in open_checkpoint(path, heads=2).notes[0]
 
 
 OTHERS = [
@@ -137,7 +137,7 @@ def test_there_and_back(tmp_path, changes):
     network, label = unet(replace(SMALL, **changes)), torch.tensor([0, 3])
     objective = replace(HYBRID, steps=300, schedule="linear", prediction="x0")
     write_improved(network, objective, tmp_path / "a.safetensors")
-    model = open_improved(tmp_path / "a.safetensors")
+    model = open_checkpoint(tmp_path / "a.safetensors")
     assert model.notes == ()
     assert torch.equal(outputs(model.denoiser.network, label), outputs(network, label))
     assert objective_of(model.denoiser, "here") == objective
@@ -171,7 +171,7 @@ def test_a_fixed_variance_goes_along(tmp_path):
     for variance in ("fixed-small", "fixed-large"):
         objective = replace(HYBRID, variance=variance)
         write_improved(network, objective, tmp_path / f"{variance}.safetensors")
-        assert open_improved(tmp_path / f"{variance}.safetensors").denoiser.variance == variance
+        assert open_checkpoint(tmp_path / f"{variance}.safetensors").denoiser.variance == variance
 
 
 def test_a_pickle_is_the_bare_state_dict(tmp_path):
@@ -180,7 +180,7 @@ def test_a_pickle_is_the_bare_state_dict(tmp_path):
     found = torch.load(tmp_path / "a.pt", weights_only=True)
     assert found.keys() == to_original(network).keys()
     assert found["input_blocks.3.1.qkv.weight"].shape == (192, 64, 1)
-    assert torch.equal(outputs(open_improved(tmp_path / "a.pt").denoiser.network), outputs(network))
+    assert torch.equal(outputs(open_checkpoint(tmp_path / "a.pt").denoiser.network), outputs(network))
     with pytest.raises(DitlabError, match="expected a new file"):
         write_improved(network, HYBRID, tmp_path / "a.pt")
 
@@ -196,7 +196,7 @@ def test_a_reference_to_a_file(tmp_path):
 
 
 def test_converted_it_stays_the_same(tmp_path):
-    model = open_improved(bare(tmp_path / "a.pt", unet(SMALL)))
+    model = open_checkpoint(bare(tmp_path / "a.pt", unet(SMALL)))
     write_converted(model, tmp_path / "out")
     again = open_converted(tmp_path / "out")
     assert again.denoiser.network.config == SMALL
@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit(tmp_path, change, says):
     state = to_original(unet(SMALL)) | change
     save_file({key: value for key, value in state.items() if value is not None}, tmp_path / "a.safetensors")
     with pytest.raises(DitlabError, match=says):
-        open_improved(tmp_path / "a.safetensors")
+        open_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_levels_that_no_script_of_the_original_has(tmp_path):
@@ -231,22 +231,22 @@ def test_levels_that_no_script_of_the_original_has(tmp_path):
     with pytest.raises(
         DitlabError, match=r"its levels \(\(1, 2\)\) do not determine its image size; convert it with `unet.size`"
     ):
-        open_improved(path)
-    assert open_improved(path, settings=UNetFile(size=16)).denoiser.shape == (3, 16, 16)
+        open_checkpoint(path)
+    assert open_checkpoint(path, unet=UNetFile(size=16)).denoiser.shape == (3, 16, 16)
     with pytest.raises(DitlabError, match=r"image_size must be multiples of 2, found \(15, 15\)"):
-        open_improved(path, settings=UNetFile(size=15))
+        open_checkpoint(path, unet=UNetFile(size=15))
     with pytest.raises(DitlabError, match="expected heads that divide the 64 channels"):
-        open_improved(path, heads=5, settings=UNetFile(size=16))
+        open_checkpoint(path, heads=5, unet=UNetFile(size=16))
 
 
 def test_what_a_file_says_is_not_overruled(tmp_path):
     path = tmp_path / "a.safetensors"
     write_improved(unet(SMALL), HYBRID, path)
     with pytest.raises(DitlabError, match="expected num_heads 4, as the file says, found 2"):
-        open_improved(path, heads=2)
+        open_checkpoint(path, heads=2)
     with pytest.raises(DitlabError, match="expected noise_schedule cosine, as the file says, found linear"):
-        open_improved(path, settings=UNetFile(schedule="linear"))
-    assert open_improved(path, heads=4, settings=UNetFile(schedule="cosine", prediction="epsilon")).notes == ()
+        open_checkpoint(path, unet=UNetFile(schedule="linear"))
+    assert open_checkpoint(path, heads=4, unet=UNetFile(schedule="cosine", prediction="epsilon")).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -260,13 +260,13 @@ def test_what_a_file_says_is_not_overruled(tmp_path):
 def test_settings_that_cannot_be(tmp_path, args, says):
     save_file(to_original(unet(SMALL)), tmp_path / "a.safetensors", metadata={"args": json.dumps(args)})
     with pytest.raises(DitlabError, match=says):
-        open_improved(tmp_path / "a.safetensors")
+        open_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_a_setting_that_is_null_is_not_said(tmp_path):
     path, settings = tmp_path / "a.safetensors", ("num_heads", "num_heads_upsample", "diffusion_steps", "image_size")
     save_file(to_original(unet(SMALL)), path, metadata={"args": json.dumps(dict.fromkeys(settings))})
-    model = open_improved(path)
+    model = open_checkpoint(path)
     assert model.denoiser.network.config == SMALL
     assert "4 attention heads, images of 32 pixels, the cosine schedule, 4000 steps" in model.notes[0]
 
@@ -301,22 +301,22 @@ def test_files_that_are_not_opened(tmp_path):
     state, path, mark = to_original(unet(SMALL)), tmp_path / "a.pt", tmp_path / "was-run"
     torch.save({**state, "more": Code(mark)}, path)
     with pytest.raises(DitlabError, match=r"it wants to run 'posix\.system' when it is opened"):
-        open_improved(path)
+        open_checkpoint(path)
     assert not mark.exists()
     torch.save(state, path)
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:size])
         with pytest.raises(DitlabError, match=r"found a damaged one|found a file of another kind"):
-            open_improved(path)
+            open_checkpoint(path)
     with pytest.raises(DitlabError, match="expected a checkpoint, found nothing"):
-        open_improved(tmp_path / "none.pt")
+        open_checkpoint(tmp_path / "none.pt")
 
 
 def test_files_of_other_networks(tmp_path):
     torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(DitlabError, match=r"expected weights of improved-diffusion's UNet .* \('conv_in.weight'\)"):
-        open_improved(tmp_path / "other.pt")
+    with pytest.raises(DitlabError, match=r"of improved-diffusion's UNet .* another network's \('conv_in.weight'\)"):
+        open_checkpoint(tmp_path / "other.pt")
     torch.save({"x_embedder.proj.weight": torch.zeros(1)}, tmp_path / "dit.pt")
     with pytest.raises(DitlabError, match="expected weights of improved-diffusion's UNet for settings of `unet`"):
         open_checkpoint(tmp_path / "dit.pt", unet=UNetFile(steps=1000))

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from ditlab.diffusion.objective_configs import EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.interop.original_dit import infer_config, open_original, read_original, to_original, write_original
+from ditlab.interop.checkpoints import open_checkpoint
+from ditlab.interop.original_dit import infer_config, to_original, write_original
+from ditlab.interop.original_files import read_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 
@@ -59,7 +61,7 @@ def test_a_file_gives_the_originals_outputs(fixture, tmp_path, kind, use_frequen
         save_file(weights, path)
     else:
         torch.save(weights, path, _use_new_zipfile_serialization=kind == "bare")
-    model = open_original(path, heads=config["num_heads"])
+    model = open_checkpoint(path, heads=config["num_heads"])
     torch.testing.assert_close(outputs(model, fixture), fixture["out.y"], rtol=0, atol=fixture.tolerance("out.*"))
     shape, side = model.denoiser.network.config, config["input_size"]
     assert (shape.image_size, shape.channels, shape.patch) == (
@@ -76,13 +78,13 @@ def test_a_file_gives_the_originals_outputs(fixture, tmp_path, kind, use_frequen
 
 def test_averaged_weights_are_preferred(weights, tmp_path):
     path = training_file(tmp_path / "a.pt", weights, model="DiT-T/2")
-    assert torch.equal(read_original(path)[0]["final_layer.linear.bias"], weights["final_layer.linear.bias"])
-    raw, args = read_original(path, ema=False)
+    assert torch.equal(read_state(path)[0]["final_layer.linear.bias"], weights["final_layer.linear.bias"])
+    raw, args = read_state(path, ema=False)
     assert torch.equal(raw["final_layer.linear.bias"], weights["final_layer.linear.bias"] + 1)
     assert args == {"model": "DiT-T/2"}
     torch.save(weights, tmp_path / "bare.pt")
     with pytest.raises(DitlabError, match="expected raw weights beside averaged ones, found one set"):
-        read_original(tmp_path / "bare.pt", ema=False)
+        read_state(tmp_path / "bare.pt", ema=False)
 
 
 class Malicious:
@@ -109,7 +111,7 @@ def test_code_in_a_checkpoint_is_not_run(weights, tmp_path, where):
         }[where]
         torch.save(content, path)
     with pytest.raises(DitlabError) as error:
-        open_original(path, heads=4)
+        open_checkpoint(path, heads=4)
     assert "it is not opened" in str(error.value)
     assert "safetensors.torch.save_file" in str(error.value)
     if where != "plain pickle":
@@ -124,7 +126,7 @@ def test_code_in_a_checkpoint_is_not_run(weights, tmp_path, where):
 def test_another_class_is_named(weights, tmp_path):
     torch.save({"ema": weights, "args": argparse.Namespace(out=tmp_path)}, tmp_path / "dit.pt")
     with pytest.raises(DitlabError, match=r"it wants to run 'pathlib\.PosixPath'"):
-        open_original(tmp_path / "dit.pt", heads=4)
+        open_checkpoint(tmp_path / "dit.pt", heads=4)
 
 
 def test_damaged_files(weights, tmp_path):
@@ -135,22 +137,22 @@ def test_damaged_files(weights, tmp_path):
         for size in (0, 10, len(whole) // 2, len(whole) - 10):
             path.write_bytes(whole[:size])
             with pytest.raises(DitlabError, match=r"found a damaged one|found a file of another kind"):
-                read_original(path)
+                read_state(path)
     path.write_text("not a checkpoint")
     with pytest.raises(DitlabError, match="found a file of another kind"):
-        read_original(path)
+        read_state(path)
     save_file(weights, tmp_path / "dit.safetensors")
     (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:999])
     with pytest.raises(DitlabError, match="expected a whole safetensors file"):
-        read_original(tmp_path / "dit.safetensors")
+        read_state(tmp_path / "dit.safetensors")
     with pytest.raises(DitlabError, match="expected a checkpoint, found nothing"):
-        read_original(tmp_path / "none.pt")
+        read_state(tmp_path / "none.pt")
 
 
 def test_weights_of_other_networks(weights, tmp_path):
     save_file({"conv_in.weight": torch.zeros(3)}, tmp_path / "unet.safetensors")
-    with pytest.raises(DitlabError, match=r"of the original DiT .* found another network's \('conv_in.weight'\)"):
-        open_original(tmp_path / "unet.safetensors")
+    with pytest.raises(DitlabError, match=r"of the original DiT, .* found another network's \('conv_in.weight'\)"):
+        open_checkpoint(tmp_path / "unet.safetensors")
     for content, says in (
         ([1, 2], "expected a state dict of tensors, found list"),
         ({"ema": 3}, "expected a state dict of tensors, found int"),
@@ -158,7 +160,7 @@ def test_weights_of_other_networks(weights, tmp_path):
     ):
         torch.save(content, tmp_path / "dit.pt")
         with pytest.raises(DitlabError, match=says):
-            open_original(tmp_path / "dit.pt")
+            open_checkpoint(tmp_path / "dit.pt")
     for change, says in (
         ({"y_embedder.embedding_table.weight": None}, ""),
         ({"blocks.1.mlp.fc1.bias": None}, "1 parameters are missing, the first 'blocks.1.mlp.hidden.bias'"),
@@ -172,10 +174,10 @@ def test_weights_of_other_networks(weights, tmp_path):
         state = {key: value for key, value in {**weights, **change}.items() if value is not None}
         save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "dit.safetensors")
         if not says:  # without a label table it is an unconditional DiT
-            assert open_original(tmp_path / "dit.safetensors", heads=4).denoiser.num_classes == 0
+            assert open_checkpoint(tmp_path / "dit.safetensors", heads=4).denoiser.num_classes == 0
             continue
         with pytest.raises(DitlabError, match=says):
-            open_original(tmp_path / "dit.safetensors", heads=4)
+            open_checkpoint(tmp_path / "dit.safetensors", heads=4)
 
 
 def test_classes(weights):
@@ -206,16 +208,16 @@ def test_heads():
 def test_assumed_heads_are_noted(tmp_path):
     network = DiT(DiTConfig(image_size=(4, 4), width=384, depth=1, heads=3, num_classes=2))
     torch.save(to_original(network, VPObjectiveConfig()), tmp_path / "bare.pt")
-    (note,) = open_original(tmp_path / "bare.pt").notes
+    (note,) = open_checkpoint(tmp_path / "bare.pt").notes
     assert "bare.pt does not say how many attention heads it has: 6 were assumed" in note
-    assert open_original(tmp_path / "bare.pt", heads=3).notes == ()
+    assert open_checkpoint(tmp_path / "bare.pt", heads=3).notes == ()
     for name in ("told.pt", "told.safetensors"):  # a guess by the width would be 6
         write_original(network, VPObjectiveConfig(), tmp_path / name)
-        model = open_original(tmp_path / name)
+        model = open_checkpoint(tmp_path / name)
         assert model.denoiser.network.config == network.config
         assert model.notes == ()
         with pytest.raises(DitlabError, match="expected `heads` 3, as the file says, found 6"):
-            open_original(tmp_path / name, heads=6)
+            open_checkpoint(tmp_path / name, heads=6)
 
 
 def test_the_originals_own_reader_takes_what_is_written(tmp_path):
@@ -251,29 +253,29 @@ def test_settings_and_shapes_that_make_no_sense(weights, tmp_path):
     ):
         torch.save({"ema": {**weights, **change}, "args": argparse.Namespace(**args)}, path)
         with pytest.raises(DitlabError, match=says):
-            open_original(path, heads=None if "num_heads" in args else 4)
+            open_checkpoint(path, heads=None if "num_heads" in args else 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_tables_of_every_dtype(weights, tmp_path, dtype):
     path = tmp_path / "dit.pt"
     torch.save({key: value.to(dtype) for key, value in weights.items()}, path)
-    assert open_original(path, heads=4).denoiser.num_classes == 7
+    assert open_checkpoint(path, heads=4).denoiser.num_classes == 7
     for other in (weights["pos_embed"] * torch.nan, weights["pos_embed"] + 0.02):
         torch.save({key: value.to(dtype) for key, value in {**weights, "pos_embed": other}.items()}, path)
         with pytest.raises(DitlabError, match="expected the fixed sin-cos table"):
-            open_original(path, heads=4)
+            open_checkpoint(path, heads=4)
 
 
 @pytest.mark.goldens("01_dit_?")
 def test_there_and_back(fixture, tmp_path):
     config = fixture.config
     torch.save(fixture.weights(), tmp_path / "one.pt")
-    model = open_original(tmp_path / "one.pt", heads=config["num_heads"])
+    model = open_checkpoint(tmp_path / "one.pt", heads=config["num_heads"])
     objective = VPObjectiveConfig(variance=model.denoiser.variance)
     for name in ("two.pt", "two.safetensors"):
         write_original(model.denoiser.network, objective, tmp_path / name)
-        back, _ = read_original(tmp_path / name)
+        back, _ = read_state(tmp_path / name)
         assert back.keys() == fixture.weights().keys()
         for key, value in fixture.weights().items():
             if key == "pos_embed":  # computed anew

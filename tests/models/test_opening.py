@@ -20,9 +20,10 @@ from ditlab.data.imageset import ImageSet
 from ditlab.data.preparing import prepare
 from ditlab.diffusion.objectives import VPObjectiveConfig
 from ditlab.errors import DitlabError
+from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.converted import open_converted, write_converted
 from ditlab.interop.diffusers_dit import convert_diffusers
-from ditlab.interop.original_dit import open_original, to_original, write_original
+from ditlab.interop.original_dit import to_original, write_original
 from ditlab.models.external import ExternalModel
 from ditlab.models.opening import load, open_model
 from ditlab.models.run import Run
@@ -67,7 +68,7 @@ def test_every_reference_is_a_denoiser(diffusers_folder, original, tmp_path):
         assert isinstance(denoiser, ditlab.Denoiser)
         assert denoiser.shape == (3, 8, 8)
         assert denoiser(torch.randn(1, 3, 8, 8), 0.5).isfinite().all()
-    assert same(ditlab.load(original), open_original(original).denoiser)
+    assert same(ditlab.load(original), open_checkpoint(original).denoiser)
     assert same(ditlab.load(tmp_path / "converted"), model.denoiser)
     (unet / "model_index.json").write_text("{}")
     with pytest.raises(DitlabError, match=f"found a diffusers model; name it diffusers:{unet}"):
@@ -108,12 +109,12 @@ def test_results_go_to_a_folder_of_the_users_own(diffusers_folder, original, tmp
     assert open_model(original).path == Path(f"external/dit-{digest}")
     assert open_model(original, out=Path("out")).path == Path(f"out/dit-{digest}")
     other = tmp_path / "other" / original.name  # of the same name, so the same folder it must not be
-    write_original(open_original(original).denoiser.network.requires_grad_(True), VPObjectiveConfig(), other)
+    write_original(open_checkpoint(original).denoiser.network.requires_grad_(True), VPObjectiveConfig(), other)
     assert open_model(other).path == Path(f"external/dit-{digest}")
     weights = {key: value + (key != "pos_embed") * 0.1 for key, value in open_state(original).items()}
     save_file(weights, other)
     assert open_model(other).path.name not in ("dit", f"dit-{digest}")
-    write_converted(open_original(original), tmp_path / "converted")
+    write_converted(open_checkpoint(original), tmp_path / "converted")
     assert open_model("converted", out=Path("out")).path == Path("converted")
 
 
@@ -250,18 +251,18 @@ def test_notes_of_the_model_go_along(tmp_path, sets):
     split = SplitConfig(test=5, own_split=True)
     (note,) = open_model(tmp_path / "bare.safetensors", sets["10"], split=split).notes
     assert "does not say how many attention heads" in note
-    write_converted(open_original(tmp_path / "bare.safetensors"), tmp_path / "converted")
+    write_converted(open_checkpoint(tmp_path / "bare.safetensors"), tmp_path / "converted")
     assert open_model(tmp_path / "converted", sets["10"], split=split).notes == (note,)
 
 
 def test_a_converted_models_folder(original, tmp_path):
     out = tmp_path / "converted"
-    write_converted(open_original(original), out)
+    write_converted(open_checkpoint(original), out)
     assert sorted(path.name for path in out.iterdir()) == ["model.json", "model.safetensors"]
     model = open_converted(out)
     assert (model.name, model.source["file"]) == ("converted", "dit.safetensors")
     with pytest.raises(DitlabError, match="expected a new folder, found something there"):
-        write_converted(open_original(original), out)
+        write_converted(open_checkpoint(original), out)
     weights, record = out / "model.safetensors", out / "model.json"
     whole, text = weights.read_bytes(), record.read_text()
     weights.write_bytes(whole[:-8])
@@ -298,7 +299,7 @@ def fetched(monkeypatch, folder: Path) -> list:
 
 def test_models_on_the_hub(diffusers_folder, original, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_converted(open_original(original), tmp_path / "converted")
+    write_converted(open_checkpoint(original), tmp_path / "converted")
     asked = fetched(monkeypatch, tmp_path / "converted")
     model = open_model("hub:me/mine")
     assert isinstance(model, ExternalModel)

@@ -66,5 +66,5 @@ def test_training_divides_by_the_batch_and_remembers_it():
 def test_bad_input_is_one_sentence():
     with pytest.raises(DitlabError, match="BF-CNN config"):
         BFCNNConfig(depth=1)
-    with pytest.raises(DitlabError, match="no augmentation"):
+    with pytest.raises(DitlabError, match="no `augment`"):
         BFCNN(BFCNNConfig(width=4, depth=2))(torch.zeros(1, 3, 4, 4), augment=torch.zeros(1))

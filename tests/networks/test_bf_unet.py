@@ -141,5 +141,5 @@ def test_what_cannot_be_built_is_refused(change, says):
 
 
 def test_augmentation_is_refused():
-    with pytest.raises(DitlabError, match="no augmentation"):
+    with pytest.raises(DitlabError, match="no `augment`"):
         BFUNet(BFUNetConfig(width=2, blocks=1))(torch.zeros(1, 3, 4, 4), augment=torch.zeros(1))

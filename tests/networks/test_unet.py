@@ -19,7 +19,7 @@ from ditlab.networks.registry import build_network
 from ditlab.networks.unet import UNet
 from ditlab.networks.unet_blocks import Downsample, ResidualBlock, Stage
 from ditlab.networks.unet_config import UNetConfig
-from ditlab.nn.attention import adapted_layers, attention_kernel, attention_modules
+from ditlab.nn.attention import adapted_layers, attention_kernel
 from ditlab.nn.embeddings import sinusoid
 from ditlab.presets import PRESETS
 from ditlab.training.sharding import checkpoint_activations
@@ -149,7 +149,7 @@ def test_the_unet_of_an_et_al_costs_what_their_figure_says():
 
     with torch.device("meta"):
         counted = UNet(network)
-        middle = [layer for module in attention_modules(counted) for layer in (module.qkv, module.proj)]
+        middle = [layer for module, _ in adapted_layers(counted) for layer in (module.qkv, module.proj)]
         for module in counted.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm) or module in middle:
                 module.register_forward_hook(count)
@@ -258,7 +258,7 @@ def test_where_attention_is():
     # Resolutions follow the image size as the original's flags do: 64 pixels, divided by 64 // 16 and 64 // 8.
     bigger = replace(config, image_size=(64, 64))
     assert [level for level in range(4) if bigger.attends(level)] == [2, 3]
-    heads = [m.heads for m in attention_modules(UNet(replace(TINY, heads_up=4)))]
+    heads = [m.heads for m, _ in adapted_layers(UNet(replace(TINY, heads_up=4)))]
     assert heads == [2, 2, 4, 4]
 
 

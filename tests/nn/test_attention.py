@@ -9,9 +9,9 @@ from ditlab.nn.attention import (
     Partition,
     SelfAttention,
     Window,
+    adapted_layers,
     attention,
     attention_kernel,
-    attention_modules,
     capture_attention,
 )
 from ditlab.nn.kernels_cpu import make_tiles
@@ -104,7 +104,7 @@ def test_capture_takes_layers_by_number_and_leaves_nothing_behind():
 
 def test_capture_hands_maps_over_instead_of_keeping_them():
     network = nn.Sequential(layer(seed=0), layer(seed=1), layer(seed=2))
-    assert attention_modules(network) == list(network)
+    assert [module for module, _ in adapted_layers(network)] == list(network)
     x, seen = torch.randn(1, 42, 24), []
     with capture_attention(network, [1, 2]) as expected:
         network(x)

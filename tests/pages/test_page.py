@@ -323,7 +323,7 @@ def test_a_page_that_is_too_large_is_made_smaller(tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == build_page(fitted)
     reader = Reader(build_page(fitted))
     assert not [a for a in reader.all("a") if "download" in a]
-    assert build_page(fitted).count("they lie beside the results") == 3
+    assert build_page(fitted).count("they are stored next to the results") == 3
     # The small ones are as they were, and what is smaller takes as much room on the page.
     assert fitted.sections[0].pictures[0] == plain
     (large,) = fitted.sections[0].parts[0].pictures

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 
 import numpy as np
 import pytest
 
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Global, Partition, Window
-from ditlab.pages.token_picker import AttentionPicker, frame_size, pack_map, pack_run, query_stride, unpack_map
+from ditlab.pages.token_picker import AttentionPicker, frame_size, pack_map, pack_run, query_stride
 
 GRID = (6, 5)
 
@@ -18,6 +19,16 @@ GRID = (6, 5)
 def rows_that_sum_to_one(*shape: int, seed: int = 0) -> np.ndarray:
     weights = np.random.default_rng(seed).random(shape) ** 6 + 1e-6
     return weights / weights.sum(-1, keepdims=True)
+
+
+def unpack_map(content: bytes, grid: tuple[int, int]) -> np.ndarray:
+    """Returns the map that the page's script makes of `pack_map`, float32 [queries, T]."""
+    stride, tokens = query_stride(grid), grid[0] * grid[1]
+    queries = len(range(0, grid[0], stride)) * len(range(0, grid[1], stride))
+    content = zlib.decompress(content)
+    scaled = np.frombuffer(content, np.uint8, queries * tokens).reshape(queries, tokens)
+    largest = np.frombuffer(content, "<f4", queries, queries * tokens)
+    return scaled.astype(np.float32) / 255 * largest[:, None]
 
 
 def test_a_map_comes_out_as_it_went_in():

@@ -159,12 +159,12 @@ def test_a_page_that_would_be_too_large_is_made_smaller(runs, write, monkeypatch
     """With figures of real size: first files go, then figures lose colours and resolution."""
     monkeypatch.setattr(ThemedFigure, "draw", lambda *_, **__: noise_picture(300))
     whole = read(write(runs[:1]).path)
-    assert "they lie beside the results" not in whole
+    assert "they are stored next to the results" not in whole
     monkeypatch.setattr(page_module, "PAGE_BYTES", 250_000)
     result = write(runs[:1])
     small = read(result.path)
     assert result.path.stat().st_size <= 250_000
-    assert "they lie beside the results" in small
+    assert "they are stored next to the results" in small
     monkeypatch.setattr(page_module, "PAGE_BYTES", 20_000)
     with pytest.raises(DitlabError, match="expected a page of at most 20,000 bytes"):
         write(runs[:1])

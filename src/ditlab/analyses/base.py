@@ -362,7 +362,9 @@ class Analysis(Generic[ConfigT, OptionsT]):
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise InvalidConfig(f"{self.name}: expected {wanted} model{'' if wanted == '1' else 's'}, found {count}")
+            raise InvalidConfig(
+                f"{self.name}: expected {wanted} model{'' if (most or least) == 1 else 's'}, found {count}"
+            )
 
     def cached(
         self, opened: OpenedModel, config: ConfigT, measure: Callable[[], Any], reporter: Reporter = SILENT

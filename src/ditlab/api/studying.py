@@ -177,10 +177,11 @@ def convert(
 
     reporter, unet = chosen_reporter(reporter), unet or UNetFile()
     if str(out).startswith("hub:"):
-        if to is not None or heads is not None or unet != UNetFile() or raw or codec is not None:
+        changes = {"to": to, "heads": heads, "unet": unet != UNetFile() or None, "raw": raw or None, "codec": codec}
+        if refused := [f"`{name}`" for name, value in changes.items() if value is not None]:
             raise InvalidConfig(
                 "convert: a run goes to the hub as it is; expected no `to`, `heads`, `unet`, `raw` or `codec`, "
-                "found some"
+                f"found {', '.join(refused)}"
             )
         place = None if dry_run is None else Path(dry_run)
         return send_run(

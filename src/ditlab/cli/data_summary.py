@@ -22,7 +22,7 @@ def print_summary(output: Output, result: dict[str, Any]) -> None:
     if pools["free"]:
         table.add_row("pools", "free: a split chooses train and test images")
     else:
-        table.add_row("pools", f"{pools['train']:,} only to train, {pools['test']:,} only to test")
+        table.add_row("pools", f"{pools['train']:,} for training only, {pools['test']:,} for test only")
     if result["classes"]:
         listed = ", ".join(f"{name} {count:,}" for name, count in list(result["classes"].items())[:20])
         more = ", ..." if len(result["classes"]) > 20 else ""

@@ -108,8 +108,8 @@ def _value_error(message: str) -> str:
         if match := re.fullmatch(pattern, message):
             kinds = (expected or match["kinds"]).split("|")
             names = [name.strip("{}") for name in kinds if name != "{None}"]
-            found = match["found"].replace("'", "").replace(",", "")
-            return f"expected {' or '.join(_VALUES.get(name, name) for name in names)}, found '{found}'"
+            value = match["found"].replace("'", "").replace(",", "")
+            return f"expected {' or '.join(_VALUES.get(name, name) for name in names)}, found '{value}'"
     return message
 
 

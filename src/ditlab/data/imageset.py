@@ -208,7 +208,7 @@ class ImageSet:
         shape, pools = "x".join(map(str, self.shape)), self.manifest.pools
         parts = [f"{len(self):,} {'images' if self.latents is None else 'latents'} of {shape}"]
         if not pools["free"]:
-            parts.append(f"{pools['train']:,} to train, {pools['test']:,} to test")
+            parts.append(f"{pools['train']:,} for training, {pools['test']:,} for test")
         if self.num_classes:
             parts.append(f"{self.num_classes} classes")
         return f"ImageSet('{self.path}': {', '.join(parts)}; {self.hash[:12]})"

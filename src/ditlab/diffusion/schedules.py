@@ -292,7 +292,7 @@ def noise_levels(
     cosine = cosine_levels()
     inside = cosine[(cosine >= low) & (cosine <= high)]
     if len(inside) < 1:
-        raise DitlabError(f"noise levels 'iddpm': no level of the cosine process lies between {low} and {high}")
+        raise DitlabError(f"noise levels 'iddpm': no level of the cosine process is between {low} and {high}")
     return inside[np.round((len(inside) - 1) * fraction).astype(int)]
 
 

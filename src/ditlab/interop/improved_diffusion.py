@@ -28,7 +28,7 @@ from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, read_state, write_state
+from ditlab.interop.original_files import int_arg, load_weights, write_state
 from ditlab.networks.unet import CONDITION, UNet
 from ditlab.networks.unet_config import UNetConfig
 
@@ -359,24 +359,6 @@ def _published(state: Mapping[str, Tensor], where: str) -> UNetFacts:
     return UNetFacts(rescale_timesteps="label_emb.weight" not in state)
 
 
-def open_improved(
-    path: str | Path, *, ema: bool = True, heads: int | None = None, settings: UNetFile | None = None
-) -> ImportedModel:
-    """Opens a checkpoint of the original code as a denoiser.
-
-    Args:
-        path: the file.
-        ema: whether to read averaged weights; a file has one set only, so False is refused.
-        heads: number of attention heads; by default the file's, or 4, or 1 without scale-shift norms.
-        settings: what else the file does not say.
-
-    Raises:
-        DitlabError: the file is damaged or unsafe, is of another network, or contradicts `heads` or `settings`.
-    """
-    path = Path(path)
-    return build_unet(path, *read_state(path, ema=ema), heads=heads, settings=settings)
-
-
 def build_unet(
     path: Path,
     state: Mapping[str, Tensor],
@@ -387,11 +369,6 @@ def build_unet(
 ) -> ImportedModel:
     """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_state`."""
     where = str(path)
-    if not is_unet(state):
-        raise DitlabError(
-            f"{where}: expected weights of improved-diffusion's UNet ('{_FIRST}'), found another network's "
-            f"('{next(iter(state))}')"
-        )
     from_file = _file_args(args, where)
     ours = {"heads": heads, **asdict(settings or UNetFile())}
     from_user = {_OURS[name]: value for name, value in ours.items() if value is not None}
@@ -466,7 +443,6 @@ __all__ = [
     "from_original",
     "infer_config",
     "is_unet",
-    "open_improved",
     "to_original",
     "write_improved",
 ]

@@ -21,7 +21,7 @@ from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, read_state, write_state
+from ditlab.interop.original_files import int_arg, load_weights, write_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
@@ -143,25 +143,6 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
     write_state(path, state, args, {"ema": state, "args": args})
 
 
-def read_original(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the weights in a file of the original code, and the `args` of its training.
-
-    Args:
-        path: a `.pt`, `.pth` or `.ckpt` file, or `.safetensors` with the same names.
-        ema: whether to read the averaged weights if the file has both, instead of those of the last step.
-
-    Raises:
-        DitlabError: the file is missing, damaged, contains code, or has no weights of this network.
-    """
-    state, args = read_state(path, ema=ema)
-    if not is_dit(state):
-        raise DitlabError(
-            f"{path}: expected weights of the original DiT ('{_FIRST}'), found another network's "
-            f"('{next(iter(state))}')"
-        )
-    return state, args
-
-
 def is_dit(state: Mapping[str, Tensor]) -> bool:
     """Whether the parameter names are those of the original DiT."""
     return _FIRST in state
@@ -281,25 +262,10 @@ def _usual_heads(width: int, where: str) -> int:
     return heads
 
 
-def open_original(path: str | Path, *, ema: bool = True, heads: int | None = None) -> ImportedModel:
-    """Opens a checkpoint of the original code as a denoiser: linear schedule, 1,000 steps, learned variance.
-
-    Args:
-        path: the file.
-        ema: whether to read the averaged weights if the file has both.
-        heads: number of attention heads, if the file does not say.
-
-    Raises:
-        DitlabError: the file is damaged or unsafe, or of another network.
-    """
-    path = Path(path)
-    return build_dit(path, *read_original(path, ema=ema), ema=ema, heads=heads)
-
-
 def build_dit(
     path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], *, ema: bool = True, heads: int | None = None
 ) -> ImportedModel:
-    """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_original`."""
+    """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_state`."""
     config = infer_config(state, args, str(path), heads=heads)
     network = freeze(from_original({key: value.float() for key, value in state.items()}, config))
     # Without a learned variance the original samples with beta_t.
@@ -317,4 +283,4 @@ def build_dit(
     return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
 
 
-__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "open_original", "to_original", "write_original"]
+__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "to_original", "write_original"]

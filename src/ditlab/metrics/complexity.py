@@ -91,12 +91,14 @@ def complexity(
     # Whatever device the caller has made the default: counting is done as if on the CPU.
     with torch.device("cpu"):
         macs, attention = _count(network, shape, labelled)
-        kept = [
+        activation_bytes = [
             # The difference of two batches is what one image takes: masks, weights and their copies cancel out.
-            _kept(network, shape, labelled, 3, dtype) - _kept(network, shape, labelled, 2, dtype) if memory else None
+            _saved_bytes(network, shape, labelled, 3, dtype) - _saved_bytes(network, shape, labelled, 2, dtype)
+            if memory
+            else None
             for dtype in (None, torch.bfloat16)
         ]
-    return Complexity(sum(p.numel() for p in network.parameters()), macs, attention, *kept)
+    return Complexity(sum(p.numel() for p in network.parameters()), macs, attention, *activation_bytes)
 
 
 def _count(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> tuple[int, int]:
@@ -131,19 +133,19 @@ def _of_activations(counts: dict[Any, int]) -> int:
     return sum(flops for op, flops in counts.items() if any(word in str(op) for word in words))
 
 
-def _kept(network: nn.Module, shape: tuple[int, int, int], labelled: bool, batch: int, dtype: Any) -> int:
+def _saved_bytes(network: nn.Module, shape: tuple[int, int, int], labelled: bool, batch: int, dtype: Any) -> int:
     """Bytes that autograd keeps for the backward pass of a batch, weights included where it keeps them."""
-    kept: list[Tensor] = []  # held, so that no storage is freed and its address given to another
+    saved: list[Tensor] = []  # held, so that no storage is freed and its address given to another
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with attention_kernel("sdpa"), autocast, torch.enable_grad():
         _run(network, shape, labelled, batch, hooks)
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
     return sum(storages.values())
 
 
@@ -152,8 +154,7 @@ def _run(network: nn.Module, shape: tuple[int, int, int], labelled: bool, batch:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def empty(tensor: Tensor) -> Tensor:
-        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return found.requires_grad_(tensor.requires_grad)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").requires_grad_(tensor.requires_grad)
 
     with FakeTensorMode(), _all_seen(network):
         state = {name: empty(p) for named in (network.named_parameters(), network.named_buffers()) for name, p in named}
@@ -201,8 +202,8 @@ def match_width(
     """
 
     def cost(units: int) -> int:
-        found = complexity(build(units * multiple), shape, memory=False)
-        return found.macs - (0 if attention else found.attention_macs)
+        costs = complexity(build(units * multiple), shape, memory=False)
+        return costs.macs - (0 if attention else costs.attention_macs)
 
     narrowest = cost(1)
     if narrowest > 2 * macs:

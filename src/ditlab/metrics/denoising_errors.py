@@ -58,7 +58,7 @@ def chosen_levels(
         return tuple(float(known.sigmas[i]) for i in sorted(nearest))
     inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
     if not inside:
-        raise DitlabError(f"{what}: none of the default noise levels lies in the denoiser's range; give `sigmas`")
+        raise DitlabError(f"{what}: no default noise level is in the denoiser's range; give `sigmas`")
     return inside
 
 

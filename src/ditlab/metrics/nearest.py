@@ -178,11 +178,11 @@ def _squares(flat: np.ndarray, references: np.ndarray) -> np.ndarray:
     return (flat**2).sum(1)[:, None] + (part**2).sum(1)[None, :] - 2 * flat @ part.T
 
 
-def _record(found: Nearest) -> Mapping[str, Any]:
+def _record(nearest: Nearest) -> Mapping[str, Any]:
     return {
-        "index": found.index.tolist(),
-        "first": found.first.tolist(),
-        "second": [d if np.isfinite(d) else None for d in found.second.tolist()],
-        "mirrored": found.mirrored.tolist(),
-        "copies": found.copies,
+        "index": nearest.index.tolist(),
+        "first": nearest.first.tolist(),
+        "second": [d if np.isfinite(d) else None for d in nearest.second.tolist()],
+        "mirrored": nearest.mirrored.tolist(),
+        "copies": nearest.copies,
     }

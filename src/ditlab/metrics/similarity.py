@@ -30,8 +30,8 @@ def cosines(
     first: Num[np.ndarray, "n c h w"], second: Num[np.ndarray, "n c h w"], *, mean_removed: bool = True
 ) -> Float[np.ndarray, " n"]:
     """The cosine between the images of each pair, float64 in [-1, 1]; about their means it is the correlation."""
-    one, two = (unit_vectors(images, mean_removed=mean_removed) for images in (first, second))
-    return (one * two).sum(1).clip(-1, 1)
+    a, b = (unit_vectors(images, mean_removed=mean_removed) for images in (first, second))
+    return (a * b).sum(1).clip(-1, 1)
 
 
 def mean_squares(first: Num[np.ndarray, "n c h w"], second: Num[np.ndarray, "n c h w"]) -> Float[np.ndarray, " n"]:

@@ -86,13 +86,13 @@ class Conversion:
             raise AlreadyExists(f"{out}: expected a new file or folder, found something there")
         if to == "ditlab":
             return self._to_ditlab(out, reporter)
-        found, network, objective = self._ours(reporter)
-        autoencoder = self._autoencoder(found, to, reporter)
+        source, network, objective = self._ours(reporter)
+        autoencoder = self._autoencoder(source, to, reporter)
         difference = None
         if to == "diffusers":
             if not isinstance(network, DiT):
                 raise DitlabError(f"convert: expected a DiT for diffusers, found a {type(network).__name__}")
-            difference = write_diffusers(network, objective, out, found.sampler, autoencoder)
+            difference = write_diffusers(network, objective, out, source.sampler, autoencoder)
         elif isinstance(network, DiT):
             write_original(network, objective, out)
         else:
@@ -111,10 +111,10 @@ class Conversion:
         return to
 
     def _to_ditlab(self, out: Path, reporter: Reporter) -> Converted:
-        found = self._read()
+        opened = self._read()
         if self.codec is not None:
             raise DitlabError(_NO_CODEC)
-        if isinstance(found, Run):
+        if isinstance(opened, Run):
             if not self.source.startswith("hub:"):
                 raise DitlabError(f"convert: {self.source} is a run of ditlab already; name another format as `to`")
             if self.checkpoint is not None or self.raw:
@@ -123,11 +123,11 @@ class Conversion:
                 )
             try:
                 with atomic_folder(out) as folder:
-                    shutil.copytree(found.home, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+                    shutil.copytree(opened.home, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
             except OSError as error:
                 raise DitlabError(f"{out}: could not be written ({error.strerror or error})") from None
             return Converted(str(out), "ditlab", "a run of ditlab")
-        model, difference = found
+        model, difference = opened
         network = _convertible(model.denoiser.network)
         write_converted(model, out)
         _note_all(reporter, model)
@@ -145,14 +145,14 @@ class Conversion:
         if self.source.startswith("diffusers:"):
             self._check_averaged()
             return convert_diffusers(self.source.removeprefix("diffusers:"))
-        found = open_model(self.source, codec=self.codec)
-        if isinstance(found, Run):
-            return found
-        assert isinstance(found, ExternalModel)
+        opened = open_model(self.source, codec=self.codec)
+        if isinstance(opened, Run):
+            return opened
+        assert isinstance(opened, ExternalModel)
         self._check_averaged()
-        if not isinstance(found.model.denoiser.network, DiT | UNet):  # a diffusers model on the hub
+        if not isinstance(opened.model.denoiser.network, DiT | UNet):  # a diffusers model on the hub
             return convert_diffusers(self.source.removeprefix("hub:"))
-        return found.model, None
+        return opened.model, None
 
     @property
     def _original(self) -> bool:
@@ -171,32 +171,34 @@ class Conversion:
         """The source, its network, which is one of ditlab's, and how that was trained."""
         opened = self._read()
         if isinstance(opened, Run):
-            found: Run | ImportedModel = opened
+            source: Run | ImportedModel = opened
             network = opened.network(opened.checkpoint(self.checkpoint, reporter), ema=not self.raw)
             objective: object = opened.config.objective
         else:
-            found = opened[0]
-            network, objective = found.denoiser.network, objective_of(found.denoiser, self.source)
-            _note_all(reporter, found)
-        return found, _convertible(network), objective
+            source = opened[0]
+            network, objective = source.denoiser.network, objective_of(source.denoiser, self.source)
+            _note_all(reporter, source)
+        return source, _convertible(network), objective
 
-    def _autoencoder(self, found: Run | ImportedModel, to: Format, reporter: Reporter) -> Any:
+    def _autoencoder(self, source: Run | ImportedModel, to: Format, reporter: Reporter) -> Any:
         """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot.
 
         Raises:
             DitlabError: it is not where it should be, or a place was given for one that is not there.
         """
         codec = (
-            open_autoencoder(found.decoder) if isinstance(found, ImportedModel) and found.decoder is not None else None
+            open_autoencoder(source.decoder)
+            if isinstance(source, ImportedModel) and source.decoder is not None
+            else None
         )
-        record = found.record.codec if isinstance(found, Run) else codec and codec.record
-        if self.codec is not None and (not isinstance(found, Run) or record is None or to != "diffusers"):
+        record = source.record.codec if isinstance(source, Run) else codec and codec.record
+        if self.codec is not None and (not isinstance(source, Run) or record is None or to != "diffusers"):
             raise DitlabError(_NO_CODEC)
         if record is None:
             return None
         if to == "diffusers" and record.kind == "kl":
-            kept: Any = found.codec if isinstance(found, Run) else codec
-            return kept.module
+            autoencoder: Any = source.codec if isinstance(source, Run) else codec
+            return autoencoder.module
         why = "a DiTPipeline takes an AutoencoderKL only" if to == "diffusers" else "the original format has no place"
         reporter.note(
             f"its autoencoder does not go along ({why}): these are latents of '{record.source}', SHA-256 "

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "hash_of_weights"]
 
 RESULTS = Path("external")
-"""The folder for results of models that do not lie in a folder of the user's own: RESULTS/NAME-DIGEST."""
+"""The folder for results of models that have no folder of their own: RESULTS/NAME-DIGEST."""
 
 Side = Literal["train", "test"]
 

@@ -54,7 +54,7 @@ def open_model(
 
     Args:
         source: as a user typed it, or a model.
-        data: where a run's image set lies now, if it was moved; the image set to measure any other model on.
+        data: where a run's image set is now, if it was moved; the image set to measure any other model on.
         codec: the same for the autoencoder.
         split: which images stand for the training images of a model that is not a run.
         out: the folder for results of models that have no folder of their own, each under its name.

@@ -65,8 +65,8 @@ class Run(Model):
 
         Args:
             path: its folder.
-            data: where its image set lies now, if it was moved, or the image set.
-            codec: where its autoencoder lies now, if it was moved (`ditlab.data.autoencoder`).
+            data: where its image set is now, if it was moved, or the image set.
+            codec: where its autoencoder is now, if it was moved (`ditlab.data.autoencoder`).
             step: the checkpoint that stands for it; the newest where not given.
             results: the folder for what is measured, where its own one may not be written.
 

@@ -76,7 +76,7 @@ class BFCNN(nn.Module):
             DitlabError: when `augment` is given.
         """
         if augment is not None:
-            raise DitlabError("BF-CNN: expected no augmentation labels, found some")
+            raise DitlabError(f"BF-CNN: expected no `augment`, found labels of shape {list(augment.shape)}")
         x = torch.relu(self.conv_layers[0](x))
         for layer, conv in enumerate(self.conv_layers[1:-1]):
             running = self.running_sd.get_buffer(str(layer))

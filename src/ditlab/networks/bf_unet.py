@@ -107,7 +107,7 @@ class BFUNet(nn.Module):
             DitlabError: when `augment` is given, or the image's sides are no multiples of 2^blocks.
         """
         if augment is not None:
-            raise DitlabError("bias-free UNet: expected no augmentation labels, found some")
+            raise DitlabError(f"bias-free UNet: expected no `augment`, found labels of shape {list(augment.shape)}")
         self.config.check_sides(x.shape[2], x.shape[3])
         window, skips = self.config.pool_window, []
         for stage in self.encoder:

@@ -146,11 +146,6 @@ def adapted_layers(network: nn.Module) -> list[tuple[nn.Module, AttentionAdapter
     return [(module, adapter) for module, adapter in layers if adapter is not None]
 
 
-def attention_modules(network: nn.Module) -> list[nn.Module]:
-    """Returns the modules of `adapted_layers`."""
-    return [module for module, _ in adapted_layers(network)]
-
-
 @contextmanager
 def capture_attention(
     network: nn.Module,
@@ -226,7 +221,6 @@ __all__ = [
     "adapted_layers",
     "attention",
     "attention_kernel",
-    "attention_modules",
     "attention_weights",
     "capture_attention",
     "check_fits",

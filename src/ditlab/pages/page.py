@@ -39,7 +39,7 @@ EXACT_BYTES = 1_000_000
 """A figure of photographs keeps all its colours up to this size."""
 _SMALLEST = 4
 """Figures lose at most so much of their resolution, in each direction, where a page would be too large."""
-_NOT_HERE = "The page would be too large with the files behind this; they lie beside the results that it was made of."
+_NOT_HERE = "The data files are left out because the page would be too large; they are stored next to the results."
 
 _NUMBER = re.compile(r"[<>≥≤~−+-]{0,2} ?\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?(?![^\s%±–])")
 """How a cell starts that is set as a number: "12", "-0.3 ± 0.1", "≥ 4"; not "3*4" nor "3,5,g*2"."""
@@ -102,7 +102,7 @@ class Table:
     digits: int = 2
     """Decimals of floats."""
     folded: str = ""
-    """Where given, the table lies folded away under these words."""
+    """The label under which the table is collapsed; "" for a table that is shown."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -270,9 +270,9 @@ def page_size(data: PageData) -> int:
 
 
 def fit_page(data: PageData, spare: int = 0) -> PageData:
-    """The page with what it takes to stay below `PAGE_BYTES`, if that can be had.
+    """Returns the page, reduced to stay below `PAGE_BYTES` if that is possible.
 
-    In this order, as far as needed: the files behind sections are left out, then those behind the whole page (a note
+    In this order, as far as needed: the data files of sections are left out, then those of the whole page (a note
     says so); figures, the largest first, get 256 colours, then one theme, then half and a quarter of their resolution.
 
     Args:

@@ -156,7 +156,7 @@ def _plain(value: float) -> str:
 
 
 def legend_below(axes: Axes, handles: list[Any], *, title: str = "", columns: int = 1) -> None:
-    """A legend that fills an axes of its own, so that it never lies over data."""
+    """Draws a legend that fills an axes of its own, so that it never covers data."""
     axes.axis("off")
     legend = axes.legend(
         handles=handles,

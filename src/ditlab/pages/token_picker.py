@@ -20,7 +20,7 @@ import numpy as np
 from ditlab.errors import DitlabError
 from ditlab.nn.patterns import Grid, Pattern
 
-__all__ = ["BUDGET", "AttentionPicker", "PickerRun", "frame_size", "pack_map", "pack_run", "query_stride", "unpack_map"]
+__all__ = ["BUDGET", "AttentionPicker", "PickerRun", "frame_size", "pack_map", "pack_run", "query_stride"]
 
 BUDGET = 4_000_000
 """Bytes of all pickers on a page, in base64."""
@@ -215,15 +215,6 @@ def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
     return zlib.compress(scaled.tobytes() + largest.astype("<f4").tobytes(), 9)
 
 
-def unpack_map(packed: bytes, grid: Grid) -> np.ndarray:
-    """Returns the map that the page's script makes of `pack_map`, float32 [queries, T]."""
-    tokens, queries = grid[0] * grid[1], len(_queries(grid))
-    content = zlib.decompress(packed)
-    scaled = np.frombuffer(content, np.uint8, queries * tokens).reshape(queries, tokens)
-    largest = np.frombuffer(content, "<f4", queries, queries * tokens)
-    return scaled.astype(np.float32) / 255 * largest[:, None]
-
-
 def _queries(grid: Grid) -> np.ndarray:
     """Returns the numbers of the tokens that can be picked, row by row."""
     tokens, stride = np.arange(grid[0] * grid[1]).reshape(grid), query_stride(grid)
@@ -241,8 +232,7 @@ def _thin(sizes: Mapping[int, int], budget: int) -> list[int]:
 
 
 def _boxes(pattern: Pattern, grid: Grid) -> str | None:
-    """Returns the first and last row and column that each token that can be picked may see, as base64 of bytes;
-    None if it may see all."""
+    """Returns the first and last row and column that each pickable token sees, base64 of bytes; None if it sees all."""
     if pattern.covers(grid):
         return None
     seen = pattern.mask(grid).numpy()[_queries(grid)].reshape(-1, *grid)

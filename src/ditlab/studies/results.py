@@ -230,8 +230,8 @@ def psnr_of_levels(record: Mapping[str, Any]) -> PSNRResult:
         f"{side}_mse": (peak**2 * 10 ** (-np.asarray(curves[side], dtype=np.float64) / 10))[:, None, None]
         for side in ("train", "test")
     }
-    one = {"train": 1, "test": 1}
-    changed = {"images": one, "draws": one, "config": {**record["config"], "images": 1}}
+    count = {"train": 1, "test": 1}
+    changed = {"images": count, "draws": count, "config": {**record["config"], "images": 1}}
     return PSNRResult.from_json({**record, **changed}, errors)
 
 
@@ -245,10 +245,7 @@ def _trajectory(
 
 
 def _pairable(results: Sequence[_Result]) -> list[_Result]:
-    """Returns those results of a partly filled grid that can be compared.
-
-    A kind of attention stays only if it shares a seed with every kind before it, at the same N and at all.
-    """
+    """Returns the results of the kinds that share a seed with every kind before them, at the same N and overall."""
     chosen: list[_Result] = []
     for label in dict.fromkeys(r.about.group for r in results):
         mine = [r for r in results if r.about.group == label]

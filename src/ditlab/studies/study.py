@@ -269,16 +269,7 @@ def _image_set(source: str, size: int, reporter: Reporter) -> ImageSet:
 
 
 def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> None:
-    """Writes plan.json; the trials of earlier calls stay in it if they make one grid with those of this one.
-
-    A plan with other settings replaces it, and the earlier one becomes plan-previous.json.
-
-    Args:
-        plan: what this call asks for.
-        folder: the study's folder at this scale.
-        reporter: told if the saved plan is not exactly what this call asks for.
-        keep: leave an existing plan as it is.
-    """
+    """Writes plan.json with the trials of earlier calls; keeps a plan of another grid as plan-previous.json."""
     path = folder / "plan.json"
     if not path.exists():
         plan.save(folder)

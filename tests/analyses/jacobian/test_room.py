@@ -378,7 +378,7 @@ def test_a_matrix_that_does_not_fit(model, monkeypatch):
 def test_models_that_cannot_be_compared(model, function):
     with pytest.raises(Incompatible, match="are both 'same' with N = 20 and seed 0; give them different `names`"):
         ditlab.jacobian([model("a"), model("b")], names=("same", "same"), **QUICK)
-    assert refused([]) == "jacobian: expected at least 1 models, found 0"
+    assert refused([]) == "jacobian: expected at least 1 model, found 0"
     # Without sigmas each has its own default level; here they are too far apart.
     cosine = model("cosine")
     cosine.source_denoiser = VPDenoiser(cosine.source_denoiser.module, make_schedule("cosine", 20))

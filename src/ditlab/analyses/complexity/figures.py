@@ -43,9 +43,12 @@ def complexity_figure(
         raise DitlabError("figure: expected at least one network, found none")
     named = [name for name in published or {} if name in dict(networks)]
     slots = assign(_family(name) for name, _ in networks)
-    kept = [cost.activation_bytes for _, cost in networks]
-    largest = max((bytes_ for bytes_ in kept if bytes_ is not None), default=None)
-    areas = [_DOT if bytes_ is None or largest is None else max(_AREA * bytes_ / largest, 14.0) for bytes_ in kept]
+    activation_bytes = [cost.activation_bytes for _, cost in networks]
+    largest = max((bytes_ for bytes_ in activation_bytes if bytes_ is not None), default=None)
+    areas = [
+        _DOT if bytes_ is None or largest is None else max(_AREA * bytes_ / largest, 14.0)
+        for bytes_ in activation_bytes
+    ]
     with canvas(5.6 * (2 if named else 1), 4.4, theme) as figure:
         panels = figure.subplots(1, 2 if named else 1, squeeze=False)[0]
         points: list[Point] = [
@@ -89,10 +92,10 @@ def _scatter(axes: Axes, points: Sequence[Point], theme: Theme) -> None:
 
 
 def _name(figure: Figure, panels: Mapping[Axes, Sequence[Point]]) -> None:
-    """Writes each bubble's name beside it, on the first side where it lies over nothing else."""
+    """Writes each bubble's name beside it, on the first side where it covers nothing else."""
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # so that it is known where the bubbles lie
+    figure.draw_without_rendering()  # the positions of the bubbles are known only then
     for axes, points in panels.items():
         taken = []
         for _, x, y, area, _ in points:

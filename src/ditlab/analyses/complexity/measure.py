@@ -196,8 +196,8 @@ class _Counting:
         names = (*self.presets, self.config.match) if self.config.match else self.presets
         own = {name: tuple(preset(name).network.image_size) for name in names}
         if len({*own.values()}) > 1:
-            found = ", ".join(f"{rows}x{columns} of {name}" for name, (rows, columns) in own.items())
-            raise DitlabError(f"complexity: expected `size` for presets whose images differ in size, found {found}")
+            sizes = ", ".join(f"{rows}x{columns} of {name}" for name, (rows, columns) in own.items())
+            raise DitlabError(f"complexity: expected `size` for presets whose images differ in size, found {sizes}")
         rows, columns = next(iter(own.values()))
         return rows, columns
 

@@ -185,7 +185,7 @@ def jacobian_section(
         comparison: models that were measured with the same settings.
         pictures: of `jacobian_drawings`.
         number: which one this is, if a page has several such sections.
-        data: files behind it, beside the comparison itself.
+        data: data files to attach, in addition to the comparison itself.
     """
     name = "jacobian" if number == 1 else f"jacobian-{number}"
     notes = dict.fromkeys(note for result in comparison.results for note in result.notes)

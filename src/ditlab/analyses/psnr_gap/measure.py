@@ -114,12 +114,12 @@ def measure_gap(
         bar: shows how many images are denoised.
 
     Raises:
-        DitlabError: a side is empty, shapes disagree, no level lies in the denoiser's range, an estimate is not finite.
+        DitlabError: a side is empty, shapes disagree, no level is in the denoiser's range, an estimate is not finite.
     """
     config = config or PSNRConfig()
     levels = config.sigmas or grid_levels(denoiser, config.points)
     if not levels:
-        raise Incompatible("psnr-gap: none of the default noise levels lies in the denoiser's range; give `sigmas`")
+        raise Incompatible("psnr-gap: no default noise level is in the denoiser's range; give `sigmas`")
     sides = []
     for name, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) == 0:

@@ -215,7 +215,7 @@ class PSNRResult:
 
     @classmethod
     def load(cls, path: Path | str) -> PSNRResult:
-        """Reads what `save` wrote, from the JSON's path (the .npz must lie beside it).
+        """Reads what `save` wrote, from the JSON's path (the .npz must be next to it).
 
         Raises:
             DitlabError: a file is absent or damaged, or is another kind of result.

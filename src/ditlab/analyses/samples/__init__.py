@@ -33,12 +33,12 @@ class Samples(Analysis[NoOptions, NoOptions]):
         """
         from ditlab.analyses.samples.measure import SampleSet
 
-        found = SampleSet.draw(models, context, reporter)
-        context.shared["samples"] = found.shown()
-        if not found.kinds and found.training is None:
+        sample_set = SampleSet.draw(models, context, reporter)
+        context.shared["samples"] = sample_set.shown()
+        if not sample_set.kinds and sample_set.training is None:
             return []
-        nearest = [kind.nearest for kind in found.kinds if kind.nearest is not None]
-        return [Comparison(self, found, nearest, models, NoOptions(), NoOptions(), context)]
+        nearest = [kind.nearest for kind in sample_set.kinds if kind.nearest is not None]
+        return [Comparison(self, sample_set, nearest, models, NoOptions(), NoOptions(), context)]
 
     def sentences(self, comparison: Comparison) -> list[str]:
         """Returns one sentence for each kind whose nearest training images are known."""

@@ -106,9 +106,9 @@ class KindSamples:
         """The nearest training image of each sample, uint8 [count, C, H, W], mirrored where that is nearer."""
         if self.nearest is None:
             return None
-        found = self.nearest.samples
-        images = self.model.originals(self.model.split.train[found.index])
-        return np.where(found.mirrored[:, None, None, None], images[..., ::-1], images)
+        nearest = self.nearest.samples
+        images = self.model.originals(self.model.split.train[nearest.index])
+        return np.where(nearest.mirrored[:, None, None, None], images[..., ::-1], images)
 
     @property
     def sources(self) -> list[str]:

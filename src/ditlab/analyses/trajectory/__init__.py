@@ -40,7 +40,7 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         return [Comparison(self, course, course.trajectories, models, NoOptions(), NoOptions(), context)]
 
     def notes(self, comparison: Comparison) -> list[str]:
-        """Returns what must be said of seeds that are left out or cannot be matched."""
+        """Returns notes on seeds that are left out or cannot be matched."""
         course: Course = comparison.detail
         notes = [f"{m.first} and {m.second}, {note}" for m in course.matched for note in m.notes()]
         return [*course.notes, *notes, "PSNR and gaps in dB, averaged over the noise levels measured during training."]
@@ -77,7 +77,7 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
                         along, pairs[0] if len(pairs) == 1 else None, latents=course.latents, slots=slots, theme=theme
                     ),
                     f"{which}Test PSNR against train PSNR along the training of {names}.",
-                    f"{which}At equal train PSNR a curve that lies higher generalizes better at the same fit.",
+                    f"{which}At equal train PSNR a higher curve generalizes better at the same fit.",
                 )
             if any("loss" in line or "train_loss" in line for log in logs.values() for line in log):
                 drawings[f"losses{ending}"] = Drawing(

@@ -104,7 +104,7 @@ class Trajectory:
         """Where the train PSNR first reaches `psnr` dB, everything interpolated linearly between the two points around.
 
         The first crossing needs no monotone curve: a train PSNR that falls back later is not counted twice.
-        None where the first point lies above already, or where no point reaches it.
+        None where the first point is above already, or where no point reaches it.
         """
         i = next((i for i, value in enumerate(self.train) if value >= psnr), None)
         if i is None or (i == 0 and self.train[0] > psnr):
@@ -185,7 +185,7 @@ class MatchedComparison:
         return (*lines, *self.notes())
 
     def notes(self) -> list[str]:
-        """Returns what must be said of seeds that are left out or cannot be matched, one sentence each."""
+        """Returns notes on seeds that are left out or cannot be matched, one sentence each."""
         notes = [f"Seed {s.seed}: {s.note}" for s in self.seeds if s.note]
         if self.unpaired:
             notes.append(f"Left out, because only one side has them: seeds {', '.join(map(str, self.unpaired))}.")
@@ -235,7 +235,7 @@ class MatchedComparison:
 def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
     """Two runs of one seed, along training.
 
-    They are matched at the highest train PSNR that both have reached, which lies furthest from the start that all
+    They are matched at the highest train PSNR that both have reached, which is furthest from the start that all
     runs share and is where a difference has had most time to grow.
 
     Raises:

@@ -1,7 +1,7 @@
 """Figures along training: the gap against steps, test PSNR against train PSNR, and the losses of the log.
 
 The first shows when a gap opens; the second, whether runs that fit the training images equally well differ on others
-(a curve that lies higher generalizes better at the same fit).
+(a higher curve generalizes better at the same fit).
 """
 
 from __future__ import annotations

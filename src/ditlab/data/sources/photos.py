@@ -1,8 +1,8 @@
-"""The built-in photographs: crops of the colour photographs that lie inside the scikit-image and scikit-learn wheels.
+"""The built-in photographs: crops of the colour photographs inside the scikit-image and scikit-learn wheels.
 
 Nothing is downloaded. Each photograph is cut into blocks, and every fourth block or so is a test region (pool 1), the
 others train regions (pool 0), so that both sides hold pieces of every photograph. A crop is kept only where all its
-source pixels lie in regions of one pool: no train and test crop share a pixel, at whatever scale they were taken.
+source pixels are in regions of one pool: no train and test crop share a pixel, at whatever scale they were taken.
 
 `motorcycle_right.png` is left out on purpose: it is the other eye's view of `motorcycle_left.png` and would bring
 test regions into the train pool. Attributions are in docs/data.md.
