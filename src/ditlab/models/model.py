@@ -318,9 +318,14 @@ class Model:
         return []
 
     @property
+    def knows_training_images(self) -> bool:
+        """Whether the training images of the split are those that the denoiser was trained on."""
+        return self.split_config.own_split
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the images that the model is measured on, one sentence each."""
-        if self._images is None or self.split_config.own_split:
+        if self._images is None or self.knows_training_images:
             return ()
         return (self._unknown_training_images(),)
 
