@@ -11,6 +11,8 @@ Source: An et al. 2024 (2410.21273), Eq. 3.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,11 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ditlab.diffusion.choices import PredictionTarget, Variance
+from ditlab.diffusion.fingerprint import UNKNOWN, add_tensor, fingerprint
 from ditlab.diffusion.noise_levels import LevelRange, Levels
 from ditlab.diffusion.short_repr import short_repr
 from ditlab.errors import DitlabError, unknown_name
 
-__all__ = ["Denoiser", "Prediction", "complete", "spread"]
+__all__ = ["Denoiser", "Prediction", "complete", "hash_of_weights", "spread"]
 
 # Float32 rounding may move a level beyond a grid's ends.
 _SLACK = 1e-6
@@ -103,6 +106,7 @@ class Denoiser(ABC):
             "blind": self.blind,
             "origin": self.origin,
             "variance": self.variance,
+            **({} if type(self).__module__.startswith("ditlab.") else {"code": fingerprint(self)}),
         }
 
     @abstractmethod
@@ -266,7 +270,11 @@ class _WrappedDenoiser(Denoiser):
     @property
     def identity(self) -> dict[str, Any]:
         """See `Denoiser.identity`."""
-        return super().identity | {"output": self.output}
+        return super().identity | {
+            "output": self.output,
+            "dtype": str(self.dtype),
+            "code": fingerprint(self.function),
+        }
 
     @property
     def module(self) -> nn.Module | None:
@@ -288,6 +296,24 @@ class _WrappedDenoiser(Denoiser):
             return self.dtype or y.dtype
         # Read at every call, because a module may be cast after it was wrapped.
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), y.dtype)
+
+
+def hash_of_weights(denoiser: Denoiser, *others: Any) -> str:
+    """Returns the SHA-256 of everything that decides a denoiser's estimates; "" where that cannot be known.
+
+    A function of a user's own has no weights to hash, so results about it are never taken from a cache.
+
+    Args:
+        denoiser: the denoiser.
+        others: JSON values that the hash is to cover too.
+    """
+    text = json.dumps([denoiser.identity, *others] if others else denoiser.identity, sort_keys=True, default=str)
+    if denoiser.module is None or f'"code": "{UNKNOWN}' in text:
+        return ""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(denoiser.module.state_dict().items()):
+        add_tensor(digest, name, value)
+    return digest.hexdigest()
 
 
 def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def open_models(
         raise InvalidConfig("`models`: expected at least one model, found none")
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
     if held_out is not None:
+        models = [copy.copy(model) for model in models]  # those of the caller keep their own test images
         for model in models:
             model.use_held_out(_held_out_images(held_out, model, codec, reporter))
     _check_named_once(models)

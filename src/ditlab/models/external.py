@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
-from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.denoisers import Denoiser, hash_of_weights
 from ditlab.diffusion.samplers import SamplerConfig
 from ditlab.errors import Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
@@ -131,7 +131,7 @@ class ExternalModel(Model):
         notes = list(self.model.notes)
         if self._images is None:
             return tuple(notes)
-        if not self.split_config.own_split:
+        if not self.knows_training_images:
             notes.append(self._unknown_training_images())
         if self.conditional and not self._labelled:
             notes.append(
@@ -193,7 +193,9 @@ class ExternalModel(Model):
         latent = latent or (self._images is not None and self.images.latents is not None)
         denoiser.pixel_space = denoiser.shape[0] in (1, 3) and not latent
         self.device = device
-        return denoiser, replace(self.provenance(ema=ema, label=label), weights=model.digest)
+        # The file's digest says how it was read; its averaged and raw weights, and those changed in memory, differ.
+        weights = hash_of_weights(denoiser, model.digest)
+        return denoiser, replace(self.provenance(ema=ema, label=label), weights=weights)
 
 
 def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], ImportedModel]:

@@ -33,12 +33,14 @@ def nearest_training(model: Model, images: np.ndarray) -> tuple[Nearest, Nearest
     return nearest.take(len(images)), nearest.take(len(held_out), len(images)) if len(held_out) else None
 
 
-def near_copies(nearest: Nearest, held_out: Nearest | None) -> np.ndarray:
+def near_copies(nearest: Nearest, held_out: Nearest | None, *, known: bool = True) -> np.ndarray:
     """Returns whether each image shows too much of a training image where none may be shown, bool [n].
 
     A copy does (d1 / d2 < 1/3), and so does an image that is less than half as far from a training image as held-out
-    images are.
+    images are. Where the training images are not `known`, each image may show one.
     """
+    if not known:
+        return np.ones(len(nearest.first), bool)
     near = 0.0 if held_out is None else float(np.median(held_out.first)) / 2
     return nearest.copied | (nearest.first < near)
 

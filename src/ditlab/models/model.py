@@ -8,7 +8,6 @@ the report take any of them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,7 +24,8 @@ from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
 from ditlab.data.splits import Split, held_out_order, make_split, verify
-from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.denoisers import Denoiser, hash_of_weights
+from ditlab.diffusion.fingerprint import UNKNOWN, fingerprint
 from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, SamplerConfig
 from ditlab.errors import Incompatible, NotFound
@@ -36,7 +36,7 @@ from ditlab.provenance import Provenance
 if TYPE_CHECKING:
     from ditlab.sampling.samples import Samples
 
-__all__ = ["Model", "hash_of_weights"]
+__all__ = ["Model"]
 
 RESULTS = Path("external")
 """The folder for results of models that have no folder of their own: RESULTS/NAME-DIGEST."""
@@ -96,8 +96,9 @@ class Model:
         self._images = images
         self.split_config = SplitConfig(n, test, seed, own_split)
         self._sampler, self._autoencoder = sampler, autoencoder
-        digest = hash_of_weights(denoiser)
-        self.path = Path(out) if out is not None else RESULTS / (f"{name}-{digest[:8]}" if digest else name)
+        # What cannot be hashed as a whole is told apart by its code and by what it holds.
+        digest = hash_of_weights(denoiser) or fingerprint(denoiser).strip(UNKNOWN)
+        self.path = Path(out) if out is not None else RESULTS / f"{name}-{digest[:8]}"
 
     @staticmethod
     def from_diffusers(
@@ -317,9 +318,14 @@ class Model:
         return []
 
     @property
+    def knows_training_images(self) -> bool:
+        """Whether the training images of the split are those that the denoiser was trained on."""
+        return self.split_config.own_split
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the images that the model is measured on, one sentence each."""
-        if self._images is None or self.split_config.own_split:
+        if self._images is None or self.knows_training_images:
             return ()
         return (self._unknown_training_images(),)
 
@@ -424,20 +430,6 @@ class Model:
     @cached_property
     def _original_images(self) -> ImageSet | None:
         return self.images.original
-
-
-def hash_of_weights(denoiser: Denoiser) -> str:
-    """Returns the SHA-256 of everything that decides a denoiser's estimates; "" where that cannot be known.
-
-    A function of a user's own has no weights to hash, so results about it are never taken from a cache.
-    """
-    if denoiser.module is None:
-        return ""
-    digest = hashlib.sha256(json.dumps(denoiser.identity, sort_keys=True, default=str).encode())
-    for name, value in sorted(denoiser.module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _dims(shape: Sequence[int]) -> str:

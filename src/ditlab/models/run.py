@@ -244,6 +244,11 @@ class Run(Model):
         return self.config.training.flip
 
     @property
+    def knows_training_images(self) -> bool:
+        """Always: it was trained on its split."""
+        return True
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """None: a run knows its training images."""
         return ()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ditlab
 from ditlab.config import differing_settings
-from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.denoisers import Denoiser, hash_of_weights
 from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.samplers import SamplerConfig, SamplerStep, evaluations
 from ditlab.errors import AlreadyExists, Damaged, DitlabError, InvalidConfig
@@ -366,14 +366,8 @@ def _hash_of_images(model: Sampled, denoiser: Denoiser) -> str:
 
     "" for a function of a user's own, which has no weights to hash.
     """
-    if denoiser.module is None:
-        return ""
     codec = {k: v for k, v in asdict(model.autoencoder_record).items() if k not in ("source", "place")}
-    digest = hashlib.sha256(json.dumps([denoiser.identity, codec], sort_keys=True, default=str).encode())
-    for name, value in sorted(denoiser.module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return hash_of_weights(denoiser, codec)[:16]
 
 
 def _check_finite(drawn: Tensor, seeds: Sequence[int]) -> None:

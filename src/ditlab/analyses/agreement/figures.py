@@ -79,7 +79,8 @@ def images_to_show(
         arrays = {name: images for name, images in arrays.items() if name not in MEMORIZING_BASELINES}
     pictures = {name: model.decode(torch.from_numpy(images[:MAX_SHOWN])) for name, images in arrays.items()}
     if hide_training_images:
-        hidden = near_copies(*nearest_training(model, np.concatenate(list(pictures.values()))))
+        nearest = nearest_training(model, np.concatenate(list(pictures.values())))
+        hidden = near_copies(*nearest, known=model.knows_training_images)
         parts = np.split(hidden, len(pictures))
         pictures = {
             name: mask_images(images, part) for (name, images), part in zip(pictures.items(), parts, strict=True)

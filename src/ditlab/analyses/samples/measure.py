@@ -99,7 +99,7 @@ class KindSamples:
         """Whether each sample shows too much of a training image where none may be shown, bool [count]."""
         if self.nearest is None:
             return np.ones(len(self.images), bool)
-        return near_copies(self.nearest.samples, self.nearest.held_out)
+        return near_copies(self.nearest.samples, self.nearest.held_out, known=self.model.knows_training_images)
 
     @property
     def nearest_images(self) -> np.ndarray | None:

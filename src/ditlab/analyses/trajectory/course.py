@@ -30,7 +30,7 @@ class Course:
     latents: bool = False
     """Whether the PSNRs are those of latents."""
     notes: tuple[str, ...] = ()
-    """Why kinds are not compared, where they cannot be."""
+    """Why kinds are not compared, where they cannot be, and which test images were used, where others are elsewhere."""
 
     @classmethod
     def of(cls, models: ModelSet) -> Course:
@@ -49,6 +49,8 @@ class Course:
             matched, notes = tuple(compare_kinds(trajectories)), ()
         except DitlabError as error:
             matched, notes = (), (f"Not compared: {error}.",)
+        if any(model.held_out is not None and model.log for model in models):
+            notes = (*notes, "Test PSNR is that of the runs' own test images, not of `held_out`.")
         ordered = dict(sorted(logs.items(), key=lambda item: item[0][0] or -1))
         return cls(tuple(trajectories), matched, ordered, latents, notes)
 
