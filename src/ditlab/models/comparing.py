@@ -125,10 +125,10 @@ def open_models(
     *,
     held_out: ImageSet | str | Path | None = None,
     split: SplitConfig | None = None,
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     step: int | None = None,
     ema: bool = True,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     device: torch.device | str = "cpu",
     out: Path | None = None,
     reporter: Reporter = SILENT,
@@ -153,6 +153,7 @@ def open_models(
             seed have different test images, or `out` cannot be written to.
     """
     check_output(out)
+    names = (names,) if isinstance(names, str) and names else names
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
@@ -204,7 +205,7 @@ def _check_images(models: Sequence[Model]) -> None:
 def _open(
     source: Source,
     data: ImageSet | str | Path | None,
-    codec: str | None,
+    codec: str | Path | None,
     split: SplitConfig | None,
     out: Path | None,
     reporter: Reporter,
@@ -223,7 +224,9 @@ def _open(
     return open_model(source, prepare(data, size=height, reporter=reporter), codec=codec, split=split, out=out)
 
 
-def _held_out_images(held_out: ImageSet | str | Path, model: Model, codec: str | None, reporter: Reporter) -> ImageSet:
+def _held_out_images(
+    held_out: ImageSet | str | Path, model: Model, codec: str | Path | None, reporter: Reporter
+) -> ImageSet:
     """Prepares held-out images exactly as the model's image set was; refuses pictures that it was trained on."""
     return prepare_held_out(
         model.images, held_out, train=model.split.train, codec=codec, device=str(model.device), reporter=reporter

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ditlab.arguments import checks_arguments
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import InvalidConfig, NotFound
@@ -94,6 +95,7 @@ def open_model(
     return Run.open(path, data, codec)
 
 
+@checks_arguments({})
 def load(
     source: str | Path,
     *,
