@@ -196,9 +196,12 @@ def train(
 
     data = DataConfig(n=n, test=test, seed=seed, skip=skip)
     config = change_settings(replace(unsized(preset), data=data), settings, f"preset {preset}")
-    chosen = {"n": n, "test": test, "seed": seed, "skip": skip, "conditional": conditional, **settings, "out": out}
+    usual = {"n": n, "test": test, "seed": seed, "skip": skip, "conditional": conditional, "size": size}
+    chosen = {k: v for k, v in usual.items() if v or k == "test"} | settings | ({} if out is None else {"out": out})
+    dotted = {k: v for k, v in chosen.items() if "." in k}
     place = str(getattr(images, "path", images))
-    words = [repr(preset), repr(place), *(f"{k}={shown(v)}" for k, v in chosen.items() if v)]
+    words = [repr(preset), repr(place), *(f"{k}={shown(v)}" for k, v in chosen.items() if k not in dotted)]
+    words += [f"**{dotted!r}"] if dotted else []
     return train_config(
         config,
         images,
