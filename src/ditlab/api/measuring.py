@@ -64,8 +64,12 @@ def open(  # the name that the command line and the docs use: `ditlab.open(...)`
         DitlabError: there is nothing of that name, or it cannot be used.
     """
     from ditlab.models.comparing import open_models
+    from ditlab.models.model import Model
+    from ditlab.models.opening import keep_own
 
     place = None if out is None else Path(out)
+    if isinstance(source, Model):
+        keep_own(out=place)
     return open_models(
         [source], data, held_out=held_out, split=split, codec=codec, out=place, reporter=chosen_reporter(reporter)
     )[0]
@@ -286,6 +290,8 @@ def report(
     """
     from ditlab.reporting.report import write_report
 
+    for name, config in (configs or {}).items():
+        check_type(f"configs['{name}']", config, find_analysis(name).Config)
     place, reporter = None if out is None else Path(out), chosen_reporter(reporter)
     opened = open_set(
         several(models),

@@ -15,7 +15,7 @@ from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import AlreadyExists, DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
-from ditlab.models.opening import open_model
+from ditlab.models.opening import keep_own, open_model
 from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
@@ -156,6 +156,8 @@ def open_models(
     names = (names,) if isinstance(names, str) and names else names
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
+    if all(isinstance(source, Model) for source in sources):
+        keep_own(data=data, codec=codec, split=None if split == SplitConfig() else split)
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
     if held_out is not None:
         for model in models:
@@ -184,7 +186,8 @@ def _check_named_once(models: Sequence[Model]) -> None:
 
 def _check_images(models: Sequence[Model]) -> None:
     """Refuses models of different image sets, and models of one split seed with different test images."""
-    if len(models) == 1:
+    models = [model for model in models if model.provenance().split_family]  # without images nothing tells
+    if len(models) < 2:
         return
     first, by_seed = models[0], dict[int, Model]()
     for model in models:
@@ -210,7 +213,9 @@ def _open(
     out: Path | None,
     reporter: Reporter,
 ) -> Model:
-    """Opens one of them; a source of images is prepared at the model's size."""
+    """Opens one of them; a source of images is prepared at the model's size, and open models stay as they are."""
+    if isinstance(source, Model):
+        return source
     if not isinstance(data, str) or not is_source(data):
         return open_model(source, data, codec=codec, split=split, out=out)
     model = open_model(source, codec=codec, split=split, out=out)
