@@ -19,7 +19,7 @@ from ditlab.cli.main import _AFTER, _BEFORE
 PACKAGE = Path(ditlab.__file__).parent
 GUIDE = Path(__file__).parents[1] / "docs" / "contributing.md"
 LAYERS = (
-    {"errors", "rng", "files", "memory", "progress", "provenance", "threads"},
+    {"errors", "arguments", "rng", "files", "memory", "progress", "provenance", "threads"},
     {"nn", "data"},
     {"networks"},
     {"diffusion"},
@@ -100,7 +100,7 @@ def test_each_module_imports_only_what_stands_below(path):
 
 
 def test_the_guide_tells_the_same_order():
-    line = re.search(r"^errors, rng, .* < cli$", GUIDE.read_text(), re.MULTILINE)
+    line = re.search(r"^errors, arguments, .* < cli$", GUIDE.read_text(), re.MULTILINE)
     assert line is not None
     assert [{part.strip() for part in step.split(",")} for step in line[0].split("<")] == list(LAYERS[:-1])
 

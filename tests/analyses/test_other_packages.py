@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+
+from ditlab import analyses
+from ditlab.cli.main import _AFTER, _BEFORE, _help
 
 ROOM = '''
 """How bright are a model's training images?"""
@@ -131,3 +135,26 @@ def test_an_analysis_of_another_package(installed, tmp_path):
     assert 'id="brightness"' in page
     assert "How bright are the training images?" in page
     assert "a has a mean of" in page
+
+
+def test_analyses_of_others_that_cannot_be_used_are_named(monkeypatch):
+    """One lacks a package, two have names that are taken; help and reports work as if they were not there."""
+    points = [
+        EntryPoint("broken", "no_such_module:Room", "ditlab.analyses"),
+        EntryPoint("psnr-gap", "toy:Room", "ditlab.analyses"),
+        EntryPoint("train", "toy:Room", "ditlab.analyses"),
+    ]
+    monkeypatch.setattr(analyses, "entry_points", lambda group: points)
+    analyses._places.cache_clear()
+    try:
+        assert analyses.analysis_names() == tuple(analyses.ROOMS)
+        page = " ".join(_help().split())
+        assert "note: analysis 'broken' of no_such_module:Room is not used: ModuleNotFoundError: No module" in page
+        assert "note: analysis 'psnr-gap' of toy:Room is not used: ditlab or another package has this name" in page
+        assert "note: analysis 'train' of toy:Room is not used" in page
+    finally:
+        analyses._places.cache_clear()
+
+
+def test_the_words_of_the_command_line_are_taken():
+    assert {verb.split()[0] for verb in _BEFORE | _AFTER} | {"help"} == analyses.TAKEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from functools import partial
 from pathlib import Path
 
@@ -113,3 +114,12 @@ def test_errors_by_kind(train, images, make_images, tmp_path):
     with pytest.raises(Damaged, match="expected JSON"):
         ditlab.open(tmp_path / "run")
     assert not Path("external").exists()
+
+
+def test_the_recorded_call_is_python_with_every_setting(train, tmp_path):
+    command = train(tmp_path / "run", seed=0, ema=0.0, **{"evaluation.images": 4}).record.command
+    call = ast.parse(command, mode="eval").body
+    assert isinstance(call, ast.Call)
+    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    assert (values["ema"], values["eval_every"]) == (0.0, 0)
+    assert values[None] == {"evaluation.images": 4}

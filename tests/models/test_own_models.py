@@ -11,6 +11,7 @@ import torch
 
 import ditlab
 from ditlab.errors import Incompatible, InvalidConfig, NotFound
+from ditlab.models.comparing import open_models
 from ditlab.models.external import ExternalModel
 from ditlab.models.opening import open_model
 from ditlab.models.split_config import SplitConfig
@@ -176,3 +177,47 @@ def test_names_that_do_not_exist(code, images):
     for name in ("net", "plain"):
         with pytest.raises(InvalidConfig, match=r"the shape of its images is not known; give an image set as `data`"):
             open_model(f"{code}:{name}")
+
+
+BROKEN = (
+    ("net = (", "SyntaxError in .*broken.py, line 1: '\\(' was never closed"),
+    ("\nimport no_such_package", "ModuleNotFoundError in .*broken.py, line 2: No module named 'no_such_package'"),
+    ("def net():\n    return 1 / 0", "ZeroDivisionError in .*broken.py, line 2: division by zero"),
+)
+
+
+@pytest.mark.parametrize("source", ["broken.py:net", "broken:net"])
+@pytest.mark.parametrize(("text", "sentence"), BROKEN, ids=["syntax", "import", "factory"])
+def test_code_that_does_not_run_is_one_sentence(text, sentence, source, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(InvalidConfig, match=f"^broken.*: expected code that runs, found {sentence}$"):
+        open_model(source)
+    assert text.startswith("def") or "broken" not in sys.modules
+    sys.modules.pop("broken", None)
+
+
+def test_an_open_model_takes_no_other_images(images, tmp_path):
+    mine = ditlab.Model(half(), images, n=10, test=8, out=tmp_path / "mine")
+    for name, value in (("data", images.path), ("codec", "kl"), ("split", SplitConfig(n=5)), ("out", tmp_path)):
+        with pytest.raises(InvalidConfig, match=f"`{name}`: expected None for a model that is open already, found "):
+            ditlab.open(mine, **{name: value})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidConfig, match="`data`: expected None"):
+        ditlab.psnr_gap(mine, data=images.path)
+    assert ditlab.open(mine) is mine
+
+
+def test_models_without_images_may_stand_beside_others(images, tmp_path):
+    mine = ditlab.Model(half(), images, n=10, test=8, name="mine", out=tmp_path / "mine")
+    bare = ditlab.Model(half(), name="bare", out=tmp_path / "bare")
+    assert open_models([mine, bare]).names == ("mine", "bare")
+    assert open_models([bare, mine]).names == ("bare", "mine")
+
+
+def test_one_text_is_one_name(images, tmp_path):
+    models = [ditlab.Model(half(), images, n=10, test=8, name=name, out=tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(InvalidConfig, match="`names`: expected 2 names, one for each model, found 1"):
+        open_models(models, names="ab")
+    assert open_models(models[:1], names="ab").kinds == ("ab",)

@@ -17,7 +17,7 @@ import ditlab
 from ditlab.analyses.base import Analysis, Comparison, NoOptions
 from ditlab.analyses.samples import figures as sample_figures
 from ditlab.analyses.samples import measure as sampling
-from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
 from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
@@ -351,3 +351,18 @@ def test_the_call_writes_beside_the_first_run(runs, monkeypatch, undrawn):
     assert result.path.resolve().as_uri() in result._repr_html_()
     assert [c.analysis.name for c in result.comparisons] == ["trajectory"]
     assert ditlab.report(runs[0], out=runs[0] / "again.html").path.is_file()  # the name stays a function
+
+
+def test_models_that_cannot_be_compared_are_refused_before_anything_is_measured(images, tmp_path):
+    denoiser = ditlab.Denoiser.wrap(shrink, shape=(3, 8, 8))
+    models = [ditlab.Model(denoiser, images, n=20, test=20, name=n, out=tmp_path / n) for n in ("a", "b")]
+    with pytest.raises(Incompatible, match="report: 'a' and 'b' are both 'same' with N = 20 and seed 0; give them"):
+        ditlab.report(models, names=("same", "same"), out=tmp_path / "report.html")
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_of_analyses_are_checked(tmp_path):
+    with pytest.raises(DitlabError, match="unknown analysis 'psnr_gapp'"):
+        ditlab.report("run", configs={"psnr_gapp": 5})
+    with pytest.raises(InvalidConfig, match=r"`configs\['psnr-gap'\]`: expected a PSNRConfig, found {'images': 3}"):
+        ditlab.report("run", configs={"psnr-gap": {"images": 3}})

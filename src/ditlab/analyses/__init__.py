@@ -12,9 +12,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from ditlab.errors import InvalidConfig, unknown_name
+from ditlab.errors import unknown_name
 
-__all__ = ["ROOMS", "analysis", "analysis_names"]
+__all__ = ["ROOMS", "analysis", "analysis_names", "unusable_analyses"]
 
 ROOMS: dict[str, str] = {
     "samples": "ditlab.analyses.samples:Samples",
@@ -28,20 +28,36 @@ ROOMS: dict[str, str] = {
 }
 """Name -> its class, in the order of a report's sections."""
 
+TAKEN = frozenset({"quickstart", "data", "train", "sample", "complexity", "convert", "report", "study", "help"})
+"""Words of the command line that no analysis of another package may have as its name."""
+
 
 @cache
-def _places() -> dict[str, str]:
-    """Name -> where its class is, those of other packages after ditlab's own."""
-    others = {point.name: point.value for point in entry_points(group="ditlab.analyses")}
-    for name in others:
-        if name in ROOMS:
-            raise InvalidConfig(f"analysis '{name}' of {others[name]}: ditlab has an analysis of this name")
-    return ROOMS | dict(sorted(others.items()))
+def _places() -> tuple[dict[str, str], tuple[str, ...]]:
+    """Name -> where its class is, those of other packages after ditlab's own; and why some cannot be used."""
+    places, unusable = dict(ROOMS), []
+    for point in sorted(entry_points(group="ditlab.analyses"), key=lambda point: point.name):
+        where = f"analysis '{point.name}' of {point.value} is not used"
+        if point.name in places or point.name in TAKEN:
+            unusable.append(f"{where}: ditlab or another package has this name")
+            continue
+        try:
+            point.load()()
+        except Exception as error:  # code of others, which must not keep ditlab from working
+            unusable.append(f"{where}: {type(error).__name__}: {error}")
+            continue
+        places[point.name] = point.value
+    return places, tuple(unusable)
 
 
 def analysis_names() -> tuple[str, ...]:
     """Returns the names of all analyses, in the order of a report's sections."""
-    return tuple(_places())
+    return tuple(_places()[0])
+
+
+def unusable_analyses() -> tuple[str, ...]:
+    """Returns a sentence for each analysis of another package that cannot be used."""
+    return _places()[1]
 
 
 def analysis(name: str) -> Any:
@@ -50,7 +66,7 @@ def analysis(name: str) -> Any:
     Raises:
         NotFound: there is none.
     """
-    places = _places()
+    places, _ = _places()
     if name not in places:
         raise unknown_name("analysis", name, places)
     module, _, attribute = places[name].partition(":")

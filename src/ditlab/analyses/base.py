@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+from ditlab.arguments import check_fields, plain
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Reporter
 
@@ -472,25 +473,17 @@ def _key(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def settings_of(kind: type[Any], values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+def settings_of(kind: type[Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns a config made of those values that are its fields, and the values that are left.
 
     Args:
         kind: a frozen dataclass.
         values: by name.
-        where: the call, for errors.
 
     Raises:
         InvalidConfig: a value cannot be what the field takes.
     """
     names = set(kind.__dataclass_fields__)
-    mine = {name: _as_tuple(value) for name, value in values.items() if name in names}
-    try:
-        made = kind(**mine)
-    except TypeError as error:
-        raise InvalidConfig(f"{where}: a setting has the wrong type ({error})") from None
-    return made, {name: value for name, value in values.items() if name not in names}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | range) else value
+    mine = {name: plain(value) for name, value in values.items() if name in names}
+    check_fields(kind, mine)
+    return kind(**mine), {name: value for name, value in values.items() if name not in names}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditlab.arguments import checks_arguments, plain
 from ditlab.errors import InvalidConfig, unknown_name
 from ditlab.progress import Reporter, default_reporter
 from ditlab.threads import use_threads
@@ -14,7 +15,22 @@ if TYPE_CHECKING:
     from ditlab.data.imageset import ImageSet
     from ditlab.models.comparing import ModelSet, Source
 
-__all__ = ["as_tuple", "chosen_reporter", "open_images", "open_set", "refuse_unknown", "several", "shown"]
+__all__ = ["as_tuple", "checked", "chosen_reporter", "open_images", "open_set", "refuse_unknown", "several", "shown"]
+
+checked = checks_arguments(
+    {
+        "ComplexityConfig": "ditlab.analyses.complexity.config",
+        "EncodeConfig": "ditlab.data.encode_config",
+        "ImageSet": "ditlab.data.imageset",
+        "Images": "ditlab.studies.study",
+        "RunConfig": "ditlab.config",
+        "Snapshot": "ditlab.studies.runner",
+        "Source": "ditlab.models.comparing",
+        "Study": "ditlab.studies.grid",
+        "UNetFile": "ditlab.interop.formats",
+    }
+)
+"""The decorator of every call: wrong types are refused in one sentence."""
 
 
 def several(models: Source | Sequence[Source]) -> list[Source]:
@@ -40,6 +56,7 @@ def open_images(images: ImageSet | str | Path, size: int | None, reporter: Repor
 
 def as_tuple(values: Any) -> tuple[Any, ...] | None:
     """Returns one value or several as a tuple; None stays None."""
+    values = plain(values)
     return None if values is None else (values,) if isinstance(values, str | int) else tuple(values)
 
 

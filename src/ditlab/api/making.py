@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditlab.analyses.base import settings_of
-from ditlab.api.calls import chosen_reporter, open_images, refuse_unknown, shown
+from ditlab.api.calls import checked, chosen_reporter, open_images, refuse_unknown, shown
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Reporter, StopFlag
 from ditlab.threads import use_threads
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["encode", "prepare", "train", "train_config"]
 
 
+@checked
 def prepare(
     source: str | Path | ImageSet,
     *,
@@ -69,6 +70,7 @@ def prepare(
     )
 
 
+@checked
 def encode(
     images: ImageSet | str | Path,
     codec: str,
@@ -114,7 +116,7 @@ def encode(
     if not codec:
         raise InvalidConfig("`codec`: expected an autoencoder's hub id or folder, found nothing")
     if config is None:
-        config, settings = settings_of(EncodeConfig, settings, "encode")
+        config, settings = settings_of(EncodeConfig, settings)
     refuse_unknown("encode", settings, EncodeConfig)
     pictures = images if isinstance(images, ImageSet) else ImageSet.open(images)
     with init_distributed(device) as context, ExitStack() as held:
@@ -136,6 +138,7 @@ def encode(
         return finished if context.is_main else None
 
 
+@checked
 def train(
     preset: str,
     images: ImageSet | str | Path,
@@ -193,9 +196,12 @@ def train(
 
     data = DataConfig(n=n, test=test, seed=seed, skip=skip)
     config = change_settings(replace(unsized(preset), data=data), settings, f"preset {preset}")
-    chosen = {"n": n, "test": test, "seed": seed, "skip": skip, "conditional": conditional, **settings, "out": out}
+    usual = {"n": n, "test": test, "seed": seed, "skip": skip, "conditional": conditional, "size": size}
+    chosen = {k: v for k, v in usual.items() if v or k == "test"} | settings | ({} if out is None else {"out": out})
+    dotted = {k: v for k, v in chosen.items() if "." in k}
     place = str(getattr(images, "path", images))
-    words = [repr(preset), repr(place), *(f"{k}={shown(v)}" for k, v in chosen.items() if v)]
+    words = [repr(preset), repr(place), *(f"{k}={shown(v)}" for k, v in chosen.items() if k not in dotted)]
+    words += [f"**{dotted!r}"] if dotted else []
     return train_config(
         config,
         images,
@@ -212,6 +218,7 @@ def train(
     )
 
 
+@checked
 def train_config(
     config: RunConfig,
     images: ImageSet | str | Path,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses import analysis as find_analysis
 from ditlab.analyses.base import Comparison, settings_of
-from ditlab.api.calls import chosen_reporter, open_set, refuse_unknown, several
+from ditlab.api.calls import checked, chosen_reporter, open_set, refuse_unknown, several
+from ditlab.arguments import check_type
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import Reporter
 
@@ -35,13 +36,14 @@ __all__ = [
 ]
 
 
+@checked
 def open(  # the name that the command line and the docs use: `ditlab.open(...)`
     source: Source,
     data: ImageSet | str | Path | None = None,
     *,
     held_out: ImageSet | str | Path | None = None,
     split: SplitConfig | None = None,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     out: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Model:
@@ -62,13 +64,18 @@ def open(  # the name that the command line and the docs use: `ditlab.open(...)`
         DitlabError: there is nothing of that name, or it cannot be used.
     """
     from ditlab.models.comparing import open_models
+    from ditlab.models.model import Model
+    from ditlab.models.opening import keep_own
 
     place = None if out is None else Path(out)
+    if isinstance(source, Model):
+        keep_own(out=place)
     return open_models(
         [source], data, held_out=held_out, split=split, codec=codec, out=place, reporter=chosen_reporter(reporter)
     )[0]
 
 
+@checked
 def sample(
     model: Source, *, codec: str | Path | None = None, reporter: Reporter | None = None, **settings: Any
 ) -> Samples:
@@ -93,6 +100,7 @@ def sample(
     return open_model(model, codec=codec).sample(reporter=reporter, **settings)
 
 
+@checked
 def analyze(
     name: str,
     models: Source | Sequence[Source],
@@ -102,10 +110,10 @@ def analyze(
     data: ImageSet | str | Path | None = None,
     held_out: ImageSet | str | Path | None = None,
     split: SplitConfig | None = None,
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     checkpoint: int | None = None,
     raw: bool = False,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
     out: str | Path | None = None,
@@ -144,11 +152,13 @@ def analyze(
     """
     room = find_analysis(name)
     if config is None:
-        config, settings = settings_of(room.Config, settings, name)
+        config, settings = settings_of(room.Config, settings)
     if options is None:
-        options, settings = settings_of(room.Options, settings, name)
+        options, settings = settings_of(room.Options, settings)
+    check_type("config", config, room.Config)
+    check_type("options", options, room.Options)
     if split is None:
-        split, settings = settings_of(SplitConfig, settings, name)
+        split, settings = settings_of(SplitConfig, settings)
     refuse_unknown(name, settings, room.Config, room.Options)
     chosen = several(models)
     room.check_count(len(chosen))
@@ -233,6 +243,7 @@ def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:
     return analyze("two-subsets", [first, second], **settings)
 
 
+@checked
 def report(
     models: Source | Sequence[Source],
     *,
@@ -247,10 +258,10 @@ def report(
     data: ImageSet | str | Path | None = None,
     held_out: ImageSet | str | Path | None = None,
     split: SplitConfig | None = None,
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     checkpoint: int | None = None,
     raw: bool = False,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
@@ -279,6 +290,8 @@ def report(
     """
     from ditlab.reporting.report import write_report
 
+    for name, config in (configs or {}).items():
+        check_type(f"configs['{name}']", config, find_analysis(name).Config)
     place, reporter = None if out is None else Path(out), chosen_reporter(reporter)
     opened = open_set(
         several(models),
@@ -308,6 +321,7 @@ def report(
     )
 
 
+@checked
 def complexity(
     presets: str | Sequence[str],
     *,
@@ -331,7 +345,7 @@ def complexity(
     from ditlab.studies.published import published_fid
 
     if config is None:
-        config, settings = settings_of(ComplexityConfig, settings, "complexity")
+        config, settings = settings_of(ComplexityConfig, settings)
     refuse_unknown("complexity", settings, ComplexityConfig)
     costs = measure_costs([presets] if isinstance(presets, str) else presets, config, published_fid)
     if out is not None:

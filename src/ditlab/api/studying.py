@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditlab.analyses.base import settings_of
-from ditlab.api.calls import as_tuple, chosen_reporter, refuse_unknown
+from ditlab.api.calls import as_tuple, checked, chosen_reporter, refuse_unknown
 from ditlab.errors import InvalidConfig
 from ditlab.progress import Reporter
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "quickstart", "study"]
 
 
+@checked
 def study(
     name: str | Study,
     *,
@@ -102,6 +103,7 @@ def study(
     )
 
 
+@checked
 def quickstart(
     out: str | Path = "quickstart",
     *,
@@ -129,13 +131,14 @@ def quickstart(
     from ditlab.studies.quickstart import run_quickstart
     from ditlab.studies.quickstart_config import QuickstartConfig
 
-    config, unknown = settings_of(QuickstartConfig, settings, "quickstart")
+    config, unknown = settings_of(QuickstartConfig, settings)
     refuse_unknown("quickstart", unknown, QuickstartConfig)
     words = [repr(str(out)), *(f"{name}={value!r}" for name, value in settings.items())]
     call = command or f"ditlab.quickstart({', '.join(words)})"
     return run_quickstart(config, Path(out), device=device, command=call, show=show, reporter=chosen_reporter(reporter))
 
 
+@checked
 def convert(
     source: str | Path,
     out: str | Path,
@@ -145,7 +148,7 @@ def convert(
     raw: bool = False,
     heads: int | None = None,
     unet: UNetFile | None = None,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     licence: str = "",
     samples: bool = False,
     dry_run: str | Path | None = None,
@@ -191,4 +194,6 @@ def convert(
         raise InvalidConfig(
             "convert: `licence`, `samples` and `dry_run` are for the hub; expected `out` as hub:ORG/NAME"
         )
-    return Conversion(str(source), str(out), to, checkpoint, raw, heads, unet, codec).run(reporter)
+    return Conversion(
+        str(source), str(out), to, checkpoint, raw, heads, unet, None if codec is None else str(codec)
+    ).run(reporter)

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import ditlab
-from ditlab.analyses import analysis, analysis_names
+from ditlab.analyses import analysis, analysis_names, unusable_analyses
 from ditlab.cli.console import Output
 from ditlab.cli.flags import flags_of, with_flags
 from ditlab.cli.parsing import parse
@@ -108,11 +108,12 @@ def _help() -> str:
     known = verbs()
     width = max(len(verb) for verb in known)
     lines = "\n".join(f"  {verb:<{width}}  {summary}" for verb, (_, summary) in known.items())
+    notes = "".join(f"note: {sentence}\n" for sentence in unusable_analyses())
     return (
         f"ditlab {ditlab.__version__}: train diffusion models, measure whether they generalize or memorize, and vary "
         f"the locality of attention.\n\nusage: ditlab VERB [options]\n\n{lines}\n\n"
         "Every verb has --help, and --json for scripts (the result on standard output, all else on standard error).\n"
-        "Start with: ditlab quickstart"
+        f"{notes}Start with: ditlab quickstart"
     )
 
 

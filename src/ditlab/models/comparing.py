@@ -16,7 +16,7 @@ from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import AlreadyExists, DitlabError, Incompatible, InvalidConfig
 from ditlab.models.model import Model
-from ditlab.models.opening import open_model
+from ditlab.models.opening import keep_own, open_model
 from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
@@ -126,10 +126,10 @@ def open_models(
     *,
     held_out: ImageSet | str | Path | None = None,
     split: SplitConfig | None = None,
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     step: int | None = None,
     ema: bool = True,
-    codec: str | None = None,
+    codec: str | Path | None = None,
     device: torch.device | str = "cpu",
     out: Path | None = None,
     reporter: Reporter = SILENT,
@@ -154,8 +154,11 @@ def open_models(
             seed have different test images, or `out` cannot be written to.
     """
     check_output(out)
+    names = (names,) if isinstance(names, str) and names else names
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
+    if all(isinstance(source, Model) for source in sources):
+        keep_own(data=data, codec=codec, split=None if split == SplitConfig() else split)
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
     if held_out is not None:
         models = [copy.copy(model) for model in models]  # those of the caller keep their own test images
@@ -185,7 +188,8 @@ def _check_named_once(models: Sequence[Model]) -> None:
 
 def _check_images(models: Sequence[Model]) -> None:
     """Refuses models of different image sets, and models of one split seed with different test images."""
-    if len(models) == 1:
+    models = [model for model in models if model.provenance().split_family]  # without images nothing tells
+    if len(models) < 2:
         return
     first, by_seed = models[0], dict[int, Model]()
     for model in models:
@@ -206,12 +210,14 @@ def _check_images(models: Sequence[Model]) -> None:
 def _open(
     source: Source,
     data: ImageSet | str | Path | None,
-    codec: str | None,
+    codec: str | Path | None,
     split: SplitConfig | None,
     out: Path | None,
     reporter: Reporter,
 ) -> Model:
-    """Opens one of them; a source of images is prepared at the model's size."""
+    """Opens one of them; a source of images is prepared at the model's size, and open models stay as they are."""
+    if isinstance(source, Model):
+        return source
     if not isinstance(data, str) or not is_source(data):
         return open_model(source, data, codec=codec, split=split, out=out)
     model = open_model(source, codec=codec, split=split, out=out)
@@ -225,7 +231,9 @@ def _open(
     return open_model(source, prepare(data, size=height, reporter=reporter), codec=codec, split=split, out=out)
 
 
-def _held_out_images(held_out: ImageSet | str | Path, model: Model, codec: str | None, reporter: Reporter) -> ImageSet:
+def _held_out_images(
+    held_out: ImageSet | str | Path, model: Model, codec: str | Path | None, reporter: Reporter
+) -> ImageSet:
     """Prepares held-out images exactly as the model's image set was; refuses pictures that it was trained on."""
     return prepare_held_out(
         model.images, held_out, train=model.split.train, codec=codec, device=str(model.device), reporter=reporter

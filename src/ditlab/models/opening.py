@@ -15,7 +15,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ditlab.arguments import checks_arguments
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.errors import InvalidConfig, NotFound
+from ditlab.errors import DitlabError, InvalidConfig, NotFound
 from ditlab.interop.checkpoints import open_checkpoint
 from ditlab.interop.converted import RECORD, is_converted, open_converted
 from ditlab.interop.diffusers_models import open_diffusers
@@ -37,7 +40,7 @@ from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
 
-__all__ = ["load", "open_model"]
+__all__ = ["keep_own", "load", "open_model"]
 
 _OBJECT = re.compile(r"(?P<place>[\w./\\-]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)")
 
@@ -50,7 +53,7 @@ def open_model(
     split: SplitConfig | None = None,
     out: Path | None = None,
 ) -> Model:
-    """Opens what a source string names; see the module. A model is returned as it is.
+    """Opens what a source string names; see the module. A model is returned as it is, and takes no other images.
 
     Args:
         source: as a user typed it, or a model.
@@ -63,6 +66,7 @@ def open_model(
         DitlabError: there is nothing of that name, or it cannot be used.
     """
     if isinstance(source, Model):
+        keep_own(data=data, codec=codec, split=split, out=out)
         return source
     text, base = str(source), RESULTS if out is None else out
 
@@ -94,6 +98,14 @@ def open_model(
     return Run.open(path, data, codec)
 
 
+def keep_own(**settings: Any) -> None:
+    """Raises InvalidConfig where a setting is not None: a model that is an object already keeps its own."""
+    for name, value in settings.items():
+        if value is not None:
+            raise InvalidConfig(f"`{name}`: expected None for a model that is open already, found {value!r:.80}")
+
+
+@checks_arguments({})
 def load(
     source: str | Path,
     *,
@@ -132,7 +144,8 @@ def _open_object(
             raise NotFound(f"{where}: expected the name '{part}' in {place}, found no such name")
         value = getattr(value, part)
     if callable(value) and not isinstance(value, Denoiser | nn.Module) and _takes_nothing(value):
-        value = value()
+        with _own_code(where):
+            value = value()
     if isinstance(value, Model):
         return value
     if not isinstance(value, Denoiser):
@@ -166,10 +179,13 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise NotFound(f"{place}: expected a Python module, found none ({error})") from None
+        with _own_code(place):
+            try:
+                return importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+                    raise
+                raise NotFound(f"{place}: expected a Python module, found none ({error})") from None
     file = Path(place)
     if not file.is_file():
         raise NotFound(f"{file}: expected a Python file, found nothing")
@@ -177,9 +193,32 @@ def _import(place: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)
-    spec.loader.exec_module(module)
+    new = sys.modules.setdefault(file.stem, module) is module
+    try:
+        with _own_code(place):
+            spec.loader.exec_module(module)
+    except BaseException:
+        if new:
+            del sys.modules[file.stem]
+        raise
     return module
+
+
+@contextmanager
+def _own_code(where: str) -> Iterator[None]:
+    """Turns an error of a user's own code into a sentence that says where it was raised."""
+    try:
+        yield
+    except DitlabError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, line, text = last.filename, last.lineno, str(error)
+        if isinstance(error, SyntaxError):
+            file, line, text = error.filename, error.lineno, error.msg
+        raise InvalidConfig(
+            f"{where}: expected code that runs, found {type(error).__name__} in {file}, line {line}: {text}"
+        ) from error
 
 
 def _takes_nothing(function: Any) -> bool:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ditlab.analyses import analysis, analysis_names
+from ditlab.analyses import analysis, analysis_names, unusable_analyses
 from ditlab.analyses.base import Comparison, ReportContext
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.models.comparing import ModelSet
@@ -22,6 +22,7 @@ from ditlab.pages import token_picker
 from ditlab.pages.page import PageData, RunCard, Section, ThemedFigure, fit_page, page_size, save_page, with_pickers
 from ditlab.pages.theme import assign
 from ditlab.progress import SILENT, Reporter
+from ditlab.provenance import check_groups
 from ditlab.reporting.figure_files import save_figures
 from ditlab.reporting.first_screen import FirstScreen, title_of
 
@@ -92,12 +93,14 @@ def write_report(
 
     Raises:
         InvalidConfig: a number of samples below 0 or above 64.
+        Incompatible: models that cannot be compared; nothing was measured.
         DitlabError: the page cannot be written, or is too large with its figures as small as they can be.
     """
     if not 0 <= samples <= MAX_SAMPLES:
         raise InvalidConfig(
             f"report: `samples` must be from 0 to {MAX_SAMPLES}, found {samples}; `ditlab sample` draws more"
         )
+    _check_comparable(models)
     context = ReportContext(
         hide_training_images,
         samples,
@@ -132,9 +135,17 @@ def write_report(
     return ReportResult(out, list(dict.fromkeys(sentences)), comparisons)
 
 
+def _check_comparable(models: ModelSet) -> None:
+    """Refuses models that may not stand in one figure, before anything is measured; those without images may."""
+    pairs = zip(models, models.kinds, models.names, strict=True)
+    abouts = [replace(model.provenance(label=kind), name=name) for model, kind, name in pairs]
+    check_groups([about for about in abouts if about.split_family], "report")
+
+
 def _comparisons(models: ModelSet, context: ReportContext, reporter: Reporter) -> list[Comparison]:
     """What all analyses show, in the order of their sections; those that cannot show anything leave a note."""
     comparisons: list[Comparison] = []
+    context.notes.extend(unusable_analyses())
     for name in analysis_names():
         try:
             shown = analysis(name).for_report(models, context, reporter)

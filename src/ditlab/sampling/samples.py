@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ditlab.arguments import check_fields, checks_arguments, plain
 from ditlab.errors import DitlabError, InvalidConfig, NotFound, unknown_name
 from ditlab.files import atomic_folder
 from ditlab.progress import SILENT, Reporter, default_reporter
@@ -111,6 +112,7 @@ class Samples:
         return out
 
 
+@checks_arguments({"Sampled": "ditlab.sampling.model"})
 def sample_model(
     model: Sampled,
     config: SampleConfig | None = None,
@@ -179,6 +181,8 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         values["guidance"] = GuidanceFlags()
     elif not isinstance(guidance, GuidanceFlags):
         values["guidance"] = GuidanceFlags(scale=_converted("guidance", guidance, float)[0])
+    values = {name: plain(value) for name, value in values.items()}
+    check_fields(SampleConfig, values)
     return values
 
 
