@@ -43,18 +43,27 @@ class Provenance:
         """The label, or the name where there is none."""
         return self.label or self.name
 
-    def same_measurement(self, other: Provenance) -> bool:
-        """Returns whether both are of the same weights and images; names and labels do not matter.
+    def same_model(self, other: Provenance) -> bool:
+        """Returns whether this result is of a model's weights and images; names, labels and settings do not matter.
+
+        Results of earlier versions have no hash of the weights: of those, the training step is compared.
 
         Args:
-            other: the model's provenance; a result may say more in its settings than that.
+            other: the model's provenance.
         """
-        if not self.weights or self.weights != other.weights:
-            return False
         if (self.split_family, self.split_hash) != (other.split_family, other.split_hash):
             return False
-        mine, theirs = (json.loads(json.dumps(dict(about.settings))) for about in (self, other))
-        return all(name in mine and mine[name] == value for name, value in theirs.items())
+        if self.weights:
+            return self.weights == other.weights
+        return self.step is not None and (self.step, self.ema) == (other.step, other.ema)
+
+    def same_measurement(self, other: Provenance) -> bool:
+        """Returns whether both are of the same weights, images and settings; names and labels do not matter."""
+        if not self.weights or not self.same_model(other):
+            return False
+        # A result also says whether its numbers are those of latents, which follows from the rest.
+        mine, theirs = ({**about.settings, "space": None} for about in (self, other))
+        return json.loads(json.dumps(mine)) == json.loads(json.dumps(theirs))
 
 
 def check_groups(runs: Sequence[Provenance], what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,22 @@ import torch
 
 import ditlab
 from ditlab.analyses import base
-from ditlab.analyses.psnr_gap import measure
+from ditlab.analyses.jacobian import Jacobian
+from ditlab.analyses.psnr_gap import PSNRConfig, PSNRGap, measure
 from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.analyses.samples.measure import SampleSet
+from ditlab.analyses.trajectory.course import Course
 from ditlab.data import ImageSet, prepare
-from ditlab.errors import InvalidConfig
+from ditlab.errors import Incompatible, InvalidConfig
+from ditlab.models.comparing import open_models
+from ditlab.models.memorization import BLANK
 from ditlab.models.run import Run
 from ditlab.progress import Reporter
 from ditlab.provenance import Provenance
+from ditlab.reporting.hub_export import export_run
+from ditlab.studies.grid import Plan
+from ditlab.studies.store import Store
+from ditlab.studies.trial import Trial
 
 QUICK = {"images": 4, "points": 2, "baselines": False, "device": "cpu"}
 
@@ -186,7 +197,8 @@ def test_the_models_of_an_analysis_are_counted():
     [
         (lambda a: a, True),
         (lambda a: replace(a, name="other", label="kind"), True),
-        (lambda a: replace(a, settings={}), True),
+        (lambda a: replace(a, settings={"preset": "a"}), True),
+        (lambda a: replace(a, settings={"preset": "a", "shuffled": True}), False),
         (lambda a: replace(a, weights="v"), False),
         (lambda a: replace(a, split_hash="other"), False),
         (lambda a: replace(a, split_family="other"), False),
@@ -197,3 +209,116 @@ def test_what_is_the_same_measurement(change: Callable[[Provenance], Provenance]
     about = Provenance("run", "label", 6, 3, 500, True, "family", "hash", {"preset": "a", "space": "latents"}, "w")
     assert about.same_measurement(change(about)) is same
     assert not replace(about, weights="").same_measurement(replace(change(about), weights=""))
+
+
+def test_a_result_without_the_hash_of_its_weights_is_told_by_its_step():
+    about = Provenance("run", "", 6, 3, 500, True, "family", "hash", {}, "w")
+    earlier = replace(about, weights="")
+    assert earlier.same_model(about)
+    for other in (replace(about, step=400), replace(about, ema=False), replace(about, split_family="other")):
+        assert not earlier.same_model(other)
+    assert not replace(earlier, step=None).same_model(replace(about, step=None))
+
+
+@pytest.fixture
+def other_images(tmp_path) -> ImageSet:
+    np.save(tmp_path / "other.npy", np.random.default_rng(5).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8))
+    return prepare(f"array:{tmp_path / 'other.npy'}", tmp_path / "other", size=4)
+
+
+def current(run: Run) -> PSNRResult | None:
+    return base.find_current(PSNRGap(), run, run.denoiser_and_provenance()[1])
+
+
+def test_the_current_result_is_of_the_own_test_images_and_the_newest(run, other_images):
+    ditlab.psnr_gap(run, **QUICK, held_out=other_images)
+    assert run.held_out is None  # the caller's model stays as it was
+    assert current(run) is None
+    for points in (2, 3, 4, 5):
+        ditlab.psnr_gap(run, **QUICK | {"points": points})
+    ditlab.psnr_gap(run, **QUICK, held_out=other_images)
+    kept = list((run.path / "analysis").glob("psnr-gap.????????.json"))
+    assert len(kept) == 4
+    for seconds, path in enumerate(kept, 2_000_000_000):
+        os.utime(path, (seconds, seconds))
+        result = current(run)
+        assert result is not None
+        assert result.about.split_family == run.test_hash
+        assert result.to_json() == PSNRResult.load(path).to_json()
+
+
+def test_what_a_report_measures_leaves_the_last_result_where_it_is(run, measured):
+    ditlab.psnr_gap(run, **QUICK)
+    before = (run.path / "analysis" / "psnr-gap.json").read_bytes()
+    analysis, models = PSNRGap(), open_models([run])
+    for _ in range(2):
+        analysis.for_report(models, base.ReportContext(configs={"psnr-gap": PSNRConfig(images=3, points=2)}))
+    assert len(measured) == 2
+    assert (run.path / "analysis" / "psnr-gap.json").read_bytes() == before
+    assert len(files(run.path)) == 2
+    assert len(list((run.path / "analysis").glob("psnr-gap.*.csv"))) == 1
+    ditlab.psnr_gap(run, **QUICK | {"images": 3})
+    assert len(measured) == 2
+    assert (run.path / "analysis" / "psnr-gap.json").read_bytes() != before
+    assert len(files(run.path)) == 2
+
+
+def test_training_on_a_page_with_other_held_out_images_says_so(run, other_images):
+    assert Course.of(open_models([run])).notes == ()
+    (note,) = Course.of(open_models([run], held_out=other_images)).notes
+    assert "own test images" in note
+
+
+def test_samples_are_hidden_where_the_training_images_are_unknown(images, tmp_path):
+    for own_split in (False, True):
+        denoiser = ditlab.Denoiser.wrap(lambda y, sigma, label: 0 * y, shape=(3, 4, 4))
+        model = ditlab.Model(denoiser, images, n=10, test=8, own_split=own_split, out=tmp_path / "mine")
+        context = base.ReportContext(hide_training_images=True, samples=2)
+        drawn = SampleSet.draw(open_models([model]), context)
+        shown = drawn.rows()[0].samples
+        assert (shown == BLANK).all() == (not own_split)
+        assert len(drawn.shown()["model"][0]) == (2 if own_split else 0)
+
+
+def test_a_study_records_results_on_the_runs_own_test_images_only(run, images, other_images, tmp_path):
+    store = Store(tmp_path / "store")
+    trial = Trial("ab", run.config, "", "digits", "nano", "global", 10, 0)
+    plan = Plan("tiny", "smoke", {}, {}, {}, {}, {"psnr-gap": {}}, ())
+    ditlab.psnr_gap(run, **QUICK)
+    shutil.copytree(run.path, store.run("ab"))
+    store.record_analysis(trial, plan, "psnr-gap", None)
+    assert (store.trial("ab") / "psnr-gap.json").is_file()
+    for other in ({"held_out": other_images}, {"checkpoint": 2}):
+        ditlab.psnr_gap(store.run("ab"), data=images, **QUICK, **other)
+        with pytest.raises(Incompatible, match="averaged weights of step 4 on the run's own split"):
+            store.record_analysis(trial, plan, "psnr-gap", None)
+
+
+def test_a_hub_card_has_results_on_the_runs_own_test_images_only(run, other_images, tmp_path):
+    ditlab.psnr_gap(run, **QUICK, held_out=other_images)
+    export_run(run, tmp_path / "without", "me/mine")
+    assert not (tmp_path / "without" / "analysis").exists()
+    ditlab.psnr_gap(run, **QUICK)
+    ditlab.psnr_gap(run, **QUICK, held_out=other_images)
+    export_run(run, tmp_path / "with", "me/mine")
+    exported = PSNRResult.load(tmp_path / "with" / "analysis" / "psnr-gap.json")
+    assert exported.about.split_family == run.test_hash
+
+
+def test_a_report_shows_no_jacobian_of_other_test_images_and_takes_those_of_earlier_versions(run, other_images):
+    quick = {"sigmas": (1.0,), "images": (0,), "device": "cpu"}
+    ditlab.jacobian(run, **quick, held_out=other_images)
+    analysis, models, context = Jacobian(), open_models([run]), base.ReportContext()
+    assert analysis.for_report(models, context) == []
+    ditlab.jacobian(run, **quick)
+    path = run.path / "analysis" / "jacobian.json"
+    path.write_text(path.read_text().replace(run.denoiser_and_provenance()[1].weights, ""))
+    assert len(analysis.for_report(models, context)) == 1
+
+
+def test_shuffled_images_are_not_taken_for_others(run):
+    quick = {"sigmas": (1.0,), "images": (0,), "device": "cpu"}
+    shuffled = ditlab.jacobian(run, **quick, shuffled=True).results[0]
+    plain = ditlab.jacobian(run, **quick).results[0]
+    assert "shuffled" not in plain.about.settings
+    assert not np.array_equal(shuffled.points[0].clean, plain.points[0].clean)

@@ -16,8 +16,8 @@ from ditlab.networks.base import build_network
 from ditlab.networks.dit_config import DiTConfig
 
 
-def weights(model: ditlab.Model, **which: bool) -> str:
-    return model.denoiser_and_provenance(**which)[1].weights
+def weights(model: ditlab.Model, *, ema: bool = True) -> str:
+    return model.denoiser_and_provenance(ema=ema)[1].weights
 
 
 def test_averaged_and_raw_weights_of_one_file(tmp_path):

@@ -25,8 +25,19 @@ if TYPE_CHECKING:
     from ditlab.models.comparing import ModelSet, OpenedModel
     from ditlab.pages.drawing import Drawing
     from ditlab.pages.page import Section, Table, ThemedFigure
+    from ditlab.provenance import Provenance
 
-__all__ = ["Analysis", "Comparison", "NoOptions", "Overview", "ReportContext", "Result", "find_results", "save_result"]
+__all__ = [
+    "Analysis",
+    "Comparison",
+    "NoOptions",
+    "Overview",
+    "ReportContext",
+    "Result",
+    "find_current",
+    "find_results",
+    "save_result",
+]
 
 
 class Result(Protocol):
@@ -343,11 +354,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         if self.report == "measure" or self.name in context.measure:
             return self.measure(single, config, self.Options(), reporter)[0]
         opened = single.open_one(0, reporter)
-        weights = opened.provenance.weights
-        if not weights:  # a function of a user's own: nothing tells whether a result is still about it
-            return None
-        matching = (r for r in find_results(self, opened.model, reporter) if r.about.weights == weights)
-        return next((r for r in matching if r.about.split_hash == opened.provenance.split_hash), None)
+        return find_current(self, opened.model, opened.provenance, reporter)
 
     # -- what the base gives ----------------------------------------------------------------------------------------
 
@@ -377,7 +384,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         Args:
             opened: the model.
             config: the settings.
-            measure: measures it.
+            measure: measures it; its result does not take the place of NAME.json, which `save` writes.
             reporter: told of files that cannot be read.
         """
         for result in find_results(self, opened.model, reporter):
@@ -385,7 +392,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
                 about = replace(opened.provenance, settings=result.about.settings)
                 return replace(result, about=about)
         result = measure()
-        save_result(result, opened.model.path / "analysis", self.name)
+        save_result(result, opened.model.path / "analysis", self.name, aside=True)
         return result
 
     def run(
@@ -419,11 +426,10 @@ def same_config(first: Any, second: Any) -> bool:
 
 
 def find_results(analysis: Analysis[Any, Any], model: Any, reporter: Reporter = SILENT) -> list[Any]:
-    """Returns the results of an analysis in a model's folder that can be read, the last one that was saved first."""
+    """Returns the results in a model's folder that can be read: NAME.json, then the others, the newest first."""
     folder, kind, results = model.path / "analysis", analysis.result_class(), []
-    names = [f"{analysis.name}.json", f"report-{analysis.name}.json"]  # the second: of earlier versions
-    paths = [folder / name for name in names] + sorted(folder.glob(f"{analysis.name}.????????.json"))
-    for path in paths:
+    others = sorted(folder.glob(f"{analysis.name}.????????.json"), key=lambda p: (-p.stat().st_mtime_ns, p.name))
+    for path in (folder / f"{analysis.name}.json", *others):
         if not path.is_file():
             continue
         try:
@@ -433,14 +439,33 @@ def find_results(analysis: Analysis[Any, Any], model: Any, reporter: Reporter = 
     return results
 
 
-def save_result(result: Any, folder: Path, name: str) -> Path:
+def find_current(
+    analysis: Analysis[Any, Any], model: Any, about: Provenance, reporter: Reporter = SILENT
+) -> Any | None:
+    """Returns the last saved result of a model with these weights and images, whatever its settings; None without any.
+
+    A function of a user's own has none, for nothing tells whether a result is still about it.
+    """
+    results = find_results(analysis, model, reporter) if about.weights else []
+    return next((result for result in results if result.about.same_model(about)), None)
+
+
+def save_result(result: Any, folder: Path, name: str, *, aside: bool = False) -> Path:
     """Writes a result as NAME.json; one of other weights, images or settings that is there is kept as NAME.HASH.json.
+
+    Args:
+        result: the result.
+        folder: where results of its model are.
+        name: NAME.
+        aside: leave such a NAME.json where it is, and write NAME.HASH.json instead.
 
     Raises:
         DitlabError: the folder cannot be written to.
     """
     path, key = folder / f"{name}.json", _key(result.to_json())
     if path.is_file() and (stored := _stored_key(path)) != key:
+        if aside:
+            return result.save(folder, f"{name}.{key}")
         for file in folder.glob(f"{name}.*"):
             if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
                 file.replace(file.with_name(f"{name}.{stored}{file.suffix}"))

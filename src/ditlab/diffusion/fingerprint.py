@@ -38,7 +38,7 @@ def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         add_tensor(digest := hashlib.sha256(), "", value)
         return digest.hexdigest()
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+        return [str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, bytes | complex | torch.dtype | torch.device | np.generic):
         return repr(value)
     if id(value) in seen:

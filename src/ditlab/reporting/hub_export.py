@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import ditlab
+from ditlab.analyses import analysis as find_analysis
 from ditlab.analyses.attention.result import LocalityResult
+from ditlab.analyses.base import find_current
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.course import trajectory_of
@@ -29,10 +31,9 @@ from ditlab.models.converting import Converted
 from ditlab.models.opening import open_model
 from ditlab.models.run import Run
 from ditlab.progress import SILENT, Reporter
-from ditlab.provenance import Provenance
 
 FIGURES = "figures"
-_RESULTS: Mapping[str, Any] = {"psnr-gap": PSNRResult, "attention": LocalityResult}
+_RESULTS = ("psnr-gap", "attention")
 """Results that are exported: numbers alone, and no image."""
 
 
@@ -54,13 +55,10 @@ def export_run(
     """
     checkpoint = run.checkpoint(step)
     grid = _newest_grid(run) if samples else None
-    results = {
-        name: kind.load(run.path / "analysis" / f"{name}.json")
-        for name, kind in _RESULTS.items()
-        if (run.path / "analysis" / f"{name}.json").is_file()
-    }
-    # Results of other weights than the exported ones, or on another split, belong to another model.
-    results = {name: result for name, result in results.items() if _is_of(run, checkpoint.step, result.about)}
+    # Results of other weights or images than the exported ones belong to another model.
+    about = replace(run.provenance(checkpoint.step), weights=checkpoint.weights_hash())
+    stored = {name: find_current(find_analysis(name), run, about) for name in _RESULTS}
+    results = {name: result for name, result in stored.items() if result is not None}
     parameters = sum(value.numel() for value in checkpoint.ema.values())
     try:
         with atomic_folder(out) as folder:
@@ -122,11 +120,6 @@ def send_run(
     with tempfile.TemporaryDirectory() as temporary:
         address = upload(export(Path(temporary) / "export"), repo)
     return Converted(address, "hub", "the run with a model card", sent=True)
-
-
-def _is_of(run: Run, step: int, about: Provenance) -> bool:
-    """Whether a result is of the averaged weights after this step, which a reader loads, and of the run's split."""
-    return about.step == step and bool(about.ema) and about.split_hash == run.record.split.hash
 
 
 def model_card(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,11 @@ from ditlab.config import to_json
 from ditlab.errors import Damaged, DitlabError, Incompatible
 from ditlab.files import read_json, write_json
 from ditlab.models.run import Run
+from ditlab.provenance import Provenance
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import ResourceUse
 from ditlab.studies.trial import Trial, trial_hash
+from ditlab.training.checkpoint import read_manifest
 
 __all__ = ["State", "Store", "TrialStatus", "measured_alike"]
 
@@ -244,13 +246,18 @@ class Store:
         record = read_json(path, *_kind(analysis))
         if not _whole(record, analysis):
             raise Damaged(f"{path}: expected a whole result, found one without some fields")
-        about = record["about"]
-        expected = (run.config.training.steps, True, run.record.split.hash)
-        if tuple(about.get(name) for name in ("step", "ema", "split_hash")) != expected:
+        try:
+            about = Provenance(**record["about"])
+        except TypeError:
+            raise Damaged(f"{path}: expected a whole result, found other fields") from None
+        step = run.config.training.steps
+        weights = read_manifest(run.checkpoints.path(step)).weights_hash()
+        if not about.same_model(replace(run.provenance(step), weights=weights)):
             raise Incompatible(
-                f"{path}: expected a result of the averaged weights of step {expected[0]}, found another"
+                f"{path}: expected a result of the averaged weights of step {step} on the run's own split, found "
+                "another"
             )
-        if about.get("settings", {}).get("images_from", "test") != "test":
+        if about.settings.get("images_from", "test") != "test":
             raise Incompatible(f"{path}: expected a result on held-out images, found one on other images")
         if not measured_alike(record, plan, analysis):
             raise Incompatible(f"{path}: expected a result with the study's settings, found other settings")

@@ -12,8 +12,6 @@ from ditlab.errors import InvalidConfig
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ditlab.analyses.jacobian.comparison import JacobianComparison
     from ditlab.analyses.jacobian.result import JacobianResult
     from ditlab.models.comparing import ModelSet
@@ -52,10 +50,6 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
         jobs = [JacobianJob.prepare(self, opened, config, options) for opened in models.open(reporter)]
         check_jobs(jobs)
         return [job.run(reporter) for job in jobs]
-
-    def save(self, results: Sequence[JacobianResult], models: ModelSet, out: Path) -> list[Path]:
-        """Returns the files of the results, which `measure` saved image by image."""
-        return [model.path / "analysis" / f"{self.name}.json" for model in models]
 
     def compare(self, results: Sequence[JacobianResult]) -> JacobianComparison:
         """Groups results by kind and N, over seeds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -85,8 +84,8 @@ class JacobianJob:
         if reused < total:
             self._measure_missing(points, reporter)
         result = self._result(points)
-        if reused < total or not self._is_saved(result):
-            save_result(result, folder, self.analysis.name)
+        if reused < total:
+            save_result(result, folder, self.analysis.name, aside=True)
         for ending in (".json", ".npz"):
             (folder / f"{UNFINISHED}{ending}").unlink(missing_ok=True)
         return result
@@ -146,13 +145,6 @@ class JacobianJob:
                     if point.image in self.config.images and point.sigma in self.sigmas:
                         points.setdefault((point.image, point.sigma), point)
         return points
-
-    def _is_saved(self, result: JacobianResult) -> bool:
-        """Returns whether the model's folder has exactly this result."""
-        path = self.opened.model.path / "analysis" / f"{self.analysis.name}.json"
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == json.loads(
-            json.dumps(result.to_json())
-        )
 
 
 def _by_image(config: JacobianConfig) -> JacobianConfig:

@@ -147,11 +147,6 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
         current = models.open_one(place, reporter).provenance if results else None
         for result in results:
             first, second = result.about
-            if (
-                current
-                and current.weights
-                and (first.weights, first.split_hash) == (current.weights, current.split_hash)
-            ):
-                named = replace(first, name=models.names[place], label="")
-                return replace(result, about=(named, second))
+            if current and current.weights and first.same_model(current):
+                return replace(result, about=(replace(first, name=models.names[place], label=""), second))
         return None
