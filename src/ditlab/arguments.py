@@ -109,7 +109,7 @@ def _described(hint: Any) -> str:
     if origin is Annotated:
         return _described(args[0])
     if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}" if len(args) > 1 else repr(args[0])
+        return f"{'one of ' if len(args) > 1 else ''}{', '.join(map(repr, args))}"
     if origin is tuple and args[-1] is not ...:
         return f"{len(args)} values, each {_described(args[0])}"
     if origin in (Sequence, tuple):

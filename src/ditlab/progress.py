@@ -23,6 +23,7 @@ __all__ = [
     "Interrupted",
     "Reporter",
     "RichReporter",
+    "SignalStop",
     "StopFlag",
     "Worker",
     "default_reporter",
@@ -70,6 +71,17 @@ class StopFlag:
     """Asks a long job to save and end; `set` is read between two steps."""
 
     set: bool = False
+
+
+class SignalStop(StopFlag):
+    """Set by a signal, and when the ditlab process that started this one is gone."""
+
+    signalled: bool = False
+
+    @property
+    def set(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether to save and end."""
+        return self.signalled or orphaned()
 
 
 class Interrupted(Exception):

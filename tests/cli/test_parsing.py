@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import StringIO
 
 import pytest
 
+from ditlab.cli.console import stop_on_signal
 from ditlab.cli.flags import ALIASES, EVERYWHERE, flags_of
 from ditlab.cli.main import main, verb_class, verbs
 from ditlab.errors import DitlabError
@@ -143,3 +145,11 @@ def test_the_help_of_train(ended):
     assert "dit-nano/1-edm" in ended("train", "--help")[1]
     with pytest.raises(DitlabError, match="expected a preset first"):
         verb_class("train").parse([])
+
+
+def test_a_verb_stops_when_the_ditlab_process_that_started_it_is_gone(monkeypatch):
+    monkeypatch.setenv("DITLAB_PARENT", str(os.getppid()))
+    with stop_on_signal() as stop:
+        assert not stop.set
+        monkeypatch.setenv("DITLAB_PARENT", "1" if os.getppid() != 1 else "2")
+        assert stop.set

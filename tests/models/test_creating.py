@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from ditlab.models.comparing import open_models
 from ditlab.models.creating import run_lock
 from ditlab.models.run import Run
 from ditlab.progress import StopFlag
+from ditlab.training.distributed import DistributedContext
 from ditlab.training.trainer import TrainingInterrupted
 
 
@@ -123,3 +127,35 @@ def test_the_recorded_call_is_python_with_every_setting(train, tmp_path):
     values = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     assert (values["ema"], values["eval_every"]) == (0.0, 0)
     assert values[None] == {"evaluation.images": 4}
+
+
+def test_settings_that_another_caller_wrote_before_the_lock_are_not_trained(train, tmp_path, monkeypatch):
+    with pytest.raises(TrainingInterrupted):
+        train(tmp_path / "run", minutes=1e-9)
+    file = tmp_path / "run" / "config.json"
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        file.write_text(re.sub(r'"steps": 4\b', '"steps": 9', file.read_text(), count=1))
+        yield
+
+    monkeypatch.setattr(creating, "run_lock", late)
+    with pytest.raises(Incompatible, match=r"run .*: another process changed its settings"):
+        train(tmp_path / "run")
+
+
+def test_a_run_that_is_locked_is_refused_before_other_processes_train(train, tmp_path, monkeypatch):
+    """The other ranks hear of the refusal where all wait for rank 0, before any of them computes."""
+    with pytest.raises(TrainingInterrupted):
+        train(tmp_path / "run", minutes=1e-9)
+    refusals = []
+
+    def raise_together(self: DistributedContext, error: DitlabError | None) -> bool:
+        refusals.append(error)
+        return False
+
+    monkeypatch.setattr(creating, "run_lock", partial(run_lock, wait=0.0))
+    monkeypatch.setattr(DistributedContext, "raise_together", raise_together)
+    with run_lock(tmp_path / "run"), pytest.raises(AssertionError):  # of the fixture, which expects a run
+        train(tmp_path / "run")
+    assert [type(error) for error in refusals] == [Incompatible]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import ditlab
 from ditlab.errors import DitlabError
 from ditlab.sampling.options import GuidanceFlags
 from ditlab.sampling.sampler_choice import sampler_config
+from ditlab.sampling.samples import sample_model
+from ditlab.training.distributed import DistributedContext
 
 SHORT = {"steps": 2, "seeds": "0-3"}
 
@@ -86,3 +89,11 @@ def test_images_that_are_not_finite(refused, conditional):
         "samples: expected finite images, found NaN or infinite values in 3 of the 3 images of a batch, the first of "
         "them of seed 3; nothing of this batch was kept"
     )
+
+
+def test_a_process_whose_rank_0_refuses_returns_nothing(tmp_path, monkeypatch):
+    """A library call does not end the program of its caller."""
+    model = ditlab.Model(ditlab.Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(3, 4, 4)), out=tmp_path / "mine")
+    monkeypatch.setattr(DistributedContext, "raise_together", lambda self, error: False)
+    assert sample_model(model, seeds=range(2), steps=2, out=tmp_path / "samples") is None  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "samples").exists()

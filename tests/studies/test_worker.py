@@ -71,6 +71,10 @@ def measuring(digits, run: Path) -> dict:
     [
         ({"call": "nonsense"}, "job: expected a call of train, analyze, found 'nonsense'"),
         ({"call": "train"}, "job: expected the key 'threads', which is missing"),
+        (
+            {"call": "analyze", "analysis": "psnr-gap", "threads": 1, "config": {"nonsense": 1}, "options": {}},
+            "job: expected settings of psnr-gap, found others",
+        ),
         ({"kind": "plan"}, "expected a result of kind 'job', found 'plan'"),
     ],
 )

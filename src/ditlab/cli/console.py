@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.cli.flags import with_flags
-from ditlab.progress import SILENT, Reporter, RichReporter, StopFlag
+from ditlab.progress import SILENT, Reporter, RichReporter, SignalStop
 
 
 class Output:
@@ -79,14 +79,14 @@ def command_line(verb: str) -> str:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopFlag]:
-    """Yields a flag that Ctrl-C or SIGTERM sets instead of ending the program; a second one ends it."""
-    flag = StopFlag()
+def stop_on_signal() -> Iterator[SignalStop]:
+    """Yields a flag that Ctrl-C, SIGTERM or the end of the parent sets; a second signal ends the program."""
+    flag = SignalStop()
 
     def handle(number: int, frame: Any) -> None:
-        if flag.set:
+        if flag.signalled:
             raise KeyboardInterrupt
-        flag.set = True
+        flag.signalled = True
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -231,12 +231,16 @@ def create_and_train(
         DitlabError: settings that do not fit, or the folder holds something else, or another process trains the run.
         TrainingInterrupted: it was stopped; the same call resumes it.
     """
-    with init_distributed(device) as context:
+    with init_distributed(device) as context, ExitStack() as held:
         run, refusal = None, None
         if context.is_main:
             try:
                 check_batch(config.training, context)
                 run = start(out, config, images, device=context.device, command=command)
+                if not run.finished:
+                    held.enter_context(run_lock(run.path))
+                    if differences(Run.open(run.path).config, run.config):  # between `start` and the lock
+                        raise Incompatible(f"run {run.path}: another process changed its settings")
             except DitlabError as error:
                 refusal = error
         # The other ranks wait here: they read what rank 0 wrote, or return silently where it refuses.
@@ -252,8 +256,7 @@ def create_and_train(
             f"training {run.path} on {run.record.split.train} images, {run.record.split.test} held out, on "
             f"{context.device}" + (f", resuming from step {done[-1]}" if done else "")
         )
-        with run_lock(run.path) if context.is_main else nullcontext():
-            train_run(run, context, reporter=notes, stop=stop, minutes=minutes)
+        train_run(run, context, reporter=notes, stop=stop, minutes=minutes)
         return run
 
 

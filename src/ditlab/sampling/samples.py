@@ -122,11 +122,11 @@ def sample_model(
     threads: int | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
-) -> Samples:
+) -> Samples | Any:
     """Draws images from a model. Each depends on its own seed and class alone, whatever the batch size.
 
     With `out` the batches are kept on disk: the same call resumes after a kill, and returns at once when all is done.
-    Several processes that `torchrun` started share the batches; if rank 0 refuses the job, the others exit silently.
+    Several processes that `torchrun` started share the batches; if rank 0 refuses the job, the others return None.
 
     Args:
         model: a model that `ditlab.open` returned, or one's own.
@@ -200,8 +200,8 @@ def _draw_in_folder(
     out: Path | Literal[True],
     context: DistributedContext,
     reporter: Reporter,
-) -> Samples:
-    """Draws what is missing from a folder, this process its share."""
+) -> Samples | None:
+    """Draws what is missing from a folder, this process its share; None where rank 0 refuses and this is not it."""
     with ExitStack() as locks:
         job, error = None, None
         if context.is_main:
@@ -212,7 +212,8 @@ def _draw_in_folder(
                     locks.enter_context(job.store(folder).locked(restart=not job.resumable))
             except DitlabError as refusal:
                 error = refusal
-        _agree(context, error)
+        if not context.raise_together(error):
+            return None
         job = make_job(model, config, context.device) if job is None else job
         folder = _folder(job, out)
         store = job.store(folder)
@@ -230,7 +231,8 @@ def _draw_in_folder(
                 settings = job.finish(store)
             except DitlabError as refusal:
                 error = refusal
-        _agree(context, error)
+        if not context.raise_together(error):
+            return None
         settings = job.stored(folder) if settings is None else settings
         assert settings is not None
         return Samples(job, settings, folder=folder)
@@ -238,12 +240,6 @@ def _draw_in_folder(
 
 def _folder(job: SamplingJob, out: Path | Literal[True]) -> Path:
     return job.model.path / "samples" / job.name if out is True else out
-
-
-def _agree(context: DistributedContext, error: DitlabError | None) -> None:
-    """Raises the error of rank 0 there, and ends the other processes silently."""
-    if not context.raise_together(error):
-        raise SystemExit(0)
 
 
 def _draw_share(job: SamplingJob, store: BatchStore, context: DistributedContext, reporter: Reporter) -> None:

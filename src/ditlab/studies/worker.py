@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from ditlab.errors import Damaged, DitlabError
 from ditlab.files import read_json
-from ditlab.progress import Interrupted, Reporter, RichReporter, StopFlag, Worker, orphaned
+from ditlab.progress import Interrupted, Reporter, RichReporter, SignalStop, StopFlag, Worker
 from ditlab.studies.runner import JOB_KIND, JOB_VERSION
 from ditlab.threads import use_threads
 
@@ -34,18 +34,6 @@ __all__ = ["main", "run_job"]
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 """Errors of a disk that is full or may not be written to; others are defects."""
-
-
-class _Stop(StopFlag):
-    """Set by a signal, and when the process that started this one is gone."""
-
-    def __init__(self) -> None:
-        self.signalled = False
-
-    @property
-    def set(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether to save and end."""
-        return self.signalled or orphaned()
 
 
 def run_job(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None:
@@ -95,7 +83,10 @@ def _analyze(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None
 
     use_threads(job["threads"])
     room = analysis(job["analysis"])
-    config, options = config_from_json(room.Config, job["config"]), room.Options(**job["options"])
+    try:
+        config, options = config_from_json(room.Config, job["config"]), room.Options(**job["options"])
+    except (TypeError, AttributeError) as error:
+        raise Damaged(f"job: expected settings of {room.name}, found others ({error})") from None
     device = pick_device(job["device"])
     models = open_models([job["model"]], job["images"], names=job["names"], device=device, reporter=reporter)
     room.run(models, config, options, reporter=reporter)
@@ -105,7 +96,7 @@ def main() -> NoReturn:
     """Runs the job whose file is named on the command line, and exits."""
     from rich.console import Console
 
-    stop = _Stop()
+    stop = SignalStop()
 
     def handle(number: int, frame: Any) -> None:
         if stop.signalled or not training:
