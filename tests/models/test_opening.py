@@ -173,7 +173,7 @@ def test_latents_without_an_autoencoder(diffusers_folder):
     model = open_model(f"diffusers:{diffusers_folder('dit', in_channels=4, out_channels=8)}")
     assert not model.denoiser().pixel_space
     with pytest.raises(
-        DitlabError, match=r"so they are latents, and no autoencoder lies beside it .* give one as `codec`"
+        DitlabError, match=r"so they are latents, and no autoencoder is stored with it .* give one as `codec`"
     ):
         model.decode(torch.zeros(1, 4, 8, 8))
 
@@ -233,7 +233,7 @@ def test_latents_of_another_autoencoder(diffusers_folder, latents, sets):
     with pytest.raises(DitlabError, match="expected latents of its own autoencoder"):
         _ = open_model(reference, latents / "scale", codec=latents / "one-kl", split=split).images
     model = open_model(reference, latents / "scale", split=split)
-    assert "No autoencoder lies beside this model" in model.notes[-1]
+    assert "No autoencoder is stored with this model" in model.notes[-1]
     assert "(scale 0.5, shift 0)" in model.notes[-1]
     assert model.codec.record.scale == 0.5
     assert not model.denoiser().pixel_space

@@ -48,7 +48,7 @@ class ExternalModel(Model):
             read: reads the model, with its averaged weights (True) or the raw ones.
             path: the folder for results, where the model has one.
             data: the image set.
-            codec: the autoencoder of a model of latents, where none lies beside it.
+            codec: the autoencoder of a model of latents, where none is stored with it.
             split: which images stand for its training images.
             out: where a folder NAME-DIGEST for results is made, if there is no `path`.
         """
@@ -94,21 +94,21 @@ class ExternalModel(Model):
             )
         theirs = images.latents.record.codec
         if (wrong := own.difference(theirs)) is not None:
-            name, expected, found = wrong
+            name, expected, actual = wrong
             raise Incompatible(
                 f"model {self.name}: expected latents of its own autoencoder '{own.source}', with {name} {expected}, "
-                f"found latents of '{theirs.source}' with {name} {found} in {images.path}"
+                f"found latents of '{theirs.source}' with {name} {actual} in {images.path}"
             )
 
     @cached_property
     def _own_codec(self) -> Autoencoder | None:
-        """The autoencoder that was given, or that lies beside the model."""
+        """The autoencoder that was given, or that is stored with the model."""
         place = self.model.decoder if self._codec is None else self._codec
         return None if place is None else open_autoencoder(place)
 
     @cached_property
     def codec(self) -> Autoencoder:
-        """The autoencoder that was given, that lies beside the model, or that its images were encoded with.
+        """The autoencoder that was given, that is stored with the model, or that its images were encoded with.
 
         Raises:
             NotFound: a model of latents without any.
@@ -141,7 +141,7 @@ class ExternalModel(Model):
         if self._own_codec is None and (latents := self.images.latents) is not None:
             codec = latents.record.codec
             notes.append(
-                f"No autoencoder lies beside this model, so it is assumed to work on the latents of '{codec.source}' "
+                f"No autoencoder is stored with this model, so it is assumed to work on the latents of '{codec.source}' "
                 f"(scale {codec.scale:g}, shift {codec.shift:g}) that {self.images.path} holds; with those of another "
                 "its numbers would mean nothing."
             )
