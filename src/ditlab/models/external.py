@@ -141,9 +141,9 @@ class ExternalModel(Model):
         if self._own_codec is None and (latents := self.images.latents) is not None:
             codec = latents.record.codec
             notes.append(
-                f"No autoencoder is stored with this model, so it is assumed to work on the latents of "
-                f"'{codec.source}' (scale {codec.scale:g}, shift {codec.shift:g}) that {self.images.path} holds; with those of another "
-                "its numbers would mean nothing."
+                "No autoencoder is stored with this model, so it is assumed to work on the latents of "
+                f"'{codec.source}' (scale {codec.scale:g}, shift {codec.shift:g}) that {self.images.path} holds; with "
+                "those of another its numbers would mean nothing."
             )
         return tuple(notes)
 
