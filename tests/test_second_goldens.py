@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-MODULES = ("test_dit", "test_bias_free_unet", "test_kernels", "test_patterns", "test_samplers", "test_gaussian")
+MODULES = ("test_dit", "test_bf_unet", "test_kernels", "test_patterns", "test_samplers", "test_gaussian")
 """Small ones, wherever they stand; together they read every kind of fixture."""
 CLASSES, ORDER = 9, (5, 0, 8, 3, 1, 7, 2)
 """The second DiT has two classes more, and the first one's class k is called ORDER[k]."""
@@ -203,7 +203,7 @@ def test_another_set_is_followed_and_its_errors_are_noticed(committed_golden, tm
     assert "01_dit_b" not in names
     assert "mask.natten.w7" not in names
     ((module, reason),) = outcomes["skipped"]
-    assert module == "test_bias_free_unet"
+    assert module == "test_bf_unet"
     assert f"golden 04_kad_counts.json is not in {folder}" in reason
 
     for path in folder.glob("*.safetensors"):

@@ -111,7 +111,8 @@ def test_links_of_pages_outside_the_site(page):
 
 def table_rows(page: str, start: str) -> list[list[str]]:
     """Cells of the lines whose first cell is a name with that start, and nothing else."""
-    lines = re.findall(rf"^\| `{start}[^`]*` \|.*$", page, re.MULTILINE)
+    table = page.split("| parameters | depth x width x heads |")[1]  # the one before it is of minutes
+    lines = re.findall(rf"^\| `{start}[^`]*` \|.*$", table, re.MULTILINE)
     return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
 
 

@@ -103,7 +103,7 @@ def test_to_the_original_and_back(train, refused, notes, place):
     says = "its levels ((1, 2, 4)) do not determine its image size; convert it with `unet.size`"
     assert says in refused(ditlab.sample, "unet.pt")
     ditlab.convert("unet.pt", "model", heads=2, unet=UNetFile(size=8, steps=400), reporter=notes)
-    assert "the cosine schedule, time rescaled to 1000 steps were taken" in " ".join(notes.sentences)
+    assert "the cosine schedule, time rescaled to 1000 steps were assumed" in " ".join(notes.sentences)
     ditlab.convert("model", "back.pt")
     first, second = (torch.load(name, weights_only=True) for name in ("unet.pt", "back.pt"))
     assert first.keys() == second.keys()

@@ -120,8 +120,8 @@ class ExternalModel(Model):
             return reopen_autoencoder(latents.record.codec, self.images.path)
         if channels not in (1, 3):
             raise NotFound(
-                f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder lies "
-                "beside it to make pictures of them; give one as `codec`, such as stabilityai/sd-vae-ft-ema"
+                f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder is "
+                "stored with it to make pictures of them; give one as `codec`, such as stabilityai/sd-vae-ft-ema"
             )
         return Identity(channels)
 

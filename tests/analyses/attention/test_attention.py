@@ -192,10 +192,10 @@ def test_seeds_are_averaged_and_the_first_is_drawn(model, monkeypatch):
     def call(models: Sequence[Model], names: Sequence[str]) -> Comparison:
         return run(open_models(models, names=names), settings)
 
-    group = call([zero, one], "aa").to_json()["groups"][0]
+    group = call([zero, one], ["a", "a"]).to_json()["groups"][0]
     assert (group["runs"], group["std"]["distance"] > 0) == (["a0", "a1"], True)
-    call([zero, one, local, other], "aabb")
-    call([one, zero, local, other], "aabb")
+    call([zero, one, local, other], list("aabb"))
+    call([one, zero, local, other], list("aabb"))
     assert [[name for name, _ in rows] for rows, _ in drawn] == [["a"], ["a", "b"], ["a", "b"]]
     # The last call's first models of a and b are of seeds 1 and 0.
     assert [more["picture"] is None for _, more in drawn] == [False, False, True]
@@ -269,7 +269,7 @@ class Mixed(nn.Module):
 
 
 def test_a_model_without_attention_is_refused(model):
-    models = open_models([model("plain"), model("conv", module=Convolution())], names="ab")
+    models = open_models([model("plain"), model("conv", module=Convolution())], names=list("ab"))
     says = "model conv: attention: expected a network with attention layers, found Convolution"
     with pytest.raises(DitlabError, match=says):
         measured(models)
@@ -278,7 +278,7 @@ def test_a_model_without_attention_is_refused(model):
 def test_models_that_have_other_layers_or_another_grid(model):
     coarse = model("coarse", patch=2)
     with pytest.raises(DitlabError, match="layers 1, 2 over 8x8 tokens in plain and layers 1, 2 over 4x4 tokens"):
-        measured(open_models([model("plain"), coarse], names="ab"))
+        measured(open_models([model("plain"), coarse], names=list("ab")))
     with pytest.raises(DitlabError, match="in layer 2; layers 2, 3 are alike"):
         measured(open_models([model("mixed", module=Mixed())]))
     [result] = measured(open_models([model("mixed", module=Mixed())]), replace(SMALL, layers=(2, 3)))
@@ -397,7 +397,7 @@ def test_a_model_of_a_single_token_does_not_break_a_report(model, module):
 
 def test_many_differences_are_a_table(model):
     models = [model(f"a{n}", n=n) for n in (10, 20)] + [model(f"b{n}", "3,3", n=n) for n in (10, 20)]
-    [comparison] = page(open_models(models, names="aabb"))
+    [comparison] = page(open_models(models, names=list("aabb")))
     assert comparison.sentences() == ()
     _, differences = comparison.tables()
     assert [row[0] for row in differences.rows] == [
@@ -412,7 +412,7 @@ def entries_of(models: ModelSet) -> list[AttentionEntry]:
 
 def test_the_figure_of_maps_has_four_rows_at_most(model):
     models = [model(f"a{n}", n=n) for n in (10, 15, 20)] + [model(f"b{n}", "3,3", n=n) for n in (10, 15, 20)]
-    entries = entries_of(open_models(models, names="aaabbb"))
+    entries = entries_of(open_models(models, names=list("aaabbb")))
     assert [[entry.result.about.name for entry in group] for group in group_entries(entries)] == [
         ["a10", "b10"], ["a15", "b15"], ["a20", "b20"],
     ]  # fmt: skip
