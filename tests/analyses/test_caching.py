@@ -14,6 +14,7 @@ import torch
 
 import ditlab
 from ditlab.analyses import base
+from ditlab.analyses.cache import find_current
 from ditlab.analyses.jacobian import Jacobian
 from ditlab.analyses.psnr_gap import PSNRConfig, PSNRGap, measure
 from ditlab.analyses.psnr_gap.result import PSNRResult
@@ -227,7 +228,7 @@ def other_images(tmp_path) -> ImageSet:
 
 
 def current(run: Run) -> PSNRResult | None:
-    return base.find_current(PSNRGap(), run, run.denoiser_and_provenance()[1])
+    return find_current(PSNRGap(), run, run.denoiser_and_provenance()[1])
 
 
 def test_the_current_result_is_of_the_own_test_images_and_the_newest(run, other_images):

@@ -11,10 +11,11 @@ instant; methods import what they need.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+from ditlab.analyses.cache import find_current, find_results, same_config, save_result
 from ditlab.arguments import check_fields, plain
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Reporter
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ditlab.models.comparing import ModelSet, OpenedModel
     from ditlab.pages.drawing import Drawing
     from ditlab.pages.page import Section, Table, ThemedFigure
-    from ditlab.provenance import Provenance
 
 __all__ = [
     "Analysis",
@@ -34,9 +34,7 @@ __all__ = [
     "Overview",
     "ReportContext",
     "Result",
-    "find_current",
-    "find_results",
-    "save_result",
+    "settings_of",
 ]
 
 
@@ -413,89 +411,6 @@ class Analysis(Generic[ConfigT, OptionsT]):
         written = self.save(results, models, folder)
         comparison.files = [*written, *comparison.save(folder)] if not self.comparison_file else comparison.save(folder)
         return comparison
-
-
-_NOT_COMPARED = ("batch_size", "chunk")
-"""Settings that do not change a number beyond rounding."""
-
-
-def same_config(first: Any, second: Any) -> bool:
-    """Returns whether two settings measure the same."""
-    mine, theirs = asdict(first), asdict(second)
-    return all(mine[name] == theirs[name] for name in mine if name not in _NOT_COMPARED)
-
-
-def find_results(analysis: Analysis[Any, Any], model: Any, reporter: Reporter = SILENT) -> list[Any]:
-    """Returns the results in a model's folder that can be read: NAME.json, then the others, the newest first."""
-    folder, kind, results = model.path / "analysis", analysis.result_class(), []
-    others = sorted(folder.glob(f"{analysis.name}.????????.json"), key=lambda p: (-p.stat().st_mtime_ns, p.name))
-    for path in (folder / f"{analysis.name}.json", *others):
-        if not path.is_file():
-            continue
-        try:
-            results.append(kind.load(path))
-        except DitlabError as error:
-            reporter.note(f"not used: {error}")
-    return results
-
-
-def find_current(
-    analysis: Analysis[Any, Any], model: Any, about: Provenance, reporter: Reporter = SILENT
-) -> Any | None:
-    """Returns the last saved result of a model with these weights and images, whatever its settings; None without any.
-
-    A function of a user's own has none, for nothing tells whether a result is still about it.
-    """
-    results = find_results(analysis, model, reporter) if about.weights else []
-    return next((result for result in results if result.about.same_model(about)), None)
-
-
-def save_result(result: Any, folder: Path, name: str, *, aside: bool = False) -> Path:
-    """Writes a result as NAME.json; one of other weights, images or settings that is there is kept as NAME.HASH.json.
-
-    Args:
-        result: the result.
-        folder: where results of its model are.
-        name: NAME.
-        aside: leave such a NAME.json where it is, and write NAME.HASH.json instead.
-
-    Raises:
-        DitlabError: the folder cannot be written to.
-    """
-    path, key = folder / f"{name}.json", _key(result.to_json())
-    if path.is_file() and (stored := _stored_key(path)) != key:
-        if aside:
-            return result.save(folder, f"{name}.{key}")
-        for file in folder.glob(f"{name}.*"):
-            if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
-                file.replace(file.with_name(f"{name}.{stored}{file.suffix}"))
-    saved = result.save(folder, name)
-    for suffix in (".json", ".npz", ".csv"):  # a result that was kept, and is the last one again, is there once
-        (folder / f"{name}.{key}{suffix}").unlink(missing_ok=True)
-    return saved
-
-
-def _stored_key(path: Path) -> str:
-    import json
-
-    try:
-        return _key(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return "damaged0"
-
-
-def _key(record: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of what a result was measured on and how."""
-    import hashlib
-    import json
-
-    about = record.get("about")
-    parts = [
-        {k: v for k, v in part.items() if k not in ("name", "label")} if isinstance(part, dict) else part
-        for part in (about if isinstance(about, list) else [about])
-    ]
-    text = json.dumps([parts, record.get("config", record.get("settings"))], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def settings_of(kind: type[Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

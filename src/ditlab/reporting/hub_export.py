@@ -18,7 +18,7 @@ from typing import Any
 import ditlab
 from ditlab.analyses import analysis as find_analysis
 from ditlab.analyses.attention.result import LocalityResult
-from ditlab.analyses.base import find_current
+from ditlab.analyses.cache import find_current
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.course import trajectory_of

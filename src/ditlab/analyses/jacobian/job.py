@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditlab.analyses.base import find_results, save_result
+from ditlab.analyses.cache import find_results, save_result
 from ditlab.analyses.jacobian.comparison import same_noise
 from ditlab.analyses.jacobian.config import JacobianConfig, JacobianOptions
 from ditlab.analyses.jacobian.images import config_of_images, load_images

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.base import Analysis, Comparison, ReportContext, find_results, save_result
+from ditlab.analyses.base import Analysis, Comparison, ReportContext
+from ditlab.analyses.cache import find_results, save_result
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig, TwoSubsetsOptions
 from ditlab.progress import SILENT, Reporter
 
