@@ -12,6 +12,7 @@ kernel. It is no peak: gradients, optimizer, weights and work space come on top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -205,16 +206,21 @@ def match_width(
         costs = complexity(build(units * multiple), shape, memory=False)
         return costs.macs - (0 if attention else costs.attention_macs)
 
-    narrowest = cost(1)
-    if narrowest > 2 * macs:
+    costs = {1: cost(1)}
+    if costs[1] > 2 * macs:
         raise DitlabError(
-            f"match: expected a network that can cost {macs / 1e9:.3g} GMACs, found {narrowest / 1e9:.3g} at the "
+            f"match: expected a network that can cost {macs / 1e9:.3g} GMACs, found {costs[1] / 1e9:.3g} at the "
             f"smallest width, {multiple}"
         )
-    below, above = 1, 2
-    while cost(above) < macs:
-        below, above = above, 2 * above
+    # MACs grow about with the square of the width: their roots are interpolated, which needs few networks.
+    below, above = 0, 1
+    while costs[above] < macs:
+        below, above = above, math.ceil(above * math.sqrt(macs / costs[above])) + 1
+        costs[above] = cost(above)
     while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if cost(middle) <= macs else (below, middle)
-    return multiple * min((below, above), key=lambda units: abs(cost(units) - macs))
+        low, high = (math.sqrt(costs.get(units, 0)) for units in (below, above))
+        guess = below + round((above - below) * (math.sqrt(macs) - low) / (high - low))
+        middle = min(max(guess, below + 1), above - 1)
+        costs[middle] = cost(middle)
+        below, above = (middle, above) if costs[middle] <= macs else (below, middle)
+    return multiple * min((below or above, above), key=lambda units: abs(costs[units] - macs))
