@@ -1,6 +1,4 @@
-"""The variational bound of whole images in bits per dimension, through any denoiser.
-
-    -log2 p(x_0) / D <= L_T + sum_t L_t
+"""The variational bound of images in bits per dimension, through any denoiser: -log2 p(x_0) / D <= L_T + sum_t L_t.
 
 Source: Ho et al. 2020, Eq. 5; Nichol and Dhariwal 2021, section 3 (bits per dimension).
 """
@@ -19,17 +17,15 @@ from ditlab.diffusion.choices import Respacing
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.schedules import VPSchedule
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.errors import DitlabError
 
 __all__ = ["BitsPerDimension", "bits_per_dimension"]
 
 
-@dataclass(frozen=True, eq=False)
-class BitsPerDimension:
+@dataclass(frozen=True, eq=False, repr=False)
+class BitsPerDimension(ShortRepr):
     """The bound of B images and its terms at S steps, the noisiest first."""
-
-    __repr__ = short_repr
 
     total: Tensor
     """[B]: prior plus all terms."""
@@ -83,8 +79,7 @@ def bits_per_dimension(
             x = process.q_sample(images, t, unit)
             y = images + sigma * unit
             x0, _, v = denoiser.estimate(y, sigma, label)
-            if clip:
-                x0 = x0.clamp(-1, 1)
+            x0 = x0.clamp(-1, 1) if clip else x0
             terms.append(process.bound(images, x, t, process.reverse(x0, v, x, t)))
             x0_mse.append(flat_mean((x0 - images) ** 2))
             eps_mse.append(flat_mean(((y - x0) / sigma - unit) ** 2))
