@@ -60,11 +60,7 @@ def check_schedule(name: str, steps: int) -> None:
 
 
 def respacing_counts(spec: Respacing) -> list[int]:
-    """Returns the number of steps of each section of a respacing; "ddim50" has one of 50.
-
-    Raises:
-        DitlabError: a specification that `respace` cannot read, whatever the number of steps.
-    """
+    """Returns the number of steps of each section of a respacing that `respace` can read; "ddim50" has one of 50."""
     single = isinstance(spec, str) and spec.startswith("ddim")
     text = str(spec).removeprefix("ddim")
     try:
@@ -77,11 +73,7 @@ def respacing_counts(spec: Respacing) -> list[int]:
 
 
 def check_levels(name: str, steps: int, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """Returns the lowest and the highest level of a grid; those of the discretization where None.
-
-    Raises:
-        DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
-    """
+    """Returns the lowest and the highest level of a grid, by default the discretization's, if there are such levels."""
     if name not in LEVEL_LIMITS:
         raise unknown_name("discretization", name, LEVEL_LIMITS)
     low = LEVEL_LIMITS[name][0] if sigma_min is None else sigma_min

@@ -58,8 +58,10 @@ def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return _describe(getattr(value, "__func__", None) or getattr(value, "fget", None), seen)
     if isinstance(value, FunctionType):
         return _describe_function(value, seen)
-    if isinstance(value, type | BuiltinFunctionType):
-        return _describe_class(value, seen) if isinstance(value, type) else [value.__module__, value.__qualname__]
+    if isinstance(value, type):
+        return _describe_class(value, seen)
+    if isinstance(value, BuiltinFunctionType):
+        return [value.__module__, value.__qualname__]
     if isinstance(value, nn.Module) or is_dataclass(value) or _is_denoiser(value):
         state = {name: part for name, part in vars(value).items() if name != "device"}
         return [_describe(type(value), seen), _describe(state, seen)]
@@ -82,9 +84,8 @@ def _describe_class(value: type, seen: dict[int, tuple[int, Any]]) -> Any:
     name = [value.__module__, value.__qualname__]
     if _is_library(value):
         return name
-    parts = vars(value).items()
+    parts = ((k, v) for k, v in vars(value).items() if k != "_abc_impl")
     own = {k: v for k, v in parts if not k.startswith("__") or isinstance(v, FunctionType)}
-    own = {k: v for k, v in own.items() if k != "_abc_impl"}
     return [*name, _describe(own, seen), [_describe(base, seen) for base in value.__bases__]]
 
 

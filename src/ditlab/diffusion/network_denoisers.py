@@ -4,8 +4,7 @@
     EDM      x0 = c_skip y + c_out F(c_in y, c_noise)
     blind    x0 = y - F(y)
 
-Sources: Ho et al. 2020, Eq. 4; Karras et al. 2022, Eq. 7 and Table 1 (preconditioning); Mohan et al. 2020 (bias-free
-denoisers).
+Sources: Ho et al. 2020, Eq. 4; Karras et al. 2022, Eq. 7 and Table 1; Mohan et al. 2020 (bias-free denoisers).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.choices import BetweenSteps, Preconditioning, PredictionTarget, Variance
+from ditlab.diffusion.choices import LEVEL_LIMITS, BetweenSteps, Preconditioning, PredictionTarget, Variance
 from ditlab.diffusion.denoisers import Denoiser, Prediction, complete
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange, Levels
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
@@ -57,8 +56,7 @@ class NetworkDenoiser(Denoiser):
 
     def _run(self, x: Tensor, time: float | Tensor | None, label: Tensor | None, outputs: int) -> Tensor:
         """Returns the network's raw output, cast to the dtype of x."""
-        first = next(self.network.parameters(), None)
-        dtype = x.dtype if first is None else first.dtype
+        dtype = next(self.network.parameters(), x).dtype
         # Half precision does not have all integers up to 1000.
         time_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if isinstance(time, Tensor):
@@ -158,7 +156,7 @@ class EDMDenoiser(NetworkDenoiser):
         self.levels = {
             "edm": LevelRange(0.0, math.inf),
             "vp": LevelRange(float(vp_sigma(1e-5)), float(vp_sigma(1.0))),
-            "ve": LevelRange(0.02, 100.0),
+            "ve": LevelRange(*LEVEL_LIMITS["ve"]),
         }[precond]
 
     @property
@@ -174,14 +172,15 @@ class EDMDenoiser(NetworkDenoiser):
 
     def time(self, sigma: float | Tensor) -> float | Tensor:
         """Returns c_noise."""
+        tensor = isinstance(sigma, Tensor)
         if self.precond == "edm":
-            return _log(sigma) / 4
+            return (sigma.log() if tensor else math.log(sigma)) / 4
         if self.precond == "ve":
-            return _log(sigma / 2)
+            return (sigma / 2).log() if tensor else math.log(sigma / 2)
         # 999 times the VP process's time t, the root of sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t). Float64,
         # because ln(1 + sigma^2) cancels at small levels.
-        wide = sigma.double() if isinstance(sigma, Tensor) else float(sigma)
-        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * _log1p(wide * wide)) ** 0.5
+        log = sigma.double().square().log1p() if tensor else math.log1p(sigma * sigma)
+        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * log) ** 0.5
         return 999 * (root - VP_BETA_MIN) / VP_BETA_D
 
     def skip_and_out(self, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -238,17 +237,8 @@ class BlindDenoiser(NetworkDenoiser):
 
     def time(self, sigma: float | Tensor) -> None:
         """Returns None: the network has no conditioning on the level."""
-        return
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """See `Denoiser.estimate`."""
         raw = self._run((y - self.origin) * self.unit, None, None, self.shape[0]) / self.unit
         return complete(y - raw if self.output == "noise" else raw + self.origin, y, sigma, "x0")
-
-
-def _log(value: float | Tensor) -> float | Tensor:
-    return value.log() if isinstance(value, Tensor) else math.log(value)
-
-
-def _log1p(value: float | Tensor) -> float | Tensor:
-    return value.log1p() if isinstance(value, Tensor) else math.log1p(value)

@@ -3,7 +3,7 @@
     VP step t:    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n,  abar_t = prod (1 - beta_s)
     its level:    sigma_t = sqrt((1 - abar_t) / abar_t), in y = x_0 + sigma n
 
-Everything is float64 on the host; a finished coefficient is rounded once when it goes to a device.
+Everything is float64 on the host.
 
 Sources: Ho et al. 2020 (linear betas, posterior); Nichol and Dhariwal 2021 (cosine, respacing, clipped log variance);
 Karras et al. 2022, Table 1 (the four discretizations, the flows), Eq. 5 (rho schedule).
@@ -44,10 +44,7 @@ VP_BETA_MIN = 0.1
 
 @dataclass(frozen=True, eq=False)
 class VPSchedule:
-    """A discrete variance-preserving process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, t = 0 .. T-1.
-
-    All tables are float64 NumPy arrays of length T, t = 0 the least noisy step.
-    """
+    """A discrete variance-preserving process, t = 0 (the least noisy step) .. T - 1. Its tables are float64 [T]."""
 
     betas: np.ndarray
     """Variance added at each step, in (0, 1)."""
@@ -67,18 +64,17 @@ class VPSchedule:
         object.__setattr__(self, "timesteps", timesteps)
 
     @classmethod
-    def from_sigmas(cls, sigmas: np.ndarray, timesteps: np.ndarray | None = None) -> VPSchedule:
+    def from_sigmas(cls, sigmas: np.ndarray) -> VPSchedule:
         """Returns the VP process with the levels `sigmas` (ascending, positive)."""
         squares = np.asarray(sigmas, dtype=np.float64) ** 2
         before = np.concatenate([[0.0], squares[:-1]])
         # 1 - abar_t / abar_{t-1} with abar = 1 / (1 + sigma^2), written without the cancellation.
-        return cls((squares - before) / (1 + squares), np.empty(0, np.int64) if timesteps is None else timesteps)
+        return cls((squares - before) / (1 + squares))
 
     def __len__(self) -> int:
         return len(self.betas)
 
     def __repr__(self) -> str:
-        """Returns the number of steps and the range of levels."""
         return f"VPSchedule({len(self)} steps, sigma {self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g})"
 
     def respaced(self, spec: Respacing) -> VPSchedule:
@@ -133,15 +129,10 @@ class VPSchedule:
 
 
 def make_schedule(name: str, steps: int) -> VPSchedule:
-    """Returns a full VP process.
+    """Returns a full VP process of T = `steps` steps.
 
-    Args:
-        name: "linear" (Ho et al., betas scaled by 1000 / steps) or "cosine" (Nichol and Dhariwal, Eq. 17, betas at
-            most 0.999).
-        steps: number of steps T; at least 20 for "linear", whose last beta would otherwise pass 1.
-
-    Raises:
-        DitlabError: unknown name, or too few steps.
+    It is "linear" (Ho et al., betas scaled by 1000 / steps; at 20 steps or fewer the last one would pass 1) or "cosine"
+    (Nichol and Dhariwal, Eq. 17, betas at most 0.999). Other names and fewer steps raise a DitlabError.
     """
     check_schedule(name, steps)
     if name == "linear":
@@ -152,16 +143,11 @@ def make_schedule(name: str, steps: int) -> VPSchedule:
 
 
 def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
-    """Returns the steps of a shorter process, ascending.
+    """Returns the steps of a process, or of a number of steps T, that a shorter process takes, ascending.
 
-    Args:
-        schedule: the process to shorten, or its number of steps T.
-        spec: "250": 250 steps, evenly from the first to the last. "10,15,20" or a list: T is divided into three equal
-            sections of 10, 15 and 20 steps. "ddim50": every k-th step from 0, k the smallest stride that gives exactly
-            50.
-
-    Raises:
-        DitlabError: a specification that cannot be read, or with more steps than there are.
+    "250": 250 steps, evenly from the first to the last. "10,15,20" or a list: T is divided into three equal sections of
+    10, 15 and 20 steps. "ddim50": every k-th step from 0, k the smallest stride that gives exactly 50. What cannot be
+    read, or has more steps than there are, raises a DitlabError.
     """
     steps = schedule if isinstance(schedule, int) else len(schedule)
     if isinstance(spec, str) and spec.startswith("ddim"):
@@ -171,8 +157,7 @@ def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
                 return list(range(0, steps, stride))
         raise DitlabError(f"respacing '{spec}': no integer stride takes exactly {count} of {steps} steps")
     counts = respacing_counts(spec)
-    respaced: list[int] = []
-    start = 0
+    respaced, start = [], 0
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
@@ -225,7 +210,6 @@ class Flow:
     """sigma -> s'/s."""
 
     def __repr__(self) -> str:
-        """Returns the name of the flow."""
         return f"Flow({next((name for name, flow in FLOWS.items() if flow is self), 'custom')})"
 
     def at(self, sigma: float) -> FlowPoint:
@@ -269,16 +253,9 @@ def noise_levels(
 ) -> np.ndarray:
     """Returns a descending float64 grid of `steps` levels, without the final 0 (Karras et al. 2022, Table 1).
 
-    Args:
-        name: "edm" (even in sigma^(1/rho)), "vp" (even in the time of the VP process with these ends), "ve" (even in
-            log sigma) or "iddpm" (picked from the levels of the cosine process with 1000 steps).
-        steps: number of levels, at least 1.
-        sigma_min: last level; None for the discretization's default.
-        sigma_max: first level; None for the discretization's default.
-        rho: exponent, for "edm" alone.
-
-    Raises:
-        DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
+    It goes from `sigma_max` to `sigma_min`, None for the discretization's own, and is even in sigma^(1/rho) for "edm",
+    in the time of the VP process with these ends for "vp", in log sigma for "ve", or picked from the levels of the
+    cosine process with 1000 steps for "iddpm". What is no such grid raises a DitlabError.
     """
     low, high = check_levels(name, steps, sigma_min, sigma_max)
     # 0 at the highest level, 1 at the lowest; a single level is the highest.
@@ -286,7 +263,10 @@ def noise_levels(
     if name == "edm":
         return (high ** (1 / rho) + fraction * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     if name == "vp":
-        return _vp_levels(fraction, low, high)
+        # beta_d and beta_min such that sigma(1) = high and sigma(last_time) = low.
+        last_time, log_low, log_high = 1e-3, np.log1p(low**2), np.log1p(high**2)
+        beta_d = 2 * (log_high - log_low / last_time) / (1 - last_time)
+        return vp_sigma(1 + fraction * (last_time - 1), beta_d, log_high - beta_d / 2)
     if name == "ve":
         return high * (low / high) ** fraction
     cosine = cosine_levels()
@@ -294,13 +274,6 @@ def noise_levels(
     if len(inside) < 1:
         raise DitlabError(f"noise levels 'iddpm': no level of the cosine process is between {low} and {high}")
     return inside[np.round((len(inside) - 1) * fraction).astype(int)]
-
-
-def _vp_levels(fraction: np.ndarray, low: float, high: float, last_time: float = 1e-3) -> np.ndarray:
-    # beta_d and beta_min such that sigma(1) = high and sigma(last_time) = low.
-    log_low, log_high = np.log1p(low**2), np.log1p(high**2)
-    beta_d = 2 * (log_high - log_low / last_time) / (1 - last_time)
-    return vp_sigma(1 + fraction * (last_time - 1), beta_d, log_high - beta_d / 2)
 
 
 def cosine_levels(steps: int = 1000) -> np.ndarray:
