@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ditlab.arguments import checks_arguments
@@ -26,6 +25,7 @@ from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.fingerprint import UNKNOWN, add_tensor, fingerprint
 from ditlab.diffusion.noise_levels import LevelRange, Levels
 from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.tensors import Images, Labels, Shape, Sigma
 from ditlab.errors import DitlabError, InvalidConfig
 
 __all__ = ["Denoiser", "Prediction", "complete", "hash_of_weights"]
@@ -52,7 +52,7 @@ class Denoiser(ABC):
     `estimate` and sets the attributes below.
     """
 
-    shape: tuple[int, int, int]
+    shape: Shape
     """(C, H, W) of the images."""
     levels: Levels
     """The noise levels that it takes."""
@@ -115,21 +115,11 @@ class Denoiser(ABC):
             label: int64 [B], or None.
         """
 
-    def __call__(
-        self,
-        y: Float[Tensor, "b c h w"],
-        sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
-        label: Int[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+    def __call__(self, y: Images, sigma: Sigma, label: Labels = None) -> Images:
         """Returns the estimate of the clean images; see `predict`."""
         return self.predict(y, sigma, label).x0
 
-    def predict(
-        self,
-        y: Float[Tensor, "b c h w"],
-        sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
-        label: Int[Tensor, " b"] | None = None,
-    ) -> Prediction:
+    def predict(self, y: Images, sigma: Sigma, label: Labels = None) -> Prediction:
         """Returns the estimates of clean image and noise, and the learned variance if there is one.
 
         Args:
@@ -157,10 +147,8 @@ class Denoiser(ABC):
 
     def check_levels(self, sigma: float | Tensor | np.ndarray) -> None:
         """Raises a DitlabError if a level is outside `levels` or not positive."""
-        if isinstance(sigma, int | float):
-            low = high = float(sigma)
-        else:
-            low, high = float(sigma.min()), float(sigma.max())
+        levels = sigma if isinstance(sigma, Tensor) else np.asarray(sigma)
+        low, high = float(levels.min()), float(levels.max())
         # Float32 rounding may move a level beyond a grid's ends. NaN fails every comparison.
         if not (low > 0 and low >= self.levels.min * (1 - 1e-6) and high <= self.levels.max * (1 + 1e-6)):
             span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -203,7 +191,7 @@ class Denoiser(ABC):
     @checks_arguments({})
     def wrap(
         function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        shape: tuple[int, int, int],
+        shape: Shape,
         *,
         levels: Levels | None = None,
         output: PredictionTarget = "x0",

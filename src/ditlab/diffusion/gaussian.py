@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.schedules import VPSchedule
 from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.tensors import Images, Steps
 
 __all__ = ["Gaussian", "GaussianProcess", "discretized_log_likelihood", "flat_mean", "kl"]
 
@@ -78,23 +79,19 @@ class GaussianProcess:
             self._tables[t.device] = {key: table.to(t.device) for key, table in self._host.items()}
         return self._tables[t.device][name][t].reshape(-1, 1, 1, 1)
 
-    def q_sample(
-        self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def q_sample(self, x0: Images, t: Steps, noise: Images) -> Images:
         """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
         return self.at("signal", t) * x0 + self.at("noise", t) * noise
 
-    def q(self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
+    def q(self, x0: Images, t: Steps) -> Gaussian:
         """Returns q(x_t | x_0)."""
         return Gaussian(self.at("signal", t) * x0, self.at("log_noise", t))
 
-    def posterior(self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
+    def posterior(self, x0: Images, x: Images, t: Steps) -> Gaussian:
         """Returns q(x_{t-1} | x_t, x_0), its log variance clipped at t = 0."""
         return Gaussian(self.at("coef1", t) * x0 + self.at("coef2", t) * x, self.at("log_posterior", t))
 
-    def split(
-        self, output: Float[Tensor, "b o h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
-    ) -> tuple[Tensor, Tensor | None]:
+    def split(self, output: Float[Tensor, "b o h w"], x: Images, t: Steps) -> tuple[Tensor, Tensor | None]:
         """Returns (estimate of x0, v or None) from a network's raw output at x_t: the prediction, then a learned v."""
         channels = x.shape[1]
         v = output[:, channels:] if self.variance == "learned-range" else None
@@ -102,9 +99,7 @@ class GaussianProcess:
             return output[:, :channels], v
         return self.at("inverse_signal", t) * x - self.at("sigma", t) * output[:, :channels], v
 
-    def reverse(
-        self, x0: Float[Tensor, "b c h w"], v: Tensor | None, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
-    ) -> Gaussian:
+    def reverse(self, x0: Images, v: Tensor | None, x: Images, t: Steps) -> Gaussian:
         """Returns p(x_{t-1} | x_t) from the estimate x0 at x = x_t.
 
         The log variance v goes from the posterior's (-1) to beta's (1); it is None for the fixed variance.
@@ -115,9 +110,7 @@ class GaussianProcess:
             log_variance = torch.lerp(self.at("log_posterior", t), self.at("log_beta", t), (v + 1) / 2)
         return Gaussian(self.at("coef1", t) * x0 + self.at("coef2", t) * x, log_variance)
 
-    def bound(
-        self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], reverse: Gaussian
-    ) -> Float[Tensor, " b"]:
+    def bound(self, x0: Images, x: Images, t: Steps, reverse: Gaussian) -> Float[Tensor, " b"]:
         """Returns the term L_t of the variational bound in bits per dimension; at t = 0 the decoder's likelihood.
 
         x0 are the clean images, x = x_t, and `reverse` is p(x_{t-1} | x_t).
@@ -126,7 +119,7 @@ class GaussianProcess:
         decoder = -flat_mean(discretized_log_likelihood(x0, reverse.mean, 0.5 * reverse.log_variance)) / math.log(2)
         return torch.where(t == 0, decoder, bits)
 
-    def prior(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    def prior(self, x0: Images) -> Float[Tensor, " b"]:
         """Returns KL(q(x_T | x_0) || N(0, 1)) in bits per dimension."""
         last = torch.full((len(x0),), len(self.schedule) - 1, device=x0.device)
         normal = Gaussian(torch.zeros_like(x0), x0.new_zeros(len(x0), 1, 1, 1))

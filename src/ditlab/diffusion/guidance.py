@@ -118,17 +118,15 @@ class GuidedDenoiser(Denoiser):
     def _weights(self, sigma: Tensor) -> Tensor:
         w = torch.full_like(sigma, self.config.scale)
         if self.config.schedule == "power-cosine":
-            w = 1 + (w - 1) * (1 - torch.cos(math.pi * (1 - self._part(sigma)) ** self.config.power)) / 2
+            # t / T by the denoiser's own steps, else by those of the linear process (ditlab's inference: no publication
+            # defines t without numbered steps).
+            levels = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
+            part = torch.as_tensor(levels.step(sigma)) / (int(levels.steps[-1]) + 1)
+            w = 1 + (w - 1) * (1 - torch.cos(math.pi * (1 - part) ** self.config.power)) / 2
         if self.config.interval is not None:
             low, high = self.config.interval
             w = torch.where((sigma > low) & (sigma <= high), w, 1.0)
         return w
-
-    def _part(self, sigma: Tensor) -> Tensor:
-        """Returns t / T of power-cosine, by the denoiser's own steps if it has some, else by the linear process's."""
-        # The linear process of 1,000 steps is ditlab's inference: no publication defines t without numbered steps.
-        levels = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
-        return levels.step(sigma) / (int(levels.steps[-1]) + 1)  # pyright: ignore[reportReturnType]
 
 
 @cache

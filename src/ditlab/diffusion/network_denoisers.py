@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.choices import LEVEL_LIMITS, BetweenSteps, Preconditioning, PredictionTarget, Variance
+from ditlab.diffusion.choices import BetweenSteps, Preconditioning, PredictionTarget, Variance, check_choice
 from ditlab.diffusion.denoisers import Denoiser, Prediction, complete
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange, Levels
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.diffusion.tensors import Shape
+from ditlab.errors import DitlabError
 
 __all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "VPDenoiser"]
 
@@ -28,7 +29,7 @@ __all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "VPDenoiser"]
 class NetworkDenoiser(Denoiser):
     """Base of denoisers that are made of `network(x, t, label)` with `in_shape` and `num_classes`."""
 
-    def __init__(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, network: nn.Module, shape: Shape | None = None) -> None:
         self.network = network
         channels, height, width = network.in_shape if shape is None else shape  # pyright: ignore[reportGeneralTypeIssues]
         self.shape = (int(channels), int(height), int(width))
@@ -89,18 +90,14 @@ class VPDenoiser(NetworkDenoiser):
         prediction: PredictionTarget = "epsilon",
         variance: Variance = "learned-range",
         *,
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
         between: BetweenSteps = "interpolate",
         rescale_time: bool = False,
     ) -> None:
         super().__init__(network, shape)
-        for what, name, known in (
-            ("prediction", prediction, PredictionTarget),
-            ("variance", variance, Variance),
-            ("way between steps", between, BetweenSteps),
-        ):
-            if name not in get_args(known):
-                raise unknown_name(what, name, get_args(known))
+        check_choice("prediction", prediction, PredictionTarget)
+        check_choice("variance", variance, Variance)
+        check_choice("way between steps", between, BetweenSteps)
         self.schedule = schedule
         self.prediction: PredictionTarget = prediction
         self.variance: Variance = variance
@@ -147,16 +144,15 @@ class EDMDenoiser(NetworkDenoiser):
         precond: Preconditioning = "edm",
         sigma_data: float = 0.5,
         *,
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
     ) -> None:
         super().__init__(network, shape)
-        if precond not in get_args(Preconditioning):
-            raise unknown_name("preconditioning", precond, get_args(Preconditioning))
+        check_choice("preconditioning", precond, Preconditioning)
         self.precond, self.sigma_data = precond, sigma_data
         self.levels = {
             "edm": LevelRange(0.0, math.inf),
             "vp": LevelRange(float(vp_sigma(1e-5)), float(vp_sigma(1.0))),
-            "ve": LevelRange(*LEVEL_LIMITS["ve"]),
+            "ve": LevelRange(0.02, 100.0),
         }[precond]
 
     @property
@@ -219,11 +215,10 @@ class BlindDenoiser(NetworkDenoiser):
         low: float = 0.0,
         high: float = 1.0,
         output: Literal["noise", "clean"] = "noise",
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
     ) -> None:
         super().__init__(network, shape)
-        if output not in ("noise", "clean"):
-            raise unknown_name("output of a blind network", output, ("noise", "clean"))
+        check_choice("output of a blind network", output, Literal["noise", "clean"])
         if not low < high:
             raise DitlabError(f"blind denoiser: expected low < high, found {low} and {high}")
         self.levels, self.output = levels, output

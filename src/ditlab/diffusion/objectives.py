@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.diffusion.choices import LEVEL_LIMITS
@@ -25,6 +25,7 @@ from ditlab.diffusion.network_denoisers import BlindDenoiser, EDMDenoiser, Netwo
 from ditlab.diffusion.noise_levels import LevelRange
 from ditlab.diffusion.objective_configs import BlindObjectiveConfig, EDMObjectiveConfig, VPObjectiveConfig
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, make_schedule
+from ditlab.diffusion.tensors import Images, Labels, Shape
 from ditlab.diffusion.time_sampling import LossSecondMoment
 from ditlab.errors import DitlabError
 
@@ -34,49 +35,56 @@ Draws = Mapping[str, Tensor]
 
 
 class Objective(ABC):
-    """How a network is trained. It keeps no history unless `history_keys` says so."""
+    """How a network is trained."""
 
     label_dropout: float = 0.0
-    history_keys: tuple[str, ...] = ()
-    """Names of the draws and losses `[B]` of a step that `update` takes, for all images of the global batch."""
+    sampling: LossSecondMoment | None = None
+    """The history of losses, if `draw` depends on one."""
+
+    @property
+    def history_keys(self) -> tuple[str, ...]:
+        """Returns the names of the draws and losses of a step that `update` takes."""
+        return ("t", "unweighted") if self.sampling else ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({getattr(self, 'config', '')})"
 
     @abstractmethod
-    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
         """Returns all random numbers of `count` images (C, H, W), the global batch: CPU tensors [count, ...].
 
         They come from a CPU generator, so any number of processes draw the same ones; each keeps its slice.
         """
 
     @abstractmethod
-    def losses(
-        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
-    ) -> dict[str, Tensor]:
+    def losses(self, network: nn.Module, images: Images, label: Labels, draws: Draws) -> dict[str, Tensor]:
         """Returns losses `[B]` of images in [-1, 1] under the draws that `draw` made for them; "loss" is minimized.
 
         All tensors are on one device. Labels are 0 .. num_classes - 1; they are dropped here.
         """
 
     @abstractmethod
-    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> NetworkDenoiser:
+    def denoiser(self, network: nn.Module, shape: Shape | None = None) -> NetworkDenoiser:
         """Returns the network as a denoiser, at `shape` (C, H, W), or at its own `in_shape`."""
 
     def network_outputs(self, channels: int) -> int:
         """Returns the number of output channels that the network needs for images of `channels` channels."""
         return channels
 
-    def update(self, seen: Mapping[str, Tensor]) -> None:  # noqa: B027 (most keep no history)
+    def update(self, seen: Mapping[str, Tensor]) -> None:
         """Adds a step to the history: the values of `history_keys`, `[B]`, in the order of the global batch."""
+        if self.sampling:
+            self.sampling.update(seen["t"], seen["unweighted"])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, as JSON values."""
-        return {}
+        return self.sampling.state_dict() if self.sampling else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the history that `state_dict` returned; raises a DitlabError for that of another objective."""
-        if state:
+        if self.sampling:
+            self.sampling.load_state_dict(state)
+        elif state:
             raise DitlabError(f"objective: expected a state without entries, found {', '.join(sorted(state))}")
 
     def _drop_labels(self, network: nn.Module, label: Tensor | None, coins: Tensor) -> Tensor | None:
@@ -99,38 +107,21 @@ class VPObjective(Objective):
         self.schedule = make_schedule(config.schedule, config.steps) if schedule is None else schedule
         self.process = GaussianProcess(self.schedule, config.prediction, config.variance)
         self.time_factor = 1000 / config.steps if config.rescale_time else 1.0
-        self.sampling: LossSecondMoment | None = None
         if config.time_sampling == "loss-second-moment":
-            self.sampling, self.history_keys = LossSecondMoment(len(self.schedule)), ("t", "unweighted")
+            self.sampling = LossSecondMoment(len(self.schedule))
 
-    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
         """See `Objective.draw`."""
-        if self.sampling is None:
-            steps = {"t": torch.randint(len(self.schedule), (count,), generator=generator)}
+        if self.sampling:
+            steps = dict(zip(("t", "weight"), self.sampling.draw(generator, count), strict=True))
         else:
-            t, weight = self.sampling.draw(generator, count)
-            steps = {"t": t, "weight": weight}
+            steps = {"t": torch.randint(len(self.schedule), (count,), generator=generator)}
         return steps | {
             "coin": torch.rand(count, generator=generator),
             "noise": torch.randn(count, *shape, generator=generator),
         }
 
-    def update(self, seen: Mapping[str, Tensor]) -> None:
-        """See `Objective.update`."""
-        if self.sampling is not None:
-            self.sampling.update(seen["t"], seen["unweighted"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Objective.state_dict`."""
-        return super().state_dict() if self.sampling is None else self.sampling.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Objective.load_state_dict`."""
-        (super() if self.sampling is None else self.sampling).load_state_dict(state)
-
-    def losses(
-        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
-    ) -> dict[str, Tensor]:
+    def losses(self, network: nn.Module, images: Images, label: Labels, draws: Draws) -> dict[str, Tensor]:
         """Returns "loss", and "mse" and "vb" (bits per dimension, as in the loss) if they are computed.
 
         If the draws have a "weight", the loss is multiplied by it, and "unweighted" is the loss without it.
@@ -166,7 +157,7 @@ class VPObjective(Objective):
             vb = vb * (len(self.schedule) / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> VPDenoiser:
+    def denoiser(self, network: nn.Module, shape: Shape | None = None) -> VPDenoiser:
         """See `Objective.denoiser`."""
         config = self.config
         return VPDenoiser(
@@ -193,7 +184,7 @@ class EDMObjective(Objective):
     def __init__(self, config: EDMObjectiveConfig) -> None:
         self.config, self.label_dropout = config, config.label_dropout
 
-    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
         """See `Objective.draw`."""
         sampler = torch.randn if self.config.precond == "edm" else torch.rand
         return {
@@ -222,9 +213,7 @@ class EDMObjective(Objective):
             return (sigma**2 + data**2) / (sigma * data) ** 2
         return sigma**-2
 
-    def losses(
-        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
-    ) -> dict[str, Tensor]:
+    def losses(self, network: nn.Module, images: Images, label: Labels, draws: Draws) -> dict[str, Tensor]:
         """Returns "loss" (weighted) and "mse" (of the clean image)."""
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         denoiser = self.denoiser(network, (images.shape[1], images.shape[2], images.shape[3]))
@@ -232,7 +221,7 @@ class EDMObjective(Objective):
         mse = flat_mean((denoiser.estimate(images + sigma * draws["noise"], sigma, label).x0 - images) ** 2)
         return {"loss": self.weight(draws["sigma"]) * mse, "mse": mse}
 
-    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> EDMDenoiser:
+    def denoiser(self, network: nn.Module, shape: Shape | None = None) -> EDMDenoiser:
         """See `Objective.denoiser`."""
         return EDMDenoiser(network, self.config.precond, self.config.sigma_data, shape=shape)
 
@@ -247,15 +236,13 @@ class BlindObjective(Objective):
         self.config = config
         self.unit = (config.high - config.low) / 2
 
-    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
         """See `Objective.draw`."""
         # The square root of a level is uniform, so low levels are drawn more often than high ones.
         sigma = self.config.max_level * torch.rand(count, generator=generator).square()
         return {"sigma": sigma, "noise": torch.randn(count, *shape, generator=generator)}
 
-    def losses(
-        self, network: nn.Module, images: Float[Tensor, "b c h w"], label: Int[Tensor, " b"] | None, draws: Draws
-    ) -> dict[str, Tensor]:
+    def losses(self, network: nn.Module, images: Images, label: Labels, draws: Draws) -> dict[str, Tensor]:
         """Returns "loss": the squared error of the noise, in the network's units, summed over the image."""
         noise = draws["sigma"].reshape(-1, 1, 1, 1) * draws["noise"]
         output = network(self.config.low + self.unit * (images + 1) + noise, None, None).float()
@@ -265,7 +252,7 @@ class BlindObjective(Objective):
             )
         return {"loss": (output - noise).square().flatten(1).sum(1)}
 
-    def denoiser(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> BlindDenoiser:
+    def denoiser(self, network: nn.Module, shape: Shape | None = None) -> BlindDenoiser:
         """See `Objective.denoiser`; its levels are in units of [-1, 1]."""
         config = self.config
         levels = LevelRange(0.0, config.max_level / self.unit)

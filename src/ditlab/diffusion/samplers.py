@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig
 from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.diffusion.step_table import make_step_table
+from ditlab.diffusion.tensors import Images, Labels, Shape
 from ditlab.errors import DitlabError
 from ditlab.rng import torch_generator
 
@@ -49,15 +49,14 @@ class SamplerStep(ShortRepr):
     """0 at the noisiest of `steps` steps."""
     steps: int
     sigma: float
-    """Noise level of `y`."""
     sigma_next: float
-    """Noise level of `y_next`; 0 after the last step."""
+    """0 after the last step."""
     y: Tensor
-    """State before the step, [B, C, H, W]."""
+    """State at `sigma`, [B, C, H, W]."""
     x0: Tensor
     """Estimate of the clean image at `y`, clipped where the sampler clips."""
     y_next: Tensor
-    """State after the step."""
+    """State at `sigma_next`."""
 
     @property
     def x_next(self) -> Tensor:
@@ -74,18 +73,15 @@ class ImageNoise(ShortRepr):
 
     seeds: Sequence[int]
     """The seed of each image in this batch."""
-    shape: tuple[int, int, int]
+    shape: Shape
     """(C, H, W)."""
 
-    def initial(self) -> Float[Tensor, "b c h w"]:
+    def initial(self) -> Images:
         """Returns the noise that sampling starts from."""
-        return self._draw("initial")
+        return self("initial")
 
-    def __call__(self, step: int) -> Float[Tensor, "b c h w"]:
+    def __call__(self, step: int | Literal["initial"]) -> Images:
         """Returns the fresh noise of a step; step 0 is the noisiest."""
-        return self._draw(step)
-
-    def _draw(self, step: int | str) -> Tensor:
         noise = torch.empty(len(self.seeds), *self.shape)
         for row, seed in zip(noise, self.seeds, strict=True):
             row.normal_(generator=torch_generator(int(seed), "sample", step))
@@ -95,12 +91,12 @@ class ImageNoise(ShortRepr):
 def sample(
     denoiser: Denoiser,
     config: SamplerConfig,
-    initial_noise: Float[Tensor, "b c h w"],
+    initial_noise: Images,
     *,
-    label: Int[Tensor, " b"] | None = None,
+    label: Labels = None,
     noise: Callable[[int], Tensor] | None = None,
     callback: Callback | None = None,
-) -> Float[Tensor, "b c h w"]:
+) -> Images:
     """Returns images made from noise, without gradients.
 
     Args:
@@ -161,9 +157,7 @@ class Evaluations(NamedTuple):
 def evaluations(config: SamplerConfig, denoiser: Denoiser) -> Evaluations:
     """Counts the evaluations that an image takes.
 
-    Args:
-        config: the sampler and its settings.
-        denoiser: any denoiser; if it is guided, only the guided levels count twice.
+    If the denoiser is guided, only the guided levels count twice.
 
     Raises:
         DitlabError: steps or levels that the denoiser cannot take.
@@ -172,13 +166,7 @@ def evaluations(config: SamplerConfig, denoiser: Denoiser) -> Evaluations:
     return Evaluations(len(calls), sum(denoiser.passes(level) for level in calls))
 
 
-def invert(
-    denoiser: Denoiser,
-    config: DDIMConfig,
-    images: Float[Tensor, "b c h w"],
-    *,
-    label: Int[Tensor, " b"] | None = None,
-) -> Float[Tensor, "b c h w"]:
+def invert(denoiser: Denoiser, config: DDIMConfig, images: Images, *, label: Labels = None) -> Images:
     """Returns noise, about unit normal, from which deterministic DDIM would make these images: Eq. 12 run backwards.
 
     The images are taken as the state at the lowest level. The last step goes to infinite noise, where the state in unit

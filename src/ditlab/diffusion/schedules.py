@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +41,20 @@ VP_BETA_D = 19.9
 VP_BETA_MIN = 0.1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class VPSchedule:
-    """A discrete variance-preserving process, t = 0 (the least noisy step) .. T - 1. Its tables are float64 [T]."""
+    """A discrete variance-preserving process, t = 0 (the least noisy step) .. T - 1. Its tables are float64 [T].
+
+    Attributes:
+        alphas_cumprod: abar_t, the clean image's share of the variance at step t.
+        alphas_cumprod_prev: abar_{t-1}, with 1 before the first step.
+        sigmas: VE level of each step, ascending.
+        posterior_variance: of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0.
+        posterior_log_variance_clipped: its logarithm, with the value of t = 1 at t = 0.
+        large_variance: beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large".
+        posterior_mean_coef1: weight of x_0 in the mean of q(x_{t-1} | x_t, x_0).
+        posterior_mean_coef2: weight of x_t in it.
+    """
 
     betas: np.ndarray
     """Variance added at each step, in (0, 1)."""
@@ -52,16 +62,22 @@ class VPSchedule:
     """int64: the step of the full process for each step; it is the network's conditioning."""
 
     def __post_init__(self) -> None:
-        betas = np.asarray(self.betas, dtype=np.float64)
+        self.betas = betas = np.asarray(self.betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise DitlabError("schedule: expected a list of betas in (0, 1), found others")
-        timesteps = np.asarray(self.timesteps, dtype=np.int64)
-        if len(timesteps) == 0:
-            timesteps = np.arange(len(betas))
-        if len(timesteps) != len(betas):
-            raise DitlabError(f"schedule: expected {len(betas)} timesteps, found {len(timesteps)}")
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "timesteps", timesteps)
+        self.timesteps = np.asarray(self.timesteps, dtype=np.int64) if len(self.timesteps) else np.arange(len(betas))
+        if len(self.timesteps) != len(betas):
+            raise DitlabError(f"schedule: expected {len(betas)} timesteps, found {len(self.timesteps)}")
+        self.alphas_cumprod = abar = np.cumprod(1 - betas)
+        self.alphas_cumprod_prev = before = np.concatenate([[1.0], abar[:-1]])
+        self.sigmas = np.sqrt((1 - abar) / abar)
+        self.posterior_variance = variance = betas * (1 - before) / (1 - abar)
+        # A process of one step has no second entry; its beta is the only positive variance.
+        positive = np.concatenate([variance[1:2], variance[1:]]) if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(positive)
+        self.large_variance = np.concatenate([positive[:1], betas[1:]])
+        self.posterior_mean_coef1 = betas * np.sqrt(before) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - betas) / (1 - abar)
 
     @classmethod
     def from_sigmas(cls, sigmas: np.ndarray) -> VPSchedule:
@@ -82,50 +98,6 @@ class VPSchedule:
         steps = respace(self, spec)
         abar = self.alphas_cumprod[steps]
         return VPSchedule(1 - abar / np.concatenate([[1.0], abar[:-1]]), self.timesteps[steps])
-
-    @cached_property
-    def alphas_cumprod(self) -> np.ndarray:
-        """Returns abar_t, the clean image's share of the variance at step t."""
-        return np.cumprod(1 - self.betas)
-
-    @cached_property
-    def alphas_cumprod_prev(self) -> np.ndarray:
-        """Returns abar_{t-1}, with 1 before the first step."""
-        return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
-
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """Returns the VE level of each step, ascending."""
-        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
-
-    @cached_property
-    def posterior_variance(self) -> np.ndarray:
-        """Returns the variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0."""
-        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Returns the logarithm of `posterior_variance`, with the value of t = 1 at t = 0, where that is 0."""
-        return np.log(self._without_first(self.posterior_variance))
-
-    @cached_property
-    def large_variance(self) -> np.ndarray:
-        """Returns beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large"."""
-        return np.concatenate([self._without_first(self.posterior_variance)[:1], self.betas[1:]])
-
-    @cached_property
-    def posterior_mean_coef1(self) -> np.ndarray:
-        """Returns the weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
-        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_mean_coef2(self) -> np.ndarray:
-        """Returns the weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
-        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
-
-    def _without_first(self, variance: np.ndarray) -> np.ndarray:
-        # A process of one step has no second entry; its beta is the only positive variance.
-        return np.concatenate([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas
 
 
 def make_schedule(name: str, steps: int) -> VPSchedule:
@@ -204,9 +176,9 @@ class Flow:
     """t -> sigma."""
     growth: Callable[[float], float]
     """sigma -> sigma'/sigma, the relative growth of the level with t."""
-    scale: Callable[[float], float]
+    scale: Callable[[float], float] = lambda sigma: 1.0
     """sigma -> s."""
-    shrinkage: Callable[[float], float]
+    shrinkage: Callable[[float], float] = lambda sigma: 0.0
     """sigma -> s'/s."""
 
     def __repr__(self) -> str:
@@ -224,13 +196,7 @@ def _vp_growth(sigma: float) -> float:
 
 
 FLOWS: dict[FlowName, Flow] = {
-    "linear": Flow(
-        time=lambda sigma: sigma,
-        level=lambda t: t,
-        growth=lambda sigma: 1 / sigma,
-        scale=lambda sigma: 1.0,
-        shrinkage=lambda sigma: 0.0,
-    ),
+    "linear": Flow(time=lambda sigma: sigma, level=lambda t: t, growth=lambda sigma: 1 / sigma),
     "vp": Flow(
         time=lambda sigma: float(vp_sigma_inverse(sigma)),
         level=lambda t: float(vp_sigma(t)),
@@ -238,13 +204,7 @@ FLOWS: dict[FlowName, Flow] = {
         scale=lambda sigma: (1 + sigma**2) ** -0.5,
         shrinkage=lambda sigma: -_vp_growth(sigma) * sigma**2 / (1 + sigma**2),
     ),
-    "ve": Flow(
-        time=lambda sigma: sigma**2,
-        level=lambda t: t**0.5,
-        growth=lambda sigma: 0.5 * sigma**-2,
-        scale=lambda sigma: 1.0,
-        shrinkage=lambda sigma: 0.0,
-    ),
+    "ve": Flow(time=lambda sigma: sigma**2, level=lambda t: t**0.5, growth=lambda sigma: 0.5 * sigma**-2),
 }
 
 
