@@ -54,7 +54,6 @@ class EmpiricalBayesDenoiser(Denoiser):
         self.device = images.device
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         flat = y.flatten(1).double()
         variance = (sigma.double().reshape(-1, 1) if isinstance(sigma, Tensor) else sigma) ** 2
         mean = SoftmaxMean()
@@ -106,7 +105,6 @@ class WienerDenoiser(Denoiser):
         self.variances, self.basis = variances[positive].flip(0), basis[:, positive].flip(1)
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         variance = (sigma.double().reshape(-1, 1) if isinstance(sigma, Tensor) else sigma) ** 2
         coefficients = (y.flatten(1).double() - self.mean) @ self.basis
         shrunk = coefficients * (self.variances / (self.variances + variance))
@@ -122,7 +120,6 @@ class ByLevelDenoiser(Denoiser):
         """Returns the estimates at one level, float64 [B, C, H, W]."""
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         if isinstance(sigma, Tensor):
             levels, which = sigma.reshape(-1).unique(return_inverse=True)
             places = [(which == i).nonzero()[:, 0] for i in range(len(levels))]
@@ -162,7 +159,6 @@ class WienerLocalityDenoiser(ByLevelDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"threshold": self.threshold}
 
     def mask(self, sigma: float) -> Bool[Tensor, "d d"]:

@@ -144,7 +144,6 @@ class EquivariantLocalScoreDenoiser(_LocalDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"border": self.border}
 
     def _x0(self, y: Tensor, sigma: float) -> Tensor:

@@ -38,7 +38,7 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`; with the network's settings, for other heads may have equal weights."""
+        # With the network's settings, for other heads may have equal weights.
         config = getattr(self.network, "config", None)
         if not is_dataclass(config) or isinstance(config, type):
             return super().identity
@@ -46,12 +46,10 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def module(self) -> nn.Module:
-        """Returns the network."""
         return self.network
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the device of the network's parameters."""
         first = next(self.network.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
@@ -107,7 +105,6 @@ class VPDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         own = {"prediction": self.prediction, "between": self.between, "time_factor": self.time_factor}
         return super().identity | own
 
@@ -120,7 +117,6 @@ class VPDenoiser(NetworkDenoiser):
         return self.levels.step(sigma, self.between) * self.time_factor  # pyright: ignore[reportAttributeAccessIssue]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         channels = self.shape[0]
         outputs = 2 * channels if self.variance == "learned-range" else channels
         raw = self._run(y * self.scale(sigma), self.time(sigma), label, outputs)
@@ -157,7 +153,6 @@ class EDMDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"precond": self.precond, "sigma_data": self.sigma_data}
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
@@ -187,7 +182,6 @@ class EDMDenoiser(NetworkDenoiser):
         return 1.0, (-sigma if self.precond == "vp" else sigma)
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         raw = self._run(y * self.scale(sigma), self.time(sigma), label, self.shape[0])
         skip, out = self.skip_and_out(sigma)
         return complete(skip * y + out * raw, y, sigma, "x0")
@@ -227,13 +221,11 @@ class BlindDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"output": self.output, "unit": self.unit}
 
     def time(self, sigma: float | Tensor) -> None:
-        """Returns None: the network has no conditioning on the level."""
+        """The network has no conditioning on the level."""
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         raw = self._run((y - self.origin) * self.unit, None, None, self.shape[0]) / self.unit
         return complete(y - raw if self.output == "noise" else raw + self.origin, y, sigma, "x0")

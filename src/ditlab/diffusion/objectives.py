@@ -111,7 +111,6 @@ class VPObjective(Objective):
             self.sampling = LossSecondMoment(len(self.schedule))
 
     def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
-        """See `Objective.draw`."""
         if self.sampling:
             steps = dict(zip(("t", "weight"), self.sampling.draw(generator, count), strict=True))
         else:
@@ -158,7 +157,6 @@ class VPObjective(Objective):
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def denoiser(self, network: nn.Module, shape: Shape | None = None) -> VPDenoiser:
-        """See `Objective.denoiser`."""
         config = self.config
         return VPDenoiser(
             network,
@@ -171,7 +169,6 @@ class VPObjective(Objective):
         )
 
     def network_outputs(self, channels: int) -> int:
-        """Returns 2C with a learned variance, else C."""
         return 2 * channels if self.config.variance == "learned-range" else channels
 
 
@@ -185,7 +182,6 @@ class EDMObjective(Objective):
         self.config, self.label_dropout = config, config.label_dropout
 
     def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
-        """See `Objective.draw`."""
         sampler = torch.randn if self.config.precond == "edm" else torch.rand
         return {
             "sigma": self.sigmas(sampler(count, generator=generator)),
@@ -222,7 +218,6 @@ class EDMObjective(Objective):
         return {"loss": self.weight(draws["sigma"]) * mse, "mse": mse}
 
     def denoiser(self, network: nn.Module, shape: Shape | None = None) -> EDMDenoiser:
-        """See `Objective.denoiser`."""
         return EDMDenoiser(network, self.config.precond, self.config.sigma_data, shape=shape)
 
 
@@ -237,7 +232,6 @@ class BlindObjective(Objective):
         self.unit = (config.high - config.low) / 2
 
     def draw(self, generator: torch.Generator, count: int, shape: Shape) -> dict[str, Tensor]:
-        """See `Objective.draw`."""
         # The square root of a level is uniform, so low levels are drawn more often than high ones.
         sigma = self.config.max_level * torch.rand(count, generator=generator).square()
         return {"sigma": sigma, "noise": torch.randn(count, *shape, generator=generator)}
@@ -253,7 +247,6 @@ class BlindObjective(Objective):
         return {"loss": (output - noise).square().flatten(1).sum(1)}
 
     def denoiser(self, network: nn.Module, shape: Shape | None = None) -> BlindDenoiser:
-        """See `Objective.denoiser`; its levels are in units of [-1, 1]."""
         config = self.config
         levels = LevelRange(0.0, config.max_level / self.unit)
         return BlindDenoiser(network, levels, low=config.low, high=config.high, shape=shape)
