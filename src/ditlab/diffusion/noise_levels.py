@@ -32,10 +32,9 @@ class DiscreteLevels:
     """int64, ascending: the number of each level's step; by default 0, 1, ..."""
 
     def __post_init__(self) -> None:
-        sigmas = np.asarray(self.sigmas, dtype=np.float64)
+        sigmas, steps = np.asarray(self.sigmas, dtype=np.float64), np.asarray(self.steps, dtype=np.int64)
         if sigmas.ndim != 1 or len(sigmas) == 0 or sigmas[0] <= 0 or not (np.diff(sigmas) > 0).all():
             raise DitlabError("discrete levels: expected positive ascending sigmas, found others")
-        steps = np.asarray(self.steps, dtype=np.int64)
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "steps", steps if len(steps) else np.arange(len(sigmas)))
         object.__setattr__(self, "_tables", {})

@@ -137,21 +137,17 @@ def nearest_in(images: UInt8[np.ndarray, "n c h w"], parts: Iterable[tuple[np.nd
     best, second = np.full((2, count), np.inf)
     for part, twins in parts:
         if images.shape[1:] != part.shape[1:]:
-            raise DitlabError(
-                f"nearest images: expected images of one shape, found {list(images.shape[1:])} and "
-                f"{list(part.shape[1:])}"
-            )
-        plain = _squares(flat, part)
-        reversed_ = None if twins is None else _squares(flat, twins)
-        squares = plain if reversed_ is None else np.minimum(plain, reversed_)
+            shapes = f"{list(images.shape[1:])} and {list(part.shape[1:])}"
+            raise DitlabError(f"nearest images: expected images of one shape, found {shapes}")
+        sides = [_squares(flat, side) for side in (part, twins) if side is not None]
+        squares = np.minimum(sides[0], sides[-1])
         here = squares.argmin(1)
         first = squares[rows, here]
         others = np.partition(squares, 1, axis=1)[:, 1] if squares.shape[1] > 1 else np.full(count, np.inf)
         nearer = first < best
         second = np.where(nearer, np.minimum(best, others), np.minimum(second, first))
         index = np.where(nearer, start + here, index)
-        if reversed_ is not None:
-            mirrored = np.where(nearer, reversed_[rows, here] < plain[rows, here], mirrored)
+        mirrored = np.where(nearer, sides[-1][rows, here] < sides[0][rows, here], mirrored)
         best = np.where(nearer, first, best)
         start += len(part)
     if not start:
