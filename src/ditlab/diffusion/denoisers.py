@@ -109,10 +109,7 @@ class Denoiser(ABC):
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """Returns what `predict` does, without its checks, for loops that have called `check` once.
 
-        Args:
-            y: [B, C, H, W], float32 or float64.
-            sigma: a float, or a tensor [B, 1, 1, 1] with y's dtype and device: arithmetic is the same for both.
-            label: int64 [B], or None.
+        Here sigma is a float, or a tensor [B, 1, 1, 1] with y's dtype and device: arithmetic is the same for both.
         """
 
     def __call__(self, y: Images, sigma: Sigma, label: Labels = None) -> Images:

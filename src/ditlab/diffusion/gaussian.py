@@ -36,11 +36,6 @@ class Gaussian(NamedTuple):
 
     __repr__ = short_repr
 
-    @property
-    def variance(self) -> Tensor:
-        """Returns exp(log_variance)."""
-        return self.log_variance.exp()
-
 
 class GaussianProcess:
     """The terms of a schedule, for a network with this kind of prediction and variance.

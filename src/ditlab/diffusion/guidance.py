@@ -27,14 +27,10 @@ __all__ = ["guided"]
 
 
 def guided(denoiser: Denoiser, config: GuidanceConfig) -> Denoiser:
-    """Returns a denoiser with guided estimates; the denoiser itself if the scale is 1.
+    """Returns a denoiser with guided estimates, made of one that also knows "no class"; itself if the scale is 1.
 
     It needs a label for each image. The channels that are not guided and the learned variance are those of the
     conditional estimate. The analyses of attention refuse it, because its network gets every image twice.
-
-    Args:
-        denoiser: any denoiser that takes labels, including the label `num_classes` for "no class".
-        config: the scale, and where it applies.
 
     Raises:
         DitlabError: the denoiser is unconditional, or has no "no class", or has fewer channels than are to be guided.

@@ -169,14 +169,8 @@ def evaluations(config: SamplerConfig, denoiser: Denoiser) -> Evaluations:
 def invert(denoiser: Denoiser, config: DDIMConfig, images: Images, *, label: Labels = None) -> Images:
     """Returns noise, about unit normal, from which deterministic DDIM would make these images: Eq. 12 run backwards.
 
-    The images are taken as the state at the lowest level. The last step goes to infinite noise, where the state in unit
-    variance is the noise estimate itself.
-
-    Args:
-        denoiser: any denoiser.
-        config: settings with eta = 0.
-        images: images in [-1, 1].
-        label: the class of each image.
+    The images, in [-1, 1], are taken as the state at the lowest level. The last step goes to infinite noise, where the
+    state in unit variance is the noise estimate itself.
 
     Raises:
         DitlabError: eta is not 0, or the denoiser does not know the shape or the labels.

@@ -27,17 +27,13 @@ def chosen_levels(
     steps: Sequence[int] | None,
     default_steps: Sequence[int],
 ) -> tuple[float, ...]:
-    """The noise levels that settings stand for on a denoiser, ascending.
+    """The noise levels that settings of the analysis `what` stand for on a denoiser, ascending.
 
-    Args:
-        what: the analysis that asks, for errors.
-        denoiser: a denoiser with numbered steps is given its own levels nearest to the default ones.
-        levels: the levels, where the settings name them.
-        steps: the steps of the denoiser's own process, where they name those.
-        default_steps: steps of the DDPM process (T = 1000, linear) whose levels are taken where neither is given.
+    These are `levels`, or those of `steps` of the denoiser's own process, or else those of `default_steps` of the DDPM
+    process (T = 1000, linear): of numbered levels the nearest ones, of a range those inside.
 
     Raises:
-        DitlabError: steps that it does not have, or levels outside its range.
+        DitlabError: steps that the denoiser does not have, or levels outside its range.
     """
     known = denoiser.levels
     if steps is not None:

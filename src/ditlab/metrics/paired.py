@@ -86,10 +86,8 @@ def paired_difference(
     """The 95 % t interval of second - first over the seeds that both have.
 
     Args:
-        first: name of the first kind of run.
-        second: name of the second.
-        first_values: a number for each seed.
-        second_values: a number for each seed; seeds of one side only are left out.
+        first: name of the first kind of run; `second` that of the second.
+        first_values: a number for each seed, as in `second_values`.
         margin: below which two kinds of runs count as similar, fixed before looking at the results; None for no claim.
 
     Raises:
