@@ -18,7 +18,7 @@ from ditlab.diffusion.network_denoisers import BlindDenoiser, EDMDenoiser, VPDen
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, HeunConfig, ImageNoise, sample
 from ditlab.diffusion.schedules import make_schedule
-from ditlab.errors import DitlabError
+from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.networks.bf_cnn import BFCNN
 from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.networks.dit import DiT
@@ -271,6 +271,40 @@ def test_a_users_own_noise_predictor_in_five_lines():
     wrong = Denoiser.wrap(lambda y, sigma, label: y[:, :1], SHAPE)
     with pytest.raises(DitlabError, match="expected a result 3x3x8x8, found 3x1x8x8"):
         wrong(y, 0.3)
+
+
+def shrink(y: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+    return 0.5 * y
+
+
+@pytest.mark.parametrize(
+    ("sentence", "arguments"),
+    [
+        ("`function`: expected a function, found 5", {"function": 5}),
+        ("`function`: expected a function, found tensor", {"function": torch.zeros(2)}),
+        ("`shape`: expected 3 values, each a whole number, found (3, 8)", {"shape": (3, 8)}),
+        ("`shape`: expected 3 values, each a whole number, found 32", {"shape": 32}),
+        ("`shape`: expected 3 values, each a whole number, found (3, 8.0, 8)", {"shape": (3, 8.0, 8)}),
+        ("wrapped denoiser: expected `shape` of at least 1x1x1, ", {"shape": (3, 0, 8)}),
+        ("`levels`: expected a DiscreteLevels, a LevelRange or None, found [0.1, 1.0]", {"levels": [0.1, 1.0]}),
+        ("`levels`: expected a DiscreteLevels, a LevelRange or None, found array", {"levels": np.ones(3)}),
+        ("`output`: expected one of 'epsilon', 'x0', found 'noise'", {"output": "noise"}),
+        ("`num_classes`: expected a whole number, found 'ten'", {"num_classes": "ten"}),
+        ("`num_classes`: expected a whole number, found None", {"num_classes": None}),
+        ("wrapped denoiser: expected ", {"num_classes": -1}),
+        ("`blind`: expected True or False, found 'no'", {"blind": "no"}),
+        ("`origin`: expected a number, found '0'", {"origin": "0"}),
+        ("wrapped denoiser: expected ", {"origin": math.nan}),
+        ("`device`: expected a device or text, found 0.5", {"device": 0.5}),
+        ("`device`: expected a device such as 'cpu' or 'cuda:0', found 'gpu'", {"device": "gpu"}),
+        ("`dtype`: expected a dtype or None, found 'float32'", {"dtype": "float32"}),
+    ],
+)
+def test_arguments_of_a_wrapped_denoiser_that_cannot_be_are_one_sentence(sentence, arguments):
+    with pytest.raises(InvalidConfig) as refusal:
+        Denoiser.wrap(**{"function": shrink, "shape": SHAPE, **arguments})
+    assert str(refusal.value).startswith(sentence)
+    assert ", found " in str(refusal.value)
 
 
 class Noisy(torch.nn.Module):

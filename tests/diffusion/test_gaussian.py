@@ -45,13 +45,13 @@ def test_forward_marginals_and_posterior(terms, close, name):
     close(x, terms[f"{name}.q_sample"])
     q = process.q(x0, t)
     close(q.mean, terms[f"{name}.q_mean"])
-    close(q.variance.flatten(), terms[f"{name}.q_var"])
+    close(q.log_variance.exp().flatten(), terms[f"{name}.q_var"])
     close(q.log_variance.flatten(), terms[f"{name}.q_logvar"])
     posterior = process.posterior(x0, x, t)
     close(posterior.mean, terms[f"{name}.post_mean"])
     close(posterior.log_variance.flatten(), terms[f"{name}.post_logvar"])
     # The variance itself is 0 at t = 0, where its logarithm is clipped.
-    close(torch.where(t == 0, 0, posterior.variance.flatten()), terms[f"{name}.post_var"])
+    close(torch.where(t == 0, 0, posterior.log_variance.exp().flatten()), terms[f"{name}.post_var"])
 
 
 @SCHEDULES
@@ -65,7 +65,7 @@ def test_reverse_step_with_learned_variance(terms, close, name, clip):
     close(x0, terms[f"{prefix}.pred_xstart"])
     close(reverse.mean, terms[f"{prefix}.mean"])
     close(reverse.log_variance, terms[f"{prefix}.log_variance"])
-    close(reverse.variance, terms[f"{prefix}.variance"])
+    close(reverse.log_variance.exp(), terms[f"{prefix}.variance"])
 
 
 @SCHEDULES
@@ -79,9 +79,9 @@ def test_reverse_step_with_fixed_variance(terms, close, name, variance):
     close(reverse.mean, terms[f"{prefix}.mean"])
     close(reverse.log_variance.flatten(), terms[f"{prefix}.log_variance"])
     if variance == "fixed-large":
-        close(reverse.variance.flatten(), terms[f"{prefix}.variance"])
+        close(reverse.log_variance.exp().flatten(), terms[f"{prefix}.variance"])
     else:
-        close(torch.where(t == 0, 0, reverse.variance.flatten()), terms[f"{prefix}.variance"])
+        close(torch.where(t == 0, 0, reverse.log_variance.exp().flatten()), terms[f"{prefix}.variance"])
 
 
 @SCHEDULES

@@ -4,9 +4,8 @@
     Wiener              m + U diag(l / (l + sigma^2)) U^T (y - m),  covariance U diag(l) U^T
     Wiener-locality     empirical Bayes for each value, by the distance on those values that Wiener's matrix links to it
 
-The first is the optimal denoiser of the images themselves and the limit of memorization: its estimates are averages of
-them. The second is the optimal linear denoiser; it depends on their mean and covariance alone. Trained networks lie
-between the two. Baselines with windows are in `ditlab.diffusion.local_scores`.
+The first is the optimal denoiser of the images themselves and the limit of memorization, the second the optimal linear
+denoiser. Baselines with windows are in `ditlab.diffusion.local_scores`.
 
 Sources: Kamb and Ganguli 2024 (2412.20292), the ideal score; Wang and Vastola 2023 (Gaussian score); Lukoianov et al.
 2025 (2509.09672).
@@ -15,6 +14,7 @@ Sources: Kamb and Ganguli 2024 (2412.20292), the ideal score; Wang and Vastola 2
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -23,21 +23,26 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.noise_levels import LevelRange
-from ditlab.diffusion.softmax_mean import SoftmaxMean, by_level, check_images
 from ditlab.errors import DitlabError
 
-__all__ = ["EmpiricalBayesDenoiser", "WienerDenoiser", "WienerLocalityDenoiser"]
+__all__ = [
+    "ByLevelDenoiser",
+    "EmpiricalBayesDenoiser",
+    "SoftmaxMean",
+    "WienerDenoiser",
+    "WienerLocalityDenoiser",
+    "check_images",
+]
 
 
 class EmpiricalBayesDenoiser(Denoiser):
     """E[x0 | y] for x0 uniform over N images: their mean under softmax(-|y - x_i|^2 / 2 sigma^2).
 
-    Sums run in float64 over chunks of images, with an exact running softmax, so the result does not depend on the
-    chunk. As sigma goes to 0 it becomes the nearest image (the mean of the nearest ones at equal distance).
+    As sigma goes to 0 it becomes the nearest image (the mean of the nearest ones at equal distance).
 
     Args:
         images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
-        chunk: number of images processed at a time; it limits the memory.
+        chunk: number of images processed at a time; it limits the memory and does not change the result.
     """
 
     def __init__(self, images: Float[Tensor, "n c h w"], chunk: int = 1024) -> None:
@@ -49,7 +54,6 @@ class EmpiricalBayesDenoiser(Denoiser):
         self.device = images.device
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         flat = y.flatten(1).double()
         variance = (sigma.double().reshape(-1, 1) if isinstance(sigma, Tensor) else sigma) ** 2
         mean = SoftmaxMean()
@@ -101,7 +105,6 @@ class WienerDenoiser(Denoiser):
         self.variances, self.basis = variances[positive].flip(0), basis[:, positive].flip(1)
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         variance = (sigma.double().reshape(-1, 1) if isinstance(sigma, Tensor) else sigma) ** 2
         coefficients = (y.flatten(1).double() - self.mean) @ self.basis
         shrunk = coefficients * (self.variances / (self.variances + variance))
@@ -109,7 +112,25 @@ class WienerDenoiser(Denoiser):
         return Prediction(x0, (y - x0) / sigma, None)
 
 
-class WienerLocalityDenoiser(Denoiser):
+class ByLevelDenoiser(Denoiser):
+    """Base of baselines that estimate images of one noise level at a time."""
+
+    @abstractmethod
+    def _x0(self, y: Tensor, sigma: float) -> Tensor:
+        """Returns the estimates at one level, float64 [B, C, H, W]."""
+
+    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
+        if isinstance(sigma, Tensor):
+            levels, which = sigma.reshape(-1).unique(return_inverse=True)
+            places = [(which == i).nonzero()[:, 0] for i in range(len(levels))]
+            parts = [self._x0(y[place], float(level)) for place, level in zip(places, levels, strict=True)]
+            x0 = torch.cat(parts)[torch.cat(places).argsort()].to(y.dtype)
+        else:
+            x0 = self._x0(y, sigma).to(y.dtype)
+        return Prediction(x0, (y - x0) / sigma, None)
+
+
+class WienerLocalityDenoiser(ByLevelDenoiser):
     """Each value of x0 is the mean of that value over the images, weighted by their distance to y on its mask.
 
     At level sigma the mask of the value q (a channel of a pixel) holds q and all values p with |L_qp / L_qq| at least
@@ -138,7 +159,6 @@ class WienerLocalityDenoiser(Denoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"threshold": self.threshold}
 
     def mask(self, sigma: float) -> Bool[Tensor, "d d"]:
@@ -154,11 +174,6 @@ class WienerLocalityDenoiser(Denoiser):
             self._last_mask = sigma, mask
         return self._last_mask[1]
 
-    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        x0 = by_level(self._x0, y, sigma).to(y.dtype)
-        return Prediction(x0, (y - x0) / sigma, None)
-
     def _x0(self, y: Tensor, sigma: float) -> Tensor:
         flat, mask = y.flatten(1), self.mask(sigma).to(y.dtype).T
         mean = SoftmaxMean()
@@ -167,3 +182,47 @@ class WienerLocalityDenoiser(Denoiser):
             logits = ((flat[:, None] - images).square() @ mask) * (-0.5 / sigma**2)
             mean.add(logits.permute(2, 0, 1), images.T[:, :, None])
         return mean.result()[..., 0].T.reshape(y.shape)
+
+
+class SoftmaxMean:
+    """Means of values under softmax weights, sum_k exp(l_k) v_k / sum_k exp(l_k), from logits and values in parts.
+
+    It keeps the largest logit so far and rescales its sums when a larger one comes (Milakov and Gimelshein 2018,
+    1805.02867), so the mean is exact for any division into parts. The released code of Lukoianov et al. normalizes each
+    part by itself instead, so its result depends on the batch size. Sums are float64; the products of a part have the
+    dtype of its logits.
+    """
+
+    def __init__(self) -> None:
+        self._best: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def add(self, logits: Tensor, values: Tensor) -> None:
+        """Adds finite logits [..., R, K], which are overwritten, and values [..., K, V] of the same dtype."""
+        # The mean does not depend on the subtracted logit, so no gradient has to flow through it.
+        best = logits.detach().amax(-1, keepdim=True).double()
+        if self._best is not None:
+            best = torch.maximum(best, self._best)
+        weights = logits.sub_(best.to(logits.dtype)).exp_()
+        # A column of ones gives the sum of the weights.
+        wide = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+        sums = (weights @ wide).double()
+        if self._best is not None and self._sums is not None:
+            sums = sums + self._sums * (self._best - best).exp()
+        self._best, self._sums = best, sums
+
+    def result(self) -> Tensor:
+        """Returns the means over all parts, float64 [..., R, V]; at least one part must have been added."""
+        assert self._sums is not None
+        return self._sums[..., :-1] / self._sums[..., -1:]
+
+
+def check_images(what: str, images: Tensor, chunk: int | None) -> None:
+    """Raises a DitlabError if a denoiser cannot be made of these images, or in chunks of this size."""
+    if chunk is not None and chunk < 1:
+        raise DitlabError(f"{what} denoiser: expected a chunk of at least 1 image, found {chunk}")
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise DitlabError(
+            f"{what} denoiser: expected float images [N, C, H, W] in [-1, 1], N at least 1, "
+            f"found {images.dtype} of shape {tuple(images.shape)}"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 
@@ -18,6 +18,7 @@ __all__ = [
     "Respacing",
     "ScheduleName",
     "Variance",
+    "check_choice",
     "check_levels",
     "check_schedule",
     "respacing_counts",
@@ -49,10 +50,15 @@ LEVEL_LIMITS: dict[str, tuple[float, float]] = {
 """Default lowest and highest level of each discretization (Karras et al. 2022, Table 1)."""
 
 
+def check_choice(what: str, name: str, kind: Any) -> None:
+    """Raises NotFound for a name that is none of a Literal's."""
+    if name not in get_args(kind):
+        raise unknown_name(what, name, get_args(kind))
+
+
 def check_schedule(name: str, steps: int) -> None:
     """Raises a DitlabError for an unknown schedule, or one that does not exist with so few steps."""
-    if name not in get_args(ScheduleName):
-        raise unknown_name("schedule", name, get_args(ScheduleName))
+    check_choice("schedule", name, ScheduleName)
     if name == "linear" and steps <= 20:
         raise DitlabError(f"schedule 'linear': expected more than 20 steps, found {steps}")
     if steps < 1:
@@ -60,11 +66,7 @@ def check_schedule(name: str, steps: int) -> None:
 
 
 def respacing_counts(spec: Respacing) -> list[int]:
-    """Returns the number of steps of each section of a respacing; "ddim50" has one of 50.
-
-    Raises:
-        DitlabError: a specification that `respace` cannot read, whatever the number of steps.
-    """
+    """Returns the number of steps of each section of a respacing that `respace` can read; "ddim50" has one of 50."""
     single = isinstance(spec, str) and spec.startswith("ddim")
     text = str(spec).removeprefix("ddim")
     try:
@@ -77,13 +79,8 @@ def respacing_counts(spec: Respacing) -> list[int]:
 
 
 def check_levels(name: str, steps: int, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """Returns the lowest and the highest level of a grid; those of the discretization where None.
-
-    Raises:
-        DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
-    """
-    if name not in LEVEL_LIMITS:
-        raise unknown_name("discretization", name, LEVEL_LIMITS)
+    """Returns the lowest and the highest level of a grid, by default the discretization's, if there are such levels."""
+    check_choice("discretization", name, Discretization)
     low = LEVEL_LIMITS[name][0] if sigma_min is None else sigma_min
     high = LEVEL_LIMITS[name][1] if sigma_max is None else sigma_max
     if steps < 1 or not 0 < low < high < math.inf:

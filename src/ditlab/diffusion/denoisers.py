@@ -3,10 +3,8 @@
     y = x0 + sigma * n,  n unit normal;    eps = (y - D(y, sigma)) / sigma
 
 Samplers and analyses see denoisers and nothing else. In these (variance-exploding) coordinates a VP step t is the level
-sqrt((1 - abar_t) / abar_t), seen through y = x_t / sqrt(abar_t), and An et al.'s x0 = x_t - sigma_t * eps is exact.
-Denoisers that are made of a network are in `ditlab.diffusion.network_denoisers`.
-
-Source: An et al. 2024 (2410.21273), Eq. 3.
+sqrt((1 - abar_t) / abar_t), seen through y = x_t / sqrt(abar_t), and An et al.'s x0 = x_t - sigma_t * eps is exact
+(2410.21273, Eq. 3).
 """
 
 from __future__ import annotations
@@ -16,23 +14,21 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ditlab.arguments import checks_arguments
 from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.fingerprint import UNKNOWN, add_tensor, fingerprint
 from ditlab.diffusion.noise_levels import LevelRange, Levels
 from ditlab.diffusion.short_repr import short_repr
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.diffusion.tensors import Images, Labels, Shape, Sigma
+from ditlab.errors import DitlabError, InvalidConfig
 
-__all__ = ["Denoiser", "Prediction", "complete", "hash_of_weights", "spread"]
-
-# Float32 rounding may move a level beyond a grid's ends.
-_SLACK = 1e-6
+__all__ = ["Denoiser", "Prediction", "complete", "hash_of_weights"]
 
 
 class Prediction(NamedTuple):
@@ -56,7 +52,7 @@ class Denoiser(ABC):
     `estimate` and sets the attributes below.
     """
 
-    shape: tuple[int, int, int]
+    shape: Shape
     """(C, H, W) of the images."""
     levels: Levels
     """The noise levels that it takes."""
@@ -113,27 +109,14 @@ class Denoiser(ABC):
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
         """Returns what `predict` does, without its checks, for loops that have called `check` once.
 
-        Args:
-            y: [B, C, H, W], float32 or float64.
-            sigma: a float, or a tensor [B, 1, 1, 1] with y's dtype and device: arithmetic is the same for both.
-            label: int64 [B], or None.
+        Here sigma is a float, or a tensor [B, 1, 1, 1] with y's dtype and device: arithmetic is the same for both.
         """
 
-    def __call__(
-        self,
-        y: Float[Tensor, "b c h w"],
-        sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
-        label: Int[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+    def __call__(self, y: Images, sigma: Sigma, label: Labels = None) -> Images:
         """Returns the estimate of the clean images; see `predict`."""
         return self.predict(y, sigma, label).x0
 
-    def predict(
-        self,
-        y: Float[Tensor, "b c h w"],
-        sigma: float | Float[Tensor, ""] | Float[Tensor, " _"],
-        label: Int[Tensor, " b"] | None = None,
-    ) -> Prediction:
+    def predict(self, y: Images, sigma: Sigma, label: Labels = None) -> Prediction:
         """Returns the estimates of clean image and noise, and the learned variance if there is one.
 
         Args:
@@ -146,7 +129,9 @@ class Denoiser(ABC):
                 waits for the device, so loops call `check` once and then `estimate`.
         """
         self.check(y, sigma, label)
-        return self.estimate(y, spread(sigma, y), label)
+        if not isinstance(sigma, Tensor):
+            return self.estimate(y, float(sigma), label)
+        return self.estimate(y, sigma.to(y).reshape(-1, 1, 1, 1).expand(len(y), 1, 1, 1), label)
 
     def check(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> None:
         """Raises a DitlabError if `predict` cannot use these arguments."""
@@ -159,12 +144,10 @@ class Denoiser(ABC):
 
     def check_levels(self, sigma: float | Tensor | np.ndarray) -> None:
         """Raises a DitlabError if a level is outside `levels` or not positive."""
-        if isinstance(sigma, int | float):
-            low = high = float(sigma)
-        else:
-            low, high = float(sigma.min()), float(sigma.max())
-        # Written so that NaN fails it.
-        if not (low > 0 and low >= self.levels.min * (1 - _SLACK) and high <= self.levels.max * (1 + _SLACK)):
+        levels = sigma if isinstance(sigma, Tensor) else np.asarray(sigma)
+        low, high = float(levels.min()), float(levels.max())
+        # Float32 rounding may move a level beyond a grid's ends. NaN fails every comparison.
+        if not (low > 0 and low >= self.levels.min * (1 - 1e-6) and high <= self.levels.max * (1 + 1e-6)):
             span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             raise DitlabError(
                 f"denoiser: expected a noise level sigma from {self.levels.min:g} to {self.levels.max:g}, found {span}"
@@ -202,9 +185,10 @@ class Denoiser(ABC):
         return sigma
 
     @staticmethod
+    @checks_arguments({})
     def wrap(
         function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        shape: tuple[int, int, int],
+        shape: Shape,
         *,
         levels: Levels | None = None,
         output: PredictionTarget = "x0",
@@ -232,80 +216,69 @@ class Denoiser(ABC):
             dtype: y and sigma are cast to it, and the result back; if None the module's, or none for a plain function.
                 Name it for a function that calls a float32 network, because some samplers compute in float64.
 
+        Raises:
+            InvalidConfig: an argument of another type, or a value that no denoiser has.
+
         Example:
             >>> flat = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(3, 8, 8))
             >>> flat(torch.ones(2, 3, 8, 8), 0.3).shape
             torch.Size([2, 3, 8, 8])
         """
-        return _WrappedDenoiser(
-            function, shape, levels, output, num_classes, blind, origin, torch.device(device), dtype
-        )
+        if min(shape) < 1 or num_classes < 0 or not math.isfinite(origin):
+            raise InvalidConfig(
+                "wrapped denoiser: expected `shape` of at least 1x1x1, `num_classes` from 0 on and a finite `origin`, "
+                f"found {_dims(shape)}, {num_classes} and {origin}"
+            )
+        try:
+            place = torch.device(device)
+        except RuntimeError:
+            raise InvalidConfig(f"`device`: expected a device such as 'cpu' or 'cuda:0', found {device!r}") from None
+        denoiser = _WrappedDenoiser(function, output)
+        denoiser.shape, denoiser.num_classes, denoiser.blind, denoiser.origin = shape, num_classes, blind, origin
+        denoiser.device, denoiser.levels = place, LevelRange(0.0, math.inf) if levels is None else levels
+        denoiser.dtype = dtype
+        if denoiser.module is not None:
+            denoiser.module.eval()
+        return denoiser
 
 
 class _WrappedDenoiser(Denoiser):
     """A user's function as a denoiser; made by `Denoiser.wrap`."""
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        shape: tuple[int, int, int],
-        levels: Levels | None,
-        output: PredictionTarget,
-        num_classes: int,
-        blind: bool,
-        origin: float,
-        device: torch.device,
-        dtype: torch.dtype | None,
-    ) -> None:
-        if output not in get_args(PredictionTarget):
-            raise unknown_name("output of a wrapped function", output, get_args(PredictionTarget))
+    dtype: torch.dtype | None
+
+    def __init__(self, function: Callable[..., Tensor], output: PredictionTarget) -> None:
         self.function = function
         self.output: PredictionTarget = output
-        self.shape, self.num_classes, self.blind, self.origin, self.device = shape, num_classes, blind, origin, device
-        self.levels = LevelRange(0.0, math.inf) if levels is None else levels
-        self.dtype = dtype
-        if self.module is not None:
-            self.module.eval()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
-        return super().identity | {
-            "output": self.output,
-            "dtype": str(self.dtype),
-            "code": fingerprint(self.function),
-        }
+        own = {"output": self.output, "dtype": str(self.dtype), "code": fingerprint(self.function)}
+        return super().identity | own
 
     @property
     def module(self) -> nn.Module | None:
-        """Returns the function, or the object that it is a method of, if that is an `nn.Module`."""
+        # The function, or the object that it is a method of.
         holder = getattr(self.function, "__self__", self.function)
         return holder if isinstance(holder, nn.Module) else None
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        x = y.to(self._compute_dtype(y))
+        dtype = self.dtype
+        if dtype is None and self.module is not None:
+            # Read at every call, because a module may be cast after it was wrapped.
+            dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        x = y.to(dtype or y.dtype)
         each = sigma.reshape(-1).to(x) if isinstance(sigma, Tensor) else x.new_full((len(y),), sigma)
         result = self.function(x, each, label)
         if result.shape != y.shape:
             raise DitlabError(f"wrapped denoiser: expected a result {_dims(y.shape)}, found {_dims(result.shape)}")
         return complete(result.to(y.dtype), y, sigma, self.output)
 
-    def _compute_dtype(self, y: Tensor) -> torch.dtype:
-        if self.dtype is not None or self.module is None:
-            return self.dtype or y.dtype
-        # Read at every call, because a module may be cast after it was wrapped.
-        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), y.dtype)
-
 
 def hash_of_weights(denoiser: Denoiser, *others: Any) -> str:
-    """Returns the SHA-256 of everything that decides a denoiser's estimates; "" where that cannot be known.
+    """Returns the SHA-256 of all that decides a denoiser's estimates, and of `others` (JSON values).
 
-    A function of a user's own has no weights to hash, so results about it are never taken from a cache.
-
-    Args:
-        denoiser: the denoiser.
-        others: JSON values that the hash is to cover too.
+    It is "" where that cannot be known: a function of a user's own has no weights, so its results are never cached.
     """
     text = json.dumps([denoiser.identity, *others] if others else denoiser.identity, sort_keys=True, default=str)
     if denoiser.module is None or f'"code": "{UNKNOWN}' in text:
@@ -314,13 +287,6 @@ def hash_of_weights(denoiser: Denoiser, *others: Any) -> str:
     for name, value in sorted(denoiser.module.state_dict().items()):
         add_tensor(digest, name, value)
     return digest.hexdigest()
-
-
-def spread(sigma: float | Tensor, y: Tensor) -> float | Tensor:
-    """Returns sigma as `Denoiser.estimate` takes it: a float, or [B, 1, 1, 1] with the dtype and device of y."""
-    if not isinstance(sigma, Tensor):
-        return float(sigma)
-    return sigma.to(y).reshape(-1, 1, 1, 1).expand(len(y), 1, 1, 1)
 
 
 def complete(

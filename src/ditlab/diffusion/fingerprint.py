@@ -56,36 +56,30 @@ def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return [value.co_code.hex(), value.co_names, [_describe(part, seen) for part in value.co_consts]]
     if isinstance(value, property | staticmethod | classmethod):
         return _describe(getattr(value, "__func__", None) or getattr(value, "fget", None), seen)
-    if isinstance(value, FunctionType):
-        return _describe_function(value, seen)
-    if isinstance(value, type | BuiltinFunctionType):
-        return _describe_class(value, seen) if isinstance(value, type) else [value.__module__, value.__qualname__]
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
+        name = [value.__module__, value.__qualname__]
+        if isinstance(value, BuiltinFunctionType) or _is_library(value):
+            return name
+        return name + (_describe_class(value, seen) if isinstance(value, type) else _describe_function(value, seen))
     if isinstance(value, nn.Module) or is_dataclass(value) or _is_denoiser(value):
         state = {name: part for name, part in vars(value).items() if name != "device"}
         return [_describe(type(value), seen), _describe(state, seen)]
     return UNKNOWN
 
 
-def _describe_function(value: FunctionType, seen: dict[int, tuple[int, Any]]) -> Any:
-    name = [value.__module__, value.__qualname__]
-    if _is_library(value):
-        return name
+def _describe_function(value: FunctionType, seen: dict[int, tuple[int, Any]]) -> list[Any]:
     cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
     try:
         closure = [cell.cell_contents for variable, cell in cells if variable != "__class__"]
     except ValueError:  # a variable without a value
-        return [*name, UNKNOWN]
-    return [*name, *(_describe(v, seen) for v in (value.__code__, closure, value.__defaults__, value.__kwdefaults__))]
+        return [UNKNOWN]
+    return [_describe(part, seen) for part in (value.__code__, closure, value.__defaults__, value.__kwdefaults__)]
 
 
-def _describe_class(value: type, seen: dict[int, tuple[int, Any]]) -> Any:
-    name = [value.__module__, value.__qualname__]
-    if _is_library(value):
-        return name
-    parts = vars(value).items()
+def _describe_class(value: type, seen: dict[int, tuple[int, Any]]) -> list[Any]:
+    parts = ((k, v) for k, v in vars(value).items() if k != "_abc_impl")
     own = {k: v for k, v in parts if not k.startswith("__") or isinstance(v, FunctionType)}
-    own = {k: v for k, v in own.items() if k != "_abc_impl"}
-    return [*name, _describe(own, seen), [_describe(base, seen) for base in value.__bases__]]
+    return [_describe(own, seen), [_describe(base, seen) for base in value.__bases__]]
 
 
 def _is_library(value: Any) -> bool:

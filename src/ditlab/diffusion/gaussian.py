@@ -5,8 +5,7 @@
     L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),  L_0 = -ln p(x_0 | x_1)
 
 Sources: Ho et al. 2020, Eqs. 4-8 and section 3.3 (discretized decoder); Nichol and Dhariwal 2021, Eq. 15 (learned
-range) and section 3.1 (bits per dimension). The decoder's normal CDF is the tanh approximation of the published code,
-with which published bits per dimension were computed.
+range) and section 3.1 (bits per dimension).
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ditlab.diffusion.choices import PredictionTarget, Variance
 from ditlab.diffusion.schedules import VPSchedule
 from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.tensors import Images, Steps
 
 __all__ = ["Gaussian", "GaussianProcess", "discretized_log_likelihood", "flat_mean", "kl"]
 
@@ -36,17 +36,11 @@ class Gaussian(NamedTuple):
 
     __repr__ = short_repr
 
-    @property
-    def variance(self) -> Tensor:
-        """Returns exp(log_variance)."""
-        return self.log_variance.exp()
-
 
 class GaussianProcess:
     """The terms of a schedule, for a network with this kind of prediction and variance.
 
-    Steps `t` are int64 `[B]` indices into the schedule; images are `[B, C, H, W]`. Coefficients are computed in float64
-    and rounded once to float32.
+    Steps `t` are int64 `[B]` indices into the schedule. Coefficients are float64, rounded once to float32.
     """
 
     def __init__(
@@ -72,7 +66,6 @@ class GaussianProcess:
         self._tables = {torch.device("cpu"): self._host}
 
     def __repr__(self) -> str:
-        """Returns the schedule and the kinds of prediction and variance."""
         return f"GaussianProcess({self.schedule!r}, {self.prediction}, {self.variance})"
 
     def at(self, name: str, t: Tensor) -> Tensor:
@@ -81,27 +74,19 @@ class GaussianProcess:
             self._tables[t.device] = {key: table.to(t.device) for key, table in self._host.items()}
         return self._tables[t.device][name][t].reshape(-1, 1, 1, 1)
 
-    def network_time(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Returns the network's conditioning at the steps t: the steps of the full process, float32."""
-        return self.at("timesteps", t).reshape(-1)
-
-    def q_sample(
-        self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def q_sample(self, x0: Images, t: Steps, noise: Images) -> Images:
         """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
         return self.at("signal", t) * x0 + self.at("noise", t) * noise
 
-    def q(self, x0: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
+    def q(self, x0: Images, t: Steps) -> Gaussian:
         """Returns q(x_t | x_0)."""
         return Gaussian(self.at("signal", t) * x0, self.at("log_noise", t))
 
-    def posterior(self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Gaussian:
+    def posterior(self, x0: Images, x: Images, t: Steps) -> Gaussian:
         """Returns q(x_{t-1} | x_t, x_0), its log variance clipped at t = 0."""
         return Gaussian(self.at("coef1", t) * x0 + self.at("coef2", t) * x, self.at("log_posterior", t))
 
-    def split(
-        self, output: Float[Tensor, "b o h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
-    ) -> tuple[Tensor, Tensor | None]:
+    def split(self, output: Float[Tensor, "b o h w"], x: Images, t: Steps) -> tuple[Tensor, Tensor | None]:
         """Returns (estimate of x0, v or None) from a network's raw output at x_t: the prediction, then a learned v."""
         channels = x.shape[1]
         v = output[:, channels:] if self.variance == "learned-range" else None
@@ -109,16 +94,10 @@ class GaussianProcess:
             return output[:, :channels], v
         return self.at("inverse_signal", t) * x - self.at("sigma", t) * output[:, :channels], v
 
-    def reverse(
-        self, x0: Float[Tensor, "b c h w"], v: Tensor | None, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
-    ) -> Gaussian:
-        """Returns p(x_{t-1} | x_t) from an estimate of the clean image.
+    def reverse(self, x0: Images, v: Tensor | None, x: Images, t: Steps) -> Gaussian:
+        """Returns p(x_{t-1} | x_t) from the estimate x0 at x = x_t.
 
-        Args:
-            x0: the estimate.
-            v: log variance, from the posterior's (-1) to beta's (1); None for the fixed variance.
-            x: x_t.
-            t: steps.
+        The log variance v goes from the posterior's (-1) to beta's (1); it is None for the fixed variance.
         """
         if v is None:
             log_variance = self.at("log_fixed", t)
@@ -126,22 +105,16 @@ class GaussianProcess:
             log_variance = torch.lerp(self.at("log_posterior", t), self.at("log_beta", t), (v + 1) / 2)
         return Gaussian(self.at("coef1", t) * x0 + self.at("coef2", t) * x, log_variance)
 
-    def bound(
-        self, x0: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], reverse: Gaussian
-    ) -> Float[Tensor, " b"]:
+    def bound(self, x0: Images, x: Images, t: Steps, reverse: Gaussian) -> Float[Tensor, " b"]:
         """Returns the term L_t of the variational bound in bits per dimension; at t = 0 the decoder's likelihood.
 
-        Args:
-            x0: the clean images.
-            x: x_t.
-            t: steps.
-            reverse: p(x_{t-1} | x_t).
+        x0 are the clean images, x = x_t, and `reverse` is p(x_{t-1} | x_t).
         """
         bits = flat_mean(kl(self.posterior(x0, x, t), reverse)) / math.log(2)
         decoder = -flat_mean(discretized_log_likelihood(x0, reverse.mean, 0.5 * reverse.log_variance)) / math.log(2)
         return torch.where(t == 0, decoder, bits)
 
-    def prior(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    def prior(self, x0: Images) -> Float[Tensor, " b"]:
         """Returns KL(q(x_T | x_0) || N(0, 1)) in bits per dimension."""
         last = torch.full((len(x0),), len(self.schedule) - 1, device=x0.device)
         normal = Gaussian(torch.zeros_like(x0), x0.new_zeros(len(x0), 1, 1, 1))
@@ -160,14 +133,10 @@ def kl(p: Gaussian, q: Gaussian) -> Tensor:
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Returns the log probability, in nats, of 8-bit images under a normal distribution, element by element.
+    """Returns the log probability, in nats, of 8-bit images in [-1, 1] under normal distributions, each element's.
 
-    Each of the 256 values has the bin of width 2/255 around it; the outermost bins are open.
-
-    Args:
-        x: images in [-1, 1] whose values are multiples of 2/255 from -1.
-        mean: of the normal distribution.
-        log_scale: logarithm of its standard deviation.
+    Each of the 256 values has the bin of width 2/255 around it; the outermost bins are open. `log_scale` is the
+    logarithm of the standard deviation.
     """
     centred, sharpness = x - mean, (-log_scale).exp()
     below = _normal_cdf((centred + 1 / 255) * sharpness)
@@ -179,4 +148,5 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the published code, with which published bits per dimension were computed."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,11 +1,6 @@
 """Classifier-free guidance: a denoiser that exaggerates the effect of the class on the estimate.
 
-With eps_c the noise estimate for the image's class and eps_u the one without a class,
-
-    eps_g = eps_u + w (eps_c - eps_u),
-
-so w = 1 is the conditional estimate and w = 0 the unconditional one. The result is a denoiser like any other, for every
-sampler. Both estimates come from one call on a doubled batch.
+    eps_g = eps_u + w (eps_c - eps_u),  eps_c with the image's class, eps_u without a class
 
 Sources: Ho and Salimans 2022 (2207.12598), with w + 1 of theirs as w here; Peebles and Xie 2023 (guidance of the first
 three channels alone, in the released code of DiT); Gao et al. 2023, MDT (the power-cosine schedule); Kynkäänniemi et
@@ -28,18 +23,14 @@ from ditlab.diffusion.noise_levels import DiscreteLevels
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 
-__all__ = ["GuidedDenoiser", "guided"]
+__all__ = ["guided"]
 
 
 def guided(denoiser: Denoiser, config: GuidanceConfig) -> Denoiser:
-    """Returns a denoiser with guided estimates; the denoiser itself if the scale is 1.
+    """Returns a denoiser with guided estimates, made of one that also knows "no class"; itself if the scale is 1.
 
     It needs a label for each image. The channels that are not guided and the learned variance are those of the
     conditional estimate. The analyses of attention refuse it, because its network gets every image twice.
-
-    Args:
-        denoiser: any denoiser that takes labels, including the label `num_classes` for "no class".
-        config: the scale, and where it applies.
 
     Raises:
         DitlabError: the denoiser is unconditional, or has no "no class", or has fewer channels than are to be guided.
@@ -48,7 +39,7 @@ def guided(denoiser: Denoiser, config: GuidanceConfig) -> Denoiser:
 
 
 class GuidedDenoiser(Denoiser):
-    """A denoiser with guidance; made by `guided`."""
+    """A denoiser with guidance; made by `guided`. Both estimates come from one call on a doubled batch."""
 
     def __init__(self, inner: Denoiser, config: GuidanceConfig) -> None:
         if not inner.num_classes:
@@ -65,38 +56,30 @@ class GuidedDenoiser(Denoiser):
         self.origin, self.variance = inner.origin, inner.variance
 
     def __repr__(self) -> str:
-        """Returns the wrapped denoiser and the guidance."""
         return f"GuidedDenoiser({self.inner!r}, {self.config!r})"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Returns the identity of the wrapped denoiser, and the guidance."""
         return super().identity | {"inner": self.inner.identity, "guidance": asdict(self.config)}
 
     @property
     def module(self) -> nn.Module | None:
-        """Returns the wrapped denoiser's value."""
         return self.inner.module
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the wrapped denoiser's value."""
         return self.inner.device
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
-        """Returns the wrapped denoiser's value."""
         return self.inner.scale(sigma)
 
     def time(self, sigma: float | Tensor) -> float | Tensor | None:
-        """Returns the wrapped denoiser's value."""
         return self.inner.time(sigma)
 
     def passes(self, sigma: float) -> int:
-        """Returns the wrapped denoiser's number, doubled at guided levels."""
         return self.inner.passes(sigma) * (1 if self.weight(sigma) == 1 else 2)
 
     def check_labels(self, label: Tensor | None, count: int) -> None:
-        """Raises a DitlabError if there is no label, or one that the wrapped denoiser does not know."""
         if label is None:
             raise DitlabError("guidance: expected a label for each image, found none")
         self.inner.check_labels(label, count)
@@ -110,7 +93,6 @@ class GuidedDenoiser(Denoiser):
         return self._weight_cache[sigma]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         if label is None:
             raise DitlabError("guidance: expected a label for each image, found none")
         weight = self.weight(sigma)
@@ -132,20 +114,15 @@ class GuidedDenoiser(Denoiser):
     def _weights(self, sigma: Tensor) -> Tensor:
         w = torch.full_like(sigma, self.config.scale)
         if self.config.schedule == "power-cosine":
-            w = 1 + (w - 1) * (1 - torch.cos(math.pi * (1 - self._part(sigma)) ** self.config.power)) / 2
+            # t / T by the denoiser's own steps, else by those of the linear process (ditlab's inference: no publication
+            # defines t without numbered steps).
+            levels = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
+            part = torch.as_tensor(levels.step(sigma)) / (int(levels.steps[-1]) + 1)
+            w = 1 + (w - 1) * (1 - torch.cos(math.pi * (1 - part) ** self.config.power)) / 2
         if self.config.interval is not None:
             low, high = self.config.interval
             w = torch.where((sigma > low) & (sigma <= high), w, 1.0)
         return w
-
-    def _part(self, sigma: Tensor) -> Tensor:
-        """Returns t / T of power-cosine, by the denoiser's own steps if it has some, else by the linear process's.
-
-        Taking the linear process of 1,000 steps for a denoiser without numbered steps is ditlab's inference: no
-        publication defines t there.
-        """
-        levels = self.levels if isinstance(self.levels, DiscreteLevels) else _linear()
-        return levels.step(sigma) / (int(levels.steps[-1]) + 1)  # pyright: ignore[reportReturnType]
 
 
 @cache

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.errors import DitlabError
 
 __all__ = ["GuidanceConfig", "GuidanceSchedule"]
@@ -14,8 +14,8 @@ __all__ = ["GuidanceConfig", "GuidanceSchedule"]
 GuidanceSchedule = Literal["constant", "power-cosine"]
 
 
-@dataclass(frozen=True)
-class GuidanceConfig:
+@dataclass(frozen=True, repr=False)
+class GuidanceConfig(ShortRepr):
     """How strongly samples are pulled towards their class."""
 
     scale: float = 1.0
@@ -30,10 +30,7 @@ class GuidanceConfig:
     """Number of guided channels (the first ones), or all; none for the published choice: 3 of the 4 channels of Stable
     Diffusion's latents, and all channels of other images."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Refuses settings without a meaning."""
         if not 0 <= self.scale < math.inf:  # NaN fails it too
             raise DitlabError(f"guidance: expected a scale of at least 0 (1 is no guidance), found {self.scale:g}")
         if not 0 < self.power < math.inf:
@@ -50,11 +47,7 @@ class GuidanceConfig:
         return self.scale != 1
 
     def guided_channels(self, channels: int) -> int:
-        """Returns how many of an image's channels are guided.
-
-        Raises:
-            DitlabError: more channels than the image has.
-        """
+        """Returns how many of an image's channels are guided; more than the image has are refused."""
         if self.channels == "all":
             return channels
         if self.channels is None:

@@ -1,6 +1,4 @@
-"""The variational bound of whole images in bits per dimension, through any denoiser.
-
-    -log2 p(x_0) / D <= L_T + sum_t L_t
+"""The variational bound of images in bits per dimension, through any denoiser: -log2 p(x_0) / D <= L_T + sum_t L_t.
 
 Source: Ho et al. 2020, Eq. 5; Nichol and Dhariwal 2021, section 3 (bits per dimension).
 """
@@ -12,24 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ditlab.diffusion.choices import Respacing
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.gaussian import GaussianProcess, flat_mean
 from ditlab.diffusion.schedules import VPSchedule
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.short_repr import ShortRepr
+from ditlab.diffusion.tensors import Images, Labels
 from ditlab.errors import DitlabError
 
 __all__ = ["BitsPerDimension", "bits_per_dimension"]
 
 
-@dataclass(frozen=True, eq=False)
-class BitsPerDimension:
+@dataclass(frozen=True, eq=False, repr=False)
+class BitsPerDimension(ShortRepr):
     """The bound of B images and its terms at S steps, the noisiest first."""
-
-    __repr__ = short_repr
 
     total: Tensor
     """[B]: prior plus all terms."""
@@ -47,11 +43,11 @@ class BitsPerDimension:
 
 def bits_per_dimension(
     denoiser: Denoiser,
-    images: Float[Tensor, "b c h w"],
+    images: Images,
     noise: Callable[[int], Tensor],
     *,
     steps: Respacing = "250",
-    label: Int[Tensor, " b"] | None = None,
+    label: Labels = None,
     clip: bool = True,
 ) -> BitsPerDimension:
     """Returns an upper bound on the images' negative log likelihood, with one draw of noise at each step.
@@ -74,7 +70,7 @@ def bits_per_dimension(
     images = images.to(denoiser.device)
     label = None if label is None else label.to(images.device)
     denoiser.check(images, float(sigmas[-1]), label)
-    terms, x0_mse, eps_mse = [], [], []
+    rows = []
     with torch.no_grad():
         for k, index in enumerate(reversed(range(len(sigmas)))):
             sigma = float(sigmas[index])
@@ -83,13 +79,9 @@ def bits_per_dimension(
             x = process.q_sample(images, t, unit)
             y = images + sigma * unit
             x0, _, v = denoiser.estimate(y, sigma, label)
-            if clip:
-                x0 = x0.clamp(-1, 1)
-            terms.append(process.bound(images, x, t, process.reverse(x0, v, x, t)))
-            x0_mse.append(flat_mean((x0 - images) ** 2))
-            eps_mse.append(flat_mean(((y - x0) / sigma - unit) ** 2))
+            x0 = x0.clamp(-1, 1) if clip else x0
+            term = process.bound(images, x, t, process.reverse(x0, v, x, t))
+            rows.append((term, flat_mean((x0 - images) ** 2), flat_mean(((y - x0) / sigma - unit) ** 2)))
         prior = process.prior(images)
-    stacked = torch.stack(terms, 1)
-    return BitsPerDimension(
-        stacked.sum(1) + prior, prior, stacked, torch.stack(x0_mse, 1), torch.stack(eps_mse, 1), sigmas[::-1].copy()
-    )
+    terms, x0_mse, eps_mse = (torch.stack(part, 1) for part in zip(*rows, strict=True))
+    return BitsPerDimension(terms.sum(1) + prior, prior, terms, x0_mse, eps_mse, sigmas[::-1].copy())

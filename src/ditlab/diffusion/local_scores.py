@@ -8,19 +8,15 @@ pixel. Both are means of the central pixel over windows m of the training images
 
 - LS: m is the place p in every training image.
 - ELS: m runs over all places of all images, with circular windows.
-- bbELS (broken borders): m runs over the places where the window crosses the border exactly as at p, with zeros
-  outside. An interior window is compared with all interior windows, a window at an edge with those along that edge at
-  the same distance, a window in a corner with that place alone. Zeros cancel in the distance, so windows are cut there.
+- bbELS (broken borders): m runs over the places where the window crosses the border exactly as at p. Zeros outside
+  would cancel in the distance, so windows are cut there.
 
-In the paper's coordinates the noisy image is x_t = a y and the score (a D(y) - x_t) / b^2, with sigma = b / a.
-
-Source: Kamb and Ganguli 2024 (2412.20292).
+Source: Kamb and Ganguli 2024 (2412.20292); their score is (a D(y) - x_t) / b^2, with x_t = a y and sigma = b / a.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,10 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ditlab.diffusion.denoisers import Denoiser, Prediction
+from ditlab.diffusion.baselines import ByLevelDenoiser, SoftmaxMean, check_images
 from ditlab.diffusion.noise_levels import LevelRange
-from ditlab.diffusion.short_repr import short_repr
-from ditlab.diffusion.softmax_mean import SoftmaxMean, by_level, check_images
+from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.errors import DitlabError
 
 __all__ = ["Border", "EquivariantLocalScoreDenoiser", "LocalScoreDenoiser", "WindowSchedule"]
@@ -42,8 +37,8 @@ __all__ = ["Border", "EquivariantLocalScoreDenoiser", "LocalScoreDenoiser", "Win
 Border = Literal["circular", "broken"]
 
 
-@dataclass(frozen=True)
-class WindowSchedule:
+@dataclass(frozen=True, repr=False)
+class WindowSchedule(ShortRepr):
     """The side P of the window at each noise level (Kamb and Ganguli's scales k(t))."""
 
     levels: tuple[float, ...]
@@ -51,10 +46,7 @@ class WindowSchedule:
     sizes: tuple[int, ...]
     """Odd sides in pixels, one for each level."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Refuses levels and sizes that are no schedule."""
         if not self.levels or len(self.levels) != len(self.sizes) or min(self.levels) <= 0:
             raise DitlabError(
                 f"window schedule: expected one size for each of at least one positive level, found "
@@ -77,7 +69,7 @@ class WindowSchedule:
         return self.sizes[nearest]
 
 
-class _LocalDenoiser(Denoiser):
+class _LocalDenoiser(ByLevelDenoiser):
     """Base of LS, ELS and bbELS."""
 
     def __init__(self, what: str, images: Tensor, window: int | WindowSchedule, chunk: int | None) -> None:
@@ -89,34 +81,19 @@ class _LocalDenoiser(Denoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"windows": [list(self.windows.levels), list(self.windows.sizes)]}
-
-    def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
-        x0 = by_level(self._x0, y, sigma).to(y.dtype)
-        return Prediction(x0, (y - x0) / sigma, None)
-
-    @abstractmethod
-    def _x0(self, y: Tensor, sigma: float) -> Tensor:
-        """Returns the estimate at one level, float64 [B, C, H, W]."""
 
 
 class LocalScoreDenoiser(_LocalDenoiser):
     """LS: each pixel is the mean of that pixel over the images, weighted by their distance in the window around it.
 
-    Windows are cut at the border (zeros outside are equivalent). A window of at least 2 max(H, W) - 1 pixels covers the
-    whole image from every pixel, which is empirical Bayes.
-
-    Time and memory grow with N H W for any window, because distances are window sums of one map of squares.
+    Windows are cut at the border. One of at least 2 max(H, W) - 1 pixels covers the whole image from every pixel, which
+    is empirical Bayes. Time and memory grow with N H W for any window: distances are window sums of one map of squares.
 
     Args:
         images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
         window: side of the window in pixels, odd; one for all levels, or a schedule.
         chunk: number of images processed at a time; it limits the memory and does not change the result.
-
-    Raises:
-        DitlabError: no images, or an even window.
     """
 
     def __init__(self, images: Float[Tensor, "n c h w"], window: int | WindowSchedule, chunk: int = 64) -> None:
@@ -137,23 +114,16 @@ class LocalScoreDenoiser(_LocalDenoiser):
 class EquivariantLocalScoreDenoiser(_LocalDenoiser):
     """ELS and bbELS: each pixel is a mean of the images' pixels, weighted by the distance of the windows around them.
 
-    With the border "circular" (ELS) windows wrap around, and all places of all images count. These are N H W places for
-    every pixel, so an image costs 2 N (H W)^2 (C P^2 + 1) operations and N (H W)^2 exponentials. With "broken" (bbELS)
-    only the places count where the window crosses the border in the same way.
-
-    Products are float64 if y is float64, or if float32 rounding could change a logit by 1e-3 (small levels, large
-    windows); else float32. Sums are always float64. With gradients all weights stay in memory, N (H W)^2 numbers for
-    each image.
+    With circular windows an image costs 2 N (H W)^2 (C P^2 + 1) operations and N (H W)^2 exponentials; with gradients
+    all these weights stay in memory. Products are float64 if y is float64, or if float32 rounding could change a logit
+    by 1e-3 (small levels, large windows); else float32. Sums are always float64.
 
     Args:
         images: [N, C, H, W] in [-1, 1]; they stay on their device, and y has to be on it too.
         window: side of the window in pixels, odd; one for all levels, or a schedule. For ELS at most H and W.
-        border: "circular" or "broken".
+        border: "circular" (ELS) or "broken" (bbELS).
         chunk: number of images processed at a time; by default at most 4 million distances (on a GPU 256 million) are
             in memory. It does not change the result.
-
-    Raises:
-        DitlabError: no images, an even window, or a window that would contain a pixel twice.
     """
 
     def __init__(
@@ -174,7 +144,6 @@ class EquivariantLocalScoreDenoiser(_LocalDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"border": self.border}
 
     def _x0(self, y: Tensor, sigma: float) -> Tensor:

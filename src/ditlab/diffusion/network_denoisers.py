@@ -4,24 +4,24 @@
     EDM      x0 = c_skip y + c_out F(c_in y, c_noise)
     blind    x0 = y - F(y)
 
-Sources: Ho et al. 2020, Eq. 4; Karras et al. 2022, Eq. 7 and Table 1 (preconditioning); Mohan et al. 2020 (bias-free
-denoisers).
+Sources: Ho et al. 2020, Eq. 4; Karras et al. 2022, Eq. 7 and Table 1; Mohan et al. 2020 (bias-free denoisers).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ditlab.diffusion.choices import BetweenSteps, Preconditioning, PredictionTarget, Variance
+from ditlab.diffusion.choices import BetweenSteps, Preconditioning, PredictionTarget, Variance, check_choice
 from ditlab.diffusion.denoisers import Denoiser, Prediction, complete
 from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange, Levels
 from ditlab.diffusion.schedules import VP_BETA_D, VP_BETA_MIN, VPSchedule, vp_sigma
-from ditlab.errors import DitlabError, unknown_name
+from ditlab.diffusion.tensors import Shape
+from ditlab.errors import DitlabError
 
 __all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "VPDenoiser"]
 
@@ -29,7 +29,7 @@ __all__ = ["BlindDenoiser", "EDMDenoiser", "NetworkDenoiser", "VPDenoiser"]
 class NetworkDenoiser(Denoiser):
     """Base of denoisers that are made of `network(x, t, label)` with `in_shape` and `num_classes`."""
 
-    def __init__(self, network: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, network: nn.Module, shape: Shape | None = None) -> None:
         self.network = network
         channels, height, width = network.in_shape if shape is None else shape  # pyright: ignore[reportGeneralTypeIssues]
         self.shape = (int(channels), int(height), int(width))
@@ -38,7 +38,7 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`; with the network's settings, for other heads may have equal weights."""
+        # With the network's settings, for other heads may have equal weights.
         config = getattr(self.network, "config", None)
         if not is_dataclass(config) or isinstance(config, type):
             return super().identity
@@ -46,19 +46,16 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def module(self) -> nn.Module:
-        """Returns the network."""
         return self.network
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the device of the network's parameters."""
         first = next(self.network.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
     def _run(self, x: Tensor, time: float | Tensor | None, label: Tensor | None, outputs: int) -> Tensor:
         """Returns the network's raw output, cast to the dtype of x."""
-        first = next(self.network.parameters(), None)
-        dtype = x.dtype if first is None else first.dtype
+        dtype = next(self.network.parameters(), x).dtype
         # Half precision does not have all integers up to 1000.
         time_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if isinstance(time, Tensor):
@@ -91,18 +88,14 @@ class VPDenoiser(NetworkDenoiser):
         prediction: PredictionTarget = "epsilon",
         variance: Variance = "learned-range",
         *,
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
         between: BetweenSteps = "interpolate",
         rescale_time: bool = False,
     ) -> None:
         super().__init__(network, shape)
-        for what, name, known in (
-            ("prediction", prediction, PredictionTarget),
-            ("variance", variance, Variance),
-            ("way between steps", between, BetweenSteps),
-        ):
-            if name not in get_args(known):
-                raise unknown_name(what, name, get_args(known))
+        check_choice("prediction", prediction, PredictionTarget)
+        check_choice("variance", variance, Variance)
+        check_choice("way between steps", between, BetweenSteps)
         self.schedule = schedule
         self.prediction: PredictionTarget = prediction
         self.variance: Variance = variance
@@ -112,7 +105,6 @@ class VPDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         own = {"prediction": self.prediction, "between": self.between, "time_factor": self.time_factor}
         return super().identity | own
 
@@ -125,7 +117,6 @@ class VPDenoiser(NetworkDenoiser):
         return self.levels.step(sigma, self.between) * self.time_factor  # pyright: ignore[reportAttributeAccessIssue]
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         channels = self.shape[0]
         outputs = 2 * channels if self.variance == "learned-range" else channels
         raw = self._run(y * self.scale(sigma), self.time(sigma), label, outputs)
@@ -149,11 +140,10 @@ class EDMDenoiser(NetworkDenoiser):
         precond: Preconditioning = "edm",
         sigma_data: float = 0.5,
         *,
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
     ) -> None:
         super().__init__(network, shape)
-        if precond not in get_args(Preconditioning):
-            raise unknown_name("preconditioning", precond, get_args(Preconditioning))
+        check_choice("preconditioning", precond, Preconditioning)
         self.precond, self.sigma_data = precond, sigma_data
         self.levels = {
             "edm": LevelRange(0.0, math.inf),
@@ -163,7 +153,6 @@ class EDMDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"precond": self.precond, "sigma_data": self.sigma_data}
 
     def scale(self, sigma: float | Tensor) -> float | Tensor:
@@ -174,14 +163,15 @@ class EDMDenoiser(NetworkDenoiser):
 
     def time(self, sigma: float | Tensor) -> float | Tensor:
         """Returns c_noise."""
+        tensor = isinstance(sigma, Tensor)
         if self.precond == "edm":
-            return _log(sigma) / 4
+            return (sigma.log() if tensor else math.log(sigma)) / 4
         if self.precond == "ve":
-            return _log(sigma / 2)
+            return (sigma / 2).log() if tensor else math.log(sigma / 2)
         # 999 times the VP process's time t, the root of sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t). Float64,
         # because ln(1 + sigma^2) cancels at small levels.
-        wide = sigma.double() if isinstance(sigma, Tensor) else float(sigma)
-        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * _log1p(wide * wide)) ** 0.5
+        log = sigma.double().square().log1p() if tensor else math.log1p(sigma * sigma)
+        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * log) ** 0.5
         return 999 * (root - VP_BETA_MIN) / VP_BETA_D
 
     def skip_and_out(self, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -192,7 +182,6 @@ class EDMDenoiser(NetworkDenoiser):
         return 1.0, (-sigma if self.precond == "vp" else sigma)
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         raw = self._run(y * self.scale(sigma), self.time(sigma), label, self.shape[0])
         skip, out = self.skip_and_out(sigma)
         return complete(skip * y + out * raw, y, sigma, "x0")
@@ -220,11 +209,10 @@ class BlindDenoiser(NetworkDenoiser):
         low: float = 0.0,
         high: float = 1.0,
         output: Literal["noise", "clean"] = "noise",
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
     ) -> None:
         super().__init__(network, shape)
-        if output not in ("noise", "clean"):
-            raise unknown_name("output of a blind network", output, ("noise", "clean"))
+        check_choice("output of a blind network", output, Literal["noise", "clean"])
         if not low < high:
             raise DitlabError(f"blind denoiser: expected low < high, found {low} and {high}")
         self.levels, self.output = levels, output
@@ -233,22 +221,11 @@ class BlindDenoiser(NetworkDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Denoiser.identity`."""
         return super().identity | {"output": self.output, "unit": self.unit}
 
     def time(self, sigma: float | Tensor) -> None:
-        """Returns None: the network has no conditioning on the level."""
-        return
+        """The network has no conditioning on the level."""
 
     def estimate(self, y: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Prediction:
-        """See `Denoiser.estimate`."""
         raw = self._run((y - self.origin) * self.unit, None, None, self.shape[0]) / self.unit
         return complete(y - raw if self.output == "noise" else raw + self.origin, y, sigma, "x0")
-
-
-def _log(value: float | Tensor) -> float | Tensor:
-    return value.log() if isinstance(value, Tensor) else math.log(value)
-
-
-def _log1p(value: float | Tensor) -> float | Tensor:
-    return value.log1p() if isinstance(value, Tensor) else math.log1p(value)

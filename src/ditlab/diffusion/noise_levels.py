@@ -1,11 +1,7 @@
 """The noise levels that a denoiser takes: the numbered steps of a discrete process, or a range.
 
-A level is `sigma` in the variance-exploding sense, y = x0 + sigma * n. Between two steps of a discrete process the step
-number t is linear in log sigma, in which both published schedules are smooth:
-
-    t = t_0 + (t_1 - t_0) ln(sigma / sigma_0) / ln(sigma_1 / sigma_0)
-
-Sources: Karras et al. 2022, Eq. 5 (the spacing of a range); the interpolation is ditlab's own.
+A level is `sigma` in y = x0 + sigma * n. Between two steps of a discrete process the step number is linear in log
+sigma, in which both published schedules are smooth; this interpolation is ditlab's own.
 """
 
 from __future__ import annotations
@@ -36,10 +32,9 @@ class DiscreteLevels:
     """int64, ascending: the number of each level's step; by default 0, 1, ..."""
 
     def __post_init__(self) -> None:
-        sigmas = np.asarray(self.sigmas, dtype=np.float64)
+        sigmas, steps = np.asarray(self.sigmas, dtype=np.float64), np.asarray(self.steps, dtype=np.int64)
         if sigmas.ndim != 1 or len(sigmas) == 0 or sigmas[0] <= 0 or not (np.diff(sigmas) > 0).all():
             raise DitlabError("discrete levels: expected positive ascending sigmas, found others")
-        steps = np.asarray(self.steps, dtype=np.int64)
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "steps", steps if len(steps) else np.arange(len(sigmas)))
         object.__setattr__(self, "_tables", {})
@@ -48,7 +43,6 @@ class DiscreteLevels:
         return len(self.sigmas)
 
     def __repr__(self) -> str:
-        """Returns the number of levels and their range."""
         return f"DiscreteLevels({len(self)} levels, {self.min:.3g} to {self.max:.3g})"
 
     @property
@@ -76,11 +70,10 @@ class DiscreteLevels:
         return float(self.sigmas[np.abs(np.log(self.sigmas / sigma)).argmin()])
 
     def step(self, sigma: float | Tensor, between: BetweenSteps = "interpolate") -> float | Tensor:
-        """Returns the step number of a level: linear in log sigma between two grid points, an exact integer on one.
+        """Returns the step number of a level, or of each of a tensor's, inside the grid.
 
-        Args:
-            sigma: a level, or a tensor of levels, inside the grid.
-            between: "round" for the number of the nearest grid point.
+        It is linear in log sigma between two grid points, or with "round" that of the nearest one, and an exact integer
+        on a grid point.
         """
         if isinstance(sigma, Tensor):
             logs, steps = self._on(sigma.device)
@@ -126,11 +119,7 @@ class LevelRange:
         return {"min": self.min, "max": self.max if math.isfinite(self.max) else "infinite"}
 
     def grid(self, spec: Respacing) -> np.ndarray:
-        """Returns `spec` levels, ascending, spaced as in Karras et al. 2022, Eq. 5, from 0.002 to 80 inside the range.
-
-        Raises:
-            DitlabError: `spec` is not a count; only numbered steps have other respacings.
-        """
+        """Returns `spec` levels, ascending, spaced as in Karras et al. 2022, Eq. 5, from 0.002 to 80 in the range."""
         if not str(spec).isdigit():
             raise DitlabError(
                 f"levels: expected a count of steps, for this denoiser has no numbered ones, found '{spec}'"

@@ -1,4 +1,4 @@
-"""The settings of the objectives (`ditlab.diffusion.objectives`, `ditlab.diffusion.blind_objective`)."""
+"""The settings of the objectives (`ditlab.diffusion.objectives`)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from ditlab.diffusion.choices import (
     Variance,
     check_schedule,
 )
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.errors import DitlabError
 
 if TYPE_CHECKING:
-    from ditlab.diffusion.blind_objective import BlindObjective
-    from ditlab.diffusion.objectives import EDMObjective, VPObjective
+    from ditlab.diffusion.objectives import Objective
 
 __all__ = ["BlindObjectiveConfig", "EDMObjectiveConfig", "VPObjectiveConfig"]
 
 
-@dataclass(frozen=True)
-class VPObjectiveConfig:
+class _ObjectiveConfig(ShortRepr):
+    def build(self) -> Objective:
+        """Returns the objective."""
+        from ditlab.diffusion.objectives import OBJECTIVES
+
+        return OBJECTIVES[type(self)](self)
+
+
+@dataclass(frozen=True, repr=False)
+class VPObjectiveConfig(_ObjectiveConfig):
     """Training on the steps of a discrete VP process, as DDPM, improved-diffusion and DiT do."""
 
     kind: Literal["vp"] = "vp"
@@ -50,22 +57,13 @@ class VPObjectiveConfig:
     label_dropout: float = 0.1
     """Probability that an image's label is replaced by "no class" (conditional networks only)."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
         check_schedule(self.schedule, self.steps)
         _check_dropout(self.label_dropout)
 
-    def build(self) -> VPObjective:
-        """Returns the objective."""
-        from ditlab.diffusion.objectives import VPObjective
 
-        return VPObjective(self)
-
-
-@dataclass(frozen=True)
-class EDMObjectiveConfig:
+@dataclass(frozen=True, repr=False)
+class EDMObjectiveConfig(_ObjectiveConfig):
     """Training on continuous levels with a preconditioned network, as EDM does."""
 
     kind: Literal["edm"] = "edm"
@@ -81,25 +79,16 @@ class EDMObjectiveConfig:
     label_dropout: float = 0.1
     """Probability that an image's label is replaced by "no class" (conditional networks only)."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
         if self.sigma_data <= 0 or self.p_std <= 0:
             raise DitlabError(
                 f"objective: expected sigma_data > 0 and p_std > 0, found {self.sigma_data} and {self.p_std}"
             )
         _check_dropout(self.label_dropout)
 
-    def build(self) -> EDMObjective:
-        """Returns the objective."""
-        from ditlab.diffusion.objectives import EDMObjective
 
-        return EDMObjective(self)
-
-
-@dataclass(frozen=True)
-class BlindObjectiveConfig:
+@dataclass(frozen=True, repr=False)
+class BlindObjectiveConfig(_ObjectiveConfig):
     """Training of a network that gets the noisy image alone, in its own units, and returns the noise.
 
     The loss is the squared error summed over an image, as in Kadkhodaie et al.'s code. The values -1 and 1 of an
@@ -115,20 +104,11 @@ class BlindObjectiveConfig:
     max_level: float = 1.0
     """Highest noise level, in the network's units: 1 in Kadkhodaie et al., 100 / 255 in Mohan et al.'s BF-CNN."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be trained."""
         if not -math.inf < self.low < self.high < math.inf:
             raise DitlabError(f"objective: expected finite low < high, found {self.low} and {self.high}")
         if not 0 < self.max_level < math.inf:
             raise DitlabError(f"objective: expected a finite max_level > 0, found {self.max_level}")
-
-    def build(self) -> BlindObjective:
-        """Returns the objective."""
-        from ditlab.diffusion.blind_objective import BlindObjective
-
-        return BlindObjective(self)
 
 
 def _check_dropout(probability: float) -> None:

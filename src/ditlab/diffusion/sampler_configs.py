@@ -2,9 +2,6 @@
 
 Every config takes `steps` as a number or as text. DDPM and DDIM store text, because theirs may be a respacing such as
 "ddim50"; Heun and DPM-Solver++ store the number. config.json holds these forms.
-
-Sources: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Karras et al. 2022, Algorithms 1-3 and Table 1 (Heun); Lu et
-al. 2022, Algorithm 2 (DPM-Solver++).
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ditlab.diffusion.choices import Discretization, FlowName, check_levels, respacing_counts
-from ditlab.diffusion.short_repr import short_repr
+from ditlab.diffusion.short_repr import ShortRepr
 from ditlab.errors import DitlabError
 
 __all__ = ["DDIMConfig", "DDPMConfig", "DPMSolverConfig", "HeunConfig", "SamplerConfig", "Spacing"]
@@ -23,8 +20,8 @@ Spacing = Literal[Discretization, "grid"]
 numbered steps is called at its own steps alone, evenly respaced; a denoiser without gets EDM's levels."""
 
 
-@dataclass(frozen=True)
-class DDPMConfig:
+@dataclass(frozen=True, repr=False)
+class DDPMConfig(ShortRepr):
     """Ancestral sampling."""
 
     kind: Literal["ddpm"] = "ddpm"
@@ -36,15 +33,12 @@ class DDPMConfig:
     clip: bool = False
     """Clip each estimate of the clean image to [-1, 1]; never for latents."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Stores the steps as text; refuses those that are no respacing."""
         object.__setattr__(self, "steps", _respacing("DDPM", self.steps))
 
 
-@dataclass(frozen=True)
-class DDIMConfig:
+@dataclass(frozen=True, repr=False)
+class DDIMConfig(ShortRepr):
     """Deterministic sampling (eta = 0), or anything between it and ancestral sampling (eta = 1)."""
 
     kind: Literal["ddim"] = "ddim"
@@ -56,17 +50,14 @@ class DDIMConfig:
     clip: bool = False
     """Clip each estimate of the clean image to [-1, 1]; never for latents."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Stores the steps as text; refuses settings without a meaning."""
         object.__setattr__(self, "steps", _respacing("DDIM", self.steps))
         if not 0 <= self.eta <= 1:
             raise DitlabError(f"DDIM: expected eta in [0, 1], found {self.eta}")
 
 
-@dataclass(frozen=True)
-class HeunConfig:
+@dataclass(frozen=True, repr=False)
+class HeunConfig(ShortRepr):
     """EDM's sampler: Heun's second-order steps in sigma, with optional churn. The state is float64."""
 
     kind: Literal["heun"] = "heun"
@@ -97,10 +88,7 @@ class HeunConfig:
     churn_noise: float = 1.0
     """Standard deviation of the fresh noise."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Stores the steps as a number; refuses settings without a meaning."""
         _check_levels("Heun", self)
         if self.churn < 0:
             raise DitlabError(f"Heun: expected churn >= 0, found {self.churn}")
@@ -112,8 +100,8 @@ class HeunConfig:
             )
 
 
-@dataclass(frozen=True)
-class DPMSolverConfig:
+@dataclass(frozen=True, repr=False)
+class DPMSolverConfig(ShortRepr):
     """DPM-Solver++(2M): second order with one call a step, from the estimates of this step and the one before.
 
     The first step and the last one, which goes to level 0, are of first order.
@@ -132,10 +120,7 @@ class DPMSolverConfig:
     rho: float = 7.0
     """Exponent of the spacing edm."""
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
-        """Stores the steps as a number; refuses settings without a meaning."""
         _check_levels("DPM-Solver++", self)
 
 

@@ -3,7 +3,7 @@
     VP step t:    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n,  abar_t = prod (1 - beta_s)
     its level:    sigma_t = sqrt((1 - abar_t) / abar_t), in y = x_0 + sigma n
 
-Everything is float64 on the host; a finished coefficient is rounded once when it goes to a device.
+Everything is float64 on the host.
 
 Sources: Ho et al. 2020 (linear betas, posterior); Nichol and Dhariwal 2021 (cosine, respacing, clipped log variance);
 Karras et al. 2022, Table 1 (the four discretizations, the flows), Eq. 5 (rho schedule).
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +41,19 @@ VP_BETA_D = 19.9
 VP_BETA_MIN = 0.1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class VPSchedule:
-    """A discrete variance-preserving process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, t = 0 .. T-1.
+    """A discrete variance-preserving process, t = 0 (the least noisy step) .. T - 1. Its tables are float64 [T].
 
-    All tables are float64 NumPy arrays of length T, t = 0 the least noisy step.
+    Attributes:
+        alphas_cumprod: abar_t, the clean image's share of the variance at step t.
+        alphas_cumprod_prev: abar_{t-1}, with 1 before the first step.
+        sigmas: VE level of each step, ascending.
+        posterior_variance: of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0.
+        posterior_log_variance_clipped: its logarithm, with the value of t = 1 at t = 0.
+        large_variance: beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large".
+        posterior_mean_coef1: weight of x_0 in the mean of q(x_{t-1} | x_t, x_0).
+        posterior_mean_coef2: weight of x_t in it.
     """
 
     betas: np.ndarray
@@ -55,30 +62,35 @@ class VPSchedule:
     """int64: the step of the full process for each step; it is the network's conditioning."""
 
     def __post_init__(self) -> None:
-        betas = np.asarray(self.betas, dtype=np.float64)
+        self.betas = betas = np.asarray(self.betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise DitlabError("schedule: expected a list of betas in (0, 1), found others")
-        timesteps = np.asarray(self.timesteps, dtype=np.int64)
-        if len(timesteps) == 0:
-            timesteps = np.arange(len(betas))
-        if len(timesteps) != len(betas):
-            raise DitlabError(f"schedule: expected {len(betas)} timesteps, found {len(timesteps)}")
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "timesteps", timesteps)
+        self.timesteps = np.asarray(self.timesteps, dtype=np.int64) if len(self.timesteps) else np.arange(len(betas))
+        if len(self.timesteps) != len(betas):
+            raise DitlabError(f"schedule: expected {len(betas)} timesteps, found {len(self.timesteps)}")
+        self.alphas_cumprod = abar = np.cumprod(1 - betas)
+        self.alphas_cumprod_prev = before = np.concatenate([[1.0], abar[:-1]])
+        self.sigmas = np.sqrt((1 - abar) / abar)
+        self.posterior_variance = variance = betas * (1 - before) / (1 - abar)
+        # A process of one step has no second entry; its beta is the only positive variance.
+        positive = np.concatenate([variance[1:2], variance[1:]]) if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(positive)
+        self.large_variance = np.concatenate([positive[:1], betas[1:]])
+        self.posterior_mean_coef1 = betas * np.sqrt(before) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - betas) / (1 - abar)
 
     @classmethod
-    def from_sigmas(cls, sigmas: np.ndarray, timesteps: np.ndarray | None = None) -> VPSchedule:
+    def from_sigmas(cls, sigmas: np.ndarray) -> VPSchedule:
         """Returns the VP process with the levels `sigmas` (ascending, positive)."""
         squares = np.asarray(sigmas, dtype=np.float64) ** 2
         before = np.concatenate([[0.0], squares[:-1]])
         # 1 - abar_t / abar_{t-1} with abar = 1 / (1 + sigma^2), written without the cancellation.
-        return cls((squares - before) / (1 + squares), np.empty(0, np.int64) if timesteps is None else timesteps)
+        return cls((squares - before) / (1 + squares))
 
     def __len__(self) -> int:
         return len(self.betas)
 
     def __repr__(self) -> str:
-        """Returns the number of steps and the range of levels."""
         return f"VPSchedule({len(self)} steps, sigma {self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g})"
 
     def respaced(self, spec: Respacing) -> VPSchedule:
@@ -87,61 +99,12 @@ class VPSchedule:
         abar = self.alphas_cumprod[steps]
         return VPSchedule(1 - abar / np.concatenate([[1.0], abar[:-1]]), self.timesteps[steps])
 
-    @cached_property
-    def alphas_cumprod(self) -> np.ndarray:
-        """Returns abar_t, the clean image's share of the variance at step t."""
-        return np.cumprod(1 - self.betas)
-
-    @cached_property
-    def alphas_cumprod_prev(self) -> np.ndarray:
-        """Returns abar_{t-1}, with 1 before the first step."""
-        return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
-
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """Returns the VE level of each step, ascending."""
-        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
-
-    @cached_property
-    def posterior_variance(self) -> np.ndarray:
-        """Returns the variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7: "fixed-small". It is 0 at t = 0."""
-        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Returns the logarithm of `posterior_variance`, with the value of t = 1 at t = 0, where that is 0."""
-        return np.log(self._without_first(self.posterior_variance))
-
-    @cached_property
-    def large_variance(self) -> np.ndarray:
-        """Returns beta_t, with the posterior variance of t = 1 at t = 0: "fixed-large"."""
-        return np.concatenate([self._without_first(self.posterior_variance)[:1], self.betas[1:]])
-
-    @cached_property
-    def posterior_mean_coef1(self) -> np.ndarray:
-        """Returns the weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
-        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_mean_coef2(self) -> np.ndarray:
-        """Returns the weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
-        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
-
-    def _without_first(self, variance: np.ndarray) -> np.ndarray:
-        # A process of one step has no second entry; its beta is the only positive variance.
-        return np.concatenate([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas
-
 
 def make_schedule(name: str, steps: int) -> VPSchedule:
-    """Returns a full VP process.
+    """Returns a full VP process of T = `steps` steps.
 
-    Args:
-        name: "linear" (Ho et al., betas scaled by 1000 / steps) or "cosine" (Nichol and Dhariwal, Eq. 17, betas at
-            most 0.999).
-        steps: number of steps T; at least 20 for "linear", whose last beta would otherwise pass 1.
-
-    Raises:
-        DitlabError: unknown name, or too few steps.
+    It is "linear" (Ho et al., betas scaled by 1000 / steps; at 20 steps or fewer the last one would pass 1) or "cosine"
+    (Nichol and Dhariwal, Eq. 17, betas at most 0.999). Other names and fewer steps raise a DitlabError.
     """
     check_schedule(name, steps)
     if name == "linear":
@@ -152,16 +115,11 @@ def make_schedule(name: str, steps: int) -> VPSchedule:
 
 
 def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
-    """Returns the steps of a shorter process, ascending.
+    """Returns the steps of a process, or of a number of steps T, that a shorter process takes, ascending.
 
-    Args:
-        schedule: the process to shorten, or its number of steps T.
-        spec: "250": 250 steps, evenly from the first to the last. "10,15,20" or a list: T is divided into three equal
-            sections of 10, 15 and 20 steps. "ddim50": every k-th step from 0, k the smallest stride that gives exactly
-            50.
-
-    Raises:
-        DitlabError: a specification that cannot be read, or with more steps than there are.
+    "250": 250 steps, evenly from the first to the last. "10,15,20" or a list: T is divided into three equal sections of
+    10, 15 and 20 steps. "ddim50": every k-th step from 0, k the smallest stride that gives exactly 50. What cannot be
+    read, or has more steps than there are, raises a DitlabError.
     """
     steps = schedule if isinstance(schedule, int) else len(schedule)
     if isinstance(spec, str) and spec.startswith("ddim"):
@@ -171,8 +129,7 @@ def respace(schedule: VPSchedule | int, spec: Respacing) -> list[int]:
                 return list(range(0, steps, stride))
         raise DitlabError(f"respacing '{spec}': no integer stride takes exactly {count} of {steps} steps")
     counts = respacing_counts(spec)
-    respaced: list[int] = []
-    start = 0
+    respaced, start = [], 0
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
@@ -219,13 +176,12 @@ class Flow:
     """t -> sigma."""
     growth: Callable[[float], float]
     """sigma -> sigma'/sigma, the relative growth of the level with t."""
-    scale: Callable[[float], float]
+    scale: Callable[[float], float] = lambda sigma: 1.0
     """sigma -> s."""
-    shrinkage: Callable[[float], float]
+    shrinkage: Callable[[float], float] = lambda sigma: 0.0
     """sigma -> s'/s."""
 
     def __repr__(self) -> str:
-        """Returns the name of the flow."""
         return f"Flow({next((name for name, flow in FLOWS.items() if flow is self), 'custom')})"
 
     def at(self, sigma: float) -> FlowPoint:
@@ -240,13 +196,7 @@ def _vp_growth(sigma: float) -> float:
 
 
 FLOWS: dict[FlowName, Flow] = {
-    "linear": Flow(
-        time=lambda sigma: sigma,
-        level=lambda t: t,
-        growth=lambda sigma: 1 / sigma,
-        scale=lambda sigma: 1.0,
-        shrinkage=lambda sigma: 0.0,
-    ),
+    "linear": Flow(time=lambda sigma: sigma, level=lambda t: t, growth=lambda sigma: 1 / sigma),
     "vp": Flow(
         time=lambda sigma: float(vp_sigma_inverse(sigma)),
         level=lambda t: float(vp_sigma(t)),
@@ -254,13 +204,7 @@ FLOWS: dict[FlowName, Flow] = {
         scale=lambda sigma: (1 + sigma**2) ** -0.5,
         shrinkage=lambda sigma: -_vp_growth(sigma) * sigma**2 / (1 + sigma**2),
     ),
-    "ve": Flow(
-        time=lambda sigma: sigma**2,
-        level=lambda t: t**0.5,
-        growth=lambda sigma: 0.5 * sigma**-2,
-        scale=lambda sigma: 1.0,
-        shrinkage=lambda sigma: 0.0,
-    ),
+    "ve": Flow(time=lambda sigma: sigma**2, level=lambda t: t**0.5, growth=lambda sigma: 0.5 * sigma**-2),
 }
 
 
@@ -269,16 +213,9 @@ def noise_levels(
 ) -> np.ndarray:
     """Returns a descending float64 grid of `steps` levels, without the final 0 (Karras et al. 2022, Table 1).
 
-    Args:
-        name: "edm" (even in sigma^(1/rho)), "vp" (even in the time of the VP process with these ends), "ve" (even in
-            log sigma) or "iddpm" (picked from the levels of the cosine process with 1000 steps).
-        steps: number of levels, at least 1.
-        sigma_min: last level; None for the discretization's default.
-        sigma_max: first level; None for the discretization's default.
-        rho: exponent, for "edm" alone.
-
-    Raises:
-        DitlabError: unknown name, no steps, or a lowest level that is not below the highest.
+    It goes from `sigma_max` to `sigma_min`, None for the discretization's own, and is even in sigma^(1/rho) for "edm",
+    in the time of the VP process with these ends for "vp", in log sigma for "ve", or picked from the levels of the
+    cosine process with 1000 steps for "iddpm". What is no such grid raises a DitlabError.
     """
     low, high = check_levels(name, steps, sigma_min, sigma_max)
     # 0 at the highest level, 1 at the lowest; a single level is the highest.
@@ -286,7 +223,10 @@ def noise_levels(
     if name == "edm":
         return (high ** (1 / rho) + fraction * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     if name == "vp":
-        return _vp_levels(fraction, low, high)
+        # beta_d and beta_min such that sigma(1) = high and sigma(last_time) = low.
+        last_time, log_low, log_high = 1e-3, np.log1p(low**2), np.log1p(high**2)
+        beta_d = 2 * (log_high - log_low / last_time) / (1 - last_time)
+        return vp_sigma(1 + fraction * (last_time - 1), beta_d, log_high - beta_d / 2)
     if name == "ve":
         return high * (low / high) ** fraction
     cosine = cosine_levels()
@@ -294,13 +234,6 @@ def noise_levels(
     if len(inside) < 1:
         raise DitlabError(f"noise levels 'iddpm': no level of the cosine process is between {low} and {high}")
     return inside[np.round((len(inside) - 1) * fraction).astype(int)]
-
-
-def _vp_levels(fraction: np.ndarray, low: float, high: float, last_time: float = 1e-3) -> np.ndarray:
-    # beta_d and beta_min such that sigma(1) = high and sigma(last_time) = low.
-    log_low, log_high = np.log1p(low**2), np.log1p(high**2)
-    beta_d = 2 * (log_high - log_low / last_time) / (1 - last_time)
-    return vp_sigma(1 + fraction * (last_time - 1), beta_d, log_high - beta_d / 2)
 
 
 def cosine_levels(steps: int = 1000) -> np.ndarray:

@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-__all__ = ["short_repr"]
+__all__ = ["ShortRepr", "short_repr"]
 
 
 def short_repr(self: Any) -> str:
-    """Returns the class and the fields of a dataclass or a named tuple, without those that have their default.
-
-    Assign it in the body of the class: `__repr__ = short_repr`.
-    """
+    """Returns the class and the fields of a dataclass or a named tuple, without those that have their default."""
     if is_dataclass(self):
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        shown, defaults = (
+            {f.name: getattr(self, f.name) for f in fields(self)},
+            {f.name: f.default for f in fields(self)},
+        )
     else:
         shown, defaults = self._asdict(), {}
     parts = [
-        f"{name}={_short(value)}" for name, value in shown.items() if not _equal(value, defaults.get(name, MISSING))
+        f"{name}={_short(value)}"
+        for name, value in shown.items()
+        if _is_array(value) or value != defaults.get(name, MISSING)
     ]
     return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _equal(value: Any, default: Any) -> bool:
-    return default is not MISSING and not _is_array(value) and value == default
+class ShortRepr:
+    """Base of dataclasses with a short repr; they are made with `repr=False`."""
+
+    __repr__ = short_repr
 
 
 def _is_array(value: Any) -> bool:

@@ -1,37 +1,38 @@
-"""The float64 coefficients of every sampler step, computed before the first step from the settings and the levels.
+"""The steps of the samplers: float64 coefficients, computed before the first step, and the rule that uses them.
 
-The state of every sampler is y = x0 + sigma * n. In a VP process x_t = sqrt(abar_t) y, abar_t = 1 / (1 + sigma_t^2), so
-an equation for x_{t-1}, divided by sqrt(abar_{t-1}), is one for y. Each class below states the equation that its
-coefficients belong to; `ditlab.diffusion.samplers` applies it.
-
-Sources: Ho et al. 2020, Eqs. 6-7; Nichol and Dhariwal 2021, Eq. 15; Song et al. 2020 (DDIM), Eqs. 12 and 16; Karras et
-al. 2022, Algorithms 1-3; Lu et al. 2022 (DPM-Solver++, 2211.01095), Algorithm 2.
+The state is y = x0 + sigma * n. In a VP process x_t = sqrt(abar_t) y, abar_t = 1 / (1 + sigma_t^2), so an equation for
+x_{t-1}, divided by sqrt(abar_{t-1}), is one for y. Sources: those of `ditlab.diffusion.samplers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ditlab.diffusion.choices import LEVEL_LIMITS
-from ditlab.diffusion.denoisers import Denoiser
+from ditlab.diffusion.denoisers import Denoiser, Prediction
 from ditlab.diffusion.noise_levels import DiscreteLevels
-from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig, Spacing
+from ditlab.diffusion.sampler_configs import DDIMConfig, DDPMConfig, DPMSolverConfig, HeunConfig, SamplerConfig
 from ditlab.diffusion.schedules import FLOWS, FlowPoint, VPSchedule, noise_levels
+from ditlab.errors import DitlabError
 
-__all__ = ["DDIMStep", "DDPMStep", "DPMSolverStep", "FlowStep", "HeunStep", "Step", "StepTable", "make_step_table"]
+__all__ = ["Step", "make_step_table"]
+
+Denoise = Callable[[Tensor, float], Prediction]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """The coefficients of one step from `sigma` to `sigma_next`."""
+class Step(ABC):
+    """One step from `sigma` to `sigma_next`, which is 0 in the last step."""
 
     sigma: float
     sigma_next: float
-    """0 in the last step."""
     std: float = 0.0
     """Standard deviation of the fresh noise z."""
 
@@ -45,22 +46,37 @@ class Step:
         """Returns the levels at which the step calls the denoiser."""
         return (self.sigma,)
 
+    @abstractmethod
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns x0 and y_next from y, the noise z of a noisy step, and the x0 of the step before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMStep(Step):
-    """Ho et al., Eq. 6: y_next ~ N(coef1 x0 + coef2 y, std^2).
+    """Ho et al., Eqs. 6 and 7: y_next ~ N(coef1 x0 + coef2 y, std^2).
 
     Eq. 7 divided by sqrt(abar_{t-1}) has coef2 = sigma_next^2 / sigma^2 and coef1 = 1 - coef2.
     """
 
     coef2: float
     log_std: tuple[float, float] | None = None
-    """(a, b) of a learned standard deviation exp(a + b v), which replaces `std`."""
+    """(a, b) of a learned standard deviation exp(a + b v), which replaces `std` (Nichol and Dhariwal, Eq. 15)."""
 
     @property
     def noisy(self) -> bool:
-        """See `Step.noisy`."""
         return self.std > 0 or self.log_std is not None
+
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        x0, _, v = denoise(y, self.sigma)
+        mean = torch.lerp(x0, y, self.coef2)  # coef1 x0 + coef2 y
+        if z is None:
+            return x0, mean
+        if self.log_std is None:
+            return x0, torch.add(mean, z, alpha=self.std)
+        if v is None:
+            raise DitlabError("sampler 'ddpm': expected a learned variance v from the denoiser, found none")
+        a, b = self.log_std
+        return x0, torch.addcmul(mean, torch.exp(a + b * v), z)  # mean + std z
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,11 @@ class DDIMStep(Step):
 
     eps_coef: float
     """sqrt(sigma_next^2 - std^2), the weight of the direction that points to y."""
+
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        x0 = denoise(y, self.sigma).x0
+        y_next = torch.lerp(x0, y, self.eps_coef / self.sigma)  # x0 + eps_coef eps, eps = (y - x0) / sigma
+        return x0, y_next if z is None else torch.add(y_next, z, alpha=self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +108,17 @@ class DPMSolverStep(Step):
     half_inverse_r: float
     """1 / (2 r)."""
 
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Both lines of the algorithm are lerps, for their weights sum to 1.
+        d = x0 = denoise(y, self.sigma).x0
+        if previous is not None and self.half_inverse_r:
+            d = torch.lerp(previous, x0, 1 + self.half_inverse_r)
+        return x0, torch.lerp(d, y, self.exp_minus_h)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeunStep(Step):
-    """Karras et al., Algorithm 2: churn from `sigma` to `sigma_hat`, then Heun's step with sigma = t.
+    """Karras et al., Algorithm 2: churn from `sigma` to `sigma_hat`, then Heun's step with sigma = t (lines 6-11).
 
     Lines 5 and 6 have sigma_hat = sigma + gamma sigma and std = S_noise sqrt(sigma_hat^2 - sigma^2).
     """
@@ -101,15 +129,25 @@ class HeunStep(Step):
 
     @property
     def calls(self) -> tuple[float, ...]:
-        """See `Step.calls`."""
         return (self.sigma_hat, self.sigma_prime) if self.sigma_prime else (self.sigma_hat,)
+
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        sigma_hat, sigma_next = self.sigma_hat, self.sigma_next
+        y_hat = y if z is None else y + self.std * z
+        x0 = denoise(y_hat, sigma_hat).x0
+        d = (y_hat - x0) / sigma_hat
+        y_next = y_hat + (sigma_next - sigma_hat) * d
+        if self.sigma_prime:
+            d_prime = (y_next - denoise(y_next, sigma_next).x0) / sigma_next
+            y_next = y_hat + (sigma_next - sigma_hat) * (0.5 * d + 0.5 * d_prime)
+        return x0, y_next
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowStep(HeunStep):
-    """Karras et al., Algorithm 1 with the alpha of Algorithm 3, for x = s y: any schedule sigma(t), any scaling s(t).
+    """Karras et al., Algorithm 1 (lines 4-8) with Algorithm 3's alpha and Algorithm 2's churn, for x = s y.
 
-    `FlowPoint` has the coefficients of line 4, dx/dt = a x - b D(x / s; sigma).
+    It takes any schedule sigma(t) and scaling s(t). `FlowPoint` has the coefficients of line 4.
     """
 
     h: float
@@ -123,49 +161,38 @@ class FlowStep(HeunStep):
     s_next: float
     """s at `sigma_next`."""
 
-
-@dataclass(frozen=True)
-class StepTable:
-    """All steps of a sampler."""
-
-    steps: Sequence[Step]
-    initial_std: float
-    """Standard deviation of the state before the first step."""
-
-    @property
-    def calls(self) -> list[float]:
-        """Returns the levels at which the denoiser is called, in order."""
-        return [level for step in self.steps for level in step.calls]
-
-    def __repr__(self) -> str:
-        """Returns the number of steps and the levels that they go through."""
-        first, last = self.steps[0], self.steps[-1]
-        return f"StepTable({len(self.steps)} x {type(first).__name__}, sigma {first.sigma:.4g} to {last.sigma:.4g})"
+    def advance(self, denoise: Denoise, y: Tensor, z: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, alpha, hat, prime = self.h, self.alpha, self.hat, self.prime
+        y_hat = y if z is None else y + self.std * z
+        x_hat = hat.s * y_hat
+        x0 = denoise(y_hat, self.sigma_hat).x0
+        d = hat.a * x_hat - hat.b * x0
+        x_next = x_hat + alpha * h * d
+        if prime is not None:
+            d_prime = prime.a * x_next - prime.b * denoise(x_next / prime.s, self.sigma_prime).x0
+            x_next = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
+        return x0, x_next / self.s_next
 
 
-def make_step_table(config: SamplerConfig, denoiser: Denoiser) -> StepTable:
-    """Returns the steps of a sampler on a denoiser's levels.
+def make_step_table(config: SamplerConfig, denoiser: Denoiser) -> tuple[Sequence[Step], float]:
+    """Returns the steps of a sampler on a denoiser's levels, and the standard deviation of the state before the first.
 
     Raises:
         DitlabError: steps or levels that the denoiser cannot take.
     """
     if isinstance(config, HeunConfig):
         steps = _heun_steps(denoiser, config)
-        return StepTable(steps, _initial_std(denoiser, steps, config.levels))
-    if isinstance(config, DPMSolverConfig):
+    elif isinstance(config, DPMSolverConfig):
         steps = _dpm_solver_steps(denoiser, config)
-        return StepTable(steps, _initial_std(denoiser, steps, config.levels))
-    if config.clip:
-        denoiser.require_pixel_space(f"sampler '{config.kind}' with clip")
-    steps = _ddpm_steps(denoiser, config) if isinstance(config, DDPMConfig) else _ddim_steps(denoiser, config)
-    # A VP process ends in unit variance, whatever its last level.
-    return StepTable(steps, math.sqrt(1 + steps[0].sigma ** 2))
-
-
-def _initial_std(denoiser: Denoiser, steps: Sequence[Step], levels: Spacing) -> float:
-    """Returns DDPM's and DDIM's start on a process's own steps, else the standard deviation of the noise alone."""
-    own_steps = levels == "grid" and isinstance(denoiser.levels, DiscreteLevels)
-    return math.sqrt(1 + steps[0].sigma ** 2) if own_steps else steps[0].sigma
+    else:
+        if config.clip:
+            denoiser.require_pixel_space(f"sampler '{config.kind}' with clip")
+        steps = _ddpm_steps(denoiser, config) if isinstance(config, DDPMConfig) else _ddim_steps(denoiser, config)
+    first = steps[0].sigma
+    spaced = isinstance(config, HeunConfig | DPMSolverConfig)
+    if spaced and not (config.levels == "grid" and isinstance(denoiser.levels, DiscreteLevels)):
+        return steps, first  # that of the noise alone
+    return steps, math.sqrt(1 + first**2)  # a VP process ends in unit variance, whatever its last level
 
 
 def _descending(sigmas: np.ndarray) -> list[tuple[float, float]]:
@@ -180,10 +207,9 @@ def _ddpm_steps(denoiser: Denoiser, config: DDPMConfig) -> list[DDPMStep]:
     # ln of Ho et al.'s beta~_t and beta_t, less ln abar_{t-1}: variances of y instead of x_{t-1}.
     log_small = process.posterior_log_variance_clipped - np.log(process.alphas_cumprod_prev)
     log_large = np.log(process.betas) - np.log(process.alphas_cumprod_prev)
+    pairs = _descending(process.sigmas)
     steps = []
-    for (sigma, sigma_next), small, large in zip(
-        _descending(process.sigmas), log_small[::-1], log_large[::-1], strict=True
-    ):
+    for (sigma, sigma_next), small, large in zip(pairs, log_small[::-1], log_large[::-1], strict=True):
         std, log_std = 0.0, None
         if sigma_next > 0 and variance == "learned-range":
             # Nichol and Dhariwal, Eq. 15, of v in [-1, 1]: ln std^2 = small + (large - small) (v + 1) / 2.
@@ -222,9 +248,8 @@ def _dpm_solver_steps(denoiser: Denoiser, config: DPMSolverConfig) -> list[DPMSo
             h_previous, h = math.log(steps[-1].sigma / sigma), math.log(sigma / sigma_next)
             half_inverse_r = h / h_previous / 2
         ratio = sigma_next / sigma
-        steps.append(
-            DPMSolverStep(sigma=sigma, sigma_next=sigma_next, exp_minus_h=ratio, half_inverse_r=half_inverse_r)
-        )
+        step = DPMSolverStep(sigma=sigma, sigma_next=sigma_next, exp_minus_h=ratio, half_inverse_r=half_inverse_r)
+        steps.append(step)
     return steps
 
 
@@ -234,15 +259,11 @@ def _heun_steps(denoiser: Denoiser, config: HeunConfig) -> list[HeunStep]:
         churned = config.churn_min <= sigma <= (math.inf if config.churn_max is None else config.churn_max)
         gamma = min(config.churn / int(config.steps), math.sqrt(2) - 1) if churned else 0.0
         sigma_hat = sigma * (1 + gamma)
-        if gamma and config.levels == "grid" and isinstance(denoiser.levels, DiscreteLevels):
+        if gamma and isinstance(denoiser.levels, DiscreteLevels) and config.levels == "grid":
             sigma_hat = max(sigma, denoiser.levels.nearest(sigma_hat))
-        step = HeunStep(
-            sigma=sigma,
-            sigma_next=sigma_next,
-            sigma_hat=sigma_hat,
-            std=config.churn_noise * math.sqrt(sigma_hat**2 - sigma**2),
-            sigma_prime=sigma_next if config.second_order else 0.0,
-        )
+        std = config.churn_noise * math.sqrt(sigma_hat**2 - sigma**2)
+        sigma_prime = sigma_next if config.second_order else 0.0
+        step = HeunStep(sigma=sigma, sigma_next=sigma_next, sigma_hat=sigma_hat, std=std, sigma_prime=sigma_prime)
         steps.append(step if config.flow == "linear" and config.alpha == 1 else _flow_step(step, config))
     return steps
 

@@ -28,14 +28,12 @@ UNIFORM = 0.001
 
 
 class LossSecondMoment:
-    """p(t) proportional to the root mean square of the last ten losses of t, mixed with a uniform share of 0.001.
+    """p(t) of each step from its last losses; uniform until every step has ten.
 
-    Draws are uniform until every step has ten losses. A draw of t has the weight 1 / (T p(t)), so the weighted mean
-    estimates the mean over all steps.
+    A draw of t has the weight 1 / (T p(t)), so the weighted mean estimates the mean over all steps.
     """
 
     def __init__(self, steps: int) -> None:
-        """Starts with an empty history of `steps` steps."""
         self.losses = np.zeros((steps, LAST), dtype=np.float32)  # oldest first
         self.counts = np.zeros(steps, dtype=np.uint8)
 
@@ -43,7 +41,6 @@ class LossSecondMoment:
         return len(self.counts)
 
     def __repr__(self) -> str:
-        """Returns the number of steps and of losses in the history."""
         return f"LossSecondMoment({len(self)} steps, {int(self.counts.sum())} losses)"
 
     def probabilities(self) -> np.ndarray:
@@ -67,12 +64,10 @@ class LossSecondMoment:
     def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
         """Adds unweighted losses, in the order of the global batch; the oldest losses of a step are dropped."""
         for step, loss in zip(t.tolist(), losses.float().cpu().numpy(), strict=True):
-            count = self.counts[step]
-            if count == LAST:
-                self.losses[step, :-1] = self.losses[step, 1:].copy()
-                self.losses[step, -1] = loss
+            if self.counts[step] == LAST:
+                self.losses[step] = np.append(self.losses[step, 1:], loss)
             else:
-                self.losses[step, count] = loss
+                self.losses[step, self.counts[step]] = loss
                 self.counts[step] += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,11 +79,7 @@ class LossSecondMoment:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the history that `state_dict` returned.
-
-        Raises:
-            DitlabError: the state of another sampling, or of another number of steps.
-        """
+        """Restores the history that `state_dict` returned; that of another sampling or number of steps is refused."""
         if set(state) != {"time_sampling", "losses", "counts"} or state["time_sampling"] != "loss-second-moment":
             raise DitlabError(
                 "objective: expected the remembered losses of time_sampling loss-second-moment, found "

@@ -1,10 +1,9 @@
 """What a network costs: parameters, operations, memory for a backward pass, training compute.
 
-Operations are multiply-accumulates (MACs) of a forward pass for one image, counted by torch's flop counter, two flops
-each, while the network runs on tensors without data. Peebles & Xie ("Scalable Diffusion Models with Transformers",
-2023) print the same number under the name "Gflops": theirs are GMACs, too. Element-wise work is not counted, as there.
-Attention matrices, the products of two activations (q k^T and weights v), are told apart, for papers differ in whether
-they count them. Where a pattern hides keys, only the pairs that it lets through are counted, whatever a kernel does.
+Operations are multiply-accumulates (MACs) of a forward pass for one image, half of what torch's flop counter counts.
+Peebles & Xie ("Scalable Diffusion Models with Transformers", 2023) print the same number under the name "Gflops"; like
+there, element-wise work is not counted. Papers differ in whether they count attention matrices, the products of two
+activations (q k^T and weights v). Of these only the pairs that a pattern lets through count, whatever a kernel does.
 
 Memory is what autograd keeps of one image for the backward pass, each storage once, attention computed by a fused
 kernel. It is no peak: gradients, optimizer, weights and work space come on top.
@@ -16,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 from ditlab.nn.attention import Global, SelfAttention, adapted_layers, attention_kernel
-
-BACKWARD = 3
-"""A training step costs three forward passes, as a backward pass costs two (Peebles & Xie, section 4)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class Complexity:
 
 
 def training_compute(gmacs: float, batch_size: int, steps: int) -> float:
-    """GMACs of training with batches of this size for so many steps (Peebles & Xie, section 4)."""
-    return gmacs * batch_size * steps * BACKWARD
+    """GMACs of training: a step costs three forward passes, as a backward pass costs two (Peebles & Xie, section 4)."""
+    return gmacs * batch_size * steps * 3
 
 
 def complexity(
@@ -89,20 +86,17 @@ def complexity(
         >>> complexity(network, (3, 8, 8)).macs
         672512
     """
+    run = partial(_run, network, shape, labelled)
     # Whatever device the caller has made the default: counting is done as if on the CPU.
     with torch.device("cpu"):
-        macs, attention = _count(network, shape, labelled)
-        activation_bytes = [
-            # The difference of two batches is what one image takes: masks, weights and their copies cancel out.
-            _saved_bytes(network, shape, labelled, 3, dtype) - _saved_bytes(network, shape, labelled, 2, dtype)
-            if memory
-            else None
-            for dtype in (None, torch.bfloat16)
-        ]
+        macs, attention = _count(network, run)
+        # The difference of two batches is what one image takes: masks, weights and their copies cancel out.
+        dtypes = (None, torch.bfloat16) if memory else ()
+        activation_bytes = [_saved_bytes(run, 3, dtype) - _saved_bytes(run, 2, dtype) for dtype in dtypes]
     return Complexity(sum(p.numel() for p in network.parameters()), macs, attention, *activation_bytes)
 
 
-def _count(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> tuple[int, int]:
+def _count(network: nn.Module, run: Callable[[int, Any], None]) -> tuple[int, int]:
     """MACs of one image, and of these the attention matrices'."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -113,28 +107,25 @@ def _count(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> t
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mode = FlopCounterMode(display=False, custom_mapping={on_cpu: flash_attention})
     with attention_kernel("math"), torch.no_grad():
-        _run(network, shape, labelled, 1, mode)
+        run(1, mode)
     counts = mode.get_flop_counts()
-    attention = _of_activations(counts["Global"])
     # Kernels that mask compute every pair; what the pattern hides is taken off, layer by layer.
     names = {module: name for name, module in network.named_modules()}
     hidden = 0
     for module, view in adapted_layers(network):
         tokens = view.grid[0] * view.grid[1]
-        pairs = (tokens + view.extra) ** 2
         unseen = tokens**2 - int(view.pattern.mask(view.grid).sum())
         name = ".".join(filter(None, (type(network).__name__, names[module])))
-        hidden += _of_activations(counts[name]) * unseen // pairs
-    return (mode.get_total_flops() - hidden) // 2, (attention - hidden) // 2
+        hidden += _of_activations(counts[name]) * unseen // (tokens + view.extra) ** 2
+    return (mode.get_total_flops() - hidden) // 2, (_of_activations(counts["Global"]) - hidden) // 2
 
 
 def _of_activations(counts: dict[Any, int]) -> int:
     """Flops of products of two activations: batched products and attention kernels. Linears are `mm` and `addmm`."""
-    words = ("bmm", "attention")
-    return sum(flops for op, flops in counts.items() if any(word in str(op) for word in words))
+    return sum(flops for op, flops in counts.items() if any(word in str(op) for word in ("bmm", "attention")))
 
 
-def _saved_bytes(network: nn.Module, shape: tuple[int, int, int], labelled: bool, batch: int, dtype: Any) -> int:
+def _saved_bytes(run: Callable[[int, Any], None], batch: int, dtype: torch.dtype | None) -> int:
     """Bytes that autograd keeps for the backward pass of a batch, weights included where it keeps them."""
     saved: list[Tensor] = []  # held, so that no storage is freed and its address given to another
 
@@ -142,12 +133,9 @@ def _saved_bytes(network: nn.Module, shape: tuple[int, int, int], labelled: bool
         saved.append(tensor)
         return tensor
 
-    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with attention_kernel("sdpa"), autocast, torch.enable_grad():
-        _run(network, shape, labelled, batch, hooks)
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
-    return sum(storages.values())
+    with attention_kernel("sdpa"), torch.autocast("cpu", dtype, enabled=dtype is not None), torch.enable_grad():
+        run(batch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}.values())
 
 
 def _run(network: nn.Module, shape: tuple[int, int, int], labelled: bool, batch: int, watching: Any) -> None:
@@ -179,12 +167,7 @@ def _all_seen(network: nn.Module) -> Iterator[None]:
 
 
 def match_width(
-    build: Callable[[int], nn.Module],
-    shape: tuple[int, int, int],
-    macs: int,
-    multiple: int,
-    *,
-    attention: bool = True,
+    build: Callable[[int], nn.Module], shape: tuple[int, int, int], macs: int, multiple: int, *, attention: bool = True
 ) -> int:
     """The width at which a network's MACs come nearest to a number ("same FLOPs", An et al. 2410.21273, Fig. 6).
 
@@ -192,11 +175,8 @@ def match_width(
         build: a network of this width, whose MACs grow with it.
         shape: (C, H, W) of an image.
         macs: what is wanted.
-        multiple: of which the width must be one.
+        multiple: of which the width must be one; of two that come equally near, the lower one is taken.
         attention: whether attention matrices count; An et al.'s own numbers leave them out.
-
-    Returns:
-        A multiple of `multiple`; the lower one of two that come equally near.
 
     Raises:
         DitlabError: where even the narrowest network costs more than twice what is wanted.

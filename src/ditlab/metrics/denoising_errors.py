@@ -1,13 +1,12 @@
 """What every analysis by noise level stands on: the grid, the noise, and a denoiser's errors on a set of images.
 
-Everything is done in variance-exploding coordinates, y = x0 + sigma n, where An et al.'s (2410.21273) Eq. 3 is exact
-for every kind of diffusion model, and every denoiser sees the same noise: it is a function of (seed, image, level,
-draw) alone.
+Everything is in variance-exploding coordinates, y = x0 + sigma n, where An et al.'s (2410.21273) Eq. 3 is exact for
+every kind of diffusion model. Every denoiser sees the same noise, a function of (seed, image, level, draw) alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.noise_levels import DiscreteLevels
-from ditlab.diffusion.schedules import make_schedule
+from ditlab.diffusion.schedules import make_schedule, respace
 from ditlab.errors import DitlabError
 from ditlab.rng import torch_generator
 
@@ -28,17 +27,13 @@ def chosen_levels(
     steps: Sequence[int] | None,
     default_steps: Sequence[int],
 ) -> tuple[float, ...]:
-    """The noise levels that settings stand for on a denoiser, ascending.
+    """The noise levels that settings of the analysis `what` stand for on a denoiser, ascending.
 
-    Args:
-        what: the analysis that asks, for errors.
-        denoiser: a denoiser with numbered steps is given its own levels nearest to the default ones.
-        levels: the levels, where the settings name them.
-        steps: the steps of the denoiser's own process, where they name those.
-        default_steps: steps of the DDPM process (T = 1000, linear) whose levels are taken where neither is given.
+    These are `levels`, or those of `steps` of the denoiser's own process, or else those of `default_steps` of the DDPM
+    process (T = 1000, linear): of numbered levels the nearest ones, of a range those inside.
 
     Raises:
-        DitlabError: steps that it does not have, or levels outside its range.
+        DitlabError: steps that the denoiser does not have, or levels outside its range.
     """
     known = denoiser.levels
     if steps is not None:
@@ -52,11 +47,10 @@ def chosen_levels(
     if levels is not None:
         denoiser.check_levels(np.asarray(levels))
         return tuple(levels)
-    wanted = make_schedule("linear", 1000).sigmas[list(default_steps)]
     if isinstance(known, DiscreteLevels):
-        nearest = {int(np.abs(np.log(known.sigmas / sigma)).argmin()) for sigma in wanted}
-        return tuple(float(known.sigmas[i]) for i in sorted(nearest))
-    inside = tuple(float(sigma) for sigma in wanted if known.min <= sigma <= known.max)
+        wanted = make_schedule("linear", 1000).sigmas[list(default_steps)]
+        return tuple(sorted({known.nearest(sigma) for sigma in wanted}))
+    inside = _levels_of_ddpm(denoiser, default_steps)
     if not inside:
         raise DitlabError(f"{what}: no default noise level is in the denoiser's range; give `sigmas`")
     return inside
@@ -71,8 +65,13 @@ def grid_levels(denoiser: Denoiser, points: int = 50) -> tuple[float, ...]:
     """
     if isinstance(denoiser.levels, DiscreteLevels):
         return tuple(denoiser.levels.grid(min(points, len(denoiser.levels))).tolist())
-    reference = DiscreteLevels(make_schedule("linear", 1000).sigmas).grid(min(points, 1000))
-    return tuple(s for s in reference.tolist() if denoiser.levels.min <= s <= denoiser.levels.max)
+    return _levels_of_ddpm(denoiser, respace(1000, min(points, 1000)))
+
+
+def _levels_of_ddpm(denoiser: Denoiser, steps: Iterable[int]) -> tuple[float, ...]:
+    """The levels of steps of the DDPM process (T = 1000, linear) that lie in a denoiser's range."""
+    sigmas = make_schedule("linear", 1000).sigmas[list(steps)].tolist()
+    return tuple(sigma for sigma in sigmas if denoiser.levels.min <= sigma <= denoiser.levels.max)
 
 
 def own_steps(denoiser: Denoiser, levels: Sequence[float]) -> tuple[int, ...] | None:
@@ -94,13 +93,11 @@ def level_noise(
     Each is a pure function of (noise_seed, sigma, image's place on its side, draw), whatever the grid, the batch and
     the denoiser. The k-th training and the k-th test image share theirs, which lowers the variance of the gap.
     """
-    level = f"{sigma:.6g}"
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch_generator(noise_seed, "psnr", level, image, draw))
-            for image, draw in zip(images, draws, strict=True)
-        ]
+    generators = (
+        torch_generator(noise_seed, "psnr", f"{sigma:.6g}", image, draw)
+        for image, draw in zip(images, draws, strict=True)
     )
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.inference_mode()
@@ -116,7 +113,7 @@ def denoising_errors(
     batch_size: int = 100,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Mean squared errors of the estimates at every level, for every image and noise draw.
+    """Mean squared errors of the estimates at every level, for every image and noise draw, float64 [L, N, draws].
 
     Args:
         denoiser: the contract; a network inside must be in evaluation mode.
@@ -128,9 +125,6 @@ def denoising_errors(
         clip: clip estimates to [-1, 1] first; not for latents.
         batch_size: images at once.
         progress: called with the number of images denoised so far.
-
-    Returns:
-        float64 [L, N, draws].
 
     Raises:
         DitlabError: an estimate has another shape than its image, or is not finite; latents are to be clipped.
@@ -157,9 +151,8 @@ def denoising_errors(
                 )
             if clip:
                 estimate = estimate.clamp(-denoiser.peak / 2, denoiser.peak / 2)
-            errors[row, start : start + len(which)] = (
-                (estimate.double() - x0.double()).square().flatten(1).mean(1).cpu().numpy()
-            )
+            squares = (estimate.double() - x0.double()).square().flatten(1)
+            errors[row, start : start + len(which)] = squares.mean(1).cpu().numpy()
             if progress is not None:
                 progress(row * count + start + len(which))
         if not np.isfinite(errors[row]).all():

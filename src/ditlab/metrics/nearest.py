@@ -1,10 +1,9 @@
 """Nearest training images: how far each image lies from the two training images that are nearest to it.
 
-The distance is the L2 distance of pixels over sqrt(C H W), in grey levels of [0, 255]: the root mean square difference
-of two images. An image is counted as a copy where its nearest training image is less than a third as far as the second
-nearest, d1 / d2 < 1/3 (Yoon et al., "Diffusion Probabilistic Models Generalize when They Fail to Memorize", 2023; Gu
-et al., "On Memorization in Diffusion Models", 2310.02664). The same distances of held-out images are the control: an
-image that nobody copied has a nearest training image too.
+The distance is the root mean square difference of two images' pixels, in grey levels of [0, 255]. An image is counted
+as a copy where its nearest training image is less than a third as far as the second nearest, d1 / d2 < 1/3 (Yoon et
+al., "Diffusion Probabilistic Models Generalize when They Fail to Memorize", 2023; Gu et al., "On Memorization in
+Diffusion Models", 2310.02664). The same distances of held-out images, which nobody copied, are the control.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ from jaxtyping import Float, Int64, UInt8
 
 from ditlab.errors import DitlabError
 from ditlab.provenance import Provenance
-
-COPY_RATIO = 1 / 3
-"""d1 / d2 below which an image counts as a copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +40,7 @@ class Nearest:
     @property
     def copied(self) -> np.ndarray:
         """Whether each image counts as a copy, d1 / d2 < 1/3, bool [n]; with a single reference image all do."""
-        return self.ratio < COPY_RATIO
+        return self.ratio < 1 / 3
 
     @property
     def copies(self) -> int | None:
@@ -107,7 +103,7 @@ def nearest(
     mirror: bool = False,
     chunk: int = 1024,
 ) -> Nearest:
-    """The nearest and second nearest reference image of each image, exact.
+    """The nearest and second nearest reference image of each image, exact; see `nearest_in`.
 
     Args:
         images: uint8 [n, C, H, W].
@@ -115,9 +111,6 @@ def nearest(
         mirror: a reference image also counts left to right reversed (where training flips images); the nearer of the
             two is its distance.
         chunk: reference images at once. Does not change the result.
-
-    Raises:
-        DitlabError: no image on a side, or images of different shapes.
     """
     starts = range(0, len(references), chunk)
     parts = (np.asarray(references[start : start + chunk]) for start in starts)
@@ -135,35 +128,26 @@ def nearest_in(images: UInt8[np.ndarray, "n c h w"], parts: Iterable[tuple[np.nd
     Raises:
         DitlabError: no image on a side, or images of different shapes.
     """
-    count = len(images)
+    count, start = len(images), 0
     if not count:
         raise DitlabError("nearest images: expected at least one image, found none")
-    index = np.full(count, -1)
-    mirrored = np.zeros(count, dtype=bool)
+    rows, index, mirrored = np.arange(count), np.full(count, -1), np.zeros(count, dtype=bool)
     # Squared distances of 8-bit pixels are integers below 2^53, so float64 arithmetic on them is exact.
     flat = images.reshape(count, -1).astype(np.float64)
-    best, second = np.full(count, np.inf), np.full(count, np.inf)
-    rows = np.arange(count)
-    start = 0
+    best, second = np.full((2, count), np.inf)
     for part, twins in parts:
         if images.shape[1:] != part.shape[1:]:
-            raise DitlabError(
-                f"nearest images: expected images of one shape, found {list(images.shape[1:])} and "
-                f"{list(part.shape[1:])}"
-            )
-        plain = _squares(flat, part)
-        reversed_ = None if twins is None else _squares(flat, twins)
-        squares = plain if reversed_ is None else np.minimum(plain, reversed_)
-        order = np.argpartition(squares, min(1, squares.shape[1] - 1), axis=1)[:, :2]
-        # argpartition may name any of several equally near ones; argmin names the first.
+            shapes = f"{list(images.shape[1:])} and {list(part.shape[1:])}"
+            raise DitlabError(f"nearest images: expected images of one shape, found {shapes}")
+        sides = [_squares(flat, side) for side in (part, twins) if side is not None]
+        squares = np.minimum(sides[0], sides[-1])
         here = squares.argmin(1)
         first = squares[rows, here]
-        others = squares[rows[:, None], order].max(1) if squares.shape[1] > 1 else np.full(count, np.inf)
+        others = np.partition(squares, 1, axis=1)[:, 1] if squares.shape[1] > 1 else np.full(count, np.inf)
         nearer = first < best
         second = np.where(nearer, np.minimum(best, others), np.minimum(second, first))
         index = np.where(nearer, start + here, index)
-        if reversed_ is not None:
-            mirrored = np.where(nearer, reversed_[rows, here] < plain[rows, here], mirrored)
+        mirrored = np.where(nearer, sides[-1][rows, here] < sides[0][rows, here], mirrored)
         best = np.where(nearer, first, best)
         start += len(part)
     if not start:

@@ -28,39 +28,18 @@ def mse_floor(peak: float) -> float:
 
 
 def psnr_of(mse: np.ndarray, peak: float, reduction: Reduction = "mse_mean") -> np.ndarray:
-    """PSNR in dB at each level from per-image errors.
+    """PSNR in dB at each level, float64 [L] up to `EXACT_DB`, from per-image errors.
 
     Args:
         mse: float64 [L, images, draws], mean squared errors.
         peak: the intensity range M.
         reduction: "mse_mean" takes the mean error inside the logarithm (An et al. Eq. 4), "psnr_mean" the mean of the
             logarithms (Kadkhodaie et al.); by Jensen's inequality the first is never above the second.
-
-    Returns:
-        float64 [L], not above `EXACT_DB`.
     """
     floor = mse_floor(peak)
     if reduction == "mse_mean":
         return 10 * np.log10(peak**2 / np.maximum(mse.mean(axis=(1, 2)), floor))
     return (10 * np.log10(peak**2 / np.maximum(mse, floor))).mean(axis=(1, 2))
-
-
-def average_psnr(
-    denoiser: Denoiser,
-    images: Float[Tensor, "n c h w"],
-    levels: Sequence[float],
-    noise_seed: int = 0,
-    *,
-    labels: Int64[Tensor, " n"] | None = None,
-    reduction: Reduction = "mse_mean",
-    batch_size: int = 100,
-) -> float:
-    """PSNR in dB of one set of images averaged over levels, one noise draw: the light form for use during training.
-
-    Arguments as `denoising_errors`. For the gap, call it on train and on test images: equal seeds share the noise.
-    """
-    errors = denoising_errors(denoiser, images, levels, noise_seed=noise_seed, labels=labels, batch_size=batch_size)
-    return float(psnr_of(errors, denoiser.peak, reduction).mean())
 
 
 @dataclass(frozen=True)
@@ -82,20 +61,13 @@ def psnr_point(
     *,
     train_labels: Int64[Tensor, " n"] | None = None,
     test_labels: Int64[Tensor, " m"] | None = None,
-    reduction: Reduction = "mse_mean",
-    batch_size: int = 100,
 ) -> PSNRPoint:
     """Train and test PSNR and their gap averaged over a few levels, one noise draw: what a training run logs.
 
-    Arguments as `average_psnr`. Cost: one forward pass per image and level.
+    Arguments as `denoising_errors`; both sides share the noise. Cost: one forward pass per image and level.
     """
-    curves = [
-        psnr_of(
-            denoising_errors(denoiser, images, levels, noise_seed=noise_seed, labels=labels, batch_size=batch_size),
-            denoiser.peak,
-            reduction,
-        )
+    train, test = (
+        psnr_of(denoising_errors(denoiser, images, levels, noise_seed=noise_seed, labels=labels), denoiser.peak)
         for images, labels in ((train_images, train_labels), (test_images, test_labels))
-    ]
-    train, test = curves
+    )
     return PSNRPoint(float(train.mean()), float(test.mean()), float(np.maximum(train - test, 0.0).mean()))

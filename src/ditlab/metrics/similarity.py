@@ -12,11 +12,9 @@ from jaxtyping import Float, Num
 
 
 def unit_vectors(images: Num[np.ndarray, "n c h w"], *, mean_removed: bool = True) -> Float[np.ndarray, "n d"]:
-    """Images as vectors of length 1, float64; one that has no length (a flat one, about its mean) stays zero.
+    """Images as vectors of length 1, float64, with each image's mean over all its values taken off first or not.
 
-    Args:
-        images: of any scale.
-        mean_removed: whether each image's mean over all its values is taken off first.
+    One that has no length (a flat one, about its mean) stays zero.
     """
     flat = images.reshape(len(images), -1).astype(np.float64)
     if mean_removed:

@@ -18,7 +18,7 @@ from ditlab.diffusion.noise_levels import DiscreteLevels, LevelRange
 from ditlab.diffusion.schedules import make_schedule
 from ditlab.errors import DitlabError
 from ditlab.metrics.denoising_errors import denoising_errors, grid_levels, level_noise
-from ditlab.metrics.psnr import average_psnr, psnr_of, psnr_point
+from ditlab.metrics.psnr import psnr_of, psnr_point
 from ditlab.progress import Bar
 from ditlab.provenance import Provenance
 
@@ -65,8 +65,8 @@ def test_a_list_of_levels_has_no_steps():
 
 def test_black_denoiser_has_the_psnr_of_the_images_power():
     x = images(0, 40)
-    psnr = average_psnr(wrap(lambda y, s, _: torch.zeros_like(y)), x, FEW)
-    assert psnr == pytest.approx(10 * np.log10(4 / x.double().square().mean().item()), abs=1e-9)
+    errors = denoising_errors(wrap(lambda y, s, _: torch.zeros_like(y)), x, FEW)
+    assert psnr_of(errors, 2.0).mean() == pytest.approx(10 * np.log10(4 / x.double().square().mean().item()), abs=1e-9)
 
 
 def test_identity_has_the_input_psnr():
