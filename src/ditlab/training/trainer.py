@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditlab.diffusion.objectives import Objective
 from ditlab.errors import Damaged, DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Interrupted, Reporter, StopFlag
 from ditlab.rng import key
-from ditlab.training.batches import Batch, Batches, Images, Objective
+from ditlab.training.batches import Batch, Batches, Images
 from ditlab.training.checkpoint import Checkpoint, CheckpointStore, load_network, load_optimizer, optimizer_state
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import DistributedContext, no_sync, replicate
@@ -32,12 +33,7 @@ class TrainingInterrupted(Interrupted):
     """Training ended before its last step; a checkpoint of `step` was saved."""
 
     def __init__(self, step: int, *, minutes: float | None = None) -> None:
-        """Keeps what was reached and why.
-
-        Args:
-            step: optimizer steps done.
-            minutes: the time limit that was reached; None where somebody asked to stop.
-        """
+        """Keeps the steps done and the time limit that was reached, None where somebody asked to stop."""
         limit = "" if minutes is None else f", for the {minutes:g} minutes are over"
         super().__init__(f"stopped and saved after step {step}{limit}")
         self.step, self.minutes = step, minutes
@@ -158,7 +154,9 @@ class Trainer:
                     self.log_step()
                     bar(self.step, config.steps, **self.shown)
                     time_is_up = self.minutes is not None and time.monotonic() - start >= 60 * self.minutes
-                    ends = self._any_rank(self.stop.set or time_is_up)
+                    # Agreed on by several processes at intervals, because each time costs a round of communication.
+                    asked = self.context.world == 1 or self.step % 10 == 0
+                    ends = asked and self.context.any(self.stop.set or time_is_up)
                     if self.step % config.save_every == 0 or self.step == config.steps or ends:
                         self.save()
                     if ends and self.step < config.steps:
@@ -169,16 +167,8 @@ class Trainer:
         self.network.load_state_dict(averaged)
         self.network.eval()
 
-    def _any_rank(self, ends: bool) -> bool:
-        # With several processes the flag is agreed on at intervals, because each time costs a round of communication.
-        return self.context.any(ends) if self.context.world == 1 or self.step % 10 == 0 else False
-
     def resume(self) -> None:
-        """Loads the newest whole checkpoint, if there is one, and cuts the log back to it.
-
-        Raises:
-            DitlabError: there are checkpoints and none is whole, or they are another network's.
-        """
+        """Loads the newest whole checkpoint, if there is one, and cuts the log back to it; as `fit` does first."""
         checkpoint = self.checkpoints.newest(self.reporter.note)
         if checkpoint is not None:
             load_network(self.network, checkpoint.model, checkpoint.path)
@@ -186,8 +176,8 @@ class Trainer:
             self._load_state(checkpoint)
         if self.context.is_main:
             length = self.log.cut(self.step)
-            if checkpoint is not None and checkpoint.manifest.log not in (None, length):
-                self._note_lost_lines(checkpoint.manifest.log, length)
+            if checkpoint is not None and checkpoint.log not in (None, length):
+                self._note_lost_lines(checkpoint.log, length)
         self.context.wait()  # no rank trains on while rank 0 still reads what a save may remove
         self.network.train()
 
@@ -217,11 +207,7 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch) -> None:
-        """Makes one optimizer step on this rank's part of a batch, and updates the average.
-
-        Args:
-            batch: the batch of the step after `self.step` steps (`Batches`).
-        """
+        """Makes one optimizer step on this rank's part of the batch of that step (`Batches`); updates the average."""
         config, objective = self.config, self.objective
         size = len(batch.images) // config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,11 +262,7 @@ class Trainer:
         return values
 
     def log_step(self) -> None:
-        """Writes the log line of the present step, where one is due: loss and rate, measurements, or both.
-
-        Raises:
-            DitlabError: the loss is no longer finite.
-        """
+        """Writes the log line of the present step, where one is due: loss and rate, measurements, or both."""
         step, config = self.step, self.config
         line: dict[str, float] = {}
         machine: dict[str, float] = {}
