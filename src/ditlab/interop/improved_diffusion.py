@@ -18,17 +18,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxtyping import Float
 from torch import Tensor
 
-from ditlab.data.manifest import hash_file
 from ditlab.diffusion.choices import ScheduleName
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, write_state
+from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, write_state
 from ditlab.networks.unet import CONDITION, UNet
 from ditlab.networks.unet_config import UNetConfig
 
@@ -41,23 +39,23 @@ _CLASSES = 1000
 _FIRST = "input_blocks.0.0.weight"
 """A parameter name that only this network has."""
 
-_STAGE = {
-    "in_layers.0": "norm",
-    "in_layers.2": "conv",
-    "emb_layers.1": "condition",
-    "out_layers.0": "out_norm",
-    "out_layers.3": "out_conv",
-    "skip_connection": "skip",
-}
-_ATTENTION = {"norm": "norm", "qkv": "attention.qkv", "proj_out": "attention.proj"}
 _ENDS = {
-    "time_embed.0": "time.hidden",
-    "time_embed.2": "time.out",
-    "label_emb": "label.table",
-    "input_blocks.0.0": "stem",
-    "out.0": "norm",
-    "out.2": "out",
+    "time.hidden": "time_embed.0",
+    "time.out": "time_embed.2",
+    "label.table": "label_emb",
+    "stem": "input_blocks.0.0",
+    "norm": "out.0",
+    "out": "out.2",
 }
+_RESIDUAL = {
+    "norm": "in_layers.0",
+    "conv": "in_layers.2",
+    "condition": "emb_layers.1",
+    "out_norm": "out_layers.0",
+    "out_conv": "out_layers.3",
+    "skip": "skip_connection",
+}
+_ATTENTION = {"norm": "norm", "attention.qkv": "qkv", "attention.proj": "proj_out"}
 
 
 @dataclass(frozen=True)
@@ -74,55 +72,42 @@ class UNetFacts:
     sigma_small: bool = False
 
 
-_OURS = {
-    "heads": "num_heads",
-    "heads_up": "num_heads_upsample",
-    "size": "image_size",
-    "schedule": "noise_schedule",
-    "steps": "diffusion_steps",
-    "rescale_time": "rescale_timesteps",
-    "prediction": "predict_xstart",
-}
-"""Our name of a setting -> the original's flag."""
-
-
 def is_unet(state: Mapping[str, Tensor]) -> bool:
     """Whether the parameter names are those of improved-diffusion's UNet."""
     return _FIRST in state
 
 
-def _names(config: UNetConfig) -> dict[str, str]:
-    """Returns the original's module names -> ours, without leaves such as ".weight"."""
-    names = dict(_ENDS)
+def _modules(config: UNetConfig) -> dict[str, str]:
+    """Returns our name -> the original's of every module with weights."""
+    modules = dict(_ENDS)
 
-    def stage(block: int, theirs: str, attention: str = "", up: str = "") -> None:
-        names.update({f"{theirs}.{name}": f"blocks.{block}.residual.{ours}" for name, ours in _STAGE.items()})
-        if attention:
-            names.update(
-                {f"{attention}.{name}": f"blocks.{block}.attention.{ours}" for name, ours in _ATTENTION.items()}
-            )
-        if up:
-            names[f"{up}.conv"] = f"blocks.{block}.up.conv"
+    def add(ours: str, theirs: str, names: Mapping[str, str]) -> None:
+        modules.update({f"blocks.{ours}.{name}": f"{theirs}.{original}" for name, original in names.items()})
 
     block, last = 0, len(config.widths) - 1
     for level in range(last + 1):
         for _ in range(config.res_blocks):
-            theirs = f"input_blocks.{block + 1}"
-            stage(block, f"{theirs}.0", f"{theirs}.1" if config.attends(level) else "")
+            add(f"{block}.residual", f"input_blocks.{block + 1}.0", _RESIDUAL)
+            if config.attends(level):
+                add(f"{block}.attention", f"input_blocks.{block + 1}.1", _ATTENTION)
             block += 1
         if level < last:
-            names[f"input_blocks.{block + 1}.0.op"] = f"blocks.{block}.conv"
+            add(str(block), f"input_blocks.{block + 1}.0", {"conv": "op"})
             block += 1
-    stage(block, "middle_block.0", "middle_block.1")
-    stage(block + 1, "middle_block.2")
+    add(f"{block}.residual", "middle_block.0", _RESIDUAL)
+    add(f"{block}.attention", "middle_block.1", _ATTENTION)
+    add(f"{block + 1}.residual", "middle_block.2", _RESIDUAL)
     first = block = block + 2
     for level in reversed(range(last + 1)):
         for number in range(config.res_blocks + 1):
             theirs, attends = f"output_blocks.{block - first}", config.attends(level)
-            up = f"{theirs}.{2 if attends else 1}" if number == config.res_blocks and level else ""
-            stage(block, f"{theirs}.0", f"{theirs}.1" if attends else "", up)
+            add(f"{block}.residual", f"{theirs}.0", _RESIDUAL)
+            if attends:
+                add(f"{block}.attention", f"{theirs}.1", _ATTENTION)
+            if number == config.res_blocks and level:
+                add(f"{block}.up", f"{theirs}.{2 if attends else 1}", {"conv": "conv"})
             block += 1
-    return names
+    return modules
 
 
 def _heads_of(key: str, config: UNetConfig) -> int:
@@ -130,38 +115,17 @@ def _heads_of(key: str, config: UNetConfig) -> int:
     return config.decoder_heads if key.startswith("output_blocks.") else config.heads
 
 
-def _heads_inside(value: Float[Tensor, "o ..."], heads: int) -> Float[Tensor, "o ..."]:
-    """Reorders the outputs of a projection from (heads, 3, d) to (3, heads, d)."""
-    return value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def _heads_outside(value: Float[Tensor, "o ..."], heads: int) -> Float[Tensor, "o ..."]:
-    """Reverses `_heads_inside`."""
-    return value.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-
-
 def from_original(state: Mapping[str, Tensor], config: UNetConfig) -> UNet:
-    """Returns a UNet with the original's weights.
-
-    Args:
-        state: the original's state dict.
-        config: config of the network.
-
-    Raises:
-        DitlabError: for an unknown or missing parameter, or another shape.
-    """
-    modules = _names(config)
-    named: dict[str, str | None] = {}
+    """Returns a UNet with the original's weights; DitlabError for an unknown or missing one, or another shape."""
     weights: dict[str, Tensor] = {}
     for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        named[key] = f"{modules[stem]}.{leaf}" if stem in modules else None
+        stem, heads = key.rpartition(".")[0], _heads_of(key, config)
         if stem.endswith((".qkv", ".proj_out")) and value.ndim == 3 and value.shape[2] == 1:
             value = value[:, :, 0]
-        if stem.endswith(".qkv") and value.shape[0] % (3 * _heads_of(key, config)) == 0:
-            value = _heads_inside(value, _heads_of(key, config))
+        if stem.endswith(".qkv") and value.shape[0] % (3 * heads) == 0:
+            value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         weights[key] = value
-    return load_weights(UNet(config), weights, named, "original UNet weights")
+    return load_weights(UNet(config), weights, "original UNet weights", _modules(config))
 
 
 def to_original(network: UNet) -> dict[str, Tensor]:
@@ -170,9 +134,6 @@ def to_original(network: UNet) -> dict[str, Tensor]:
     Args:
         network: a UNet that the original code can express: 32 groups, its time frequencies, no null class, square
             images.
-
-    Raises:
-        DitlabError: the original's format cannot express it.
     """
     config, to = network.config, "the format of improved-diffusion"
     if config.groups != 32 or config.time_frequencies != "original":
@@ -185,13 +146,13 @@ def to_original(network: UNet) -> dict[str, Tensor]:
     if config.image_size[0] != config.image_size[1]:
         rows, columns = config.image_size
         raise DitlabError(f"{to} knows square images only, this UNet is for {rows}x{columns} pixels")
-    theirs = {ours: theirs for theirs, ours in _names(config).items()}
+    modules = _modules(config)
     state: dict[str, Tensor] = {}
     for name, value in state_on_cpu(network).items():
         stem, _, leaf = name.rpartition(".")
-        key = f"{theirs[stem]}.{leaf}"
+        key = original_name(name, modules)
         if stem.endswith("attention.qkv"):
-            value = _heads_outside(value, _heads_of(key, config))
+            value = value.unflatten(0, (3, _heads_of(key, config), -1)).transpose(0, 1).flatten(0, 2)
         if stem.endswith(("attention.qkv", "attention.proj")) and leaf == "weight":
             value = value[:, :, None]
         state[key] = value.contiguous()
@@ -199,11 +160,7 @@ def to_original(network: UNet) -> dict[str, Tensor]:
 
 
 def _facts(config: UNetConfig, objective: object) -> UNetFacts:
-    """Returns the settings that the shapes of this network do not determine.
-
-    Raises:
-        DitlabError: the network was not trained on the steps of a VP process.
-    """
+    """Returns the settings that the shapes of this network do not determine."""
     if not isinstance(objective, VPObjectiveConfig):
         raise DitlabError("the format of improved-diffusion knows networks trained on a VP process only, found another")
     return UNetFacts(
@@ -221,18 +178,8 @@ def _facts(config: UNetConfig, objective: object) -> UNetFacts:
 def write_improved(network: UNet, objective: object, path: Path) -> str:
     """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
 
-    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only.
-
-    Args:
-        network: a UNet of ditlab.
-        objective: config of the objective that it was trained with.
-        path: a file that does not exist.
-
-    Returns:
-        A sentence that says how the original code builds the network and the process.
-
-    Raises:
-        DitlabError: the format cannot express the network, or the file exists or cannot be written.
+    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only. Returns a
+    sentence that says how the original code builds the network and the process.
     """
     state, config, facts = to_original(network), network.config, _facts(network.config, objective)
     write_state(path, state, asdict(facts), state)
@@ -273,16 +220,7 @@ def _built_by(config: UNetConfig, facts: UNetFacts) -> str:
 
 
 def infer_config(state: Mapping[str, Tensor], facts: UNetFacts, where: str) -> UNetConfig:
-    """Infers the config of a network from its weights.
-
-    Args:
-        state: the original's state dict.
-        facts: settings that the shapes do not determine; an image size of 0 means unknown.
-        where: named in errors.
-
-    Raises:
-        DitlabError: a tensor is missing or has an impossible shape, or the image size is unknown.
-    """
+    """Infers the config of a network from its weights and from what they do not say; an image size of 0 is unknown."""
     width, channels = _tensor(state, _FIRST, 4, where).shape[:2]
     outputs = len(_tensor(state, "out.2.weight", 4, where))
     if outputs not in (channels, 2 * channels) or (channels, outputs) == (6, 6):
@@ -370,10 +308,17 @@ def build_unet(
     """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_state`."""
     where = str(path)
     from_file = _file_args(args, where)
-    ours = {"heads": heads, **asdict(settings or UNetFile())}
-    from_user = {_OURS[name]: value for name, value in ours.items() if value is not None}
-    if "predict_xstart" in from_user:
-        from_user["predict_xstart"] = from_user["predict_xstart"] == "x0"
+    user = settings or UNetFile()
+    flags = {
+        "num_heads": heads,
+        "num_heads_upsample": user.heads_up,
+        "image_size": user.size,
+        "noise_schedule": user.schedule,
+        "diffusion_steps": user.steps,
+        "rescale_timesteps": user.rescale_time,
+        "predict_xstart": user.prediction and user.prediction == "x0",
+    }
+    from_user: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     for name in from_file.keys() & from_user.keys():
         if from_file[name] != from_user[name]:
             raise DitlabError(f"{where}: expected {name} {from_file[name]}, as the file says, found {from_user[name]}")
@@ -389,12 +334,8 @@ def build_unet(
         rescale_time=facts.rescale_timesteps,
         label_dropout=0.0,
     )
-    digest = hash_file(path).sha256
-    source: dict[str, Any] = {"format": "improved-diffusion", "file": path.name, "sha256": digest}
-    note = _note(path.name, config, facts, {*from_file, *from_user})
-    if note:
-        source["notes"] = [note]
-    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    notes = _notes(path.name, config, facts, {*from_file, *from_user})
+    return model_of_file(path, "improved-diffusion", objective.build().denoiser(network), DDPMConfig(), notes=notes)
 
 
 def _file_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -418,8 +359,8 @@ def _file_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     return settings
 
 
-def _note(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> str:
-    """Returns a sentence that lists the assumed settings; empty if there are none."""
+def _notes(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> list[str]:
+    """Returns a sentence that lists the assumed settings, if there are any."""
     assumed = {
         "num_heads": f"{config.heads} attention heads",
         "image_size": f"images of {config.image_size[0]} pixels",
@@ -429,12 +370,13 @@ def _note(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> s
     }
     texts = [text for name, text in assumed.items() if name not in known]
     if not texts:
-        return ""
-    return (
+        return []
+    note = (
         f"{file} does not say everything: {', '.join(texts)} were assumed, as in the published checkpoints of its "
         "shape. If this is wrong, its outputs are wrong; convert it with other `heads`, `unet.schedule`, `unet.steps`, "
         "`unet.rescale_time` or `unet.size`."
     )
+    return [note]
 
 
 __all__ = [

@@ -16,33 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, write_state
+from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, write_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
 
-_NAMES = {
-    "x_embedder.proj": "embed",
-    "t_embedder.mlp.0": "time.hidden",
-    "t_embedder.mlp.2": "time.out",
-    "y_embedder.embedding_table": "label.table",
-    "final_layer.linear": "final.out",
-    "final_layer.adaLN_modulation.1": "final.modulation",
+_MODULES = {
+    "embed": "x_embedder.proj",
+    "time.hidden": "t_embedder.mlp.0",
+    "time.out": "t_embedder.mlp.2",
+    "label.table": "y_embedder.embedding_table",
+    "final.out": "final_layer.linear",
+    "final.modulation": "final_layer.adaLN_modulation.1",
 }
-_BLOCK_NAMES = {
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.proj",
-    "mlp.fc1": "mlp.hidden",
-    "mlp.fc2": "mlp.out",
-    "adaLN_modulation.1": "modulation",
+_BLOCK_MODULES = {
+    "attention.qkv": "attn.qkv",
+    "attention.proj": "attn.proj",
+    "mlp.hidden": "mlp.fc1",
+    "mlp.out": "mlp.fc2",
+    "modulation": "adaLN_modulation.1",
 }
-_THEIRS = {ours: theirs for theirs, ours in _NAMES.items()}
-_BLOCK_THEIRS = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of the paper's four sizes (Peebles & Xie 2023, Table 1)."""
@@ -59,19 +56,10 @@ _TABLE_DRIFT = 1e-3
 which are in [-1, 1], to the file's dtype is added."""
 
 
-def renamed(key: str) -> str | None:
-    """Returns ditlab's name of a parameter of the original; None for one that ditlab recomputes or does not know."""
-    return _rename(key, _NAMES, _BLOCK_NAMES)
-
-
-def _rename(key: str, names: Mapping[str, str], block_names: Mapping[str, str]) -> str | None:
-    stem, _, leaf = key.rpartition(".")
-    if stem in names:
-        return f"{names[stem]}.{leaf}"
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block and block[2] in block_names:
-        return f"blocks.{block[1]}.{block_names[block[2]]}.{leaf}"
-    return None
+def modules_of(depth: int) -> dict[str, str]:
+    """Returns our name -> the original's of every module with weights of an adaln-zero DiT."""
+    blocks = {f"blocks.{n}.{ours}": f"blocks.{n}.{name}" for n in range(depth) for ours, name in _BLOCK_MODULES.items()}
+    return _MODULES | blocks
 
 
 def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
@@ -84,8 +72,8 @@ def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
     Raises:
         DitlabError: for an unknown or missing parameter, or another shape.
     """
-    named = {key: renamed(key) for key in state if key != "pos_embed"}
-    return load_weights(DiT(config), state, named, "original DiT weights")
+    weights = {key: value for key, value in state.items() if key != "pos_embed"}
+    return load_weights(DiT(config), weights, "original DiT weights", modules_of(config.depth))
 
 
 def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
@@ -96,9 +84,6 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
             square images.
         objective: config of the objective that it was trained with. The original samples with the linear schedule,
             1,000 steps and a predicted noise only.
-
-    Raises:
-        DitlabError: the original's format cannot express it.
     """
     config, to = network.config, "the original DiT format"
     check_portable(config, to)
@@ -109,19 +94,12 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
         )
     if not config.null_class:
         raise DitlabError(f"{to} needs a row for the null class in the label table for sampling, this DiT's has none")
-    plain = isinstance(objective, VPObjectiveConfig) and (
-        objective.schedule,
-        objective.steps,
-        objective.prediction,
-    ) == ("linear", 1000, "epsilon")
-    if not plain:
+    process = isinstance(objective, VPObjectiveConfig) and (objective.schedule, objective.steps, objective.prediction)
+    if process != ("linear", 1000, "epsilon"):
         raise DitlabError(f"{to} knows the linear schedule with 1000 steps and a predicted noise only, found another")
-    state: dict[str, Tensor] = {"pos_embed": position_table(config.grid, config.width)[None]}
-    for name, value in state_on_cpu(network).items():
-        key = _rename(name, _THEIRS, _BLOCK_THEIRS)
-        assert key is not None, name  # an adaln-zero DiT has no other parameters
-        state[key] = value
-    return state
+    modules = modules_of(config.depth)
+    weights = {original_name(name, modules): value for name, value in state_on_cpu(network).items()}
+    return {"pos_embed": position_table(config.grid, config.width)[None], **weights}
 
 
 def write_original(network: DiT, objective: object, path: Path) -> None:
@@ -129,14 +107,6 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
 
     A `.pt` file is {"ema": state dict, "args": {"num_classes", "num_heads"}}; the original's sampling reads "ema" if
     present. `args` is a plain dict, so torch's restricted unpickler reads the file without an allow-list.
-
-    Args:
-        network: a DiT of ditlab.
-        objective: config of the objective that it was trained with.
-        path: a file that does not exist.
-
-    Raises:
-        DitlabError: the format cannot express the network, or the file exists or cannot be written.
     """
     state = to_original(network, objective)
     args = {"num_classes": network.config.num_classes, "num_heads": network.config.heads}
@@ -159,10 +129,6 @@ def infer_config(
             as far as they are known.
         where: named in errors.
         heads: number of heads; by default that of `args`, or of the paper's size with this width.
-
-    Raises:
-        DitlabError: a tensor is missing or has an impossible shape, the number of heads is unknown, or the file's
-            position table is not the fixed sin-cos one.
     """
     embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
     width, channels, patch, columns = embed.shape
@@ -188,7 +154,12 @@ def infer_config(
     file_heads = heads_from_args(args, where)
     if heads is not None and "num_heads" in args and heads != file_heads:
         raise DitlabError(f"{where}: expected `heads` {file_heads}, as the file says, found {heads}")
-    heads = heads or file_heads or _usual_heads(width, where)
+    heads = heads or file_heads or _HEADS.get(width)
+    if heads is None:
+        raise DitlabError(
+            f"{where}: the weights (width {width}) do not determine the number of attention heads; convert it with "
+            "`heads`"
+        )
     try:
         config = DiTConfig(
             image_size=(side * patch, side * patch),
@@ -240,26 +211,12 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
 
 
 def heads_from_args(args: Mapping[str, Any], where: str) -> int | None:
-    """Returns the number of heads in a file's settings, given directly or by the name of a size; None without.
-
-    Raises:
-        DitlabError: it is no whole number.
-    """
+    """Returns the number of heads in a file's settings, given directly or by the name of a size; None without."""
     heads = int_arg(args, "num_heads", where)
     if heads is not None:
         return heads
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
     return _SIZES.get(named[1]) if named else None
-
-
-def _usual_heads(width: int, where: str) -> int:
-    heads = _HEADS.get(width)
-    if heads is None:
-        raise DitlabError(
-            f"{where}: the weights (width {width}) do not determine the number of attention heads; convert it with "
-            "`heads`"
-        )
-    return heads
 
 
 def build_dit(
@@ -270,17 +227,15 @@ def build_dit(
     network = freeze(from_original({key: value.float() for key, value in state.items()}, config))
     # Without a learned variance the original samples with beta_t.
     objective = VPObjectiveConfig(variance="learned-range" if config.learn_sigma else "fixed-large")
-    digest = hash_file(path).sha256
-    source: dict[str, Any] = {"format": "original DiT", "file": path.name, "sha256": digest, "ema": ema}
-    if "model" in args:
-        source["model"] = str(args["model"])
+    known = {"ema": ema} | ({"model": str(args["model"])} if "model" in args else {})
+    notes = []
     if heads is None and heads_from_args(args, str(path)) is None:
-        note = (
+        notes.append(
             f"{path.name} does not say how many attention heads it has: {config.heads} were assumed, as in the paper's "
             f"DiT of width {config.width}. If this is wrong, its outputs are wrong; convert it with other `heads`."
         )
-        source["notes"] = [note]
-    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    denoiser = objective.build().denoiser(network)
+    return model_of_file(path, "original DiT", denoiser, DDPMConfig(), notes=notes, known=known)
 
 
-__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "to_original", "write_original"]
+__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "modules_of", "to_original", "write_original"]
