@@ -46,7 +46,6 @@ _BLOCK_MODULES = {
     "mlp.out": ["ff.net.2"],
 }
 
-_VARIANCES = {"learned-range": "learned_range", "fixed-small": "fixed_small", "fixed-large": "fixed_large"}
 _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample"}
 
@@ -149,18 +148,10 @@ def to_diffusers(network: DiT) -> Any:
 def write_diffusers(
     network: DiT, objective: object, out: Path, sampler: SamplerConfig | None = None, autoencoder: Any = None
 ) -> float:
-    """Writes a DiT and its scheduler as the folders transformer/ and scheduler/ of a diffusers pipeline.
+    """Writes a DiT and its scheduler to a new folder, as transformer/ and scheduler/ of a diffusers pipeline.
 
-    Args:
-        network: a DiT of ditlab.
-        objective: config of the objective that it was trained with.
-        out: a folder that does not exist; it is complete or does not appear.
-        sampler: the default sampler; the scheduler records whether it clips its estimates.
-        autoencoder: the library's `AutoencoderKL` if the network models its latents. It is saved in vae/; the folder is
-            then a `DiTPipeline`.
-
-    Returns:
-        The largest difference between the outputs of both networks (`largest_difference`).
+    The scheduler records whether the sampler clips its estimates. With the library's `AutoencoderKL` of a network of
+    latents, saved in vae/, the folder is a `DiTPipeline`. Returns `largest_difference` of both networks.
     """
     clip = autoencoder is None and bool(getattr(sampler, "clip", False))
     scheduler = scheduler_config(objective, clip=clip, pipeline=autoencoder is not None)
@@ -203,11 +194,7 @@ def largest_difference(ours: DiT, theirs: Any) -> float:
 def scheduler_config(objective: object, *, clip: bool = False, pipeline: bool = False) -> dict[str, Any]:
     """Returns the config of diffusers' `DDPMScheduler` for the process that a DiT was trained on.
 
-    Args:
-        objective: config of the objective that it was trained with.
-        clip: whether samplers clip each estimate of the clean image to [-1, 1].
-        pipeline: whether it is for a `DiTPipeline`. That drops a learned variance, which a `DDPMScheduler` would need,
-            so a network that learns a variance gets a `DDIMScheduler`.
+    A `DiTPipeline` drops a learned variance, which that class would need: there it is a `DDIMScheduler`.
     """
     if not isinstance(objective, VPObjectiveConfig):
         raise DitlabError("diffusers' DiT knows discrete VP processes only, this DiT was trained in EDM's framework")
@@ -224,7 +211,7 @@ def scheduler_config(objective: object, *, clip: bool = False, pipeline: bool = 
         "beta_start": 1e-4 * 1000 / objective.steps,
         "beta_end": 0.02 * 1000 / objective.steps,
         "prediction_type": _PREDICTIONS[objective.prediction],
-        **({} if ddim else {"variance_type": _VARIANCES[objective.variance]}),
+        **({} if ddim else {"variance_type": objective.variance.replace("-", "_")}),
         "clip_sample": clip,
     }
 

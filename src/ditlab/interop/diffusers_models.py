@@ -97,15 +97,9 @@ def open_diffusers(source: str) -> ImportedModel:
 
 
 def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers") -> ImportedModel:
-    """Returns a model of diffusers that is in memory as a denoiser; the module is put in evaluation mode.
+    """Returns a model of diffusers in memory, and its scheduler of a discrete VP process, as a denoiser.
 
-    Args:
-        module: a `UNet2DModel` or a `DiTTransformer2DModel`.
-        scheduler: a scheduler of a discrete VP process.
-        name: what results call it.
-
-    Raises:
-        DitlabError: diffusers is not installed, or the module or the scheduler is of another kind.
+    The module, a `UNet2DModel` or a `DiTTransformer2DModel`, is put in evaluation mode; results call it `name`.
     """
     library()
     if type(module).__name__ not in _MODELS:
@@ -116,15 +110,10 @@ def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers")
 def describe(
     network: nn.Module, module: Any, scheduler: Any, source: str, name: str, folder: Path | None = None
 ) -> ImportedModel:
-    """Returns the record of a network, on the process of a scheduler of diffusers.
+    """Returns the record of a network on the process of a scheduler of diffusers.
 
-    Args:
-        network: with `in_shape`: the library's module, or the network that it was converted into.
-        module: the library's module.
-        scheduler: the library's scheduler.
-        source: the folder or hub id that the user named.
-        name: name of the model.
-        folder: where they are, perhaps with a vae/; None for a model in memory.
+    The network is the library's module as a `DiffusersNetwork`, or the one that it was converted into; `source` is what
+    the user named, `folder` where the files are, perhaps with a vae/; None for a model in memory.
     """
     vae = None if folder is None or not (folder / "vae").is_dir() else folder / "vae"
     denoiser = _denoiser(network, scheduler, module.config, name)
@@ -191,7 +180,12 @@ def find_folder(source: str) -> tuple[Path, str]:
 def load_module(folder: Path, name: str) -> nn.Module:
     """Loads the network in a folder, with all its weights."""
     diffusers, part = library(), _part(folder)
-    kind = _class_of(part, name)
+    config = _json(part / "config.json", name, "a model's config.json")
+    kind = str(config.get("_class_name"))
+    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        kind = "DiTTransformer2DModel"  # Transformer2DModel was its first name
+    if kind not in _MODELS:
+        raise DitlabError(f"diffusers:{name}: expected a {' or a '.join(_MODELS)}, found {kind}")
     with _quiet(diffusers, f"diffusers:{name}: its {kind} could not be read"):
         module, report = getattr(diffusers, kind).from_pretrained(
             part, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
@@ -266,16 +260,6 @@ def _denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], nam
 def _part(folder: Path) -> Path:
     """Returns the subfolder of the network."""
     return next((folder / name for name in _PARTS if (folder / name / "config.json").is_file()), folder)
-
-
-def _class_of(part: Path, name: str) -> str:
-    config = _json(part / "config.json", name, "a model's config.json")
-    kind = str(config.get("_class_name"))
-    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        return "DiTTransformer2DModel"  # its first name in diffusers
-    if kind not in _MODELS:
-        raise DitlabError(f"diffusers:{name}: expected a {' or a '.join(_MODELS)}, found {kind}")
-    return kind
 
 
 def _json(file: Path, name: str, what: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Reads and writes checkpoints of the original UNet implementation (openai/improved-diffusion).
+"""Reads and writes checkpoints of the original UNet implementation (openai/improved-diffusion), bare state dicts.
 
-Its files are bare state dicts, which `ditlab.interop.original_files` opens safely. The parameter names were read from
-such state dicts. Two layouts differ. The original's projection to queries, keys and values is a convolution over a row
-of pixels with outputs in the order (heads, 3, d); ours is a Linear with outputs in the order (3, heads, d). The
-projection back is such a convolution, too.
+The parameter names were read from such state dicts. Two layouts differ: the original's projection to queries, keys and
+values is a convolution over a row of pixels with outputs in the order (heads, 3, d), ours a Linear with outputs in the
+order (3, heads, d); the projection back is such a convolution, too.
 
-The shapes determine the network except its attention heads, and the image size if the levels are not the original's
-for a size. They say nothing about the process that it was trained on. What is missing is taken from the published
-recipes (the README of the original code), and a note says so. A `.safetensors` file written here contains all of it.
+The shapes say neither the attention heads, nor the image size if the levels are not the original's for a size, nor the
+process. What is missing is taken from the published recipes (the README of the original code), and a note says so. A
+`.safetensors` file written here contains all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, write_state
+from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, tensor_of, write_state
 from ditlab.networks.unet import CONDITION, UNet
 from ditlab.networks.unet_config import UNetConfig
 
@@ -47,15 +46,19 @@ _ENDS = {
     "norm": "out.0",
     "out": "out.2",
 }
-_RESIDUAL = {
-    "norm": "in_layers.0",
-    "conv": "in_layers.2",
-    "condition": "emb_layers.1",
-    "out_norm": "out_layers.0",
-    "out_conv": "out_layers.3",
-    "skip": "skip_connection",
+_BLOCK = {
+    "residual.norm": "0.in_layers.0",
+    "residual.conv": "0.in_layers.2",
+    "residual.condition": "0.emb_layers.1",
+    "residual.out_norm": "0.out_layers.0",
+    "residual.out_conv": "0.out_layers.3",
+    "residual.skip": "0.skip_connection",
+    "attention.norm": "1.norm",
+    "attention.attention.qkv": "1.qkv",
+    "attention.attention.proj": "1.proj_out",
+    "conv": "0.op",
 }
-_ATTENTION = {"norm": "norm", "attention.qkv": "qkv", "attention.proj": "proj_out"}
+"""Our name of a module in a block -> the original's, as far as a block has it."""
 
 
 @dataclass(frozen=True)
@@ -78,35 +81,18 @@ def is_unet(state: Mapping[str, Tensor]) -> bool:
 
 
 def _modules(config: UNetConfig) -> dict[str, str]:
-    """Returns our name -> the original's of every module with weights."""
+    """Returns our name -> the original's of every module with weights, and of some that this network lacks."""
+    last, decoder = len(config.widths) - 1, len(config.widths) * (config.res_blocks + 1)
+    encoder = [f"input_blocks.{number}" for number in range(1, decoder)]
+    places = [*encoder, "middle_block", "middle_block", *(f"output_blocks.{number}" for number in range(decoder))]
     modules = dict(_ENDS)
-
-    def add(ours: str, theirs: str, names: Mapping[str, str]) -> None:
-        modules.update({f"blocks.{ours}.{name}": f"{theirs}.{original}" for name, original in names.items()})
-
-    block, last = 0, len(config.widths) - 1
-    for level in range(last + 1):
-        for _ in range(config.res_blocks):
-            add(f"{block}.residual", f"input_blocks.{block + 1}.0", _RESIDUAL)
-            if config.attends(level):
-                add(f"{block}.attention", f"input_blocks.{block + 1}.1", _ATTENTION)
-            block += 1
-        if level < last:
-            add(str(block), f"input_blocks.{block + 1}.0", {"conv": "op"})
-            block += 1
-    add(f"{block}.residual", "middle_block.0", _RESIDUAL)
-    add(f"{block}.attention", "middle_block.1", _ATTENTION)
-    add(f"{block + 1}.residual", "middle_block.2", _RESIDUAL)
-    first = block = block + 2
-    for level in reversed(range(last + 1)):
-        for number in range(config.res_blocks + 1):
-            theirs, attends = f"output_blocks.{block - first}", config.attends(level)
-            add(f"{block}.residual", f"{theirs}.0", _RESIDUAL)
-            if attends:
-                add(f"{block}.attention", f"{theirs}.1", _ATTENTION)
-            if number == config.res_blocks and level:
-                add(f"{block}.up", f"{theirs}.{2 if attends else 1}", {"conv": "conv"})
-            block += 1
+    for block, place in enumerate(places):
+        modules |= {f"blocks.{block}.{ours}": f"{place}.{theirs}" for ours, theirs in _BLOCK.items()}
+        if block == decoder:  # the second residual block in the middle comes after the attention
+            modules |= {f"blocks.{block}.{ours}": f"{place}.2{theirs[1:]}" for ours, theirs in _BLOCK.items()}
+        if block > decoder:
+            level = last - (block - decoder - 1) // (config.res_blocks + 1)
+            modules[f"blocks.{block}.up.conv"] = f"{place}.{2 if config.attends(level) else 1}.conv"
     return modules
 
 
@@ -131,9 +117,7 @@ def from_original(state: Mapping[str, Tensor], config: UNetConfig) -> UNet:
 def to_original(network: UNet) -> dict[str, Tensor]:
     """Returns the state dict for the original code's `UNetModel.load_state_dict`.
 
-    Args:
-        network: a UNet that the original code can express: 32 groups, its time frequencies, no null class, square
-            images.
+    DitlabError for what it cannot express: not 32 groups, other time frequencies, a null class, images not square.
     """
     config, to = network.config, "the format of improved-diffusion"
     if config.groups != 32 or config.time_frequencies != "original":
@@ -159,11 +143,16 @@ def to_original(network: UNet) -> dict[str, Tensor]:
     return state
 
 
-def _facts(config: UNetConfig, objective: object) -> UNetFacts:
-    """Returns the settings that the shapes of this network do not determine."""
+def write_improved(network: UNet, objective: object, path: Path) -> str:
+    """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
+
+    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only. Returns a
+    sentence that says how the original code builds the network and the process.
+    """
+    config, state = network.config, to_original(network)
     if not isinstance(objective, VPObjectiveConfig):
         raise DitlabError("the format of improved-diffusion knows networks trained on a VP process only, found another")
-    return UNetFacts(
+    facts = UNetFacts(
         num_heads=config.heads,
         num_heads_upsample=-1 if config.heads_up is None else config.heads_up,
         image_size=config.image_size[0],
@@ -173,15 +162,6 @@ def _facts(config: UNetConfig, objective: object) -> UNetFacts:
         predict_xstart=objective.prediction == "x0",
         sigma_small=objective.variance == "fixed-small",
     )
-
-
-def write_improved(network: UNet, objective: object, path: Path) -> str:
-    """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
-
-    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only. Returns a
-    sentence that says how the original code builds the network and the process.
-    """
-    state, config, facts = to_original(network), network.config, _facts(network.config, objective)
     write_state(path, state, asdict(facts), state)
     return _built_by(config, facts)
 
@@ -221,8 +201,8 @@ def _built_by(config: UNetConfig, facts: UNetFacts) -> str:
 
 def infer_config(state: Mapping[str, Tensor], facts: UNetFacts, where: str) -> UNetConfig:
     """Infers the config of a network from its weights and from what they do not say; an image size of 0 is unknown."""
-    width, channels = _tensor(state, _FIRST, 4, where).shape[:2]
-    outputs = len(_tensor(state, "out.2.weight", 4, where))
+    width, channels = tensor_of(state, _FIRST, 4, where).shape[:2]
+    outputs = len(tensor_of(state, "out.2.weight", 4, where))
     if outputs not in (channels, 2 * channels) or (channels, outputs) == (6, 6):
         raise DitlabError(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
@@ -234,9 +214,9 @@ def infer_config(state: Mapping[str, Tensor], facts: UNetFacts, where: str) -> U
         raise DitlabError(
             f"{where}: its levels ({multipliers}) do not determine its image size; convert it with `unet.size`"
         )
-    first = _tensor(state, "input_blocks.1.0.out_layers.3.weight", 4, where)
-    emb = _tensor(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
-    classes = len(_tensor(state, "label_emb.weight", 2, where)) if "label_emb.weight" in state else 0
+    first = tensor_of(state, "input_blocks.1.0.out_layers.3.weight", 4, where)
+    emb = tensor_of(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
+    classes = len(tensor_of(state, "label_emb.weight", 2, where)) if "label_emb.weight" in state else 0
     try:
         config = UNetConfig(
             image_size=(size, size),
@@ -266,7 +246,7 @@ def _levels(state: Mapping[str, Tensor], width: int, where: str) -> tuple[tuple[
     for number in range(1, max(numbers) + 1):
         key = f"input_blocks.{number}.0.out_layers.3.weight"
         if key in state:
-            levels[-1].append(len(_tensor(state, key, 4, where)))
+            levels[-1].append(len(tensor_of(state, key, 4, where)))
         else:  # downsampling, which has no weights without convolutions
             levels.append([])
     counts = {len(level) for level in levels}
@@ -281,16 +261,10 @@ def _levels(state: Mapping[str, Tensor], width: int, where: str) -> tuple[tuple[
     return tuple(level[0] // width for level in levels), blocks, attends
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
-    if key not in state or state[key].ndim != dimensions or not state[key].numel():
-        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found none")
-    return state[key]
-
-
 def _published(state: Mapping[str, Tensor], where: str) -> UNetFacts:
     """Returns the settings of the published checkpoint of such a shape (README of the original code)."""
-    emb = _tensor(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
-    if len(emb) == len(_tensor(state, "input_blocks.1.0.out_layers.3.weight", 4, where)):
+    emb = tensor_of(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
+    if len(emb) == len(tensor_of(state, "input_blocks.1.0.out_layers.3.weight", 4, where)):
         # Without scale-shift norms: LSUN bedrooms.
         return UNetFacts(num_heads=1, noise_schedule="linear", diffusion_steps=1000, rescale_timesteps=False)
     # With classes: ImageNet 64x64, conditional. Without: ImageNet 64x64 and CIFAR-10.

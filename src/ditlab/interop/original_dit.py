@@ -20,7 +20,7 @@ from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, write_state
+from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, tensor_of, write_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
@@ -45,9 +45,6 @@ _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of the paper's four sizes (Peebles & Xie 2023, Table 1)."""
 _SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
 """Size in `args.model` ("DiT-XL/2") -> heads."""
-
-_FIRST = "x_embedder.proj.weight"
-"""A parameter name that only this network has."""
 
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DRIFT = 1e-3
@@ -115,32 +112,30 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
 
 def is_dit(state: Mapping[str, Tensor]) -> bool:
     """Whether the parameter names are those of the original DiT."""
-    return _FIRST in state
+    return "x_embedder.proj.weight" in state
 
 
 def infer_config(
     state: Mapping[str, Tensor], args: Mapping[str, Any], where: str, *, heads: int | None = None
 ) -> DiTConfig:
-    """Infers the config of a network from its weights.
+    """Infers the config of a network from its weights and a file's settings.
 
     Args:
         state: the original's state dict.
-        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` if ditlab wrote the file,
-            as far as they are known.
+        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` if ditlab wrote the file.
         where: named in errors.
         heads: number of heads; by default that of `args`, or of the paper's size with this width.
     """
-    embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
+    embed, table = tensor_of(state, "x_embedder.proj.weight", 4, where), tensor_of(state, "pos_embed", 3, where)
     width, channels, patch, columns = embed.shape
-    if patch != columns or not embed.numel():
+    if patch != columns:
         raise DitlabError(
-            f"{where}: expected square patches of at least one pixel in 'x_embedder.proj.weight', found the shape "
-            f"{tuple(embed.shape)}"
+            f"{where}: expected square patches in 'x_embedder.proj.weight', found the shape {tuple(embed.shape)}"
         )
     side = isqrt(table.shape[1])
-    if side * side != table.shape[1] or not side:
+    if side * side != table.shape[1]:
         raise DitlabError(f"{where}: expected a square grid of tokens in 'pos_embed', found {table.shape[1]} tokens")
-    outputs = len(_tensor(state, "final_layer.linear.weight", 2, where)) / patch**2
+    outputs = len(tensor_of(state, "final_layer.linear.weight", 2, where)) / patch**2
     if outputs not in (channels, 2 * channels):
         raise DitlabError(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
@@ -150,7 +145,7 @@ def infer_config(
     if blocks != {str(number) for number in range(len(blocks))}:
         raise DitlabError(f"{where}: expected blocks numbered from 0, found {len(blocks)} with gaps or duplicates")
     classes, null = _classes(state, args, where)
-    hidden = len(_tensor(state, "blocks.0.mlp.fc1.weight", 2, where))
+    hidden = len(tensor_of(state, "blocks.0.mlp.fc1.weight", 2, where))
     file_heads = heads_from_args(args, where)
     if heads is not None and "num_heads" in args and heads != file_heads:
         raise DitlabError(f"{where}: expected `heads` {file_heads}, as the file says, found {heads}")
@@ -189,17 +184,11 @@ def infer_config(
     return config
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
-    if key not in state or state[key].ndim != dimensions:
-        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found none")
-    return state[key]
-
-
 def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> tuple[int, bool]:
     """Returns the number of classes, and whether the label table has a row for "no class"."""
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
-    rows = len(_tensor(state, "y_embedder.embedding_table.weight", 2, where))
+    rows = len(tensor_of(state, "y_embedder.embedding_table.weight", 2, where))
     classes = int_arg(args, "num_classes", where)
     if classes is None:
         classes = rows - 1  # the original trains with label dropout, which needs a row for "no class"

@@ -135,6 +135,15 @@ def write_state(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]
         raise DitlabError(f"{path}: could not be written ({error}); nothing was kept") from None
 
 
+def tensor_of(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
+    """Returns a weight by its original name, with so many dimensions, none of them empty."""
+    value = state.get(key)
+    if value is None or value.ndim != dimensions or not value.numel():
+        found = "none" if value is None else f"the shape {tuple(value.shape)}"
+        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found {found}")
+    return value
+
+
 def original_name(name: str, modules: Mapping[str, str]) -> str:
     """Returns the original name of one of our weights, by that of its module."""
     stem, _, leaf = name.rpartition(".")
@@ -201,5 +210,6 @@ __all__ = [
     "model_of_file",
     "original_name",
     "read_state",
+    "tensor_of",
     "write_state",
 ]

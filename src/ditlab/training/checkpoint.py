@@ -2,13 +2,11 @@
 
     checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written into a hidden folder beside its final place, flushed to the disk and renamed
-(`ditlab.files`): a process that is killed at any moment leaves the older checkpoints as they were. `manifest.json`,
-written last, holds the step, the length of the training log, and size and SHA-256 of every other file; it ends with a
-SHA-256 of its own. Damage of any file is therefore noticed. Nothing is pickled.
-
-In format 1 there is no manifest: `state.json` lists the weights' files and nothing vouches for `state.json`. Such
-checkpoints are still read.
+A checkpoint is written into a hidden folder, flushed to the disk and renamed (`ditlab.files`): a process that is killed
+at any moment leaves the older ones as they were. `manifest.json`, written last, holds the step, the length of the
+training log, and size and SHA-256 of every other file; it ends with a SHA-256 of its own, so that damage of any file is
+noticed. Nothing is pickled. In format 1, which is still read, there is no manifest: `state.json` lists the files of
+weights, and nothing vouches for `state.json`.
 """
 
 from __future__ import annotations
@@ -172,18 +170,9 @@ class CheckpointStore:
         state: Mapping[str, Any],
         log: LogLength | None = None,
     ) -> Path:
-        """Writes one checkpoint and removes those that are no longer needed.
+        """Writes one checkpoint and removes those that are no longer needed; older ones survive a full disk.
 
-        Args:
-            step: optimizer steps done.
-            model: the network's state.
-            ema: the averaged state.
-            optimizer: flat optimizer state (`optimizer_state`), tensors and JSON values.
-            state: further JSON values, returned at loading.
-            log: the length of the training log.
-
-        Raises:
-            DitlabError: when the disk is full or the folder cannot be written; older checkpoints are untouched.
+        The optimizer's state is flat (`optimizer_state`); `state` has further JSON values, `log` the log's length.
         """
         final = self.path(step)
         if final.exists():
@@ -231,13 +220,9 @@ class CheckpointStore:
         return Checkpoint(**vars(manifest), model=model, ema=ema, optimizer=optimizer | state["optimizer"], state=state)
 
     def newest(self, note: Callable[[str], None] = SILENT.note) -> Checkpoint | None:
-        """Returns the newest whole checkpoint; None where there is none at all.
+        """Returns the newest whole checkpoint; None without any checkpoint, Damaged where none of them is whole.
 
-        Args:
-            note: called with one sentence for each damaged checkpoint that is passed over.
-
-        Raises:
-            Damaged: there are checkpoints and none can be used.
+        `note` gets one sentence for each damaged checkpoint that is passed over.
         """
         problems: list[str] = []
         for step in reversed(self.steps()):
@@ -271,11 +256,7 @@ def _sealed(record: Mapping[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Reads a checkpoint's `manifest.json` and checks it; of a checkpoint of format 1, what `state.json` has of it.
 
-    The other files are not read: `Manifest.verify` does that.
-
-    Raises:
-        Damaged: it is missing or damaged, or of another step than the folder's name says.
-        Incompatible: it is of a newer layout.
+    The other files are not read: `Manifest.verify` does that. Raises Damaged, Incompatible for a newer layout.
     """
     file = path / "manifest.json"
     if file.is_file():

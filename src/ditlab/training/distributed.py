@@ -53,11 +53,7 @@ class DistributedContext:
 
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is set on any rank."""
-        if self.world == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item() > 0)
+        return flag if self.world == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def raise_together(self, error: DitlabError | None) -> bool:
         """Returns whether no rank has an error; a rank that has one raises it.

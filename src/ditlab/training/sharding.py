@@ -1,12 +1,10 @@
 """Memory for large networks: sharding over the processes, and gradient checkpointing.
 
 `shard_network` is FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al., 2304.11277, for the method): each process
-keeps one part of every weight, and so of its gradient, its average and the optimizer's moments. A block's weights are
-whole only while the block computes. A sharded weight is a `DTensor`: its shape is the whole one's, its memory one part.
-Checkpoints hold whole tensors, so that a run can be resumed sharded or not, on any number of processes.
-
-`checkpoint_activations` is gradient checkpointing (Chen et al., 1604.06174): only the input of each block is kept for
-the backward pass, which runs the block again.
+keeps one part of every weight, a `DTensor`, and so of its gradient, its average and the optimizer's moments. A block's
+weights are whole only while the block computes. Checkpoints hold whole tensors, so that a run can be resumed sharded or
+not, on any number of processes. `checkpoint_activations` is gradient checkpointing (Chen et al., 1604.06174): only the
+input of each block is kept for the backward pass, which runs the block again.
 """
 
 from __future__ import annotations

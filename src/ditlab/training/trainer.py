@@ -279,7 +279,8 @@ class Trainer:
             self.shown |= {"loss": loss, "rate": f"{rate:,.0f} images/s"}
         measured = self.evaluate() if self._is_measured(step) else {}
         line |= measured
-        self.shown |= {name: measured[key] for name, key in _SHOWN.items() if key in measured}
+        in_bar = {"test_psnr": "test_psnr", "gap": "psnr_gap"}
+        self.shown |= {name: measured[key] for name, key in in_bar.items() if key in measured}
         if machine:
             machine["memory_bytes"] = peak_memory(self.context.device)
             self._loss_sum.zero_()
@@ -307,10 +308,6 @@ class Trainer:
         for part in parts.values():
             part.drain()
         self.context.wait()
-
-
-_SHOWN = {"test_psnr": "test_psnr", "gap": "psnr_gap"}
-"""Field of the bar -> measurement."""
 
 
 def peak_memory(device: torch.device) -> int:
