@@ -56,9 +56,10 @@ def convert_diffusers(source: str) -> tuple[ImportedModel, float]:
     Returns also the largest difference between the outputs of both networks (`largest_difference`).
     """
     folder, name = find_folder(source)
-    module = load_module(folder, name)
-    network = freeze(from_diffusers(module, f"diffusers:{name}"))
-    model = describe(network, module, load_scheduler(folder, name), source, name, folder)
+    where = f"diffusers:{name}"
+    module = load_module(folder, where)
+    network = freeze(from_diffusers(module, where))
+    model = describe(network, module, load_scheduler(folder, where), source, name, folder)
     return model, largest_difference(network, module.eval())
 
 

@@ -29,7 +29,6 @@ from ditlab.interop.hub import download
 from ditlab.interop.imported import ImportedModel, freeze, match_schedule
 from ditlab.nn.attention_adapters import QKBias, register_attention
 
-_MODELS = ("UNet2DModel", "DiTTransformer2DModel")
 _PARTS = ("transformer", "unet")
 _WEIGHTS = ("*.json", "*.safetensors")
 _VARIANCES: dict[str, Variance] = {
@@ -48,10 +47,10 @@ class DiffusersNetwork(nn.Module):
     `num_classes` for "no class", and `whole_steps` whether it has a table of the steps t, and so takes no others.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, where: str) -> None:
         super().__init__()
         self.model = model
-        self.in_shape, self.num_classes, self.null = _shape(model.config, name)
+        self.in_shape, self.num_classes, self.null = _shape(model.config, where)
         self.whole_steps = model.config.get("time_embedding_type") == "learned"
         _register_attention_layers(model, self.in_shape)
 
@@ -92,8 +91,10 @@ _PREDICTIONS: dict[str, tuple[type[VPDenoiser], PredictionTarget]] = {
 def open_diffusers(source: str) -> ImportedModel:
     """Opens a diffusers model as a denoiser: a folder, or a hub id ORGANIZATION/NAME, which is downloaded."""
     folder, name = find_folder(source)
-    module = load_module(folder, name)
-    return describe(freeze(DiffusersNetwork(module, name)), module, load_scheduler(folder, name), source, name, folder)
+    where = f"diffusers:{name}"
+    module = load_module(folder, where)
+    network = freeze(DiffusersNetwork(module, where))
+    return describe(network, module, load_scheduler(folder, where), source, name, folder)
 
 
 def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers") -> ImportedModel:
@@ -102,9 +103,9 @@ def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers")
     The module, a `UNet2DModel` or a `DiTTransformer2DModel`, is put in evaluation mode; results call it `name`.
     """
     library()
-    if type(module).__name__ not in _MODELS:
-        raise DitlabError(f"diffusers:{name}: expected a {' or a '.join(_MODELS)}, found {type(module).__name__}")
-    return describe(DiffusersNetwork(module, name).eval(), module, scheduler, "memory", name)
+    where = f"diffusers:{name}"
+    _check_kind(type(module).__name__, where)
+    return describe(DiffusersNetwork(module, where).eval(), module, scheduler, "memory", name)
 
 
 def describe(
@@ -116,7 +117,7 @@ def describe(
     the user named, `folder` where the files are, perhaps with a vae/; None for a model in memory.
     """
     vae = None if folder is None or not (folder / "vae").is_dir() else folder / "vae"
-    denoiser = _denoiser(network, scheduler, module.config, name)
+    denoiser = _denoiser(network, scheduler, module.config, f"diffusers:{name}")
     notes = _unsupported_clipping(scheduler, name)
     origin = {
         "format": f"diffusers {type(module).__name__}",
@@ -177,74 +178,76 @@ def find_folder(source: str) -> tuple[Path, str]:
     return folder, source
 
 
-def load_module(folder: Path, name: str) -> nn.Module:
+def load_module(folder: Path, where: str) -> nn.Module:
     """Loads the network in a folder, with all its weights."""
     diffusers, part = library(), _part(folder)
-    config = _json(part / "config.json", name, "a model's config.json")
+    config = _json(part / "config.json", where, "a model's config.json")
     kind = str(config.get("_class_name"))
     if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
         kind = "DiTTransformer2DModel"  # Transformer2DModel was its first name
-    if kind not in _MODELS:
-        raise DitlabError(f"diffusers:{name}: expected a {' or a '.join(_MODELS)}, found {kind}")
-    with _quiet(diffusers, f"diffusers:{name}: its {kind} could not be read"):
+    _check_kind(kind, where)
+    with _quiet(diffusers, f"{where}: its {kind} could not be read"):
         module, report = getattr(diffusers, kind).from_pretrained(
             part, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:  # diffusers itself would initialize missing weights randomly
         raise DitlabError(
-            f"diffusers:{name}: its weights and its config.json do not belong together ({len(wrong)} differ, the first "
+            f"{where}: its weights and its config.json do not belong together ({len(wrong)} differ, the first "
             f"'{wrong[0]}')"
         )
     return module
 
 
-def load_scheduler(folder: Path, name: str) -> Any:
+def _check_kind(kind: str, where: str) -> None:
+    if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
+        raise DitlabError(f"{where}: expected a UNet2DModel or a DiTTransformer2DModel, found {kind}")
+
+
+def load_scheduler(folder: Path, where: str) -> Any:
     """Loads the scheduler of a discrete VP process with finite levels, which the network gets as steps."""
     diffusers = library()
     inside = folder / "scheduler"
     file = (inside if inside.is_dir() else folder) / "scheduler_config.json"
-    config = _json(file, name, "the scheduler's config, without which its noise levels are not known")
+    config = _json(file, where, "the scheduler's config, without which its noise levels are not known")
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     parameters = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
     # snr_shift_scale shifts the levels that betas give.
     if "beta_schedule" not in parameters or "snr_shift_scale" in parameters:
         raise DitlabError(
-            f"diffusers:{name}: expected a scheduler of a discrete VP process such as DDPMScheduler, found "
+            f"{where}: expected a scheduler of a discrete VP process such as DDPMScheduler, found "
             f"{config.get('_class_name')}"
         )
     if config.get("rescale_betas_zero_snr"):
         raise DitlabError(
-            f"diffusers:{name}: its scheduler leaves no signal at the last step (rescale_betas_zero_snr), whose noise "
+            f"{where}: its scheduler leaves no signal at the last step (rescale_betas_zero_snr), whose noise "
             "level is infinite; such models are not supported"
         )
     if config.get("timestep_type", "discrete") != "discrete":
         raise DitlabError(
-            f"diffusers:{name}: expected a scheduler that gives the network the step, found timestep_type "
+            f"{where}: expected a scheduler that gives the network the step, found timestep_type "
             f"'{config['timestep_type']}', which gives it log(sigma) / 4"
         )
     if config.get("use_flow_sigmas"):
-        raise DitlabError(f"diffusers:{name}: expected the levels of a VP process, found use_flow_sigmas")
+        raise DitlabError(f"{where}: expected the levels of a VP process, found use_flow_sigmas")
     with _quiet(diffusers, f"{file}: could not be used"):
         return kind.from_config(config)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
-def _denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], name: str) -> VPDenoiser:
+def _denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], where: str) -> VPDenoiser:
     """Returns the denoiser of a network on the process of its scheduler; `config` is the library's module's."""
     settings = scheduler.config
     prediction_type = str(settings.get("prediction_type", "epsilon"))
     if prediction_type not in _PREDICTIONS:
-        raise DitlabError(
-            f"diffusers:{name}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found {prediction_type}"
-        )
+        raise DitlabError(f"{where}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found {prediction_type}")
     inputs, outputs = int(config["in_channels"]), int(config["out_channels"] or config["in_channels"])
     if outputs not in (inputs, 2 * inputs):
-        raise DitlabError(f"diffusers:{name}: expected {inputs} or {2 * inputs} output channels, found {outputs}")
+        raise DitlabError(f"{where}: expected {inputs} or {2 * inputs} output channels, found {outputs}")
     variance_type = str(settings.get("variance_type") or "fixed_small")
     variance = _VARIANCES.get(variance_type)
     if variance is None or (variance == "learned-range" and outputs == inputs):
         raise DitlabError(
-            f"diffusers:{name}: expected a variance_type of {', '.join(_VARIANCES)}, found {variance_type} with "
+            f"{where}: expected a variance_type of {', '.join(_VARIANCES)}, found {variance_type} with "
             f"{outputs} output channels for {inputs}"
         )
     if outputs == 2 * inputs:
@@ -262,43 +265,42 @@ def _part(folder: Path) -> Path:
     return next((folder / name for name in _PARTS if (folder / name / "config.json").is_file()), folder)
 
 
-def _json(file: Path, name: str, what: str) -> dict[str, Any]:
+def _json(file: Path, where: str, what: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
-        raise DitlabError(f"diffusers:{name}: expected {what}, found no {file}") from None
+        raise DitlabError(f"{where}: expected {what}, found no {file}") from None
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise DitlabError(f"diffusers:{name}: expected {what} as JSON in {file}, found something else")
+        raise DitlabError(f"{where}: expected {what} as JSON in {file}, found something else")
     return values
 
 
-def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], int, bool]:
+def _shape(config: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], int, bool]:
     """Returns (C, H, W) of the images, the number of classes, and whether there is a null class."""
     size = config["sample_size"]
     if size is None:
-        raise DitlabError(f"diffusers:{name}: expected a sample_size in its config.json, found none")
+        raise DitlabError(f"{where}: expected a sample_size in its config.json, found none")
     height, width = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
     shape = (int(config["in_channels"]), height, width)
     dit = "patch_size" in config
     step = int(config["patch_size"]) if dit else 2 ** (len(config["block_out_channels"]) - 1)
     if height % step or width % step:
         raise DitlabError(
-            f"diffusers:{name}: expected images whose sides are multiples of {step} (its "
+            f"{where}: expected images whose sides are multiples of {step} (its "
             f"{'patch' if dit else 'halvings'}), found {height}x{width} in its config.json"
         )
     if dit:
         return shape, int(config["num_embeds_ada_norm"]), True
     if config.get("time_embedding_type") not in ("positional", "learned"):
         raise DitlabError(
-            f"diffusers:{name}: expected a network that gets the step (time_embedding_type positional or learned), "
+            f"{where}: expected a network that gets the step (time_embedding_type positional or learned), "
             f"found '{config.get('time_embedding_type')}'"
         )
     if config.get("class_embed_type") is not None:
         raise DitlabError(
-            f"diffusers:{name}: expected classes by a table or none, found class_embed_type "
-            f"'{config['class_embed_type']}'"
+            f"{where}: expected classes by a table or none, found class_embed_type '{config['class_embed_type']}'"
         )
     return shape, int(config.get("num_class_embeds") or 0), False
 

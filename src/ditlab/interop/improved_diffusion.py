@@ -25,7 +25,7 @@ from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, tensor_of, write_state
+from ditlab.interop.original_files import load_weights, model_of_file, original_name, setting, tensor_of, write_state
 from ditlab.networks.unet import CONDITION, UNet
 from ditlab.networks.unet_config import UNetConfig
 
@@ -314,19 +314,8 @@ def build_unet(
 
 def _file_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the settings in a file, with their types checked."""
-    settings: dict[str, Any] = {}
-    for field in fields(UNetFacts):
-        if args.get(field.name) is None:
-            continue
-        if type(field.default) is int:
-            settings[field.name] = int_arg(args, field.name, where)
-        elif type(args[field.name]) is not type(field.default):
-            raise DitlabError(
-                f"{where}: expected {field.name} among its settings as {type(field.default).__name__}, found "
-                f"{args[field.name]!r:.50}"
-            )
-        else:
-            settings[field.name] = args[field.name]
+    values = {field.name: setting(args, field.name, type(field.default), where) for field in fields(UNetFacts)}
+    settings = {name: value for name, value in values.items() if value is not None}
     schedule = settings.get("noise_schedule")
     if schedule is not None and schedule not in get_args(ScheduleName):
         raise DitlabError(f"{where}: {unknown_name('noise schedule', schedule, get_args(ScheduleName))}")

@@ -20,7 +20,7 @@ from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, model_of_file, original_name, tensor_of, write_state
+from ditlab.interop.original_files import load_weights, model_of_file, original_name, setting, tensor_of, write_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
@@ -189,7 +189,7 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
     rows = len(tensor_of(state, "y_embedder.embedding_table.weight", 2, where))
-    classes = int_arg(args, "num_classes", where)
+    classes = setting(args, "num_classes", int, where)
     if classes is None:
         classes = rows - 1  # the original trains with label dropout, which needs a row for "no class"
     if classes not in (rows, rows - 1) or classes < 1:
@@ -201,7 +201,7 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
 
 def heads_from_args(args: Mapping[str, Any], where: str) -> int | None:
     """Returns the number of heads in a file's settings, given directly or by the name of a size; None without."""
-    heads = int_arg(args, "num_heads", where)
+    heads = setting(args, "num_heads", int, where)
     if heads is not None:
         return heads
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))

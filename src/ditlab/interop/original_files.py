@@ -195,21 +195,22 @@ def model_of_file(
     return ImportedModel(path.stem, denoiser, sampler, source, digest, any_size=any_size)
 
 
-def int_arg(args: Mapping[str, Any], name: str, where: str) -> int | None:
-    """Returns a whole number from the settings; None if it is missing."""
+def setting(args: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """Returns a setting of a file, of this type; None if it is missing."""
     value = args.get(name)
-    if value is not None and type(value) is not int:
-        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {value!r:.50}")
+    if value is not None and type(value) is not kind:
+        expected = "a whole number" if kind is int else kind.__name__
+        raise DitlabError(f"{where}: expected {name} among its settings as {expected}, found {value!r:.50}")
     return value
 
 
 __all__ = [
     "SUFFIXES",
-    "int_arg",
     "load_weights",
     "model_of_file",
     "original_name",
     "read_state",
+    "setting",
     "tensor_of",
     "write_state",
 ]

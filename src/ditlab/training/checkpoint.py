@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,20 +135,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Nothing is written until the first save."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0) -> None:
-        """Writes nothing until the first save.
-
-        Args:
-            folder: the run's `checkpoints` folder.
-            keep: how many of the newest checkpoints stay.
-            keep_every: checkpoints at multiples of this many steps stay for good; 0 for none.
-        """
-        self.folder = folder
-        self.keep = keep
-        self.keep_every = keep_every
+    folder: Path
+    """The run's `checkpoints` folder."""
+    _: KW_ONLY
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 for none."""
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, ascending. Unfinished checkpoints are not counted."""

@@ -50,11 +50,11 @@ class LogLength:
     bytes: int
 
 
+@dataclass(frozen=True)
 class TrainingLog:
     """Appends lines to a log, and cuts off those that a resumed run will write again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def flush(self) -> LogLength:
         """Forces the log to disk and returns its length."""

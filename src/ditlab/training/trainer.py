@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from ditlab.training.log import LogLength, TrainingLog, read_log
 from ditlab.training.sharding import Gathered, shard_network
 
 __all__ = ["Trainer", "TrainingInterrupted", "autocast", "check_batch", "make_optimizer", "peak_memory"]
+
+_ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class TrainingInterrupted(Interrupted):
@@ -61,61 +64,52 @@ def check_batch(config: TrainingConfig, context: DistributedContext) -> None:
         )
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Trains a network on images until the last step of its config.
 
     `fit` does all of it. The parts can be called on their own: `resume`, then `train_step` with the batch of a step,
-    `log_step`, `save`. With several processes every rank calls them together.
+    `log_step`, `save`. With several processes every rank calls them together. Making a trainer moves the network to its
+    device and shards it where the config says so; a batch that processes cannot share raises InvalidConfig.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        objective: Objective,
-        images: Images,
-        train_indices: np.ndarray,
-        config: TrainingConfig,
-        *,
-        checkpoints: CheckpointStore,
-        log: TrainingLog,
-        context: DistributedContext | None = None,
-        measure: Callable[[int], dict[str, float]] | None = None,
-        reporter: Reporter = SILENT,
-        title: str = "training",
-        stop: StopFlag | None = None,
-        minutes: float | None = None,
-    ) -> None:
-        """Moves the network to its device, shards it where the config says so, and makes optimizer and average.
+    network: nn.Module
+    """With its initial weights; trained in place."""
+    objective: Objective
+    """The loss to minimize."""
+    images: Images
+    """The image set."""
+    train_indices: np.ndarray
+    """The train images in it."""
+    config: TrainingConfig
+    """How long and how."""
+    _: KW_ONLY
+    checkpoints: CheckpointStore
+    """The run's checkpoints; rank 0 writes them."""
+    log: TrainingLog
+    """The run's log; rank 0 writes it."""
+    context: DistributedContext = _ALONE
+    """The processes of the job; one process on the CPU where not given."""
+    measure: Callable[[int], dict[str, float]] | None = None
+    """Measures the network after so many steps, while it holds the averaged weights. Called on rank 0; with sharding on
+    every rank, since the forward pass is collective."""
+    reporter: Reporter = SILENT
+    """Rank 0 notes to it, and shows a bar with loss, rate, test PSNR and gap."""
+    title: str = "training"
+    """Title of the bar."""
+    stop: StopFlag | None = None
+    """When set, the trainer saves after the current step and raises."""
+    minutes: float | None = None
+    """After this time `fit` saves after the current step and raises. It changes no weight, so the config lacks it."""
 
-        Args:
-            network: with its initial weights; trained in place.
-            objective: the loss to minimize.
-            images: the image set.
-            train_indices: the train images in it.
-            config: how long and how.
-            checkpoints: the run's checkpoints; rank 0 writes them.
-            log: the run's log; rank 0 writes it.
-            context: the processes of the job; one process on the CPU where not given.
-            measure: measures the network after so many steps, while it holds the averaged weights. Called on rank 0;
-                with sharding on every rank, since the forward pass is collective.
-            reporter: rank 0 notes to it, and shows a bar with loss, rate, test PSNR and gap.
-            title: title of the bar.
-            stop: when set, the trainer saves after the current step and raises.
-            minutes: after this time `fit` saves after the current step and raises. It changes no weight, so it is no
-                part of the config.
-
-        Raises:
-            InvalidConfig: the batch cannot be shared by all processes, or `minutes` is not positive.
-        """
-        self.context = context or DistributedContext(0, 1, torch.device("cpu"))
+    def __post_init__(self) -> None:
+        """Makes the optimizer and the average."""
+        network, config = self.network, self.config
         check_batch(config, self.context)
-        if minutes is not None and not minutes > 0:
-            raise InvalidConfig(f"`minutes`: expected a positive number, found {minutes}")
-        self.network, self.objective, self.images, self.train_indices = network, objective, images, train_indices
-        self.config, self.checkpoints, self.log = config, checkpoints, log
-        self.measure, self.title = measure, title
-        self.reporter = reporter if self.context.is_main else SILENT
-        self.stop, self.minutes = stop or StopFlag(), minutes
+        if self.minutes is not None and not self.minutes > 0:
+            raise InvalidConfig(f"`minutes`: expected a positive number, found {self.minutes}")
+        if not self.context.is_main:
+            self.reporter = SILENT
         self.step = 0
         self.shown: dict[str, float | str] = {}
         """What the bar shows beside the steps."""
@@ -156,7 +150,8 @@ class Trainer:
                     time_is_up = self.minutes is not None and time.monotonic() - start >= 60 * self.minutes
                     # Agreed on by several processes at intervals, because each time costs a round of communication.
                     asked = self.context.world == 1 or self.step % 10 == 0
-                    ends = asked and self.context.any(self.stop.set or time_is_up)
+                    stopped = self.stop is not None and self.stop.set
+                    ends = asked and self.context.any(stopped or time_is_up)
                     if self.step % config.save_every == 0 or self.step == config.steps or ends:
                         self.save()
                     if ends and self.step < config.steps:
