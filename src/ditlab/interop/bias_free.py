@@ -18,7 +18,7 @@ from ditlab.diffusion.objective_configs import BlindObjectiveConfig
 from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, freeze
-from ditlab.interop.original_files import load_weights, model_of_file
+from ditlab.interop.original_files import load_weights, model_of_file, tensor_of
 from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.networks.bf_unet_config import BFUNetConfig
 from ditlab.networks.registry import build_network
@@ -45,13 +45,10 @@ def is_bias_free(state: Mapping[str, Tensor]) -> bool:
 def infer_config(state: Mapping[str, Tensor], where: str) -> BFCNNConfig | BFUNetConfig:
     """Infers the config of a network from its weights; the image size is a default, because it runs at any size."""
     state = _plain(state)
-    first = state.get(_CNN, state.get(_UNET))
-    if first is None or first.ndim != 4 or not first.numel() or first.shape[2] != first.shape[3]:
-        raise DitlabError(
-            f"{where}: expected square kernels of a first convolution ('{_CNN}' or '{_UNET}'), found "
-            f"{'none' if first is None else f'the shape {tuple(first.shape)}'}"
-        )
-    width, channels, kernel, _ = first.shape
+    name = _CNN if _CNN in state else _UNET
+    width, channels, kernel, columns = shape = tuple(tensor_of(state, name, 4, where).shape)
+    if kernel != columns:
+        raise DitlabError(f"{where}: expected square kernels in '{name}', found the shape {shape}")
     if _CNN in state:
         if kernel != 3:
             raise DitlabError(f"{where}: expected kernels of side 3 in a BF-CNN, found {kernel}")

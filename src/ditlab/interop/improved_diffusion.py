@@ -290,7 +290,7 @@ def build_unet(
         "noise_schedule": user.schedule,
         "diffusion_steps": user.steps,
         "rescale_timesteps": user.rescale_time,
-        "predict_xstart": user.prediction and user.prediction == "x0",
+        "predict_xstart": None if user.prediction is None else user.prediction == "x0",
     }
     from_user: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     for name in from_file.keys() & from_user.keys():
