@@ -65,6 +65,18 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields what `atomic_folder` yields; DitlabError where something is at `target` or it cannot be written."""
+    try:
+        with atomic_folder(target) as folder:
+            yield folder
+    except FileExistsError:
+        raise DitlabError(f"{target}: expected a new folder, found something there") from None
+    except OSError as error:
+        raise DitlabError(f"{target}: could not be written ({error.strerror or error}); nothing was kept") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Makes a file that is there whole or not at all.
 

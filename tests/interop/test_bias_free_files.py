@@ -105,7 +105,8 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     refused(cnn | {"conv_layers.0.weight": torch.zeros(4)}, r"found the shape \(4,\)")
     refused(cnn | {"conv_layers.0.bias": torch.zeros(4)}, "'conv_layers.0.bias' has no counterpart")
     refused({"weight": torch.zeros(3)}, "a bias-free CNN or UNet, found another network's")
-    with pytest.raises(DitlabError, match="expected square kernels of a first convolution"):
+    refused(cnn | {"conv_layers.0.weight": torch.zeros(4, 3, 3, 2)}, r"square kernels in .* \(4, 3, 3, 2\)")
+    with pytest.raises(DitlabError, match=r"here: expected 'encoder.0.0.weight' with 4 dimensions .* found none"):
         infer_config({"x": torch.zeros(3)}, "here")
 
 

@@ -82,9 +82,9 @@ def test_a_converted_model_gives_the_librarys_outputs(theirs):
     depth = fixture.config["num_layers"]
     if depth > 1:
         with pytest.raises(DitlabError, match=f"expected one time and label embedder for all {depth} blocks, found an"):
-            from_diffusers(model, model.config, "golden")
+            from_diffusers(model, "golden")
     share_embedder(model)
-    ours = from_diffusers(model, model.config, "golden").eval()
+    ours = from_diffusers(model, "golden").eval()
     inputs = fixture["in.x"], fixture["in.t"], fixture["in.y"]
     with torch.no_grad():
         expected = model(*inputs).sample
@@ -97,7 +97,7 @@ def test_a_converted_model_has_the_originals_embeddings(theirs, use_frequencies)
     fixture, model = theirs
     use_frequencies(fixture, "out.time_proj", "diffusers")
     share_embedder(model)
-    ours = from_diffusers(model, model.config, "golden").eval()
+    ours = from_diffusers(model, "golden").eval()
     condition = ours.condition(fixture["in.t"], fixture["in.y"]).sum(1)
     torch.testing.assert_close(condition, fixture["out.emb_block0"], rtol=0, atol=fixture.tolerance("out"))
     torch.testing.assert_close(ours.positions, fixture["buffer.pos_embed.pos_embed"], rtol=0, atol=1e-6)
@@ -106,7 +106,7 @@ def test_a_converted_model_has_the_originals_embeddings(theirs, use_frequencies)
 def test_the_epsilon_before_the_mlp_is_carried(theirs):
     fixture, model = theirs
     share_embedder(model)
-    ours = from_diffusers(model, model.config, "golden").eval()
+    ours = from_diffusers(model, "golden").eval()
     assert {block.mlp_norm.eps for block in ours.blocks} == {fixture.config["norm_eps"]}
     assert {block.attention_norm.eps for block in ours.blocks} == {fixture.values["norm1.eps"]}
     for block in ours.blocks:

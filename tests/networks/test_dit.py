@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ditlab.errors import DitlabError
-from ditlab.interop.original_dit import renamed
+from ditlab.interop.original_dit import modules_of
+from ditlab.interop.original_files import original_name
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.attention import attention_kernel
@@ -97,8 +98,10 @@ def test_gradients(case):
     x = fixture["in.x"].double().requires_grad_()
     (fixture["in.r"].double() * network(x, fixture["in.t"], fixture["in.y"])).sum().backward()
     results = {"out.grad_x": x.grad}
+    modules = modules_of(network.config.depth)
+    parameters = {original_name(name, modules): value for name, value in network.named_parameters()}
     for match in fixture.matches(r"out\.grad\.(.+)"):
-        results[match[0]] = network.get_parameter(renamed(match[1])).grad
+        results[match[0]] = parameters[match[1]].grad
     for key, gradient in results.items():
         expected = fixture[key]
         close(gradient.float(), expected, fixture.tolerance("out.*", 1) * expected.abs().max().item())

@@ -71,6 +71,18 @@ def test_an_export_of_other_weights_has_no_numbers_of_these(place, plain, notes)
     assert not Path("export/analysis").exists()
 
 
+def test_a_damaged_result_is_named_and_stays_here(place, plain, notes):
+    run = place.copy(plain)
+    ditlab.psnr_gap(run, **MEASURED)
+    file = run / "analysis" / "psnr-gap.json"
+    file.write_text(file.read_text()[:50])
+    ditlab.convert(run, "hub:me/mine", dry_run="export", licence="cc-by-4.0", reporter=notes)
+    [note] = notes.sentences
+    assert note.startswith(f"not used: {file}: expected a JSON result, found something else")
+    assert "PSNR gap |" not in Path("export/README.md").read_text()
+    assert not Path("export/analysis").exists()
+
+
 @pytest.mark.parametrize("kind", ["raw", "split"])
 def test_numbers_of_raw_weights_and_of_other_splits_are_not_on_the_card(place, plain, kind):
     run = place.copy(plain)

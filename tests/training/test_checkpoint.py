@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path):
     loaded = store.newest(notes.append)
     assert loaded is not None
     assert loaded.step == 1
-    whole_ema = loaded.manifest.files["ema.safetensors"][0]
+    whole_ema = loaded.files["ema.safetensors"].bytes
     problems = (
         f"{file}: expected {len(whole)} bytes, found {len(whole) - 10} (truncated?)",
         f"{tmp_path}/000000002/ema.safetensors: expected {whole_ema} bytes, found nothing",
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_the_old_form_is_read(tmp_path):
     new = store.load(1)
     as_format_1(path)
     old = store.load(1)
-    assert (old.step, old.manifest.log, old.state["loss_sum"]) == (1, None, 0.5)
+    assert (old.step, old.log, old.state["loss_sum"]) == (1, None, 0.5)
     assert old.weights_hash() == new.weights_hash()
     assert all(torch.equal(value, old.model[name]) for name, value in new.model.items())
     assert old.optimizer.keys() == new.optimizer.keys()

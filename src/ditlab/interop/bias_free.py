@@ -11,27 +11,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objective_configs import BlindObjectiveConfig
 from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, freeze
-from ditlab.interop.original_files import load_weights
-from ditlab.networks.bf_cnn import BFCNN
+from ditlab.interop.original_files import load_weights, model_of_file, tensor_of
 from ditlab.networks.bf_cnn_config import BFCNNConfig
-from ditlab.networks.bf_unet import BFUNet
 from ditlab.networks.bf_unet_config import BFUNetConfig
+from ditlab.networks.registry import build_network
 
 _PARALLEL = "module."
 _CNN, _UNET = "conv_layers.0.weight", "encoder.0.0.weight"
 """Parameter names that only these networks have."""
 
-_LEVELS = {BFCNNConfig: ("100 / 255", 100 / 255), BFUNetConfig: ("1", 1.0)}
-"""The highest noise level of the published training, for images in [0, 1]."""
+_PUBLISHED = {BFCNNConfig: ("BF-CNN", "100 / 255", 100 / 255), BFUNetConfig: ("bias-free UNet", "1", 1.0)}
+"""Name, and highest noise level of the published training, for images in [0, 1]."""
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,23 +43,12 @@ def is_bias_free(state: Mapping[str, Tensor]) -> bool:
 
 
 def infer_config(state: Mapping[str, Tensor], where: str) -> BFCNNConfig | BFUNetConfig:
-    """Infers the config of a network from its weights; the image size is a default, because it runs at any size.
-
-    Args:
-        state: the published state dict.
-        where: named in errors.
-
-    Raises:
-        DitlabError: weights are missing, have gaps in their numbering, or impossible shapes.
-    """
+    """Infers the config of a network from its weights; the image size is a default, because it runs at any size."""
     state = _plain(state)
-    first = state.get(_CNN, state.get(_UNET))
-    if first is None or first.ndim != 4 or not first.numel() or first.shape[2] != first.shape[3]:
-        raise DitlabError(
-            f"{where}: expected square kernels of a first convolution ('{_CNN}' or '{_UNET}'), found "
-            f"{'none' if first is None else f'the shape {tuple(first.shape)}'}"
-        )
-    width, channels, kernel, _ = first.shape
+    name = _CNN if _CNN in state else _UNET
+    width, channels, kernel, columns = shape = tuple(tensor_of(state, name, 4, where).shape)
+    if kernel != columns:
+        raise DitlabError(f"{where}: expected square kernels in '{name}', found the shape {shape}")
     if _CNN in state:
         if kernel != 3:
             raise DitlabError(f"{where}: expected kernels of side 3 in a BF-CNN, found {kernel}")
@@ -95,24 +81,11 @@ def _convs(state: Mapping[str, Tensor], stage: str) -> int:
 
 
 def build_bias_free(path: Path, state: Mapping[str, Tensor]) -> ImportedModel:
-    """Builds the denoiser of a published bias-free network.
-
-    Args:
-        path: the file, for its name and hash.
-        state: its weights.
-
-    Raises:
-        DitlabError: weights are missing, or belong to another network.
-    """
+    """Builds the denoiser of a published bias-free network from the weights in a file."""
     where = str(path)
     state = {key: value.float() for key, value in _plain(state).items()}
     config = infer_config(state, where)
-    network: BFCNN | BFUNet
-    if isinstance(config, BFCNNConfig):
-        network, kind = load_weights(BFCNN(config), state, {key: key for key in state}, where), "BF-CNN"
-    else:
-        network, kind = load_weights(BFUNet(config), state, {key: key for key in state}, where), "bias-free UNet"
-    text, highest = _LEVELS[type(config)]
+    kind, text, highest = _PUBLISHED[type(config)]
     training = (
         f"{path.name} does not say how it was trained: images in [0, 1], the noise as output and noise levels up to "
         f"{text} of that range were assumed, as published for a {kind}."
@@ -120,10 +93,9 @@ def build_bias_free(path: Path, state: Mapping[str, Tensor]) -> ImportedModel:
     notes = [training]
     if isinstance(config, BFUNetConfig):
         notes.append(f"Average pooling over {config.pool_window} pixels was assumed, which the weights do not say.")
-    digest = hash_file(path).sha256
-    source: dict[str, Any] = {"format": f"published {kind}", "file": path.name, "sha256": digest, "notes": notes}
-    objective = BlindObjectiveConfig(max_level=highest).build()
-    return ImportedModel(path.stem, objective.denoiser(freeze(network)), HeunConfig(), source, digest, any_size=True)
+    network = freeze(load_weights(build_network(config), state, where))
+    denoiser = BlindObjectiveConfig(max_level=highest).build().denoiser(network)
+    return model_of_file(path, f"published {kind}", denoiser, HeunConfig(), notes=notes, any_size=True)
 
 
 __all__ = ["build_bias_free", "infer_config", "is_bias_free"]

@@ -23,9 +23,6 @@ def open_checkpoint(
         ema: whether to read the averaged weights if the file has both.
         heads: number of attention heads, if the file does not say.
         unet: what else a file of improved-diffusion does not say.
-
-    Raises:
-        DitlabError: the file is damaged or unsafe, is of none of these networks, or contradicts `heads` or `unet`.
     """
     state, args = read_state(path, ema=ema)
     if is_unet(state):

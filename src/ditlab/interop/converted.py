@@ -22,8 +22,8 @@ from ditlab.config import Network, Sampler, from_json
 from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import DitlabError
-from ditlab.files import atomic_folder
-from ditlab.interop.imported import ImportedModel, freeze, objective_of, state_on_cpu
+from ditlab.files import new_folder
+from ditlab.interop.imported import ImportedModel, freeze, objective_of
 from ditlab.networks.registry import NETWORKS, build_network
 from ditlab.training.checkpoint import load_network, read_tensors, write_tensors
 
@@ -59,39 +59,22 @@ def is_converted(folder: Path) -> bool:
 
 
 def write_converted(model: ImportedModel, out: Path) -> None:
-    """Writes a converted model; the folder is complete or does not appear.
-
-    Args:
-        model: a model with a network of ditlab, trained on a VP process.
-        out: a folder that does not exist yet.
-
-    Raises:
-        DitlabError: the folder exists or cannot be written, or the process has no name in ditlab.
-    """
+    """Writes a model with a network of ditlab, trained on a VP process that has a name, to a new folder."""
     network: Any = model.denoiser.network
     assert type(network.config) in NETWORKS
     objective = objective_of(model.denoiser, f"model {model.name}")
-    try:
-        with atomic_folder(out) as folder:
-            write_tensors(folder / WEIGHTS, state_on_cpu(network))
-            if model.decoder is not None:
-                shutil.copytree(model.decoder, folder / DECODER)
-            digest = hash_file(folder / WEIGHTS).sha256
-            record = ModelRecord(network.config, objective, model.sampler, dict(model.source), digest)
-            values = pydantic.TypeAdapter(ModelRecord).dump_python(record, mode="json")
-            (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n")
-    except FileExistsError:
-        raise DitlabError(f"{out}: expected a new folder, found something there") from None
-    except OSError as error:
-        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
+    with new_folder(out) as folder:
+        write_tensors(folder / WEIGHTS, network.state_dict())
+        if model.decoder is not None:
+            shutil.copytree(model.decoder, folder / DECODER)
+        digest = hash_file(folder / WEIGHTS).sha256
+        record = ModelRecord(network.config, objective, model.sampler, dict(model.source), digest)
+        values = pydantic.TypeAdapter(ModelRecord).dump_python(record, mode="json")
+        (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def open_converted(folder: Path) -> ImportedModel:
-    """Reads a converted model.
-
-    Raises:
-        DitlabError: model.json is invalid, or the weights are not those that it names.
-    """
+    """Reads a converted model; DitlabError where model.json is invalid, or the weights are not those it names."""
     file = folder / RECORD
     try:
         values = json.loads(file.read_text())
@@ -109,11 +92,10 @@ def open_converted(folder: Path) -> ImportedModel:
         raise DitlabError(f"{weights}: its SHA-256 is not the one in {RECORD}; the file was changed or damaged")
     network = build_network(record.network)
     load_network(network, tensors, weights)
-    denoiser = record.objective.build().denoiser(freeze(network))
     decoder = folder / DECODER
     return ImportedModel(
         name=folder.resolve().name,
-        denoiser=denoiser,
+        denoiser=record.objective.build().denoiser(freeze(network)),
         sampler=record.sampler,
         source=record.source,
         digest=hash_file(file).sha256,

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.errors import DitlabError
-from ditlab.files import atomic_folder
-from ditlab.interop.diffusers_models import describe, find_folder, library, load_module, load_scheduler, make_denoiser
+from ditlab.files import new_folder
+from ditlab.interop.diffusers_models import describe, find_folder, library, load_module, load_scheduler
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.rng import torch_generator
 
-_NAMES = {
+_MODULES = {
     "embed": "pos_embed.proj",
     "final.modulation": "proj_out_1",
     "final.out": "proj_out_2",
@@ -38,57 +38,43 @@ _EMBEDDERS = {
     "label.table": "class_embedder.embedding_table",
 }
 """In diffusers part of every block, as norm1.emb; once in ours."""
-_BLOCK_NAMES = {
-    "modulation": "norm1.linear",
-    "attention.proj": "attn1.to_out.0",
-    "mlp.hidden": "ff.net.0.proj",
-    "mlp.out": "ff.net.2",
+_BLOCK_MODULES = {
+    "modulation": ["norm1.linear"],
+    "attention.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    "attention.proj": ["attn1.to_out.0"],
+    "mlp.hidden": ["ff.net.0.proj"],
+    "mlp.out": ["ff.net.2"],
 }
-_QKV = tuple(f"attn1.to_{part}" for part in "qkv")
 
-_VARIANCES = {"learned-range": "learned_range", "fixed-small": "fixed_small", "fixed-large": "fixed_large"}
 _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample"}
 
 
 def convert_diffusers(source: str) -> tuple[ImportedModel, float]:
-    """Converts a DiT of diffusers into ditlab's network, with the process of its scheduler.
+    """Converts a DiT of diffusers (a folder, or a hub id) into ditlab's network, on the process of its scheduler.
 
-    Args:
-        source: a folder, or a hub id.
-
-    Returns:
-        The model, and the largest difference between the outputs of both networks (`largest_difference`).
-
-    Raises:
-        DitlabError: it cannot be read, or ditlab's DiT cannot express it.
+    Returns also the largest difference between the outputs of both networks (`largest_difference`).
     """
     folder, name = find_folder(source)
-    module, config, _ = load_module(folder, name)
-    network = freeze(from_diffusers(module, config, f"diffusers:{name}"))
-    scheduler = load_scheduler(folder, name)
-    denoiser = make_denoiser(network, scheduler, config, name)
-    model = describe(denoiser, module, scheduler, folder, source, name)
+    where = f"diffusers:{name}"
+    module = load_module(folder, where)
+    network = freeze(from_diffusers(module, where))
+    model = describe(network, module, load_scheduler(folder, where), source, name, folder)
     return model, largest_difference(network, module.eval())
 
 
-def from_diffusers(module: nn.Module, config: Mapping[str, Any], where: str) -> DiT:
-    """Returns ditlab's DiT with the weights of a DiT of diffusers.
+def from_diffusers(module: Any, where: str) -> DiT:
+    """Returns ditlab's DiT with the weights of a `DiTTransformer2DModel`.
 
-    Args:
-        module: a `DiTTransformer2DModel`.
-        config: its config.
-        where: named in errors.
-
-    Raises:
-        DitlabError: another kind of model, or one that ditlab's DiT cannot express: blocks with different embedders, no
-            biases in attention, another activation, norms with weights.
+    DitlabError for another kind of model, or what ditlab's DiT cannot express: blocks with different embedders, no
+    biases in attention, another activation, norms with weights.
     """
     if type(module).__name__ != "DiTTransformer2DModel":
         raise DitlabError(
             f"{where}: expected a DiTTransformer2DModel, found a {type(module).__name__}, for which ditlab has no "
             "network; open it unconverted, as diffusers:PATH"
         )
+    config = module.config
     for name, expected in (
         ("activation_fn", "gelu-approximate"),
         ("attention_bias", True),
@@ -116,16 +102,18 @@ def from_diffusers(module: nn.Module, config: Mapping[str, Any], where: str) -> 
             mlp_norm_eps=config["norm_eps"],
         )
     )
-    ours.load_state_dict({name: _read_weight(state, name) for name in ours.state_dict()})
+    weights: dict[str, Tensor] = {}
+    for name, keys in _names(ours).items():
+        weights[name] = torch.cat([state[key] for key in keys]) if ".qkv." in name else state[keys[0]]
+    ours.load_state_dict(weights)
     return ours
 
 
 def to_diffusers(network: DiT) -> Any:
     """Returns a `DiTTransformer2DModel` of diffusers with the same weights and outputs.
 
-    Raises:
-        DitlabError: diffusers' DiT cannot express it: other blocks, local windows, no classes, no null class, images
-            that are not square, the original's time frequencies, another width of the MLP.
+    DitlabError for what it cannot express: other blocks, local windows, no classes, no null class, images that are not
+    square, the original's time frequencies, another width of the MLP.
     """
     to, ours = "diffusers' DiT", network.config
     check_portable(ours, to)
@@ -150,10 +138,10 @@ def to_diffusers(network: DiT) -> Any:
         norm_eps=ours.mlp_norm_eps,
     )
     weights: dict[str, Tensor] = {}
+    names = _names(network)
     for name, value in state_on_cpu(network).items():
-        keys = _keys(name, ours.depth)
-        parts = value.chunk(3) if len(keys) == 3 and ".attention.qkv." in name else [value] * len(keys)
-        weights |= dict(zip(keys, parts, strict=True))
+        parts = value.chunk(3) if ".qkv." in name else [value] * len(names[name])
+        weights |= dict(zip(names[name], parts, strict=True))
     theirs.load_state_dict(weights)
     return freeze(theirs)
 
@@ -161,40 +149,29 @@ def to_diffusers(network: DiT) -> Any:
 def write_diffusers(
     network: DiT, objective: object, out: Path, sampler: SamplerConfig | None = None, autoencoder: Any = None
 ) -> float:
-    """Writes a DiT and its scheduler as the folders transformer/ and scheduler/ of a diffusers pipeline.
+    """Writes a DiT and its scheduler to a new folder, as transformer/ and scheduler/ of a diffusers pipeline.
 
-    Args:
-        network: a DiT of ditlab.
-        objective: config of the objective that it was trained with.
-        out: a folder that does not exist; it is complete or does not appear.
-        sampler: the default sampler; the scheduler records whether it clips its estimates.
-        autoencoder: the library's `AutoencoderKL` if the network models its latents. It is saved in vae/; the folder is
-            then a `DiTPipeline`.
-
-    Returns:
-        The largest difference between the outputs of both networks (`largest_difference`).
-
-    Raises:
-        DitlabError: diffusers cannot express the network or the objective, or the folder cannot be written.
+    The scheduler records whether the sampler clips its estimates. With the library's `AutoencoderKL` of a network of
+    latents, saved in vae/, the folder is a `DiTPipeline`. Returns `largest_difference` of both networks.
     """
     clip = autoencoder is None and bool(getattr(sampler, "clip", False))
     scheduler = scheduler_config(objective, clip=clip, pipeline=autoencoder is not None)
     theirs = to_diffusers(network)
     difference = largest_difference(network, theirs)
-    try:
-        with atomic_folder(out) as folder:
-            theirs.save_pretrained(folder / "transformer")
-            (folder / "scheduler").mkdir()
-            (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
-            if autoencoder is not None:
-                autoencoder.save_pretrained(folder / "vae")
-                (folder / "model_index.json").write_text(
-                    json.dumps(_pipeline(scheduler["_class_name"]), indent=1) + "\n"
-                )
-    except FileExistsError:
-        raise DitlabError(f"{out}: expected a new folder, found something there") from None
-    except OSError as error:
-        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was kept") from None
+    with new_folder(out) as folder:
+        theirs.save_pretrained(folder / "transformer")
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
+        if autoencoder is not None:
+            autoencoder.save_pretrained(folder / "vae")
+            pipeline = {
+                "_class_name": "DiTPipeline",
+                "_diffusers_version": library().__version__,
+                "scheduler": ["diffusers", scheduler["_class_name"]],
+                "transformer": ["diffusers", "DiTTransformer2DModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            }
+            (folder / "model_index.json").write_text(json.dumps(pipeline, indent=1) + "\n")
     return difference
 
 
@@ -202,10 +179,8 @@ def write_diffusers(
 def largest_difference(ours: DiT, theirs: Any) -> float:
     """Returns the largest difference between the outputs of two networks, divided by the outputs' standard deviation.
 
-    Measured on four random images at both ends and in the middle of the process. Rounding alone gives about 1e-5.
-
-    Raises:
-        DitlabError: the difference is 1e-3 or more: the conversion failed.
+    Measured on four random images at both ends and in the middle of the process. Rounding alone gives about 1e-5; from
+    1e-3 on the conversion failed, which raises DitlabError.
     """
     generator = torch_generator(0, "conversion")
     x = torch.randn(4, *ours.in_shape, generator=generator)
@@ -220,14 +195,7 @@ def largest_difference(ours: DiT, theirs: Any) -> float:
 def scheduler_config(objective: object, *, clip: bool = False, pipeline: bool = False) -> dict[str, Any]:
     """Returns the config of diffusers' `DDPMScheduler` for the process that a DiT was trained on.
 
-    Args:
-        objective: config of the objective that it was trained with.
-        clip: whether samplers clip each estimate of the clean image to [-1, 1].
-        pipeline: whether it is for a `DiTPipeline`. That drops a learned variance, which a `DDPMScheduler` would need,
-            so a network that learns a variance gets a `DDIMScheduler`.
-
-    Raises:
-        DitlabError: diffusers cannot express the process.
+    A `DiTPipeline` drops a learned variance, which that class would need: there it is a `DDIMScheduler`.
     """
     if not isinstance(objective, VPObjectiveConfig):
         raise DitlabError("diffusers' DiT knows discrete VP processes only, this DiT was trained in EDM's framework")
@@ -244,39 +212,23 @@ def scheduler_config(objective: object, *, clip: bool = False, pipeline: bool = 
         "beta_start": 1e-4 * 1000 / objective.steps,
         "beta_end": 0.02 * 1000 / objective.steps,
         "prediction_type": _PREDICTIONS[objective.prediction],
-        **({} if ddim else {"variance_type": _VARIANCES[objective.variance]}),
+        **({} if ddim else {"variance_type": objective.variance.replace("-", "_")}),
         "clip_sample": clip,
     }
 
 
-def _pipeline(scheduler: str) -> dict[str, Any]:
-    """Returns model_index.json of a pipeline of latents with a scheduler of this class."""
-    return {
-        "_class_name": "DiTPipeline",
-        "_diffusers_version": library().__version__,
-        "scheduler": ["diffusers", scheduler],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-
-
-def _keys(name: str, depth: int) -> list[str]:
-    """Returns diffusers' names of one of our weights: one, three (q, k and v), or one for each block."""
-    stem, _, leaf = name.rpartition(".")
-    if stem in _NAMES:
-        return [f"{_NAMES[stem]}.{leaf}"]
-    if stem in _EMBEDDERS:
-        return [f"transformer_blocks.{block}.norm1.emb.{_EMBEDDERS[stem]}.{leaf}" for block in range(depth)]
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    assert block is not None, name  # an adaln-zero DiT has no other parameters
-    parts = _QKV if block[2] == "attention.qkv" else (_BLOCK_NAMES[block[2]],)
-    return [f"transformer_blocks.{block[1]}.{part}.{leaf}" for part in parts]
-
-
-def _read_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """Returns one of our weights from diffusers' state; embedders are read from the first block."""
-    keys = _keys(name, 1)
-    return torch.cat([state[key] for key in keys])
+def _names(network: DiT) -> dict[str, list[str]]:
+    """Returns our names of weights -> diffusers': one; three for q, k and v; or one for each block, of an embedder."""
+    blocks = [f"transformer_blocks.{number}" for number in range(network.config.depth)]
+    modules = {ours: [theirs] for ours, theirs in _MODULES.items()}
+    for ours, theirs in _EMBEDDERS.items():
+        modules[ours] = [f"{block}.norm1.emb.{theirs}" for block in blocks]
+    for number, block in enumerate(blocks):
+        modules |= {
+            f"blocks.{number}.{ours}": [f"{block}.{p}" for p in parts] for ours, parts in _BLOCK_MODULES.items()
+        }
+    names = (name.rpartition(".") for name in network.state_dict())
+    return {f"{module}.{leaf}": [f"{key}.{leaf}" for key in modules[module]] for module, _, leaf in names}
 
 
 def _check_embedders(state: Mapping[str, Tensor], depth: int, where: str) -> None:

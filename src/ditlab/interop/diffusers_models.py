@@ -41,29 +41,21 @@ _VARIANCES: dict[str, Variance] = {
 
 
 class DiffusersNetwork(nn.Module):
-    """A model of diffusers with ditlab's signature, `(x, t, label=None) -> raw output`.
+    """A `UNet2DModel` or `DiTTransformer2DModel` with ditlab's signature, `(x, t, label=None) -> raw output`.
 
-    Args:
-        model: a `UNet2DModel` or `DiTTransformer2DModel`.
-        shape: (C, H, W) of the images.
-        num_classes: number of classes of its label table; 0 without one.
-        null: whether the table has a row `num_classes` for "no class".
-        whole_steps: whether it takes only whole steps t, because it has a table of them.
+    `in_shape` is (C, H, W) of its images, `num_classes` 0 without a label table, `null` whether the table has a row
+    `num_classes` for "no class", and `whole_steps` whether it has a table of the steps t, and so takes no others.
     """
 
-    def __init__(
-        self, model: Any, shape: tuple[int, int, int], num_classes: int = 0, *, null: bool, whole_steps: bool = False
-    ) -> None:
+    def __init__(self, model: Any, where: str) -> None:
         super().__init__()
         self.model = model
-        self.in_shape, self.num_classes, self.null, self.whole_steps = shape, num_classes, null, whole_steps
+        self.in_shape, self.num_classes, self.null = _shape(model.config, where)
+        self.whole_steps = model.config.get("time_embedding_type") == "learned"
+        _register_attention_layers(model, self.in_shape)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, *, augment: Tensor | None = None) -> Tensor:
-        """Runs the model; x is `[B, C, H, W]`, t and label are `[B]`.
-
-        Raises:
-            DitlabError: for augmentation labels, or a missing label without a null class.
-        """
+        """Runs the model; x is `[B, C, H, W]`, t and label are `[B]`."""
         if augment is not None:
             raise DitlabError("diffusers model: augmentation labels are not supported by this network")
         if self.num_classes and label is None:
@@ -97,63 +89,35 @@ _PREDICTIONS: dict[str, tuple[type[VPDenoiser], PredictionTarget]] = {
 
 
 def open_diffusers(source: str) -> ImportedModel:
-    """Opens a diffusers model as a denoiser.
-
-    Args:
-        source: a folder, or a hub id ORGANIZATION/NAME, which is downloaded to the hub's cache.
-
-    Raises:
-        DitlabError: diffusers is not installed, or the model is missing, damaged, or of another kind or process.
-    """
+    """Opens a diffusers model as a denoiser: a folder, or a hub id ORGANIZATION/NAME, which is downloaded."""
     folder, name = find_folder(source)
-    module, config, _ = load_module(folder, name)
-    shape, classes, null = _shape(config, name)
-    network = freeze(DiffusersNetwork(module, shape, classes, null=null, whole_steps=_needs_whole_steps(config)))
-    scheduler = load_scheduler(folder, name)
-    denoiser = make_denoiser(network, scheduler, config, name)
-    _register_attention_layers(module, config)
-    return describe(denoiser, module, scheduler, folder, source, name)
+    where = f"diffusers:{name}"
+    module = load_module(folder, where)
+    network = freeze(DiffusersNetwork(module, where))
+    return describe(network, module, load_scheduler(folder, where), source, name, folder)
 
 
 def import_diffusers(module: nn.Module, scheduler: Any, name: str = "diffusers") -> ImportedModel:
-    """Returns a model of diffusers that is in memory as a denoiser; the module is put in evaluation mode.
+    """Returns a model of diffusers in memory, and its scheduler of a discrete VP process, as a denoiser.
 
-    Args:
-        module: a `UNet2DModel` or a `DiTTransformer2DModel`.
-        scheduler: a scheduler of a discrete VP process.
-        name: what results call it.
-
-    Raises:
-        DitlabError: diffusers is not installed, or the module or the scheduler is of another kind.
+    The module, a `UNet2DModel` or a `DiTTransformer2DModel`, is put in evaluation mode; results call it `name`.
     """
     library()
-    config: Any = getattr(module, "config", None)
-    if type(module).__name__ not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise DitlabError(
-            f"diffusers:{name}: expected a UNet2DModel or a DiTTransformer2DModel, found {type(module).__name__}"
-        )
-    shape, classes, null = _shape(config, name)
-    network = DiffusersNetwork(module, shape, classes, null=null, whole_steps=_needs_whole_steps(config)).eval()
-    denoiser = make_denoiser(network, scheduler, config, name)
-    _register_attention_layers(module, config)
-    return describe(denoiser, module, scheduler, None, "memory", name)
+    where = f"diffusers:{name}"
+    _check_kind(type(module).__name__, where)
+    return describe(DiffusersNetwork(module, where).eval(), module, scheduler, "memory", name)
 
 
 def describe(
-    denoiser: VPDenoiser, module: nn.Module, scheduler: Any, folder: Path | None, source: str, name: str
+    network: nn.Module, module: Any, scheduler: Any, source: str, name: str, folder: Path | None = None
 ) -> ImportedModel:
-    """Returns the record of a denoiser that was made of a model of diffusers.
+    """Returns the record of a network on the process of a scheduler of diffusers.
 
-    Args:
-        denoiser: denoiser of the module, or of the network that it was converted into.
-        module: the library's module.
-        scheduler: the library's scheduler.
-        folder: their folder, perhaps with a vae/; None for a model in memory.
-        source: the folder or hub id that the user named.
-        name: name of the model.
+    The network is the library's module as a `DiffusersNetwork`, or the one that it was converted into; `source` is what
+    the user named, `folder` where the files are, perhaps with a vae/; None for a model in memory.
     """
-    vae = None if folder is None else folder / "vae"
-    vae = vae if vae is not None and vae.is_dir() else None
+    vae = None if folder is None or not (folder / "vae").is_dir() else folder / "vae"
+    denoiser = _denoiser(network, scheduler, module.config, f"diffusers:{name}")
     notes = _unsupported_clipping(scheduler, name)
     origin = {
         "format": f"diffusers {type(module).__name__}",
@@ -161,14 +125,8 @@ def describe(
         "scheduler": type(scheduler).__name__,
         **({"notes": notes} if notes else {}),
     }
-    return ImportedModel(
-        name=name.replace("/", "--"),
-        denoiser=denoiser,
-        sampler=_sampler(scheduler, latent=vae is not None),
-        source=origin,
-        digest=_digest(module, scheduler),
-        decoder=vae,
-    )
+    sampler = _sampler(scheduler, latent=vae is not None)
+    return ImportedModel(name.replace("/", "--"), denoiser, sampler, origin, _digest(module, scheduler), vae)
 
 
 def _digest(module: Any, scheduler: Any) -> str:
@@ -197,11 +155,7 @@ def _unsupported_clipping(scheduler: Any, name: str) -> list[str]:
 
 
 def library() -> Any:
-    """Imports and returns the diffusers package.
-
-    Raises:
-        DitlabError: it is not installed.
-    """
+    """Imports and returns the diffusers package."""
     try:
         import diffusers
     except ImportError:
@@ -210,11 +164,7 @@ def library() -> Any:
 
 
 def find_folder(source: str) -> tuple[Path, str]:
-    """Returns the folder of a model's files, downloaded if necessary, and the model's name.
-
-    Raises:
-        DitlabError: there is no such folder or repository.
-    """
+    """Returns the folder of a model's files, downloaded if necessary, and the model's name."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path, path.resolve().name
@@ -222,107 +172,82 @@ def find_folder(source: str) -> tuple[Path, str]:
         actual = "a file" if path.exists() else "nothing"
         raise DitlabError(f"diffusers:{source}: expected a model's folder or a hub id, found {actual}")
     folder = download(source, _WEIGHTS)
-    part = _part(folder)
-    if not any(part.glob("*.safetensors")):
+    if not any(_part(folder).glob("*.safetensors")):
         # Older repositories contain only pickles, which diffusers reads with weights_only.
         folder = download(source, (*_WEIGHTS, "*.bin"))
     return folder, source
 
 
-def load_module(folder: Path, name: str) -> tuple[nn.Module, Mapping[str, Any], Path]:
-    """Loads the network in a folder; returns it with its config and its subfolder.
-
-    Raises:
-        DitlabError: it is missing, damaged, or of an unsupported kind.
-    """
-    diffusers = library()
-    part = _part(folder)
-    kind = _class_of(part, name)
-    with _quiet(diffusers):
-        try:
-            module, report = getattr(diffusers, kind).from_pretrained(
-                part,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # Readers of weights and of configs raise types that share no base class.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DitlabError(f"diffusers:{name}: its {kind} could not be read: {reason:.200}") from None
+def load_module(folder: Path, where: str) -> nn.Module:
+    """Loads the network in a folder, with all its weights."""
+    diffusers, part = library(), _part(folder)
+    config = _json(part / "config.json", where, "a model's config.json")
+    kind = str(config.get("_class_name"))
+    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        kind = "DiTTransformer2DModel"  # Transformer2DModel was its first name
+    _check_kind(kind, where)
+    with _quiet(diffusers, f"{where}: its {kind} could not be read"):
+        module, report = getattr(diffusers, kind).from_pretrained(
+            part, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
+        )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:  # diffusers itself would initialize missing weights randomly
         raise DitlabError(
-            f"diffusers:{name}: its weights and its config.json do not belong together ({len(wrong)} differ, the first "
+            f"{where}: its weights and its config.json do not belong together ({len(wrong)} differ, the first "
             f"'{wrong[0]}')"
         )
-    return module, dict(module.config), part
+    return module
 
 
-def load_scheduler(folder: Path, name: str) -> Any:
-    """Loads the scheduler of a model.
+def _check_kind(kind: str, where: str) -> None:
+    if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
+        raise DitlabError(f"{where}: expected a UNet2DModel or a DiTTransformer2DModel, found {kind}")
 
-    Raises:
-        DitlabError: it is missing, or not of a discrete VP process with finite levels that the network gets as steps.
-    """
+
+def load_scheduler(folder: Path, where: str) -> Any:
+    """Loads the scheduler of a discrete VP process with finite levels, which the network gets as steps."""
     diffusers = library()
     inside = folder / "scheduler"
     file = (inside if inside.is_dir() else folder) / "scheduler_config.json"
-    config = _json(file, name, "the scheduler's config, without which its noise levels are not known")
+    config = _json(file, where, "the scheduler's config, without which its noise levels are not known")
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     parameters = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
     # snr_shift_scale shifts the levels that betas give.
     if "beta_schedule" not in parameters or "snr_shift_scale" in parameters:
         raise DitlabError(
-            f"diffusers:{name}: expected a scheduler of a discrete VP process such as DDPMScheduler, found "
+            f"{where}: expected a scheduler of a discrete VP process such as DDPMScheduler, found "
             f"{config.get('_class_name')}"
         )
     if config.get("rescale_betas_zero_snr"):
         raise DitlabError(
-            f"diffusers:{name}: its scheduler leaves no signal at the last step (rescale_betas_zero_snr), whose noise "
+            f"{where}: its scheduler leaves no signal at the last step (rescale_betas_zero_snr), whose noise "
             "level is infinite; such models are not supported"
         )
     if config.get("timestep_type", "discrete") != "discrete":
         raise DitlabError(
-            f"diffusers:{name}: expected a scheduler that gives the network the step, found timestep_type "
+            f"{where}: expected a scheduler that gives the network the step, found timestep_type "
             f"'{config['timestep_type']}', which gives it log(sigma) / 4"
         )
     if config.get("use_flow_sigmas"):
-        raise DitlabError(f"diffusers:{name}: expected the levels of a VP process, found use_flow_sigmas")
-    with _quiet(diffusers):
-        try:
-            return kind.from_config(config)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        except Exception as error:  # as above
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DitlabError(f"{file}: could not be used: {reason:.200}") from None
+        raise DitlabError(f"{where}: expected the levels of a VP process, found use_flow_sigmas")
+    with _quiet(diffusers, f"{file}: could not be used"):
+        return kind.from_config(config)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
-def make_denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], name: str) -> VPDenoiser:
-    """Returns the denoiser of a network on the process of its scheduler.
-
-    Args:
-        network: a network with `in_shape`.
-        scheduler: a scheduler of diffusers.
-        config: the model's own config, for its numbers of channels.
-        name: named in errors.
-
-    Raises:
-        DitlabError: for an unknown prediction, variance or number of channels.
-    """
+def _denoiser(network: nn.Module, scheduler: Any, config: Mapping[str, Any], where: str) -> VPDenoiser:
+    """Returns the denoiser of a network on the process of its scheduler; `config` is the library's module's."""
     settings = scheduler.config
     prediction_type = str(settings.get("prediction_type", "epsilon"))
     if prediction_type not in _PREDICTIONS:
-        raise DitlabError(
-            f"diffusers:{name}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found {prediction_type}"
-        )
+        raise DitlabError(f"{where}: expected a prediction_type of {', '.join(_PREDICTIONS)}, found {prediction_type}")
     inputs, outputs = int(config["in_channels"]), int(config["out_channels"] or config["in_channels"])
     if outputs not in (inputs, 2 * inputs):
-        raise DitlabError(f"diffusers:{name}: expected {inputs} or {2 * inputs} output channels, found {outputs}")
+        raise DitlabError(f"{where}: expected {inputs} or {2 * inputs} output channels, found {outputs}")
     variance_type = str(settings.get("variance_type") or "fixed_small")
     variance = _VARIANCES.get(variance_type)
     if variance is None or (variance == "learned-range" and outputs == inputs):
         raise DitlabError(
-            f"diffusers:{name}: expected a variance_type of {', '.join(_VARIANCES)}, found {variance_type} with "
+            f"{where}: expected a variance_type of {', '.join(_VARIANCES)}, found {variance_type} with "
             f"{outputs} output channels for {inputs}"
         )
     if outputs == 2 * inputs:
@@ -340,59 +265,44 @@ def _part(folder: Path) -> Path:
     return next((folder / name for name in _PARTS if (folder / name / "config.json").is_file()), folder)
 
 
-def _class_of(part: Path, name: str) -> str:
-    config = _json(part / "config.json", name, "a model's config.json")
-    kind = str(config.get("_class_name"))
-    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        return "DiTTransformer2DModel"  # its first name in diffusers
-    if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise DitlabError(f"diffusers:{name}: expected a UNet2DModel or a DiTTransformer2DModel, found {kind}")
-    return kind
-
-
-def _json(file: Path, name: str, what: str) -> dict[str, Any]:
+def _json(file: Path, where: str, what: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
-        raise DitlabError(f"diffusers:{name}: expected {what}, found no {file}") from None
+        raise DitlabError(f"{where}: expected {what}, found no {file}") from None
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise DitlabError(f"diffusers:{name}: expected {what} as JSON in {file}, found something else")
+        raise DitlabError(f"{where}: expected {what} as JSON in {file}, found something else")
     return values
 
 
-def _shape(config: Mapping[str, Any], name: str) -> tuple[tuple[int, int, int], int, bool]:
+def _shape(config: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], int, bool]:
     """Returns (C, H, W) of the images, the number of classes, and whether there is a null class."""
     size = config["sample_size"]
     if size is None:
-        raise DitlabError(f"diffusers:{name}: expected a sample_size in its config.json, found none")
+        raise DitlabError(f"{where}: expected a sample_size in its config.json, found none")
     height, width = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
     shape = (int(config["in_channels"]), height, width)
     dit = "patch_size" in config
     step = int(config["patch_size"]) if dit else 2 ** (len(config["block_out_channels"]) - 1)
     if height % step or width % step:
         raise DitlabError(
-            f"diffusers:{name}: expected images whose sides are multiples of {step} (its "
+            f"{where}: expected images whose sides are multiples of {step} (its "
             f"{'patch' if dit else 'halvings'}), found {height}x{width} in its config.json"
         )
     if dit:
         return shape, int(config["num_embeds_ada_norm"]), True
     if config.get("time_embedding_type") not in ("positional", "learned"):
         raise DitlabError(
-            f"diffusers:{name}: expected a network that gets the step (time_embedding_type positional or learned), "
+            f"{where}: expected a network that gets the step (time_embedding_type positional or learned), "
             f"found '{config.get('time_embedding_type')}'"
         )
     if config.get("class_embed_type") is not None:
         raise DitlabError(
-            f"diffusers:{name}: expected classes by a table or none, found class_embed_type "
-            f"'{config['class_embed_type']}'"
+            f"{where}: expected classes by a table or none, found class_embed_type '{config['class_embed_type']}'"
         )
     return shape, int(config.get("num_class_embeds") or 0), False
-
-
-def _needs_whole_steps(config: Mapping[str, Any]) -> bool:
-    return config.get("time_embedding_type") == "learned"
 
 
 def _sampler(scheduler: Any, *, latent: bool) -> SamplerConfig:
@@ -405,19 +315,17 @@ def _sampler(scheduler: Any, *, latent: bool) -> SamplerConfig:
     return DDIMConfig(steps=str(min(50, steps)), clip=clip)
 
 
-def _register_attention_layers(module: nn.Module, config: Mapping[str, Any]) -> None:
+def _register_attention_layers(module: nn.Module, shape: tuple[int, int, int]) -> None:
     """Registers the self-attention layers of a model for analyses; their places in it determine their grids."""
-    _, height, width = _shape(config, "")[0]
+    config: Any = module.config
     for name, layer in module.named_modules():
         if type(layer).__name__ != "Attention" or not _plain(layer):
             continue
-        if "patch_size" in config:
-            step = int(config["patch_size"])
-        else:
-            step = 2 ** _depth(name, len(config["block_out_channels"]))
+        dit = "patch_size" in config
+        step = int(config["patch_size"]) if dit else 2 ** _depth(name, len(config["block_out_channels"]))
         register_attention(
             layer,
-            (height // step, width // step),
+            (shape[1] // step, shape[2] // step),
             heads=layer.heads,  # pyright: ignore[reportArgumentType]
             read=partial(_queries_and_keys, layer),
         )
@@ -459,15 +367,18 @@ def _queries_and_keys(layer: Any, args: tuple[Any, ...], named: Mapping[str, Any
 
 
 @contextmanager
-def _quiet(diffusers: Any) -> Iterator[None]:
-    """Silences warnings of diffusers inside the context; what matters of them is checked here."""
+def _quiet(diffusers: Any, failure: str) -> Iterator[None]:
+    """Silences warnings of diffusers (what matters of them is checked here), and begins its errors with `failure`."""
     logging = diffusers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
+    except Exception as error:  # Readers of weights and of configs raise types that share no base class.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DitlabError(f"{failure}: {reason:.200}") from None
     finally:
         logging.set_verbosity(before)
 
 
-__all__ = ["DiffusersNetwork", "VelocityDenoiser", "make_denoiser", "open_diffusers"]
+__all__ = ["DiffusersNetwork", "VelocityDenoiser", "import_diffusers", "open_diffusers"]

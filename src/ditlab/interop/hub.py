@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ditlab.errors import DitlabError
 
 
 def download(repo: str, patterns: Sequence[str] | None = None) -> Path:
-    """Downloads files of a model repository into the hub's cache on this machine; returns their folder.
-
-    Args:
-        repo: ORGANIZATION/NAME.
-        patterns: names of the files, with * as wildcard; all files by default.
-
-    Raises:
-        DitlabError: the repository is missing or not readable, or the connection failed.
-    """
+    """Downloads a model repository, or its files of these patterns, into the hub's cache; returns their folder."""
     with _hub_errors(repo):
         from huggingface_hub import snapshot_download
 
@@ -26,11 +19,7 @@ def download(repo: str, patterns: Sequence[str] | None = None) -> Path:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads a folder as one commit, to a repository that is created if needed; returns the page's address.
-
-    Raises:
-        DitlabError: not logged in, no right to write, or no connection.
-    """
+    """Uploads a folder as one commit, to a repository that is created if needed; returns the page's address."""
     with _hub_errors(repo):
         from huggingface_hub import HfApi
 
@@ -49,36 +38,33 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise DitlabError('hub: needs the package huggingface_hub (pip install "ditlab[hub]")') from None
     try:
         yield
-    except errors.HFValidationError:
-        raise DitlabError(f"hub:{repo}: expected a repository as ORGANIZATION/NAME") from None
-    except errors.GatedRepoError:
-        raise DitlabError(
-            f"hub:{repo}: the repository is gated; accept its terms on https://huggingface.co/{repo} and log in with "
-            "`hf auth login`"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise DitlabError(
-            f"hub:{repo}: no such repository; check the name, or log in with `hf auth login` if it is private"
-        ) from None
-    except (errors.LocalTokenNotFoundError, PermissionError):
-        raise DitlabError(f"hub:{repo}: log in first, with `hf auth login` and a token that may write there") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise DitlabError(
-            f"hub:{repo}: the hub cannot be reached and this machine's cache does not hold the files; download them "
-            f"where there is a network (`hf download {repo}`) and pass the folder"
-        ) from None
-    except errors.HfHubHTTPError as error:
+    except Exception as error:  # Network libraries raise types of their own that share no base class.
+        raise DitlabError(f"hub:{repo}: {_sentence(error, repo, errors)}") from None
+
+
+def _sentence(error: Exception, repo: str, errors: Any) -> str:
+    """Returns what a user should know of an error; `errors` is the module of the library's own."""
+    if isinstance(error, errors.HFValidationError):
+        return "expected a repository as ORGANIZATION/NAME"
+    if isinstance(error, errors.GatedRepoError):
+        terms = f"accept its terms on https://huggingface.co/{repo}"
+        return f"the repository is gated; {terms} and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository; check the name, or log in with `hf auth login` if it is private"
+    if isinstance(error, (errors.LocalTokenNotFoundError, PermissionError)):
+        return "log in first, with `hf auth login` and a token that may write there"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return (
+            "the hub cannot be reached and this machine's cache does not hold the files; download them where there is "
+            f"a network (`hf download {repo}`) and pass the folder"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise DitlabError(
-                f"hub:{repo}: access refused (HTTP {status}); use `hf auth login` with a token that has this right"
-            ) from None
-        raise DitlabError(f"hub:{repo}: the hub answered with an error (HTTP {status}); try again later") from None
-    except Exception as error:  # Network libraries raise types of their own that share no base class.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DitlabError(
-            f"hub:{repo}: the transfer was interrupted ({first:.100}); run the same again to resume"
-        ) from None
+            return f"access refused (HTTP {status}); use `hf auth login` with a token that has this right"
+        return f"the hub answered with an error (HTTP {status}); try again later"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the transfer was interrupted ({first:.100}); run the same again to resume"
 
 
 __all__ = ["download", "upload"]

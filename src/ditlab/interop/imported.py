@@ -40,11 +40,7 @@ class ImportedModel:
     """Whether the network runs at any image size; the denoiser's shape is then a default."""
 
     def fit(self, shape: tuple[int, int, int]) -> None:
-        """Sets the shape (C, H, W) of a model of any size; does nothing for other models.
-
-        Raises:
-            DitlabError: the network cannot have this size.
-        """
+        """Sets the shape (C, H, W) of a model of any size, which its config may refuse; others stay as they are."""
         if self.any_size and shape[0] == self.denoiser.shape[0]:
             network: Any = self.denoiser.network
             network.config = replace(network.config, image_size=shape[1:])
@@ -62,13 +58,10 @@ def freeze(network: nn.Module) -> Any:
 
 
 def match_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
-    """Returns the process with these betas, and its name in ditlab if it has one.
+    """Returns the process with these betas `[T]`, and its name in ditlab if it has one.
 
     A named process is recomputed in float64, because others store it in float32: noise levels of all models trained on
     it are then equal to the last bit.
-
-    Args:
-        betas: variance added at each step, [T].
     """
     betas = np.asarray(betas, dtype=np.float64)
     for name in get_args(ScheduleName):
@@ -81,11 +74,7 @@ def match_schedule(betas: np.ndarray) -> tuple[ScheduleName | None, VPSchedule]:
 
 
 def objective_of(denoiser: NetworkDenoiser, where: str) -> VPObjectiveConfig:
-    """Returns the config of the objective that a denoiser was trained with.
-
-    Raises:
-        DitlabError: its process has no name in ditlab.
-    """
+    """Returns the config of the objective that a denoiser was trained with; DitlabError where no config says it."""
     if type(denoiser) is not VPDenoiser:  # subclasses predict something else
         raise DitlabError(f"{where}: expected a model that predicts the noise or the image of a VP process")
     name, schedule = match_schedule(denoiser.schedule.betas)

@@ -1,13 +1,12 @@
-"""Reads and writes checkpoints of the original UNet implementation (openai/improved-diffusion).
+"""Reads and writes checkpoints of the original UNet implementation (openai/improved-diffusion), bare state dicts.
 
-Its files are bare state dicts, which `ditlab.interop.original_files` opens safely. The parameter names were read from
-such state dicts. Two layouts differ. The original's projection to queries, keys and values is a convolution over a row
-of pixels with outputs in the order (heads, 3, d); ours is a Linear with outputs in the order (3, heads, d). The
-projection back is such a convolution, too.
+The parameter names were read from such state dicts. Two layouts differ: the original's projection to queries, keys and
+values is a convolution over a row of pixels with outputs in the order (heads, 3, d), ours a Linear with outputs in the
+order (3, heads, d); the projection back is such a convolution, too.
 
-The shapes determine the network except its attention heads, and the image size if the levels are not the original's
-for a size. They say nothing about the process that it was trained on. What is missing is taken from the published
-recipes (the README of the original code), and a note says so. A `.safetensors` file written here contains all of it.
+The shapes say neither the attention heads, nor the image size if the levels are not the original's for a size, nor the
+process. What is missing is taken from the published recipes (the README of the original code), and a note says so. A
+`.safetensors` file written here contains all of it.
 """
 
 from __future__ import annotations
@@ -18,17 +17,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxtyping import Float
 from torch import Tensor
 
-from ditlab.data.manifest import hash_file
 from ditlab.diffusion.choices import ScheduleName
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, write_state
+from ditlab.interop.original_files import load_weights, model_of_file, original_name, setting, tensor_of, write_state
 from ditlab.networks.unet import CONDITION, UNet
 from ditlab.networks.unet_config import UNetConfig
 
@@ -41,23 +38,27 @@ _CLASSES = 1000
 _FIRST = "input_blocks.0.0.weight"
 """A parameter name that only this network has."""
 
-_STAGE = {
-    "in_layers.0": "norm",
-    "in_layers.2": "conv",
-    "emb_layers.1": "condition",
-    "out_layers.0": "out_norm",
-    "out_layers.3": "out_conv",
-    "skip_connection": "skip",
-}
-_ATTENTION = {"norm": "norm", "qkv": "attention.qkv", "proj_out": "attention.proj"}
 _ENDS = {
-    "time_embed.0": "time.hidden",
-    "time_embed.2": "time.out",
-    "label_emb": "label.table",
-    "input_blocks.0.0": "stem",
-    "out.0": "norm",
-    "out.2": "out",
+    "time.hidden": "time_embed.0",
+    "time.out": "time_embed.2",
+    "label.table": "label_emb",
+    "stem": "input_blocks.0.0",
+    "norm": "out.0",
+    "out": "out.2",
 }
+_BLOCK = {
+    "residual.norm": "0.in_layers.0",
+    "residual.conv": "0.in_layers.2",
+    "residual.condition": "0.emb_layers.1",
+    "residual.out_norm": "0.out_layers.0",
+    "residual.out_conv": "0.out_layers.3",
+    "residual.skip": "0.skip_connection",
+    "attention.norm": "1.norm",
+    "attention.attention.qkv": "1.qkv",
+    "attention.attention.proj": "1.proj_out",
+    "conv": "0.op",
+}
+"""Our name of a module in a block -> the original's, as far as a block has it."""
 
 
 @dataclass(frozen=True)
@@ -74,55 +75,25 @@ class UNetFacts:
     sigma_small: bool = False
 
 
-_OURS = {
-    "heads": "num_heads",
-    "heads_up": "num_heads_upsample",
-    "size": "image_size",
-    "schedule": "noise_schedule",
-    "steps": "diffusion_steps",
-    "rescale_time": "rescale_timesteps",
-    "prediction": "predict_xstart",
-}
-"""Our name of a setting -> the original's flag."""
-
-
 def is_unet(state: Mapping[str, Tensor]) -> bool:
     """Whether the parameter names are those of improved-diffusion's UNet."""
     return _FIRST in state
 
 
-def _names(config: UNetConfig) -> dict[str, str]:
-    """Returns the original's module names -> ours, without leaves such as ".weight"."""
-    names = dict(_ENDS)
-
-    def stage(block: int, theirs: str, attention: str = "", up: str = "") -> None:
-        names.update({f"{theirs}.{name}": f"blocks.{block}.residual.{ours}" for name, ours in _STAGE.items()})
-        if attention:
-            names.update(
-                {f"{attention}.{name}": f"blocks.{block}.attention.{ours}" for name, ours in _ATTENTION.items()}
-            )
-        if up:
-            names[f"{up}.conv"] = f"blocks.{block}.up.conv"
-
-    block, last = 0, len(config.widths) - 1
-    for level in range(last + 1):
-        for _ in range(config.res_blocks):
-            theirs = f"input_blocks.{block + 1}"
-            stage(block, f"{theirs}.0", f"{theirs}.1" if config.attends(level) else "")
-            block += 1
-        if level < last:
-            names[f"input_blocks.{block + 1}.0.op"] = f"blocks.{block}.conv"
-            block += 1
-    stage(block, "middle_block.0", "middle_block.1")
-    stage(block + 1, "middle_block.2")
-    first = block = block + 2
-    for level in reversed(range(last + 1)):
-        for number in range(config.res_blocks + 1):
-            theirs, attends = f"output_blocks.{block - first}", config.attends(level)
-            up = f"{theirs}.{2 if attends else 1}" if number == config.res_blocks and level else ""
-            stage(block, f"{theirs}.0", f"{theirs}.1" if attends else "", up)
-            block += 1
-    return names
+def _modules(config: UNetConfig) -> dict[str, str]:
+    """Returns our name -> the original's of every module with weights, and of some that this network lacks."""
+    last, decoder = len(config.widths) - 1, len(config.widths) * (config.res_blocks + 1)
+    encoder = [f"input_blocks.{number}" for number in range(1, decoder)]
+    places = [*encoder, "middle_block", "middle_block", *(f"output_blocks.{number}" for number in range(decoder))]
+    modules = dict(_ENDS)
+    for block, place in enumerate(places):
+        modules |= {f"blocks.{block}.{ours}": f"{place}.{theirs}" for ours, theirs in _BLOCK.items()}
+        if block == decoder:  # the second residual block in the middle comes after the attention
+            modules |= {f"blocks.{block}.{ours}": f"{place}.2{theirs[1:]}" for ours, theirs in _BLOCK.items()}
+        if block > decoder:
+            level = last - (block - decoder - 1) // (config.res_blocks + 1)
+            modules[f"blocks.{block}.up.conv"] = f"{place}.{2 if config.attends(level) else 1}.conv"
+    return modules
 
 
 def _heads_of(key: str, config: UNetConfig) -> int:
@@ -130,49 +101,23 @@ def _heads_of(key: str, config: UNetConfig) -> int:
     return config.decoder_heads if key.startswith("output_blocks.") else config.heads
 
 
-def _heads_inside(value: Float[Tensor, "o ..."], heads: int) -> Float[Tensor, "o ..."]:
-    """Reorders the outputs of a projection from (heads, 3, d) to (3, heads, d)."""
-    return value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def _heads_outside(value: Float[Tensor, "o ..."], heads: int) -> Float[Tensor, "o ..."]:
-    """Reverses `_heads_inside`."""
-    return value.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-
-
 def from_original(state: Mapping[str, Tensor], config: UNetConfig) -> UNet:
-    """Returns a UNet with the original's weights.
-
-    Args:
-        state: the original's state dict.
-        config: config of the network.
-
-    Raises:
-        DitlabError: for an unknown or missing parameter, or another shape.
-    """
-    modules = _names(config)
-    named: dict[str, str | None] = {}
+    """Returns a UNet with the original's weights; DitlabError for an unknown or missing one, or another shape."""
     weights: dict[str, Tensor] = {}
     for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        named[key] = f"{modules[stem]}.{leaf}" if stem in modules else None
+        stem, heads = key.rpartition(".")[0], _heads_of(key, config)
         if stem.endswith((".qkv", ".proj_out")) and value.ndim == 3 and value.shape[2] == 1:
             value = value[:, :, 0]
-        if stem.endswith(".qkv") and value.shape[0] % (3 * _heads_of(key, config)) == 0:
-            value = _heads_inside(value, _heads_of(key, config))
+        if stem.endswith(".qkv") and value.shape[0] % (3 * heads) == 0:
+            value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         weights[key] = value
-    return load_weights(UNet(config), weights, named, "original UNet weights")
+    return load_weights(UNet(config), weights, "original UNet weights", _modules(config))
 
 
 def to_original(network: UNet) -> dict[str, Tensor]:
     """Returns the state dict for the original code's `UNetModel.load_state_dict`.
 
-    Args:
-        network: a UNet that the original code can express: 32 groups, its time frequencies, no null class, square
-            images.
-
-    Raises:
-        DitlabError: the original's format cannot express it.
+    DitlabError for what it cannot express: not 32 groups, other time frequencies, a null class, images not square.
     """
     config, to = network.config, "the format of improved-diffusion"
     if config.groups != 32 or config.time_frequencies != "original":
@@ -185,28 +130,29 @@ def to_original(network: UNet) -> dict[str, Tensor]:
     if config.image_size[0] != config.image_size[1]:
         rows, columns = config.image_size
         raise DitlabError(f"{to} knows square images only, this UNet is for {rows}x{columns} pixels")
-    theirs = {ours: theirs for theirs, ours in _names(config).items()}
+    modules = _modules(config)
     state: dict[str, Tensor] = {}
     for name, value in state_on_cpu(network).items():
         stem, _, leaf = name.rpartition(".")
-        key = f"{theirs[stem]}.{leaf}"
+        key = original_name(name, modules)
         if stem.endswith("attention.qkv"):
-            value = _heads_outside(value, _heads_of(key, config))
+            value = value.unflatten(0, (3, _heads_of(key, config), -1)).transpose(0, 1).flatten(0, 2)
         if stem.endswith(("attention.qkv", "attention.proj")) and leaf == "weight":
             value = value[:, :, None]
         state[key] = value.contiguous()
     return state
 
 
-def _facts(config: UNetConfig, objective: object) -> UNetFacts:
-    """Returns the settings that the shapes of this network do not determine.
+def write_improved(network: UNet, objective: object, path: Path) -> str:
+    """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
 
-    Raises:
-        DitlabError: the network was not trained on the steps of a VP process.
+    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only. Returns a
+    sentence that says how the original code builds the network and the process.
     """
+    config, state = network.config, to_original(network)
     if not isinstance(objective, VPObjectiveConfig):
         raise DitlabError("the format of improved-diffusion knows networks trained on a VP process only, found another")
-    return UNetFacts(
+    facts = UNetFacts(
         num_heads=config.heads,
         num_heads_upsample=-1 if config.heads_up is None else config.heads_up,
         image_size=config.image_size[0],
@@ -216,25 +162,6 @@ def _facts(config: UNetConfig, objective: object) -> UNetFacts:
         predict_xstart=objective.prediction == "x0",
         sigma_small=objective.variance == "fixed-small",
     )
-
-
-def write_improved(network: UNet, objective: object, path: Path) -> str:
-    """Writes the original's format to a `.pt` (or `.safetensors`) file, which is complete or does not appear.
-
-    A `.pt` file is the bare state dict that the original's scripts read; it contains the weights only.
-
-    Args:
-        network: a UNet of ditlab.
-        objective: config of the objective that it was trained with.
-        path: a file that does not exist.
-
-    Returns:
-        A sentence that says how the original code builds the network and the process.
-
-    Raises:
-        DitlabError: the format cannot express the network, or the file exists or cannot be written.
-    """
-    state, config, facts = to_original(network), network.config, _facts(network.config, objective)
     write_state(path, state, asdict(facts), state)
     return _built_by(config, facts)
 
@@ -273,18 +200,9 @@ def _built_by(config: UNetConfig, facts: UNetFacts) -> str:
 
 
 def infer_config(state: Mapping[str, Tensor], facts: UNetFacts, where: str) -> UNetConfig:
-    """Infers the config of a network from its weights.
-
-    Args:
-        state: the original's state dict.
-        facts: settings that the shapes do not determine; an image size of 0 means unknown.
-        where: named in errors.
-
-    Raises:
-        DitlabError: a tensor is missing or has an impossible shape, or the image size is unknown.
-    """
-    width, channels = _tensor(state, _FIRST, 4, where).shape[:2]
-    outputs = len(_tensor(state, "out.2.weight", 4, where))
+    """Infers the config of a network from its weights and from what they do not say; an image size of 0 is unknown."""
+    width, channels = tensor_of(state, _FIRST, 4, where).shape[:2]
+    outputs = len(tensor_of(state, "out.2.weight", 4, where))
     if outputs not in (channels, 2 * channels) or (channels, outputs) == (6, 6):
         raise DitlabError(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
@@ -296,9 +214,9 @@ def infer_config(state: Mapping[str, Tensor], facts: UNetFacts, where: str) -> U
         raise DitlabError(
             f"{where}: its levels ({multipliers}) do not determine its image size; convert it with `unet.size`"
         )
-    first = _tensor(state, "input_blocks.1.0.out_layers.3.weight", 4, where)
-    emb = _tensor(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
-    classes = len(_tensor(state, "label_emb.weight", 2, where)) if "label_emb.weight" in state else 0
+    first = tensor_of(state, "input_blocks.1.0.out_layers.3.weight", 4, where)
+    emb = tensor_of(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
+    classes = len(tensor_of(state, "label_emb.weight", 2, where)) if "label_emb.weight" in state else 0
     try:
         config = UNetConfig(
             image_size=(size, size),
@@ -328,7 +246,7 @@ def _levels(state: Mapping[str, Tensor], width: int, where: str) -> tuple[tuple[
     for number in range(1, max(numbers) + 1):
         key = f"input_blocks.{number}.0.out_layers.3.weight"
         if key in state:
-            levels[-1].append(len(_tensor(state, key, 4, where)))
+            levels[-1].append(len(tensor_of(state, key, 4, where)))
         else:  # downsampling, which has no weights without convolutions
             levels.append([])
     counts = {len(level) for level in levels}
@@ -343,16 +261,10 @@ def _levels(state: Mapping[str, Tensor], width: int, where: str) -> tuple[tuple[
     return tuple(level[0] // width for level in levels), blocks, attends
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
-    if key not in state or state[key].ndim != dimensions or not state[key].numel():
-        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found none")
-    return state[key]
-
-
 def _published(state: Mapping[str, Tensor], where: str) -> UNetFacts:
     """Returns the settings of the published checkpoint of such a shape (README of the original code)."""
-    emb = _tensor(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
-    if len(emb) == len(_tensor(state, "input_blocks.1.0.out_layers.3.weight", 4, where)):
+    emb = tensor_of(state, "input_blocks.1.0.emb_layers.1.weight", 2, where)
+    if len(emb) == len(tensor_of(state, "input_blocks.1.0.out_layers.3.weight", 4, where)):
         # Without scale-shift norms: LSUN bedrooms.
         return UNetFacts(num_heads=1, noise_schedule="linear", diffusion_steps=1000, rescale_timesteps=False)
     # With classes: ImageNet 64x64, conditional. Without: ImageNet 64x64 and CIFAR-10.
@@ -370,10 +282,17 @@ def build_unet(
     """Builds the denoiser of a file's weights; `state` and `args` are the result of `read_state`."""
     where = str(path)
     from_file = _file_args(args, where)
-    ours = {"heads": heads, **asdict(settings or UNetFile())}
-    from_user = {_OURS[name]: value for name, value in ours.items() if value is not None}
-    if "predict_xstart" in from_user:
-        from_user["predict_xstart"] = from_user["predict_xstart"] == "x0"
+    user = settings or UNetFile()
+    flags = {
+        "num_heads": heads,
+        "num_heads_upsample": user.heads_up,
+        "image_size": user.size,
+        "noise_schedule": user.schedule,
+        "diffusion_steps": user.steps,
+        "rescale_timesteps": user.rescale_time,
+        "predict_xstart": None if user.prediction is None else user.prediction == "x0",
+    }
+    from_user: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     for name in from_file.keys() & from_user.keys():
         if from_file[name] != from_user[name]:
             raise DitlabError(f"{where}: expected {name} {from_file[name]}, as the file says, found {from_user[name]}")
@@ -389,37 +308,22 @@ def build_unet(
         rescale_time=facts.rescale_timesteps,
         label_dropout=0.0,
     )
-    digest = hash_file(path).sha256
-    source: dict[str, Any] = {"format": "improved-diffusion", "file": path.name, "sha256": digest}
-    note = _note(path.name, config, facts, {*from_file, *from_user})
-    if note:
-        source["notes"] = [note]
-    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    notes = _notes(path.name, config, facts, {*from_file, *from_user})
+    return model_of_file(path, "improved-diffusion", objective.build().denoiser(network), DDPMConfig(), notes=notes)
 
 
 def _file_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the settings in a file, with their types checked."""
-    settings: dict[str, Any] = {}
-    for field in fields(UNetFacts):
-        if args.get(field.name) is None:
-            continue
-        if type(field.default) is int:
-            settings[field.name] = int_arg(args, field.name, where)
-        elif type(args[field.name]) is not type(field.default):
-            raise DitlabError(
-                f"{where}: expected {field.name} among its settings as {type(field.default).__name__}, found "
-                f"{args[field.name]!r:.50}"
-            )
-        else:
-            settings[field.name] = args[field.name]
+    values = {field.name: setting(args, field.name, type(field.default), where) for field in fields(UNetFacts)}
+    settings = {name: value for name, value in values.items() if value is not None}
     schedule = settings.get("noise_schedule")
     if schedule is not None and schedule not in get_args(ScheduleName):
         raise DitlabError(f"{where}: {unknown_name('noise schedule', schedule, get_args(ScheduleName))}")
     return settings
 
 
-def _note(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> str:
-    """Returns a sentence that lists the assumed settings; empty if there are none."""
+def _notes(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> list[str]:
+    """Returns a sentence that lists the assumed settings, if there are any."""
     assumed = {
         "num_heads": f"{config.heads} attention heads",
         "image_size": f"images of {config.image_size[0]} pixels",
@@ -429,12 +333,13 @@ def _note(file: str, config: UNetConfig, facts: UNetFacts, known: set[str]) -> s
     }
     texts = [text for name, text in assumed.items() if name not in known]
     if not texts:
-        return ""
-    return (
+        return []
+    note = (
         f"{file} does not say everything: {', '.join(texts)} were assumed, as in the published checkpoints of its "
         "shape. If this is wrong, its outputs are wrong; convert it with other `heads`, `unet.schedule`, `unet.steps`, "
         "`unet.rescale_time` or `unet.size`."
     )
+    return [note]
 
 
 __all__ = [

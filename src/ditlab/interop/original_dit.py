@@ -16,41 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlab.data.manifest import hash_file
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.sampler_configs import DDPMConfig
 from ditlab.errors import DitlabError
 from ditlab.interop.imported import ImportedModel, check_portable, freeze, state_on_cpu
-from ditlab.interop.original_files import int_arg, load_weights, write_state
+from ditlab.interop.original_files import load_weights, model_of_file, original_name, setting, tensor_of, write_state
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.embeddings import position_table
 
-_NAMES = {
-    "x_embedder.proj": "embed",
-    "t_embedder.mlp.0": "time.hidden",
-    "t_embedder.mlp.2": "time.out",
-    "y_embedder.embedding_table": "label.table",
-    "final_layer.linear": "final.out",
-    "final_layer.adaLN_modulation.1": "final.modulation",
+_MODULES = {
+    "embed": "x_embedder.proj",
+    "time.hidden": "t_embedder.mlp.0",
+    "time.out": "t_embedder.mlp.2",
+    "label.table": "y_embedder.embedding_table",
+    "final.out": "final_layer.linear",
+    "final.modulation": "final_layer.adaLN_modulation.1",
 }
-_BLOCK_NAMES = {
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.proj",
-    "mlp.fc1": "mlp.hidden",
-    "mlp.fc2": "mlp.out",
-    "adaLN_modulation.1": "modulation",
+_BLOCK_MODULES = {
+    "attention.qkv": "attn.qkv",
+    "attention.proj": "attn.proj",
+    "mlp.hidden": "mlp.fc1",
+    "mlp.out": "mlp.fc2",
+    "modulation": "adaLN_modulation.1",
 }
-_THEIRS = {ours: theirs for theirs, ours in _NAMES.items()}
-_BLOCK_THEIRS = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of the paper's four sizes (Peebles & Xie 2023, Table 1)."""
 _SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}
 """Size in `args.model` ("DiT-XL/2") -> heads."""
-
-_FIRST = "x_embedder.proj.weight"
-"""A parameter name that only this network has."""
 
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DRIFT = 1e-3
@@ -59,19 +53,10 @@ _TABLE_DRIFT = 1e-3
 which are in [-1, 1], to the file's dtype is added."""
 
 
-def renamed(key: str) -> str | None:
-    """Returns ditlab's name of a parameter of the original; None for one that ditlab recomputes or does not know."""
-    return _rename(key, _NAMES, _BLOCK_NAMES)
-
-
-def _rename(key: str, names: Mapping[str, str], block_names: Mapping[str, str]) -> str | None:
-    stem, _, leaf = key.rpartition(".")
-    if stem in names:
-        return f"{names[stem]}.{leaf}"
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block and block[2] in block_names:
-        return f"blocks.{block[1]}.{block_names[block[2]]}.{leaf}"
-    return None
+def modules_of(depth: int) -> dict[str, str]:
+    """Returns our name -> the original's of every module with weights of an adaln-zero DiT."""
+    blocks = {f"blocks.{n}.{ours}": f"blocks.{n}.{name}" for n in range(depth) for ours, name in _BLOCK_MODULES.items()}
+    return _MODULES | blocks
 
 
 def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
@@ -84,8 +69,8 @@ def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
     Raises:
         DitlabError: for an unknown or missing parameter, or another shape.
     """
-    named = {key: renamed(key) for key in state if key != "pos_embed"}
-    return load_weights(DiT(config), state, named, "original DiT weights")
+    weights = {key: value for key, value in state.items() if key != "pos_embed"}
+    return load_weights(DiT(config), weights, "original DiT weights", modules_of(config.depth))
 
 
 def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
@@ -96,9 +81,6 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
             square images.
         objective: config of the objective that it was trained with. The original samples with the linear schedule,
             1,000 steps and a predicted noise only.
-
-    Raises:
-        DitlabError: the original's format cannot express it.
     """
     config, to = network.config, "the original DiT format"
     check_portable(config, to)
@@ -109,19 +91,12 @@ def to_original(network: DiT, objective: object) -> dict[str, Tensor]:
         )
     if not config.null_class:
         raise DitlabError(f"{to} needs a row for the null class in the label table for sampling, this DiT's has none")
-    plain = isinstance(objective, VPObjectiveConfig) and (
-        objective.schedule,
-        objective.steps,
-        objective.prediction,
-    ) == ("linear", 1000, "epsilon")
-    if not plain:
+    process = isinstance(objective, VPObjectiveConfig) and (objective.schedule, objective.steps, objective.prediction)
+    if process != ("linear", 1000, "epsilon"):
         raise DitlabError(f"{to} knows the linear schedule with 1000 steps and a predicted noise only, found another")
-    state: dict[str, Tensor] = {"pos_embed": position_table(config.grid, config.width)[None]}
-    for name, value in state_on_cpu(network).items():
-        key = _rename(name, _THEIRS, _BLOCK_THEIRS)
-        assert key is not None, name  # an adaln-zero DiT has no other parameters
-        state[key] = value
-    return state
+    modules = modules_of(config.depth)
+    weights = {original_name(name, modules): value for name, value in state_on_cpu(network).items()}
+    return {"pos_embed": position_table(config.grid, config.width)[None], **weights}
 
 
 def write_original(network: DiT, objective: object, path: Path) -> None:
@@ -129,14 +104,6 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
 
     A `.pt` file is {"ema": state dict, "args": {"num_classes", "num_heads"}}; the original's sampling reads "ema" if
     present. `args` is a plain dict, so torch's restricted unpickler reads the file without an allow-list.
-
-    Args:
-        network: a DiT of ditlab.
-        objective: config of the objective that it was trained with.
-        path: a file that does not exist.
-
-    Raises:
-        DitlabError: the format cannot express the network, or the file exists or cannot be written.
     """
     state = to_original(network, objective)
     args = {"num_classes": network.config.num_classes, "num_heads": network.config.heads}
@@ -145,36 +112,30 @@ def write_original(network: DiT, objective: object, path: Path) -> None:
 
 def is_dit(state: Mapping[str, Tensor]) -> bool:
     """Whether the parameter names are those of the original DiT."""
-    return _FIRST in state
+    return "x_embedder.proj.weight" in state
 
 
 def infer_config(
     state: Mapping[str, Tensor], args: Mapping[str, Any], where: str, *, heads: int | None = None
 ) -> DiTConfig:
-    """Infers the config of a network from its weights.
+    """Infers the config of a network from its weights and a file's settings.
 
     Args:
         state: the original's state dict.
-        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` if ditlab wrote the file,
-            as far as they are known.
+        args: `model` ("DiT-XL/2") and `num_classes` of its training script, and `num_heads` if ditlab wrote the file.
         where: named in errors.
         heads: number of heads; by default that of `args`, or of the paper's size with this width.
-
-    Raises:
-        DitlabError: a tensor is missing or has an impossible shape, the number of heads is unknown, or the file's
-            position table is not the fixed sin-cos one.
     """
-    embed, table = _tensor(state, "x_embedder.proj.weight", 4, where), _tensor(state, "pos_embed", 3, where)
+    embed, table = tensor_of(state, "x_embedder.proj.weight", 4, where), tensor_of(state, "pos_embed", 3, where)
     width, channels, patch, columns = embed.shape
-    if patch != columns or not embed.numel():
+    if patch != columns:
         raise DitlabError(
-            f"{where}: expected square patches of at least one pixel in 'x_embedder.proj.weight', found the shape "
-            f"{tuple(embed.shape)}"
+            f"{where}: expected square patches in 'x_embedder.proj.weight', found the shape {tuple(embed.shape)}"
         )
     side = isqrt(table.shape[1])
-    if side * side != table.shape[1] or not side:
+    if side * side != table.shape[1]:
         raise DitlabError(f"{where}: expected a square grid of tokens in 'pos_embed', found {table.shape[1]} tokens")
-    outputs = len(_tensor(state, "final_layer.linear.weight", 2, where)) / patch**2
+    outputs = len(tensor_of(state, "final_layer.linear.weight", 2, where)) / patch**2
     if outputs not in (channels, 2 * channels):
         raise DitlabError(
             f"{where}: expected {channels} or {2 * channels} output channels (the noise, or noise and variance), found "
@@ -184,11 +145,16 @@ def infer_config(
     if blocks != {str(number) for number in range(len(blocks))}:
         raise DitlabError(f"{where}: expected blocks numbered from 0, found {len(blocks)} with gaps or duplicates")
     classes, null = _classes(state, args, where)
-    hidden = len(_tensor(state, "blocks.0.mlp.fc1.weight", 2, where))
+    hidden = len(tensor_of(state, "blocks.0.mlp.fc1.weight", 2, where))
     file_heads = heads_from_args(args, where)
     if heads is not None and "num_heads" in args and heads != file_heads:
         raise DitlabError(f"{where}: expected `heads` {file_heads}, as the file says, found {heads}")
-    heads = heads or file_heads or _usual_heads(width, where)
+    heads = heads or file_heads or _HEADS.get(width)
+    if heads is None:
+        raise DitlabError(
+            f"{where}: the weights (width {width}) do not determine the number of attention heads; convert it with "
+            "`heads`"
+        )
     try:
         config = DiTConfig(
             image_size=(side * patch, side * patch),
@@ -218,18 +184,12 @@ def infer_config(
     return config
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
-    if key not in state or state[key].ndim != dimensions:
-        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found none")
-    return state[key]
-
-
 def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> tuple[int, bool]:
     """Returns the number of classes, and whether the label table has a row for "no class"."""
     if "y_embedder.embedding_table.weight" not in state:
         return 0, True
-    rows = len(_tensor(state, "y_embedder.embedding_table.weight", 2, where))
-    classes = int_arg(args, "num_classes", where)
+    rows = len(tensor_of(state, "y_embedder.embedding_table.weight", 2, where))
+    classes = setting(args, "num_classes", int, where)
     if classes is None:
         classes = rows - 1  # the original trains with label dropout, which needs a row for "no class"
     if classes not in (rows, rows - 1) or classes < 1:
@@ -240,26 +200,12 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -
 
 
 def heads_from_args(args: Mapping[str, Any], where: str) -> int | None:
-    """Returns the number of heads in a file's settings, given directly or by the name of a size; None without.
-
-    Raises:
-        DitlabError: it is no whole number.
-    """
-    heads = int_arg(args, "num_heads", where)
+    """Returns the number of heads in a file's settings, given directly or by the name of a size; None without."""
+    heads = setting(args, "num_heads", int, where)
     if heads is not None:
         return heads
     named = re.match(r"DiT-(\w+)/", str(args.get("model", "")))
     return _SIZES.get(named[1]) if named else None
-
-
-def _usual_heads(width: int, where: str) -> int:
-    heads = _HEADS.get(width)
-    if heads is None:
-        raise DitlabError(
-            f"{where}: the weights (width {width}) do not determine the number of attention heads; convert it with "
-            "`heads`"
-        )
-    return heads
 
 
 def build_dit(
@@ -270,17 +216,15 @@ def build_dit(
     network = freeze(from_original({key: value.float() for key, value in state.items()}, config))
     # Without a learned variance the original samples with beta_t.
     objective = VPObjectiveConfig(variance="learned-range" if config.learn_sigma else "fixed-large")
-    digest = hash_file(path).sha256
-    source: dict[str, Any] = {"format": "original DiT", "file": path.name, "sha256": digest, "ema": ema}
-    if "model" in args:
-        source["model"] = str(args["model"])
+    known = {"ema": ema} | ({"model": str(args["model"])} if "model" in args else {})
+    notes = []
     if heads is None and heads_from_args(args, str(path)) is None:
-        note = (
+        notes.append(
             f"{path.name} does not say how many attention heads it has: {config.heads} were assumed, as in the paper's "
             f"DiT of width {config.width}. If this is wrong, its outputs are wrong; convert it with other `heads`."
         )
-        source["notes"] = [note]
-    return ImportedModel(path.stem, objective.build().denoiser(network), DDPMConfig(), source, digest)
+    denoiser = objective.build().denoiser(network)
+    return model_of_file(path, "original DiT", denoiser, DDPMConfig(), notes=notes, known=known)
 
 
-__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "to_original", "write_original"]
+__all__ = ["build_dit", "from_original", "infer_config", "is_dit", "modules_of", "to_original", "write_original"]

@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditlab.data.manifest import hash_file
+from ditlab.diffusion.network_denoisers import NetworkDenoiser
+from ditlab.diffusion.sampler_configs import SamplerConfig
 from ditlab.errors import DitlabError
+from ditlab.interop.imported import ImportedModel
 from ditlab.training.checkpoint import read_tensors
 
 N = TypeVar("N", bound=nn.Module)
@@ -37,23 +41,16 @@ _ARGS = "args"
 
 
 def read_state(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the weights of a file by their original names, and its settings `args`.
-
-    Args:
-        path: a `.pt`, `.pth` or `.ckpt` file, or `.safetensors` with the same names.
-        ema: whether to read the averaged weights if the file has both, instead of those of the last step.
+    """Returns the weights of a file by their original names, averaged ones if it has both and `ema`; and its settings.
 
     Raises:
         DitlabError: the file is missing, damaged, contains code, or has no weights.
     """
     if not path.is_file():
         raise DitlabError(f"{path}: expected a checkpoint, found nothing")
-    args: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        content: Any = read_tensors(path)
-        args = _metadata(path)
-    else:
-        content = _unpickle(path)
+    plain = path.suffix == ".safetensors"
+    content: Any = read_tensors(path) if plain else _unpickle(path)
+    args = _metadata(path) if plain else {}
     if isinstance(content, dict) and ("ema" in content or "model" in content):
         settings = content.get(_ARGS)
         settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
@@ -107,17 +104,13 @@ def _unpickle(path: Path) -> Any:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], pickled: Any) -> None:
-    """Writes weights by their original names to a file, which is complete or does not appear.
+    """Writes weights to a new file, which is complete or does not appear.
 
     Args:
         path: a file that does not exist.
-        state: the weights in a `.safetensors` file.
+        state: the weights by their original names, in a `.safetensors` file.
         args: settings that the shapes do not determine, JSON values; in a `.safetensors` file.
-        pickled: the content of any other file: what the original code opens, of types that the restricted unpickler
-            supports.
-
-    Raises:
-        DitlabError: the file exists, or cannot be written.
+        pickled: the content of any other file, which the original code and the restricted unpickler open.
     """
     if path.exists():
         raise DitlabError(f"{path}: expected a new file, found something there")
@@ -142,42 +135,82 @@ def write_state(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]
         raise DitlabError(f"{path}: could not be written ({error}); nothing was kept") from None
 
 
-def load_weights(network: N, state: Mapping[str, Tensor], names: Mapping[str, str | None], where: str) -> N:
-    """Loads weights into a network and returns it.
-
-    Args:
-        network: a network of ditlab.
-        state: the weights by their original names, in our layout.
-        names: original name -> our name, for each weight to read; None if there is none.
-        where: named in errors.
-
-    Raises:
-        DitlabError: for a name without a counterpart, a missing parameter, or another shape.
-    """
-    expected = network.state_dict()
-    weights: dict[str, Tensor] = {}
-    for key, name in names.items():
-        if name is None or name not in expected:
-            raise DitlabError(f"{where}: '{key}' has no counterpart in this network")
-        if expected[name].shape != state[key].shape:
-            raise DitlabError(
-                f"{where}: expected '{key}' with the shape {tuple(expected[name].shape)}, found "
-                f"{tuple(state[key].shape)}"
-            )
-        weights[name] = state[key]
-    missing = sorted(expected.keys() - weights.keys())
-    if missing:
-        raise DitlabError(f"{where}: {len(missing)} parameters are missing, the first '{missing[0]}'")
-    network.load_state_dict(weights)
-    return network
-
-
-def int_arg(args: Mapping[str, Any], name: str, where: str) -> int | None:
-    """Returns a whole number from the settings; None if it is missing."""
-    value = args.get(name)
-    if value is not None and type(value) is not int:
-        raise DitlabError(f"{where}: expected {name} among its settings as a whole number, found {value!r:.50}")
+def tensor_of(state: Mapping[str, Tensor], key: str, dimensions: int, where: str) -> Tensor:
+    """Returns a weight by its original name, with so many dimensions, none of them empty."""
+    value = state.get(key)
+    if value is None or value.ndim != dimensions or not value.numel():
+        found = "none" if value is None else f"the shape {tuple(value.shape)}"
+        raise DitlabError(f"{where}: expected '{key}' with {dimensions} dimensions among the weights, found {found}")
     return value
 
 
-__all__ = ["SUFFIXES", "int_arg", "load_weights", "read_state", "write_state"]
+def original_name(name: str, modules: Mapping[str, str]) -> str:
+    """Returns the original name of one of our weights, by that of its module."""
+    stem, _, leaf = name.rpartition(".")
+    return f"{modules.get(stem, stem)}.{leaf}"
+
+
+def load_weights(network: N, state: Mapping[str, Tensor], where: str, modules: Mapping[str, str] | None = None) -> N:
+    """Loads weights in our layout by their original names into a network, and returns it.
+
+    Args:
+        network: a network of ditlab.
+        state: all its weights.
+        where: named in errors.
+        modules: name of a module of ours -> its original name; the same names if None.
+
+    Raises:
+        DitlabError: for a name without a counterpart, a missing weight, or another shape.
+    """
+    expected = network.state_dict()
+    ours = {name if modules is None else original_name(name, modules): name for name in expected}
+    for key, value in state.items():
+        if key not in ours:
+            raise DitlabError(f"{where}: '{key}' has no counterpart in this network")
+        shape = tuple(expected[ours[key]].shape)
+        if value.shape != shape:
+            raise DitlabError(f"{where}: expected '{key}' with the shape {shape}, found {tuple(value.shape)}")
+    missing = sorted(name for key, name in ours.items() if key not in state)
+    if missing:
+        raise DitlabError(f"{where}: {len(missing)} parameters are missing, the first '{missing[0]}'")
+    network.load_state_dict({ours[key]: value for key, value in state.items()})
+    return network
+
+
+def model_of_file(
+    path: Path,
+    kind: str,
+    denoiser: NetworkDenoiser,
+    sampler: SamplerConfig,
+    *,
+    notes: Sequence[str] = (),
+    known: Mapping[str, Any] | None = None,
+    any_size: bool = False,
+) -> ImportedModel:
+    """Returns the record of a denoiser whose weights are in a file of this kind; `known` is what else it says."""
+    digest = hash_file(path).sha256
+    source = {"format": kind, "file": path.name, "sha256": digest, **(known or {})}
+    if notes:
+        source["notes"] = list(notes)
+    return ImportedModel(path.stem, denoiser, sampler, source, digest, any_size=any_size)
+
+
+def setting(args: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """Returns a setting of a file, of this type; None if it is missing."""
+    value = args.get(name)
+    if value is not None and type(value) is not kind:
+        expected = "a whole number" if kind is int else kind.__name__
+        raise DitlabError(f"{where}: expected {name} among its settings as {expected}, found {value!r:.50}")
+    return value
+
+
+__all__ = [
+    "SUFFIXES",
+    "load_weights",
+    "model_of_file",
+    "original_name",
+    "read_state",
+    "setting",
+    "tensor_of",
+    "write_state",
+]

@@ -38,7 +38,14 @@ _RESULTS = ("psnr-gap", "attention")
 
 
 def export_run(
-    run: Run, out: Path, repo: str, *, step: int | None = None, licence: str = "", samples: bool = False
+    run: Run,
+    out: Path,
+    repo: str,
+    *,
+    step: int | None = None,
+    licence: str = "",
+    samples: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Path:
     """Writes the folder that the hub gets: config.json, one checkpoint, log, results, figures of them, README.md.
 
@@ -49,15 +56,16 @@ def export_run(
         step: of which checkpoint; the newest whole one if None.
         licence: the weights' licence, by the hub's short name such as apache-2.0.
         samples: take along the grid of the newest samples.
+        reporter: told of damaged checkpoints and results, which are passed over.
 
     Raises:
         DitlabError: there is no such checkpoint, or no samples that were asked for, or the folder cannot be written.
     """
-    checkpoint = run.checkpoint(step)
+    checkpoint = run.checkpoint(step, reporter)
     grid = _newest_grid(run) if samples else None
     # Results of other weights or images than the exported ones belong to another model.
     about = replace(run.provenance(checkpoint.step), weights=checkpoint.weights_hash())
-    stored = {name: find_current(find_analysis(name), run, about) for name in _RESULTS}
+    stored = {name: find_current(find_analysis(name), run, about, reporter) for name in _RESULTS}
     results = {name: result for name, result in stored.items() if result is not None}
     parameters = sum(value.numel() for value in checkpoint.ema.values())
     try:
@@ -114,7 +122,7 @@ def send_run(
         raise InvalidConfig(f"convert: expected `out` as hub:ORG/NAME, found '{out}'")
     if not licence:
         reporter.note("no `licence` was given, so the card names none")
-    export = partial(export_run, run, repo=repo, step=checkpoint, licence=licence, samples=samples)
+    export = partial(export_run, run, repo=repo, step=checkpoint, licence=licence, samples=samples, reporter=reporter)
     if dry_run is not None:
         return Converted(str(export(dry_run)), "hub", f"what would be sent to {out}", sent=False)
     with tempfile.TemporaryDirectory() as temporary:

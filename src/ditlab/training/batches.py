@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ditlab.diffusion.objectives import Objective
 from ditlab.rng import numpy_generator, torch_generator
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import DistributedContext
 
-__all__ = ["Batch", "Batches", "Images", "Objective", "image_order"]
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """The interface of an objective (ditlab.diffusion.objectives)."""
-
-    @property
-    def history_keys(self) -> tuple[str, ...]:
-        """Names of the draws and losses `[B]` of a step that it learns from; empty for most objectives."""
-        ...
-
-    def update(self, seen: Mapping[str, Tensor]) -> None:
-        """Takes them after each step, for all images of the global batch."""
-        ...
-
-    def draw(self, generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """Returns every random number of `count` images, on the CPU, first dimension `count`."""
-        ...
-
-    def losses(
-        self, network: nn.Module, images: Tensor, label: Tensor | None, draws: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Returns per-image losses `[B]`; "loss" is the one to minimize."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what the objective has learned from steps, as JSON values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads what `state_dict` returned."""
-        ...
+__all__ = ["Batch", "Batches", "Images", "image_order"]
 
 
 @runtime_checkable
@@ -74,16 +42,13 @@ class Images(Protocol):
 
 
 def image_order(seed: int, step: int, batch: int, train: np.ndarray) -> np.ndarray:
-    """Returns the indices of the images of one step: seeded permutations of the train images, epoch after epoch.
+    """Returns the `[batch]` images of one step: seeded permutations of the train images, epoch after epoch.
 
     Args:
         seed: the run's seed.
         step: steps done before this one.
         batch: images in the global batch.
         train: indices of the train images in the image set.
-
-    Returns:
-        `[batch]` indices, a pure function of the arguments.
     """
     positions = np.arange(step * batch, (step + 1) * batch)
     epochs = positions // len(train)
@@ -123,28 +88,19 @@ class Batches:
         ahead = context.device.type == "cuda" and not objective.history_keys
         self._worker = ThreadPoolExecutor(1) if ahead else None
         self._ahead: tuple[int, Any] | None = None
-        self._permutation: tuple[int, np.ndarray] | None = None
 
     def _make(self, step: int) -> Batch:
-        config, device = self._config, self._context.device
-        share = self._context.share(config.batch_size)
-        indices = image_order(config.seed, step, config.batch_size, self._train)[share]
-        flip_mask, noise = None, None
-        if config.flip:
-            flip_mask = torch.rand(config.batch_size, generator=torch_generator(config.seed, "flip", step)) < 0.5
+        seed, size, shape, device = self._config.seed, self._config.batch_size, self._images.shape, self._context.device
+        share = self._context.share(size)
+        indices = image_order(seed, step, size, self._train)[share]
+        mirrored, noise = None, None
+        if self._config.flip:
+            mirrored = (torch.rand(size, generator=torch_generator(seed, "flip", step)) < 0.5)[share]
         if self._images.stochastic:
-            noise = torch.randn(
-                config.batch_size, *self._images.shape, generator=torch_generator(config.seed, "posterior", step)
-            )
-        images = self._images.batch(
-            indices,
-            noise=None if noise is None else noise[share],
-            mirrored=None if flip_mask is None else flip_mask[share],
-        )
+            noise = torch.randn(size, *shape, generator=torch_generator(seed, "posterior", step))[share]
+        images = self._images.batch(indices, noise=noise, mirrored=mirrored)
         label = self._images.batch_labels(indices)
-        draws = self._objective.draw(
-            torch_generator(config.seed, "objective", step), config.batch_size, self._images.shape
-        )
+        draws = self._objective.draw(torch_generator(seed, "objective", step), size, shape)
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

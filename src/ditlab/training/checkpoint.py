@@ -2,13 +2,11 @@
 
     checkpoints/000020000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written into a hidden folder beside its final place, flushed to the disk and renamed
-(`ditlab.files`): a process that is killed at any moment leaves the older checkpoints as they were. `manifest.json`,
-written last, holds the step, the length of the training log, and size and SHA-256 of every other file; it ends with a
-SHA-256 of its own. Damage of any file is therefore noticed. Nothing is pickled.
-
-In format 1 there is no manifest: `state.json` lists the weights' files and nothing vouches for `state.json`. Such
-checkpoints are still read.
+A checkpoint is written into a hidden folder, flushed to the disk and renamed (`ditlab.files`): a process that is killed
+at any moment leaves the older ones as they were. `manifest.json`, written last, holds the step, the length of the
+training log, and size and SHA-256 of every other file; it ends with a SHA-256 of its own, so that damage of any file is
+noticed. Nothing is pickled. In format 1, which is still read, there is no manifest: `state.json` lists the files of
+weights, and nothing vouches for `state.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditlab.data.manifest import FileRecord, hash_file
 from ditlab.errors import Damaged, DitlabError, Incompatible, NotFound
 from ditlab.files import atomic_folder
+from ditlab.progress import SILENT
 from ditlab.training.log import LogLength
 from ditlab.training.sharding import like_placement
 
@@ -62,46 +62,34 @@ class Manifest:
     """The checkpoint's folder."""
     step: int
     """Optimizer steps done."""
-    files: dict[str, tuple[int, str]]
-    """File name -> size in bytes and SHA-256."""
+    files: dict[str, FileRecord]
     log: LogLength | None
     """Length of the training log when the checkpoint was written; None where unknown (format 1)."""
 
     def weights_hash(self, ema: bool = True) -> str:
         """Returns the SHA-256 of the file of the averaged or the raw weights."""
-        return self.files["ema.safetensors" if ema else "model.safetensors"][1]
+        return self.files["ema.safetensors" if ema else "model.safetensors"].sha256
 
     def verify(self) -> None:
-        """Compares every file with its recorded size and SHA-256.
-
-        Raises:
-            Damaged: naming the first file that is missing or differs.
-        """
-        for name, (size, sha256) in self.files.items():
+        """Raises Damaged for the first file that is missing, or whose size or SHA-256 is not the recorded one."""
+        for name, record in self.files.items():
             file = self.path / name
             if not file.is_file():
-                raise Damaged(f"{file}: expected {size} bytes, found nothing")
-            if file.stat().st_size != size:
-                raise Damaged(f"{file}: expected {size} bytes, found {file.stat().st_size} (truncated?)")
-            if _digest(file) != sha256:
+                raise Damaged(f"{file}: expected {record.bytes} bytes, found nothing")
+            if file.stat().st_size != record.bytes:
+                raise Damaged(f"{file}: expected {record.bytes} bytes, found {file.stat().st_size} (truncated?)")
+            if hash_file(file) != record:
                 raise Damaged(f"{file}: its SHA-256 is not the recorded one; the file was changed or damaged")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Manifest):
     """A checkpoint in memory."""
 
-    step: int
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
-    path: Path
-    manifest: Manifest
-
-    def weights_hash(self, ema: bool = True) -> str:
-        """Returns the SHA-256 of the file of the averaged or the raw weights, without reading it again."""
-        return self.manifest.weights_hash(ema)
 
 
 def _stage(name: str) -> None:
@@ -126,12 +114,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file that `write_tensors` wrote.
-
-    Raises:
-        NotFound: there is no such file.
-        Damaged: it is not a whole safetensors file (a pickle is never opened).
-    """
+    """Returns the tensors of a file that `write_tensors` wrote; NotFound or Damaged without a whole one."""
     if not path.is_file():
         raise NotFound(f"{path}: expected a safetensors file, found nothing")
     try:
@@ -152,33 +135,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, value in state.items():
-        (tensors if isinstance(value, Tensor) else scalars)[name] = value
-    return tensors, scalars
-
-
+@dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Nothing is written until the first save."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0) -> None:
-        """Writes nothing until the first save.
-
-        Args:
-            folder: the run's `checkpoints` folder.
-            keep: how many of the newest checkpoints stay.
-            keep_every: checkpoints at multiples of this many steps stay for good; 0 for none.
-        """
-        self.folder = folder
-        self.keep = keep
-        self.keep_every = keep_every
+    folder: Path
+    """The run's `checkpoints` folder."""
+    _: KW_ONLY
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 for none."""
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, ascending. Unfinished checkpoints are not counted."""
@@ -200,18 +167,9 @@ class CheckpointStore:
         state: Mapping[str, Any],
         log: LogLength | None = None,
     ) -> Path:
-        """Writes one checkpoint and removes those that are no longer needed.
+        """Writes one checkpoint and removes those that are no longer needed; older ones survive a full disk.
 
-        Args:
-            step: optimizer steps done.
-            model: the network's state.
-            ema: the averaged state.
-            optimizer: flat optimizer state, tensors and JSON values.
-            state: further JSON values, returned at loading.
-            log: the length of the training log.
-
-        Raises:
-            DitlabError: when the disk is full or the folder cannot be written; older checkpoints are untouched.
+        The optimizer's state is flat (`optimizer_state`); `state` has further JSON values, `log` the log's length.
         """
         final = self.path(step)
         if final.exists():
@@ -227,8 +185,10 @@ class CheckpointStore:
                 _stage("middle")
                 write_tensors(folder / "ema.safetensors", ema)
                 # Each mapping is read once and in this order: those of a sharded run gather what is read.
-                tensors, scalars = _split_optimizer(optimizer)
+                values = dict(optimizer)
+                tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
                 write_tensors(folder / "optimizer.safetensors", tensors)
+                scalars = {name: value for name, value in values.items() if name not in tensors}
                 record = {"format": FORMAT, "step": step, "optimizer": scalars, **state}
                 (folder / "state.json").write_text(json.dumps(record, indent=1))
                 _stage("before manifest")
@@ -248,34 +208,18 @@ class CheckpointStore:
                 shutil.rmtree(self.path(other))
 
     def load(self, step: int) -> Checkpoint:
-        """Reads the checkpoint of a step and verifies every file.
-
-        Raises:
-            Damaged: naming the file, what was expected and what was found.
-            Incompatible: it is of a newer layout.
-        """
+        """Reads the checkpoint of a step and verifies every file, as `read_manifest` and `Manifest.verify` do."""
         path = self.path(step)
         manifest = read_manifest(path)
         manifest.verify()
         state = read_state(path)
-        return Checkpoint(
-            step=step,
-            model=read_tensors(path / "model.safetensors"),
-            ema=read_tensors(path / "ema.safetensors"),
-            optimizer={**read_tensors(path / "optimizer.safetensors"), **state["optimizer"]},
-            state=state,
-            path=path,
-            manifest=manifest,
-        )
+        model, ema, optimizer = (read_tensors(path / name) for name in _TENSOR_FILES)
+        return Checkpoint(**vars(manifest), model=model, ema=ema, optimizer=optimizer | state["optimizer"], state=state)
 
-    def newest(self, note: Callable[[str], None] | None = None) -> Checkpoint | None:
-        """Returns the newest whole checkpoint; None where there is none at all.
+    def newest(self, note: Callable[[str], None] = SILENT.note) -> Checkpoint | None:
+        """Returns the newest whole checkpoint; None without any checkpoint, Damaged where none of them is whole.
 
-        Args:
-            note: called with one sentence for each damaged checkpoint that is passed over.
-
-        Raises:
-            Damaged: there are checkpoints and none can be used.
+        `note` gets one sentence for each damaged checkpoint that is passed over.
         """
         problems: list[str] = []
         for step in reversed(self.steps()):
@@ -283,26 +227,19 @@ class CheckpointStore:
                 checkpoint = self.load(step)
             except DitlabError as error:
                 problems.append(str(error))
-                continue
-            for problem in problems:
-                if note is not None:
+            else:
+                for problem in problems:
                     note(f"{problem}; going back to the checkpoint of step {step}")
-            return checkpoint
+                return checkpoint
         if problems:
             raise Damaged(f"no whole checkpoint is left: {problems[0]}")
         return None
 
 
 def write_manifest(folder: Path, step: int, log: LogLength | None = None) -> None:
-    """Writes the `manifest.json` of a folder that holds all other files of a checkpoint.
-
-    Args:
-        folder: the checkpoint's folder.
-        step: optimizer steps done.
-        log: the length of the training log.
-    """
+    """Writes the `manifest.json` of a folder that holds all other files of a checkpoint."""
     names = sorted(p.name for p in folder.iterdir() if p.name != "manifest.json")
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+    files = {name: asdict(hash_file(folder / name)) for name in names}
     record = {"format": FORMAT, "step": step, "log": None if log is None else asdict(log), "files": files}
     (folder / "manifest.json").write_text(_sealed(record))
 
@@ -316,27 +253,14 @@ def _sealed(record: Mapping[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Reads a checkpoint's `manifest.json` and checks it; of a checkpoint of format 1, what `state.json` has of it.
 
-    The other files are not read: `Manifest.verify` does that.
-
-    Args:
-        path: the checkpoint's folder, whose name is the step.
-
-    Raises:
-        Damaged: it is missing or damaged, or of another step than the folder's name says.
-        Incompatible: it is of a newer layout.
+    The other files are not read: `Manifest.verify` does that. Raises Damaged, Incompatible for a newer layout.
     """
     file = path / "manifest.json"
     if file.is_file():
-        content = file.read_bytes()
-        try:
-            record = json.loads(content)
-            version = int(record["format"])
-        except (ValueError, KeyError, TypeError):
-            raise Damaged(f"{file}: expected a checkpoint's manifest as JSON, found something else") from None
-        _check_format(file, version)
-        if _sealed({key: value for key, value in record.items() if key != "sha256"}).encode() != content:
+        record = _read_json(file, "manifest", "files")
+        if _sealed({key: value for key, value in record.items() if key != "sha256"}).encode() != file.read_bytes():
             raise Damaged(f"{file}: its SHA-256 is not the one at its end; the file was changed or damaged")
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+        files = {name: FileRecord(**entry) for name, entry in record["files"].items()}
         manifest = Manifest(path, record["step"], files, None if record["log"] is None else LogLength(**record["log"]))
     else:
         file = path / "state.json"
@@ -351,7 +275,8 @@ def _read_format_1(path: Path) -> Manifest:
     if state["format"] != 1:
         raise Damaged(f"{path / 'manifest.json'}: expected a checkpoint's manifest, found nothing")
     try:
-        files = {name: (state["files"][name]["bytes"], state["files"][name]["sha256"]) for name in _TENSOR_FILES}
+        entries = {name: state["files"][name] for name in _TENSOR_FILES}
+        files = {name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         for key in _FORMAT_1_KEYS:
             state[key]
     except (KeyError, TypeError) as error:
@@ -360,38 +285,30 @@ def _read_format_1(path: Path) -> Manifest:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the JSON values of a checkpoint's `state.json`.
+    """Returns the JSON values of a checkpoint's `state.json`; raises Damaged or Incompatible as `read_manifest`."""
+    return _read_json(path / "state.json", "state", "optimizer")
 
-    Raises:
-        Damaged: it is missing or not JSON.
-        Incompatible: it is of a newer layout.
-    """
-    file = path / "state.json"
+
+def _read_json(file: Path, what: str, mapping: str) -> dict[str, Any]:
+    """Returns what a checkpoint's JSON file holds: a format, and a mapping under this name."""
     try:
         record = json.loads(file.read_bytes())
         version = int(record["format"])
-        dict(record["optimizer"])
+        if version <= FORMAT:
+            dict(record[mapping])
     except FileNotFoundError:
-        raise Damaged(f"{file}: expected a checkpoint's state, found nothing") from None
+        raise Damaged(f"{file}: expected a checkpoint's {what}, found nothing") from None
     except (ValueError, KeyError, TypeError):
-        raise Damaged(f"{file}: expected a checkpoint's state as JSON, found something else") from None
-    _check_format(file, version)
-    return record
-
-
-def _check_format(file: Path, version: int) -> None:
+        raise Damaged(f"{file}: expected a checkpoint's {what} as JSON, found something else") from None
     if version > FORMAT:
         raise Incompatible(
             f"{file}: the checkpoint's format is {version}, this ditlab reads up to {FORMAT}; a newer ditlab wrote it"
         )
+    return record
 
 
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Loads weights into a network after comparing names and shapes.
-
-    Raises:
-        Incompatible: for the weights of another network, naming the first name or shape that differs.
-    """
+    """Loads weights into a network; Incompatible for another network's, by the first name or shape that differs."""
     expected = network.state_dict()
     for name, value in expected.items():
         if name not in tensors:

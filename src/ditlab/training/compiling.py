@@ -18,26 +18,15 @@ WIDE = 192
 
 
 def compile_blocks(network: nn.Module, mode: Literal["auto", "on", "off"], *, device: torch.device, steps: int) -> bool:
-    """Compiles each of `network.blocks` in place; the names of the weights stay as they are.
+    """Compiles each of `network.blocks` in place, or a network without as a whole; returns whether it did.
 
+    The names of the weights stay as they are. `auto` compiles on CUDA, and on the CPU wide networks in long runs.
     torch silently runs uncompiled code once it has compiled too many variants of one function, and all blocks count
     against one limit. The limit is therefore sized to the network, and reaching it is an error.
-
-    Args:
-        network: a network with a list of `blocks`; one without is compiled as a whole.
-        mode: on, off or auto. auto compiles on CUDA, and on the CPU wide networks in long runs.
-        device: where the network runs.
-        steps: steps of the run.
-
-    Returns:
-        Whether anything was compiled.
     """
-    if mode == "auto":
-        width = getattr(getattr(network, "config", None), "width", 0)
-        wanted = device.type == "cuda" or (steps >= LONG_RUN and width >= WIDE)
-    else:
-        wanted = mode == "on"
-    if not wanted:
+    width = getattr(getattr(network, "config", None), "width", 0)
+    worthwhile = device.type == "cuda" or (steps >= LONG_RUN and width >= WIDE)
+    if mode == "off" or (mode == "auto" and not worthwhile):
         return False
     parts = blocks_of(network) or [network]
     # Variants of one block: training and evaluation, with and without gradients, and a last batch of another size.

@@ -53,17 +53,12 @@ class DistributedContext:
 
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is set on any rank."""
-        if self.world == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item() > 0)
+        return flag if self.world == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def raise_together(self, error: DitlabError | None) -> bool:
-        """Raises where a rank has an error; returns whether none has.
+        """Returns whether no rank has an error; a rank that has one raises it.
 
-        If rank 0 has one, only rank 0 raises, so that the error is shown once. The other ranks get False and should
-        return silently.
+        If rank 0 has one, it alone raises, so that the error is shown once; the others get False and return silently.
         """
         main_fails = self.any(self.is_main and error is not None)
         fails = self.any(error is not None)
@@ -88,11 +83,7 @@ class _Replica(nn.parallel.DistributedDataParallel):
 
 
 def replicate(network: nn.Module, context: DistributedContext) -> nn.Module:
-    """Moves a network to the device and returns the module to call in a forward pass.
-
-    That is the network itself in one process. In several it is a DDP wrapper, which averages gradients over the ranks;
-    each rank has the whole network.
-    """
+    """Moves a network to the device; returns what to call in a forward pass: with several ranks its DDP wrapper."""
     network.to(context.device)
     if context.world == 1:
         return network
@@ -108,12 +99,7 @@ def no_sync(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Returns the named device; without a name CUDA where there is one, else the CPU.
-
-    Raises:
-        InvalidConfig: it is no device's name.
-        NotFound: the named device does not exist here.
-    """
+    """Returns the named device, which must exist here; without a name CUDA where there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -129,10 +115,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextmanager
 def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
-    """Yields the context of this job: of the processes that `torchrun` started, else of this one alone.
-
-    Under torchrun the process group is opened here (nccl on CUDA, gloo on the CPU) and closed at the end of the block.
-    """
+    """Yields the context of the processes that `torchrun` started, with a process group, else of this one alone."""
     picked = pick_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -31,12 +31,7 @@ class EMA:
     """Moving average of the floating-point entries of a network's state; other entries (counters) are copied."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        """Starts from a copy of the network's weights, in float32.
-
-        Args:
-            network: the one to average; only `applied` changes it.
-            decay: the limit that the warm-up approaches, in [0, 1).
-        """
+        """Starts from a copy of the network's weights, in float32; `decay` is the limit of the warm-up, in [0, 1)."""
         self.decay = decay
         self.weights = {
             name: value.detach().clone().float() if value.is_floating_point() else value.detach().clone()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.errors import Damaged, DitlabError
+from ditlab.files import write_atomically
 
 __all__ = ["LogLength", "TrainingLog", "read_log"]
 
@@ -26,11 +27,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log; a last line that a kill cut off is left out.
-
-    Raises:
-        Damaged: for a line before the last that is not a JSON object with a step.
-    """
+    """Returns the lines of a log, without a last one that a kill cut off; any other bad line raises Damaged."""
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines()
@@ -53,11 +50,11 @@ class LogLength:
     bytes: int
 
 
+@dataclass(frozen=True)
 class TrainingLog:
     """Appends lines to a log, and cuts off those that a resumed run will write again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def flush(self) -> LogLength:
         """Forces the log to disk and returns its length."""
@@ -69,42 +66,29 @@ class TrainingLog:
         return LogLength(content.count(b"\n"), len(content))
 
     def cut(self, step: int) -> LogLength:
-        """Removes every line after `step`, and lines that cannot be read; step 0 empties the log.
+        """Removes every line after `step`, and lines that cannot be read; returns the length of what is left.
 
-        The file is replaced as a whole, so that a kill leaves the old or the new one.
-
-        Returns:
-            The length of what is left.
-
-        Raises:
-            DitlabError: when the disk is full; the log stays as it was.
+        Step 0 empties the log. A kill or a full disk leaves the old file as it was.
         """
         if not self.path.exists():
             return LogLength(0, 0)
-        records = [_record(line) for line in self.path.read_bytes().splitlines()]
+        records = map(_record, self.path.read_bytes().splitlines())
         lines = [json.dumps(record) + "\n" for record in records if record and 0 < step >= record["step"]]
-        beside = self.path.with_suffix(".tmp")
-        try:
-            with beside.open("w") as file:
+
+        def write(place: Path) -> None:
+            with place.open("w") as file:
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(self.path)
+
+        try:
+            write_atomically(self.path, write)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise DitlabError(f"{self.path}: the log could not be written: {error.strerror}") from None
         return LogLength(len(lines), sum(map(len, lines)))
 
     def write(self, record: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Appends one line.
-
-        Args:
-            record: the values that a repeated run reproduces.
-            machine: timings and memory, which it does not reproduce.
-
-        Raises:
-            DitlabError: when the disk is full.
-        """
+        """Appends one line: the values that a repeated run reproduces, then timings and memory, which it does not."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:

@@ -1,12 +1,10 @@
 """Memory for large networks: sharding over the processes, and gradient checkpointing.
 
 `shard_network` is FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al., 2304.11277, for the method): each process
-keeps one part of every weight, and so of its gradient, its average and the optimizer's moments. A block's weights are
-whole only while the block computes. A sharded weight is a `DTensor`: its shape is the whole one's, its memory one part.
-Checkpoints hold whole tensors, so that a run can be resumed sharded or not, on any number of processes.
-
-`checkpoint_activations` is gradient checkpointing (Chen et al., 1604.06174): only the input of each block is kept for
-the backward pass, which runs the block again.
+keeps one part of every weight, a `DTensor`, and so of its gradient, its average and the optimizer's moments. A block's
+weights are whole only while the block computes. Checkpoints hold whole tensors, so that a run can be resumed sharded or
+not, on any number of processes. `checkpoint_activations` is gradient checkpointing (Chen et al., 1604.06174): only the
+input of each block is kept for the backward pass, which runs the block again.
 """
 
 from __future__ import annotations
@@ -29,18 +27,17 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(network: nn.Module) -> bool:
-    """Makes each of the network's blocks run again in the backward pass, instead of keeping its activations.
+    """Makes each block run again in the backward pass, instead of keeping its activations; False without blocks.
 
     Losses and gradients stay the same to the bit: dropout and autocast are as they were the first time. Call it before
-    `compile_blocks` and `shard_network`, so that their wrappers stay outside.
-
-    Returns:
-        Whether there were blocks. (A network run again as a whole would need as much memory as before.)
+    `compile_blocks` and `shard_network`, so that their wrappers stay outside. (A network run again as a whole would
+    need as much memory as before.)
     """
-    for block in blocks_of(network):
+    blocks = blocks_of(network)
+    for block in blocks:
         # On the instance and not by a module around it, which would change the names of the weights.
         block.forward = _again(block.forward)
-    return bool(blocks_of(network))
+    return bool(blocks)
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,11 +56,8 @@ def shard_network(network: nn.Module, context: DistributedContext, precision: st
     traffic, and no second copy that autocast would keep until the backward pass. Everything outside of the blocks stays
     float32, as do gradients and optimizer.
 
-    Args:
-        network: whole and with the same weights in every process, on the CPU or the device: only one block at a time
-            is whole on the device.
-        context: two processes or more.
-        precision: "float32" or "bf16", as in TrainingConfig.
+    The network comes whole and with the same weights in every process, on the CPU or the device: only one block at a
+    time is whole on the device.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -98,12 +92,7 @@ def to_local(value: Tensor) -> Tensor:
 
 
 def like_placement(value: Tensor, other: Tensor) -> Tensor:
-    """Returns a whole tensor sharded as `other` is, without communication; unchanged where `other` is not sharded.
-
-    Args:
-        value: the same in every process; only this process's part of its memory is read on the CPU.
-        other: a tensor of the same shape.
-    """
+    """Returns a whole tensor, the same in every process, sharded as `other` is (if it is), without communication."""
     if to_local(other) is other:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -116,16 +105,11 @@ class Gathered(Mapping[str, Any]):
     """Sharded values by name. Each is gathered when it is read, so that only one at a time is whole.
 
     Reading is collective: all processes read the same names in the same order, each once. Where only rank 0 uses the
-    values, it reads them and then every rank calls `drain`.
+    values, which it gets whole on the CPU, it reads them and then every rank calls `drain`.
     """
 
     def __init__(self, values: Mapping[str, Any], context: DistributedContext) -> None:
-        """Communicates nothing yet.
-
-        Args:
-            values: tensors, sharded or not, and anything else; the same names on all ranks.
-            context: rank 0 gets whole tensors on the CPU; what the other ranks get is not meant to be used.
-        """
+        """Communicates nothing yet; the values, tensors or not, have the same names on all ranks."""
         self._values, self._context = values, context
         self._unread = set(values)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditlab.diffusion.objectives import Objective
 from ditlab.errors import Damaged, DitlabError, InvalidConfig
 from ditlab.progress import SILENT, Interrupted, Reporter, StopFlag
 from ditlab.rng import key
-from ditlab.training.batches import Batch, Batches, Images, Objective
+from ditlab.training.batches import Batch, Batches, Images
 from ditlab.training.checkpoint import Checkpoint, CheckpointStore, load_network, load_optimizer, optimizer_state
 from ditlab.training.config import TrainingConfig
 from ditlab.training.distributed import DistributedContext, no_sync, replicate
@@ -27,17 +29,14 @@ from ditlab.training.sharding import Gathered, shard_network
 
 __all__ = ["Trainer", "TrainingInterrupted", "autocast", "check_batch", "make_optimizer", "peak_memory"]
 
+_ALONE = DistributedContext(0, 1, torch.device("cpu"))
+
 
 class TrainingInterrupted(Interrupted):
     """Training ended before its last step; a checkpoint of `step` was saved."""
 
     def __init__(self, step: int, *, minutes: float | None = None) -> None:
-        """Keeps what was reached and why.
-
-        Args:
-            step: optimizer steps done.
-            minutes: the time limit that was reached; None where somebody asked to stop.
-        """
+        """Keeps the steps done and the time limit that was reached, None where somebody asked to stop."""
         limit = "" if minutes is None else f", for the {minutes:g} minutes are over"
         super().__init__(f"stopped and saved after step {step}{limit}")
         self.step, self.minutes = step, minutes
@@ -65,61 +64,52 @@ def check_batch(config: TrainingConfig, context: DistributedContext) -> None:
         )
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Trains a network on images until the last step of its config.
 
     `fit` does all of it. The parts can be called on their own: `resume`, then `train_step` with the batch of a step,
-    `log_step`, `save`. With several processes every rank calls them together.
+    `log_step`, `save`. With several processes every rank calls them together. Making a trainer moves the network to its
+    device and shards it where the config says so; a batch that processes cannot share raises InvalidConfig.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        objective: Objective,
-        images: Images,
-        train_indices: np.ndarray,
-        config: TrainingConfig,
-        *,
-        checkpoints: CheckpointStore,
-        log: TrainingLog,
-        context: DistributedContext | None = None,
-        measure: Callable[[int], dict[str, float]] | None = None,
-        reporter: Reporter = SILENT,
-        title: str = "training",
-        stop: StopFlag | None = None,
-        minutes: float | None = None,
-    ) -> None:
-        """Moves the network to its device, shards it where the config says so, and makes optimizer and average.
+    network: nn.Module
+    """With its initial weights; trained in place."""
+    objective: Objective
+    """The loss to minimize."""
+    images: Images
+    """The image set."""
+    train_indices: np.ndarray
+    """The train images in it."""
+    config: TrainingConfig
+    """How long and how."""
+    _: KW_ONLY
+    checkpoints: CheckpointStore
+    """The run's checkpoints; rank 0 writes them."""
+    log: TrainingLog
+    """The run's log; rank 0 writes it."""
+    context: DistributedContext = _ALONE
+    """The processes of the job; one process on the CPU where not given."""
+    measure: Callable[[int], dict[str, float]] | None = None
+    """Measures the network after so many steps, while it holds the averaged weights. Called on rank 0; with sharding on
+    every rank, since the forward pass is collective."""
+    reporter: Reporter = SILENT
+    """Rank 0 notes to it, and shows a bar with loss, rate, test PSNR and gap."""
+    title: str = "training"
+    """Title of the bar."""
+    stop: StopFlag | None = None
+    """When set, the trainer saves after the current step and raises."""
+    minutes: float | None = None
+    """After this time `fit` saves after the current step and raises. It changes no weight, so the config lacks it."""
 
-        Args:
-            network: with its initial weights; trained in place.
-            objective: the loss to minimize.
-            images: the image set.
-            train_indices: the train images in it.
-            config: how long and how.
-            checkpoints: the run's checkpoints; rank 0 writes them.
-            log: the run's log; rank 0 writes it.
-            context: the processes of the job; one process on the CPU where not given.
-            measure: measures the network after so many steps, while it holds the averaged weights. Called on rank 0;
-                with sharding on every rank, since the forward pass is collective.
-            reporter: rank 0 notes to it, and shows a bar with loss, rate, test PSNR and gap.
-            title: title of the bar.
-            stop: when set, the trainer saves after the current step and raises.
-            minutes: after this time `fit` saves after the current step and raises. It changes no weight, so it is no
-                part of the config.
-
-        Raises:
-            InvalidConfig: the batch cannot be shared by all processes, or `minutes` is not positive.
-        """
-        self.context = context or DistributedContext(0, 1, torch.device("cpu"))
+    def __post_init__(self) -> None:
+        """Makes the optimizer and the average."""
+        network, config = self.network, self.config
         check_batch(config, self.context)
-        if minutes is not None and not minutes > 0:
-            raise InvalidConfig(f"`minutes`: expected a positive number, found {minutes}")
-        self.network, self.objective, self.images, self.train_indices = network, objective, images, train_indices
-        self.config, self.checkpoints, self.log = config, checkpoints, log
-        self.measure, self.title = measure, title
-        self.reporter = reporter if self.context.is_main else SILENT
-        self.stop, self.minutes = stop or StopFlag(), minutes
+        if self.minutes is not None and not self.minutes > 0:
+            raise InvalidConfig(f"`minutes`: expected a positive number, found {self.minutes}")
+        if not self.context.is_main:
+            self.reporter = SILENT
         self.step = 0
         self.shown: dict[str, float | str] = {}
         """What the bar shows beside the steps."""
@@ -158,7 +148,10 @@ class Trainer:
                     self.log_step()
                     bar(self.step, config.steps, **self.shown)
                     time_is_up = self.minutes is not None and time.monotonic() - start >= 60 * self.minutes
-                    ends = self._any_rank(self.stop.set or time_is_up)
+                    # Agreed on by several processes at intervals, because each time costs a round of communication.
+                    asked = self.context.world == 1 or self.step % 10 == 0
+                    stopped = self.stop is not None and self.stop.set
+                    ends = asked and self.context.any(stopped or time_is_up)
                     if self.step % config.save_every == 0 or self.step == config.steps or ends:
                         self.save()
                     if ends and self.step < config.steps:
@@ -169,16 +162,8 @@ class Trainer:
         self.network.load_state_dict(averaged)
         self.network.eval()
 
-    def _any_rank(self, ends: bool) -> bool:
-        # With several processes the flag is agreed on at intervals, because each time costs a round of communication.
-        return self.context.any(ends) if self.context.world == 1 or self.step % 10 == 0 else False
-
     def resume(self) -> None:
-        """Loads the newest whole checkpoint, if there is one, and cuts the log back to it.
-
-        Raises:
-            DitlabError: there are checkpoints and none is whole, or they are another network's.
-        """
+        """Loads the newest whole checkpoint, if there is one, and cuts the log back to it; as `fit` does first."""
         checkpoint = self.checkpoints.newest(self.reporter.note)
         if checkpoint is not None:
             load_network(self.network, checkpoint.model, checkpoint.path)
@@ -186,8 +171,8 @@ class Trainer:
             self._load_state(checkpoint)
         if self.context.is_main:
             length = self.log.cut(self.step)
-            if checkpoint is not None and checkpoint.manifest.log not in (None, length):
-                self._note_lost_lines(checkpoint.manifest.log, length)
+            if checkpoint is not None and checkpoint.log not in (None, length):
+                self._note_lost_lines(checkpoint.log, length)
         self.context.wait()  # no rank trains on while rank 0 still reads what a save may remove
         self.network.train()
 
@@ -217,11 +202,7 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch) -> None:
-        """Makes one optimizer step on this rank's part of a batch, and updates the average.
-
-        Args:
-            batch: the batch of the step after `self.step` steps (`Batches`).
-        """
+        """Makes one optimizer step on this rank's part of the batch of that step (`Batches`); updates the average."""
         config, objective = self.config, self.objective
         size = len(batch.images) // config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,11 +257,7 @@ class Trainer:
         return values
 
     def log_step(self) -> None:
-        """Writes the log line of the present step, where one is due: loss and rate, measurements, or both.
-
-        Raises:
-            DitlabError: the loss is no longer finite.
-        """
+        """Writes the log line of the present step, where one is due: loss and rate, measurements, or both."""
         step, config = self.step, self.config
         line: dict[str, float] = {}
         machine: dict[str, float] = {}
@@ -297,7 +274,8 @@ class Trainer:
             self.shown |= {"loss": loss, "rate": f"{rate:,.0f} images/s"}
         measured = self.evaluate() if self._is_measured(step) else {}
         line |= measured
-        self.shown |= {name: measured[key] for name, key in _SHOWN.items() if key in measured}
+        in_bar = {"test_psnr": "test_psnr", "gap": "psnr_gap"}
+        self.shown |= {name: measured[key] for name, key in in_bar.items() if key in measured}
         if machine:
             machine["memory_bytes"] = peak_memory(self.context.device)
             self._loss_sum.zero_()
@@ -325,10 +303,6 @@ class Trainer:
         for part in parts.values():
             part.drain()
         self.context.wait()
-
-
-_SHOWN = {"test_psnr": "test_psnr", "gap": "psnr_gap"}
-"""Field of the bar -> measurement."""
 
 
 def peak_memory(device: torch.device) -> int:
