@@ -15,7 +15,7 @@ import numpy as np
 import ditlab
 from ditlab.data.duplicates import find_near_duplicates
 from ditlab.data.imageset import IMAGES, LABELS, POOL, ImageSet, is_image_set
-from ditlab.data.manifest import SOURCE_NAMES, Manifest, content_hash, hash_file, write_names
+from ditlab.data.manifest import SOURCE_NAMES, Manifest, content_hash, hash_files, write_names
 from ditlab.data.pixels import Color, channels
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, SkippedItem, Source, count_kinds, describe_skipped
 from ditlab.data.sources.files import is_source, read_source, source_name
@@ -26,6 +26,7 @@ from ditlab.progress import SILENT, Reporter
 
 __all__ = [
     "default_folder",
+    "open_existing",
     "open_if_image_set",
     "open_source",
     "prepare",
@@ -205,18 +206,26 @@ class _Gathered:
     """The duplicates whose dropped image is held out and whose earlier image is for training."""
 
 
-def _existing(out: Path, name: str, source: Source, settings: dict[str, Any], overwrite: bool) -> ImageSet | None:
+def open_existing(out: Path) -> ImageSet | None:
+    """Opens the image set in a folder; None where there is nothing, or an empty folder."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        images = ImageSet.open(out)
+        return ImageSet.open(out)
     except DitlabError as error:
+        raise DitlabError(f"{out} exists and is not an image set that can be reused ({error})") from None
+
+
+def _existing(out: Path, name: str, source: Source, settings: dict[str, Any], overwrite: bool) -> ImageSet | None:
+    try:
+        images = open_existing(out)
+    except DitlabError:
         if overwrite and (out / "manifest.json").is_file() and (out / IMAGES).exists():
             return None
-        raise DitlabError(f"{out} exists and is not an image set that can be reused ({error})") from None
-    manifest = images.manifest
-    if overwrite:
+        raise
+    if images is None or overwrite:
         return None
+    manifest = images.manifest
     expected = (name, source.rule.size, source.rule.color, settings)
     if (manifest.source, manifest.size, manifest.color, manifest.options) != expected:
         raise DitlabError(
@@ -335,9 +344,7 @@ def _finish(
             near = find_near_duplicates(images, pool, threshold=threshold, limit=limit, progress=progress)
         if near.searched < len(images):
             notes.append(f"near-duplicates were looked for among the first {near.searched} images only")
-    names = (IMAGES, LABELS, POOL, SOURCE_NAMES)
-    files = {name: hash_file(folder / name) for name in names if (folder / name).exists()}
-    kinds = count_kinds(gathered.skipped)
+    files = hash_files(folder, (IMAGES, LABELS, POOL, SOURCE_NAMES))
     Manifest(
         source=name,
         size=source.rule.size,
@@ -356,7 +363,7 @@ def _finish(
         files=files,
         hash=content_hash(files, class_names),
         made_by=f"ditlab {ditlab.__version__}",
-        skipped_kinds=kinds,
+        skipped_kinds=count_kinds(gathered.skipped),
         duplicate_names=tuple(gathered.duplicates[:_DUPLICATES]),
     ).write(folder)
 
