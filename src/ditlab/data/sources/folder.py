@@ -14,44 +14,13 @@ from ditlab.errors import DitlabError
 
 __all__ = ["IMAGE_SUFFIXES", "Folder", "listing_hash"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 """Endings of the files that are read; of a file with several frames the first one."""
 
-_OTHER_FORMATS = frozenset(
-    [
-        ".arw",
-        ".avif",
-        ".cr2",
-        ".cr3",
-        ".dds",
-        ".dng",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".heic",
-        ".heif",
-        ".ico",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jxl",
-        ".mp4",
-        ".nef",
-        ".orf",
-        ".pbm",
-        ".pdf",
-        ".pgm",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".raf",
-        ".raw",
-        ".rw2",
-        ".svg",
-        ".tga",
-        ".xcf",
-    ]
+_OTHER_FORMATS = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    *(".avif", ".dds", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe", ".jxl"),
+    *(".eps", ".mp4", ".pbm", ".pdf", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".xcf"),
 )
 """Endings of files that may hold pictures and are not read."""
 
