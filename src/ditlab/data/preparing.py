@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,11 +132,7 @@ def open_if_image_set(source: str | Path | ImageSet) -> ImageSet | None:
 def open_source(
     source: str | Path | ImageSet, rule: CropRule, options: Mapping[str, Any] | None = None
 ) -> tuple[Source, str]:
-    """Returns a source and its full name: an image set read again, or what `read_source` opens.
-
-    Raises:
-        DitlabError: the source cannot be used.
-    """
+    """Returns a source and its full name: an image set read again, or what `read_source` opens."""
     images = open_if_image_set(source)
     if images is not None:
         return Prepared(rule, images), str(images.path)
@@ -165,9 +162,6 @@ def write_image_set(
         minimum: how many usable images the set needs.
         overwrite: replace a set that was made otherwise.
         reporter: receives progress, and a note of the files that were skipped.
-
-    Raises:
-        DitlabError: see `prepare`.
     """
     existing = _existing(out, name, source, settings, overwrite)
     if existing is not None:
@@ -370,10 +364,9 @@ def _finish(
 
 def _examples(skipped: Iterable[SkippedItem]) -> tuple[SkippedItem, ...]:
     """Returns the first items of each kind."""
-    counts: dict[str, int] = {}
-    examples = []
+    counts, examples = Counter[str](), []
     for item in skipped:
-        counts[item.kind] = counts.get(item.kind, 0) + 1
+        counts[item.kind] += 1
         if counts[item.kind] <= _EXAMPLES:
             examples.append(item)
     return tuple(examples)

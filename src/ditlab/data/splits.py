@@ -101,10 +101,7 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: in
 
 
 def held_out_order(imageset: ImageSet, seed: int) -> np.ndarray:
-    """Returns the indices of all images that may be tested on, int64, in the order of a seed.
-
-    The test images of a split are the first of them.
-    """
+    """Returns the indices, int64, of all images that may be tested on, in a seeded order: a split takes the first."""
     return _order(_allowed(imageset, TEST), len(imageset), seed, "test")
 
 

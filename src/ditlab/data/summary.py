@@ -11,6 +11,7 @@ import numpy as np
 
 from ditlab.data.autoencoder import reopen_autoencoder
 from ditlab.data.contact_sheet import fitting_scale, image_grid
+from ditlab.data.duplicates import NearDuplicates
 from ditlab.data.imageset import ImageSet
 from ditlab.data.latents import LatentRecord
 from ditlab.data.pixels import to_uint8
@@ -25,7 +26,6 @@ def describe(imageset: ImageSet) -> dict[str, Any]:
     """Returns what there is to say about an image set, as JSON values."""
     manifest = imageset.manifest
     near = manifest.near_duplicates
-    latents = {} if manifest.latents is None else {"latents": _latents(manifest.latents)}
     return {
         "path": str(imageset.path),
         "source": manifest.source,
@@ -36,26 +36,26 @@ def describe(imageset: ImageSet) -> dict[str, Any]:
         "pools": manifest.pools,
         "exact_duplicates_dropped": manifest.exact_duplicates,
         "exact_duplicate_files": [list(pair) for pair in manifest.duplicate_names[:5]],
-        "near_duplicates": None
-        if near is None
-        else {
-            "threshold": near.threshold,
-            "searched": near.searched,
-            "pairs": near.pairs,
-            "images": near.images,
-            "pairs_across_train_and_test": near.across_pools,
-            "most_similar": [list(pair) for pair in near.examples[:5]],
-            "most_similar_files": [
-                [imageset.source_of(first), imageset.source_of(second)] for first, second, _ in near.examples[:5]
-            ],
-        },
+        "near_duplicates": None if near is None else _near_duplicates(near, imageset),
         "skipped": manifest.skipped_count,
         "skipped_kinds": manifest.skipped_kinds,
         "skipped_summary": manifest.skipped_summary(),
         "skipped_examples": {item.name: item.reason for item in _images_first(manifest.skipped)[:10]},
         "notes": list(manifest.notes),
         "hash": imageset.hash,
-        **latents,
+        **({} if manifest.latents is None else {"latents": _latents(manifest.latents)}),
+    }
+
+
+def _near_duplicates(near: NearDuplicates, imageset: ImageSet) -> dict[str, Any]:
+    return {
+        "threshold": near.threshold,
+        "searched": near.searched,
+        "pairs": near.pairs,
+        "images": near.images,
+        "pairs_across_train_and_test": near.across_pools,
+        "most_similar": [list(pair) for pair in near.examples[:5]],
+        "most_similar_files": [[imageset.source_of(index) for index in pair[:2]] for pair in near.examples[:5]],
     }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditlab.data.pixels import Color, UnusableImage, centre_crop, planes, to_color
+from ditlab.data.pixels import Color, UnusableImage, centre_crop, channels, planes, to_color
 from ditlab.errors import DitlabError
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def count_kinds(skipped: Iterable[SkippedItem]) -> dict[str, int]:
 def describe_skipped(kinds: Mapping[str, int], examples: Iterable[SkippedItem], limit: int = 3) -> str:
     """Returns a list such as "7 .heic (not a readable format), 3 .txt, 2 smaller than 32x32 pixels: a.png, b.png".
 
-    Args:
-        kinds: number of items of each kind (`count_kinds`).
-        examples: items whose names are given; those that are counted by the ending of the file need none.
-        limit: names at most for one kind.
+    `kinds` counts the items of each kind (`count_kinds`); of a kind that is no ending at most `limit` are named.
     """
     names: dict[str, list[str]] = {}
     for item in examples:
@@ -90,12 +87,9 @@ class CropRule:
     """How images are brought to the set's format.
 
     Attributes:
-        size: height and width of every image of the set, in pixels.
+        size: height and width of every image of the set, 2 to 4096 pixels.
         color: "rgb" or "grey".
         upscale: enlarge images whose short side is below `size`; otherwise they are skipped.
-
-    Raises:
-        DitlabError: the size is not in 2 to 4096, or the colour is unknown.
     """
 
     size: int
@@ -105,15 +99,10 @@ class CropRule:
     def __post_init__(self) -> None:
         if not 2 <= self.size <= 4096:
             raise DitlabError(f"size: expected 2 to 4096 pixels, found {self.size}")
-        if self.color not in ("rgb", "grey"):
-            raise DitlabError(f"color: expected 'rgb' or 'grey', found {self.color!r}")
+        channels(self.color)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Returns the image as uint8 [C, size, size].
-
-        Raises:
-            UnusableImage: it is smaller than `size` and `upscale` is off.
-        """
+        """Returns the image as uint8 [C, size, size]; raises UnusableImage where it is too small."""
         if min(image.size) < self.size and not self.upscale:
             small = f"smaller than {self.size}x{self.size}"
             raise UnusableImage(f"{image.width}x{image.height} is {small}", f"{small} pixels")

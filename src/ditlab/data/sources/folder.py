@@ -31,22 +31,14 @@ class Folder(Source):
     The class of an image is the subfolder that holds it (the first below the root). If the root itself holds images,
     there are no classes. A root with exactly the folders `train` and `test` fixes the pools, and the classes are the
     folders below those.
-
-    Args:
-        rule: size and colour.
-        where: the folder.
-
-    Raises:
-        DitlabError: the path is missing, is not a folder, cannot be read, or has no image file below it.
     """
 
     def __init__(self, rule: CropRule, where: str) -> None:
         self.rule = rule
         self.root = Path(where).expanduser()
-        if not self.root.exists():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found nothing")
         if not self.root.is_dir():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found a file")
+            found = "a file" if self.root.exists() else "nothing"
+            raise DitlabError(f"folder source: expected a folder at {self.root}, found {found}")
         self.sizes, self.left_out = _list_files(self.root)
         self.files = list(self.sizes)
         if not self.files:
