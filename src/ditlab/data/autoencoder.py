@@ -5,13 +5,9 @@ encodes pictures `[B, 3, H, W]` in [-1, 1] to the mean and, if it is variational
 `[B, c, h, w]`. A denoiser sees scaled latents, (z - shift) * scale: 0.18215 z for the autoencoders of Stable Diffusion
 and DiT. `decode` takes scaled latents. Nothing is clipped.
 
-A REF names an autoencoder:
-
-    a hub id                a repository of the Hugging Face hub with a diffusers AutoencoderKL or AutoencoderTiny,
-                            such as stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse or madebyollin/taesd
-    a diffusers folder      the same as a folder with config.json and weights
-    a pair of files         NAME_encoder and NAME_decoder (.safetensors, .pth or .pt) in the folder REF, or with REF
-                            as the beginning of their paths: a tiny autoencoder (ditlab.data.tiny_autoencoder)
+A REF names an autoencoder: a hub id, such as stabilityai/sd-vae-ft-ema, or a folder of a diffusers AutoencoderKL or
+AutoencoderTiny; or a folder, or the beginning of the paths, of a pair of files NAME_encoder and NAME_decoder
+(.safetensors, .pth or .pt): a tiny autoencoder (ditlab.data.tiny_autoencoder).
 """
 
 from __future__ import annotations
@@ -176,13 +172,7 @@ def open_autoencoder(source: str | Path, kind: Kind = "auto") -> Autoencoder:
 
 
 def reopen_autoencoder(record: AutoencoderRecord, folder: Path, moved: str | Path | None = None) -> Autoencoder:
-    """Loads the autoencoder of a record again and checks that it is the same.
-
-    Args:
-        record: from an image set or a run.
-        folder: the folder of that set or run.
-        moved: where the autoencoder is now, if it was moved.
-    """
+    """Loads the autoencoder of a record in a set's or run's folder, or from `moved`, and checks that it is the same."""
     if record.kind == "identity":
         return Identity(record.image_channels)
     if moved is not None:

@@ -154,14 +154,8 @@ def write_image_set(
 ) -> ImageSet:
     """Writes the images of a source as a set, or opens the set that was made of them before.
 
-    Args:
-        source: the images.
-        name: the source's name, for the manifest.
-        out: the folder to make.
-        settings: the other settings, for the manifest; "near_duplicates" and "near_limit" are applied here.
-        minimum: how many usable images the set needs.
-        overwrite: replace a set that was made otherwise.
-        reporter: receives progress, and a note of the files that were skipped.
+    The manifest keeps the name and the settings, of which "near_duplicates" and "near_limit" are applied here. The set
+    needs at least `minimum` usable images.
     """
     existing = _existing(out, name, source, settings, overwrite)
     if existing is not None:

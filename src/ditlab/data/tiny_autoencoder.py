@@ -30,13 +30,7 @@ _GROUPS = 4
 
 
 class TinyAutoencoder(nn.Module):
-    """A tiny autoencoder with given weights, in float32 and evaluation mode.
-
-    Args:
-        encoder: state dict of the encoder, keys `3.conv.0.weight` and the like.
-        decoder: state dict of the decoder.
-        where: the name that errors give them.
-    """
+    """A tiny autoencoder with given weights, in float32 and evaluation mode; keys like `3.conv.0.weight`."""
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], where: str) -> None:
         super().__init__()

@@ -25,12 +25,7 @@ __all__ = ["SOURCES", "Array", "Digits", "Mosaic", "is_source", "read_source", "
 
 
 def read_source(
-    spec: str,
-    size: int,
-    *,
-    color: Color = "rgb",
-    upscale: bool = False,
-    options: Mapping[str, Any] | None = None,
+    spec: str, size: int, *, color: Color = "rgb", upscale: bool = False, options: Mapping[str, Any] | None = None
 ) -> Source:
     """Opens a source by name, checking all that can be checked before the images are read.
 

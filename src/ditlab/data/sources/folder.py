@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ditlab.data.pixels import UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source, count_kinds, describe_skipped
 from ditlab.errors import DitlabError
 
@@ -57,11 +56,7 @@ class Folder(Source):
         index_of = {name: index for index, name in enumerate(self.class_names)}
         for file, class_name in zip(self.files, self.classes, strict=True):
             pool = None if not self.pooled else TRAIN if file.parts[0] == "train" else TEST
-            name = _name(file)
-            try:
-                yield Item(self.rule(decode(self.root / file, self.rule.color)), name, index_of.get(class_name), pool)
-            except UnusableImage as error:
-                yield SkippedItem(name, str(error), error.kind)
+            yield self.read(self.root / file, _name(file), index_of.get(class_name), pool)
 
     def origin(self) -> dict[str, Any]:
         """Returns a hash of the files' names and sizes."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditlab.data.pixels import UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.errors import DitlabError, unknown_name
 
@@ -73,16 +72,13 @@ class Hub(Source):
             for index, row in enumerate(rows):
                 cell = row[self.image_column] or {}
                 where = f"{name} row {index}" + (f" ({Path(cell['path']).name})" if cell.get("path") else "")
+                if not cell.get("bytes") and not cell.get("path"):
+                    yield SkippedItem(where, "no image in this row", "rows without an image")
+                    continue
                 label = row[self.label_column] if self.label_column else None
-                try:
-                    if not cell.get("bytes") and not cell.get("path"):
-                        raise UnusableImage("no image in this row", "rows without an image")
-                    data = cell["bytes"] if cell.get("bytes") else Path(cell["path"])
-                    pixels = self.rule(decode(data, self.rule.color))
-                    # The hub's convention for an unknown class is -1.
-                    yield Item(pixels, where, None if label is None or label < 0 else int(label), pool)
-                except UnusableImage as error:
-                    yield SkippedItem(where, str(error), error.kind)
+                # The hub's convention for an unknown class is -1.
+                label = None if label is None or label < 0 else int(label)
+                yield self.read(cell.get("bytes") or Path(cell["path"]), where, label, pool)
 
     def origin(self) -> dict[str, Any]:
         """Returns the dataset's columns, its splits and the fingerprints of `datasets`."""

@@ -76,11 +76,7 @@ def region_map(height: int, width: int, block: int, phase: int) -> np.ndarray:
 def find_crops(pools: np.ndarray, size: int, stride: int, factors: tuple[int, ...]) -> list[Crop]:
     """Returns every crop whose source pixels are all of one pool, finest scale first, row by row.
 
-    Args:
-        pools: the pool of every pixel, uint8 [height, width] (`region_map`).
-        size: the crop's side after reduction.
-        stride: the step between crops after reduction.
-        factors: how many source pixels become one, for each scale.
+    `pools` is a `region_map`; size and stride are those after reduction, where `factor` source pixels become one.
     """
     height, width = pools.shape
     # Summed-area table: the number of test pixels in any rectangle from four look-ups.
