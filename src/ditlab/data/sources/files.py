@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.imageset import is_image_set
+from ditlab.data.manifest import hash_file
 from ditlab.data.pixels import Color, UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.data.sources.folder import Folder, listing_hash
@@ -147,8 +147,7 @@ class Array(Source):
 
     def origin(self) -> dict[str, Any]:
         """Returns the file's hash."""
-        with self.path.open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"sha256": hash_file(self.path).sha256}
 
 
 class Mosaic(Source):
