@@ -51,8 +51,7 @@ def check_fields(kind: type[Any], values: Mapping[str, Any]) -> None:
 def checks_arguments(elsewhere: Mapping[str, str]) -> Callable[[FunctionT], FunctionT]:
     """Returns a decorator by which a function checks the types of its arguments first.
 
-    Args:
-        elsewhere: name in the annotations that the function's module does not import -> its module.
+    `elsewhere`: name in the annotations that the function's module does not import -> its module.
     """
 
     class Names(dict[str, Any]):

@@ -38,13 +38,7 @@ class Damaged(DitlabError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> NotFound:
-    """Returns the error for a name that is not in a list: it gives the nearest names, or all where none is near.
-
-    Args:
-        what: the kind of thing that was named, e.g. "preset".
-        name: what the user gave.
-        known: every name that would have been right.
-    """
+    """Returns the error for a name of a `what` ("preset") that is not known: it gives the nearest, or else all."""
     names = sorted(set(known))
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"

@@ -31,18 +31,12 @@ if TYPE_CHECKING:
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a new empty folder that becomes `target` when the block ends without an exception.
 
-    Files written into it are flushed to disk before the rename. On an exception (or Ctrl-C) the folder is removed, and
-    so are parents of `target` that were made for it.
-
-    Args:
-        target: where the folder is to appear; its parents are made. An empty folder there is no hindrance.
-        replace: replace an existing `target`, by two renames: the old one steps aside and is then deleted.
-
-    Raises:
-        FileExistsError: `target` exists, or another process made it meanwhile, and `replace` is off.
-        OSError: the disk is full or the place is not writable; nothing is left behind.
+    On an exception (or Ctrl-C) the folder is removed, and so are parents of `target` that were made for it. An empty
+    folder at `target` is no hindrance. Another is replaced by two renames, or, where `replace` is off, raises
+    FileExistsError.
     """
-    made = _make_parents(target)
+    made = [folder for folder in target.absolute().parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary: Path | None = None
     lock: int | None = None
     try:
@@ -77,22 +71,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise DitlabError(f"{target}: could not be written ({error.strerror or error}); nothing was kept") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file that is there whole or not at all.
-
-    Args:
-        path: the file; one that is there is replaced.
-        write: writes it at the place that it is given, and flushes it where that matters.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def flush(folder: Path) -> None:
     """Forces every file below `folder`, and the folders themselves, to disk."""
     for path in folder.rglob("*"):
@@ -113,12 +91,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _make_parents(target: Path) -> list[Path]:
-    missing = [folder for folder in target.absolute().parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return missing
 
 
 def _make_temporary(target: Path) -> tuple[Path, int | None]:
@@ -180,12 +152,16 @@ def _remove_dead(target: Path) -> None:
             os.close(handle)
 
 
-def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
+def write_file(path: Path, fill: Callable[[BinaryIO], object], *, sync: bool = False) -> Path:
+    """Makes a file whole or not at all, forced to disk with `sync`; a full disk or a forbidden folder: DitlabError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             fill(file)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
         raise DitlabError(f"{path}: could not be written ({error.strerror or error})") from error
@@ -196,12 +172,12 @@ def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Writes a file whole or not at all; a full disk or a forbidden folder raises DitlabError."""
-    return _write(path, lambda file: file.write(content))
+    """Writes a file as `write_file` does."""
+    return write_file(path, lambda file: file.write(content))
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a text file (UTF-8) whole or not at all; a full disk or a forbidden folder raises DitlabError."""
+    """Writes a text file (UTF-8) as `write_file` does."""
     return write_bytes(path, text.encode())
 
 
@@ -214,15 +190,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes a compressed .npz file whole or not at all."""
     import numpy as np
 
-    return _write(path, lambda file: np.savez_compressed(file, allow_pickle=False, **dict(arrays)))
+    return write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **dict(arrays)))
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """Reads a result's JSON and checks that it is of this kind and of a version that this ditlab knows.
-
-    Raises:
-        DitlabError: the file is absent, is not JSON, is another kind of result or comes from a newer version.
-    """
+    """Reads a result's JSON and checks that it is of this kind and of a version that this ditlab knows."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -238,7 +210,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Reads the named arrays of an .npz file; nothing pickled is accepted. Raises DitlabError where one is missing."""
+    """Reads the named arrays of an .npz file; nothing pickled is accepted."""
     import numpy as np
 
     try:

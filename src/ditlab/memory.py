@@ -9,10 +9,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that are free for this process; None where the system does not tell (other than Linux).
 
     That is what the machine has free, or what a limit on the process's control group (of a container, of a cluster's
-    job) leaves, where that is less.
-
-    Args:
-        root: where the system's files are.
+    job) leaves, where that is less. The system's files are below `root`.
     """
     free = [_machine_memory(root / "proc/meminfo")]
     try:

@@ -38,13 +38,7 @@ class Bar:
     """One bar of progress; this one shows nothing."""
 
     def __call__(self, done: int, total: int | None = None, **fields: Any) -> None:
-        """Shows the progress.
-
-        Args:
-            done: how much is done.
-            total: of how much; None leaves it as it was.
-            fields: values shown beside the bar, by name; floats are formatted, strings are shown as they are.
-        """
+        """Shows how much is done, of how much (None leaves it as it was), and values beside the bar, by name."""
 
 
 class Reporter:
@@ -55,12 +49,7 @@ class Reporter:
 
     @contextmanager
     def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
-        """Yields a bar of progress.
-
-        Args:
-            title: what is being done.
-            total: how much there is to do, where that is known at the start.
-        """
+        """Yields a bar of progress; `total` is how much there is to do, where that is known at the start."""
         yield Bar()
 
 
@@ -94,6 +83,8 @@ class Interrupted(Exception):
 class RichReporter(Reporter):
     """Shows notes as lines, and progress as bars on a terminal or in a notebook, as a line now and then elsewhere."""
 
+    _watches = False
+
     def __init__(self, console: Console) -> None:
         self.console = console
 
@@ -104,7 +95,7 @@ class RichReporter(Reporter):
     @contextmanager
     def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
         """Yields a bar, drawn from its first call on, so that work which is refused at once draws none."""
-        shown = _RichBar(self.console, title, total)
+        shown = _RichBar(self.console, title, total, self._watches)
         try:
             yield shown
         finally:
@@ -114,31 +105,19 @@ class RichReporter(Reporter):
 class Worker(RichReporter):
     """The reporter of a process that another ditlab process started: it ends as by Ctrl-C when its parent is gone."""
 
-    @contextmanager
-    def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
-        """Yields a bar that looks for the parent at each call."""
-        with super().bar(title, total) as shown:
-            yield _Watching(shown)
-
-
-class _Watching(Bar):
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-
-    def __call__(self, done: int, total: int | None = None, **fields: Any) -> None:
-        if orphaned():
-            raise KeyboardInterrupt
-        self._bar(done, total, **fields)
+    _watches = True
 
 
 class _RichBar(Bar):
-    def __init__(self, console: Console, title: str, total: int | None) -> None:
-        self._console, self._title, self._total = console, title, total
+    def __init__(self, console: Console, title: str, total: int | None, watches: bool) -> None:
+        self._console, self._title, self._total, self._watches = console, title, total, watches
         self._progress: Progress | None = None
         self._printed = self._begun = time.monotonic()
         self._task: Any = None
 
     def __call__(self, done: int, total: int | None = None, **fields: Any) -> None:
+        if self._watches and orphaned():
+            raise KeyboardInterrupt
         self._total = self._total if total is None else total
         beside = "  ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in fields.items())
         if self._console.is_terminal or self._console.is_jupyter:
@@ -149,32 +128,23 @@ class _RichBar(Bar):
             self._console.print(f"{self._title}: {done:,}{of}" + (f", {beside}" if beside else ""), markup=False)
 
     def _draw(self, done: int, beside: str) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress
 
         if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[beside]}", markup=False),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
+            columns = (
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[beside]}", markup=False),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
             )
+            self._progress = progress.Progress(*columns, console=self._console, transient=True)
             self._progress.start()
             self._task = self._progress.add_task(self._title, total=self._total, beside="")
         self._progress.update(self._task, completed=done, total=self._total, beside=beside)
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -47,9 +47,6 @@ class Provenance:
         """Returns whether this result is of a model's weights and images; names, labels and settings do not matter.
 
         Results of earlier versions have no hash of the weights: of those, the training step is compared.
-
-        Args:
-            other: the model's provenance.
         """
         if (self.split_family, self.split_hash) != (other.split_family, other.split_hash):
             return False
@@ -67,15 +64,7 @@ class Provenance:
 
 
 def check_groups(runs: Sequence[Provenance], what: str) -> None:
-    """Refuses runs that cannot be grouped by label, N and seed.
-
-    Args:
-        runs: what is to be compared.
-        what: the analysis that asks, for errors.
-
-    Raises:
-        DitlabError: two runs of one label, N and seed, or runs of different splits.
-    """
+    """Refuses two runs of one label, N and seed, and runs of different splits; `what` is the analysis that asks."""
     seen: dict[tuple[str, int | None, int], Provenance] = {}
     for r in runs:
         other = seen.setdefault((r.group, r.n, r.seed), r)
@@ -88,12 +77,7 @@ def check_groups(runs: Sequence[Provenance], what: str) -> None:
 
 
 def check_splits(runs: Sequence[Provenance]) -> None:
-    """Refuses runs that may not be compared, whatever was measured on them.
-
-    Raises:
-        DitlabError: one seed with two different test sets, or with two training sets at one N; labels without a common
-            seed.
-    """
+    """Refuses one seed with two test sets, or with two training sets at one N, and labels without a common seed."""
     by_seed: dict[int, Provenance] = {}
     trained: dict[tuple[int, int | None], Provenance] = {}
     for r in runs:

@@ -14,12 +14,7 @@ import torch
 
 
 def key(seed: int, *parts: int | str) -> int:
-    """A 63-bit integer that is a pure function of its arguments, for seeding a generator.
-
-    Args:
-        seed: the run's seed.
-        parts: what else the draw depends on, e.g. a stream's name and a step.
-    """
+    """A 63-bit integer that is a pure function of its arguments (`parts`: a stream's name, a step, ...)."""
     text = "/".join([str(int(seed)), *(str(p) for p in parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

@@ -8,11 +8,7 @@ __all__ = ["use_threads"]
 
 
 def use_threads(threads: int | None) -> None:
-    """Limits torch's CPU threads; None leaves torch's own choice (all cores).
-
-    Raises:
-        InvalidConfig: fewer than one.
-    """
+    """Limits torch's CPU threads; None leaves torch's own choice (all cores)."""
     if threads is None:
         return
     if threads < 1:

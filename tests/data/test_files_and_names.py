@@ -15,7 +15,7 @@ from PIL import Image
 from ditlab.data import ImageSet, prepare
 from ditlab.data.manifest import write_names
 from ditlab.data.pixels import UnusableImage, decode
-from ditlab.data.sources.base import SkippedItem, count_kinds, describe_skipped
+from ditlab.data.sources.base import Item, SkippedItem, count_kinds, describe_skipped
 from ditlab.data.sources.files import is_source, read_source, source_name
 from ditlab.errors import DitlabError
 from ditlab.progress import Reporter
@@ -48,6 +48,17 @@ def test_lossless_formats_keep_every_pixel(tmp_path, suffix: str):
     pictures(tmp_path, f"a{suffix} b{suffix}")
     images = prepare(f"folder:{tmp_path}", tmp_path / "set", size=8, near_duplicates=None)
     assert (images.array[0].transpose(1, 2, 0) == pixels(0)).all()
+
+
+def test_jfif_is_another_ending_of_jpeg(tmp_path):
+    folder = pictures(tmp_path / "files", "a.jpg")
+    for name in ("b.jpeg", "c.jfif", "d.JFIF"):
+        (folder / name).write_bytes((folder / "a.jpg").read_bytes())
+    source = read_source(f"folder:{folder}", 8)
+    assert (source.count, source.left_out) == (4, ())
+    first, *others = source
+    assert isinstance(first, Item)
+    assert all(isinstance(item, Item) and (item.pixels == first.pixels).all() for item in others)
 
 
 @pytest.mark.parametrize(("suffix", "options"), [(".gif", {}), (".tif", {}), (".webp", {"lossless": True})])

@@ -239,7 +239,7 @@ def test_a_killed_writer_leaves_no_set_and_the_next_one_cleans_up(tmp_path):
 import os, signal
 from ditlab.data import preparing
 def killed(*_): os.kill(os.getpid(), signal.SIGKILL)
-preparing.hash_file = killed
+preparing.hash_files = killed
 preparing.prepare("digits", {str(out)!r}, size=8, color="grey")
 """
     ended = subprocess.run([sys.executable, "-c", script], check=False)

@@ -186,7 +186,7 @@ def test_unknown_and_unusable_sources_are_refused(tmp_path):
         "folder:": "found nothing after it",
         f"folder:{tmp_path}/none": f"expected a folder at {tmp_path}/none, found nothing",
         f"folder:{tmp_path}/file.txt": "found a file",
-        f"folder:{tmp_path}/empty": "folder source: expected images (.png, .jpg, .jpeg, .webp, .tif, .tiff, .bmp, .gif) below",
+        f"folder:{tmp_path}/empty": "folder source: expected images (.png, .jpg, .jpeg, .jfif, .webp, .tif, .tiff, .bmp, .gif) below",
         f"mosaic:{tmp_path}/empty/x": "found no such file",
         f"mosaic:{tmp_path}/x": "unknown mosaic set",
         f"array:{tmp_path}/file.txt": "expected a .npy or .npz file, found another format",

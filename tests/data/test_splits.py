@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import image_grid
 from ditlab.data.imageset import ImageSet
+from ditlab.data.pixels import flip
 from ditlab.data.preparing import prepare
 from ditlab.data.sources.base import TEST, TRAIN
 from ditlab.data.splits import Split, make_split, verify

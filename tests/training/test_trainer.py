@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditlab.data.augment import flip
+from ditlab.data.pixels import flip
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.errors import DitlabError
 from ditlab.networks.dit import DiT

@@ -9,11 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditlab.data.augment import flip
     from ditlab.data.contact_sheet import fitting_scale, image_grid
     from ditlab.data.held_out import prepare_held_out
     from ditlab.data.imageset import ImageSet
-    from ditlab.data.pixels import to_float, to_uint8
+    from ditlab.data.pixels import flip, to_float, to_uint8
     from ditlab.data.preparing import default_folder, prepare
     from ditlab.data.sources.base import CropRule, Item, SkippedItem, Source
     from ditlab.data.sources.files import is_source, read_source
@@ -42,30 +41,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CropRule": "sources.base",
-    "ImageSet": "imageset",
-    "Item": "sources.base",
-    "SkippedItem": "sources.base",
-    "Source": "sources.base",
-    "Split": "splits",
-    "default_folder": "preparing",
-    "fitting_scale": "contact_sheet",
-    "flip": "augment",
-    "held_out_order": "splits",
-    "image_grid": "contact_sheet",
-    "is_source": "sources.files",
-    "make_split": "splits",
-    "prepare": "preparing",
-    "prepare_held_out": "held_out",
-    "read_source": "sources.files",
-    "to_float": "pixels",
-    "to_uint8": "pixels",
-    "verify": "splits",
+    "contact_sheet": ("fitting_scale", "image_grid"),
+    "held_out": ("prepare_held_out",),
+    "imageset": ("ImageSet",),
+    "pixels": ("flip", "to_float", "to_uint8"),
+    "preparing": ("default_folder", "prepare"),
+    "sources.base": ("CropRule", "Item", "SkippedItem", "Source"),
+    "sources.files": ("is_source", "read_source"),
+    "splits": ("Split", "held_out_order", "make_split", "verify"),
 }
-"""Name -> its module."""
+"""Module -> its names."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'ditlab.data' has no attribute '{name}'")
-    return getattr(import_module(f"ditlab.data.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"ditlab.data.{module}"), name)
+    raise AttributeError(f"module 'ditlab.data' has no attribute '{name}'")

@@ -5,13 +5,9 @@ encodes pictures `[B, 3, H, W]` in [-1, 1] to the mean and, if it is variational
 `[B, c, h, w]`. A denoiser sees scaled latents, (z - shift) * scale: 0.18215 z for the autoencoders of Stable Diffusion
 and DiT. `decode` takes scaled latents. Nothing is clipped.
 
-A REF names an autoencoder:
-
-    a hub id                a repository of the Hugging Face hub with a diffusers AutoencoderKL or AutoencoderTiny,
-                            such as stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse or madebyollin/taesd
-    a diffusers folder      the same as a folder with config.json and weights
-    a pair of files         NAME_encoder and NAME_decoder (.safetensors, .pth or .pt) in the folder REF, or with REF
-                            as the beginning of their paths: a tiny autoencoder (ditlab.data.tiny_autoencoder)
+A REF names an autoencoder: a hub id, such as stabilityai/sd-vae-ft-ema, or a folder of a diffusers AutoencoderKL or
+AutoencoderTiny; or a folder, or the beginning of the paths, of a pair of files NAME_encoder and NAME_decoder
+(.safetensors, .pth or .pt): a tiny autoencoder (ditlab.data.tiny_autoencoder).
 """
 
 from __future__ import annotations
@@ -37,15 +33,7 @@ Kind = Literal["auto", "kl", "tiny"]
 PIXELS = 2**20
 """Pixels of the pictures that are decoded at once, at most, but for a larger picture: 16 pictures of 256x256."""
 
-__all__ = [
-    "PIXELS",
-    "Autoencoder",
-    "Identity",
-    "Kind",
-    "open_autoencoder",
-    "reopen_autoencoder",
-    "weights_hash",
-]
+__all__ = ["PIXELS", "Autoencoder", "Identity", "Kind", "open_autoencoder", "reopen_autoencoder", "weights_hash"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -98,20 +86,18 @@ class _ModuleAutoencoder(Autoencoder):
         self.record = record
 
     def to(self, device: torch.device | str) -> Autoencoder:
-        """See `Autoencoder.to`."""
         self.module.to(device)
         self.device = torch.device(device)
         return self
 
     @torch.no_grad()
     def moments(self, pictures: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k g v"], Tensor | None]:
-        """See `Autoencoder.moments`."""
-        self.record.latent_shape((pictures.shape[1], pictures.shape[2], pictures.shape[3]))
+        _, channels, height, width = pictures.shape
+        self.record.latent_shape((channels, height, width))
         return self._encode(pictures.to(self.device))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n k g v"], batch: int = 64) -> Float[Tensor, "n c h w"]:
-        """See `Autoencoder.decode`."""
         if latents.shape[1] != self.record.latent_channels:
             raise DitlabError(
                 f"codec '{self.record.source}': expected latents of {self.record.latent_channels} channels, "
@@ -129,25 +115,19 @@ class _ModuleAutoencoder(Autoencoder):
     def _decode(self, z: Tensor) -> Tensor: ...
 
 
-class _KL(_ModuleAutoencoder):
-    """diffusers' AutoencoderKL."""
+class _Diffusers(_ModuleAutoencoder):
+    """diffusers' AutoencoderKL or AutoencoderTiny."""
+
+    module: Any
 
     def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
-        posterior: Any = self.module.encode(pictures).latent_dist  # pyright: ignore[reportCallIssue]
-        return posterior.mean, posterior.std
+        encoded = self.module.encode(pictures)
+        if self.record.variational:
+            return encoded.latent_dist.mean, encoded.latent_dist.std
+        return encoded.latents, None
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
-
-
-class _DiffusersTiny(_ModuleAutoencoder):
-    """diffusers' AutoencoderTiny."""
-
-    def _encode(self, pictures: Tensor) -> tuple[Tensor, None]:
-        return self.module.encode(pictures).latents, None  # pyright: ignore[reportCallIssue]
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return self.module.decode(z).sample  # pyright: ignore[reportCallIssue]
+        return self.module.decode(z).sample
 
 
 class _PlainTiny(_ModuleAutoencoder):
@@ -192,16 +172,7 @@ def open_autoencoder(source: str | Path, kind: Kind = "auto") -> Autoencoder:
 
 
 def reopen_autoencoder(record: AutoencoderRecord, folder: Path, moved: str | Path | None = None) -> Autoencoder:
-    """Loads the autoencoder of a record again and checks that it is the same.
-
-    Args:
-        record: from an image set or a run.
-        folder: the folder of that set or run.
-        moved: where the autoencoder is now, if it was moved.
-
-    Raises:
-        DitlabError: it is not where it was, or has other weights or another scale.
-    """
+    """Loads the autoencoder of a record in a set's or run's folder, or from `moved`, and checks that it is the same."""
     if record.kind == "identity":
         return Identity(record.image_channels)
     if moved is not None:
@@ -245,22 +216,13 @@ def _diffusers(text: str, where: str, place: str) -> Autoencoder:
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     except ImportError:
         raise DitlabError(f"codec '{text}': needs the package diffusers (pip install \"ditlab[diffusers]\")") from None
-    known: dict[str, tuple[Literal["kl", "tiny"], Any]] = {
-        "AutoencoderKL": ("kl", AutoencoderKL),
-        "AutoencoderTiny": ("tiny", AutoencoderTiny),
-    }
+    known: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    loading = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        config: Any = AutoencoderKL.load_config(where)
-        name = config.get("_class_name")
-        module, missing = None, []
-        if name in known:
-            module, info = known[name][1].from_pretrained(
-                where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
-            )
-            missing = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    except (
-        Exception
-    ) as error:  # Download layers, file systems and readers of weights raise types without a common base.
+        name = AutoencoderKL.load_config(where).get("_class_name")  # pyright: ignore[reportAttributeAccessIssue]
+        module, info = known[name].from_pretrained(where, **loading) if name in known else (None, {})
+    # Download layers, file systems and readers of weights raise types without a common base.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if place:
             raise DitlabError(f"codec '{text}': its files could not be read: {reason[:300]}") from None
@@ -270,16 +232,18 @@ def _diffusers(text: str, where: str, place: str) -> Autoencoder:
         ) from None
     if module is None:
         raise DitlabError(f"codec '{text}': expected {' or '.join(known)} in its config.json, found {name}")
-    if missing:  # diffusers itself would continue with random values in their place
-        raise DitlabError(f"codec '{text}': its weights and its config.json do not belong together, e.g. {missing[0]}")
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:  # diffusers itself would continue with random values in their place
+        raise DitlabError(f"codec '{text}': its weights and its config.json do not belong together, e.g. {wrong[0]}")
     config = module.config
     if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
         raise DitlabError(
             f"codec '{text}': expected one scale for all latent channels, found latents_mean and latents_std"
         )
-    stages = len(config.block_out_channels) if known[name][0] == "kl" else len(config.encoder_block_out_channels)
+    variational = name == "AutoencoderKL"
+    stages = len(config.block_out_channels if variational else config.encoder_block_out_channels)
     record = AutoencoderRecord(
-        kind=known[name][0],
+        kind="kl" if variational else "tiny",
         source=text,
         place=place,
         sha256=weights_hash(module.state_dict()),
@@ -289,13 +253,12 @@ def _diffusers(text: str, where: str, place: str) -> Autoencoder:
         scale=float(config.scaling_factor),
         shift=float(config.shift_factor or 0.0),
     )
-    return (_KL if record.kind == "kl" else _DiffusersTiny)(module, record)
+    return _Diffusers(module, record)
 
 
 def _plain(text: str, encoder: Path, decoder: Path) -> Autoencoder:
     """Loads a tiny autoencoder from two files."""
-    parts = _read(encoder), _read(decoder)
-    module = TinyAutoencoder(*parts, where=f"codec '{text}'")
+    module = TinyAutoencoder(_read(encoder), _read(decoder), where=f"codec '{text}'")
     record = AutoencoderRecord(
         kind="tiny",
         source=text,

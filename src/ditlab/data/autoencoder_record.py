@@ -58,11 +58,7 @@ class AutoencoderRecord:
         return replace(self, place=os.path.relpath((before / self.place).resolve(), now.resolve()))
 
     def latent_shape(self, picture: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns (c, h, w) of the latents of pictures (C, H, W).
-
-        Raises:
-            DitlabError: the pictures have other channels, or the factor does not divide their sides.
-        """
+        """Returns (c, h, w) of the latents of pictures (C, H, W), whose sides must be multiples of the factor."""
         channels, height, width = picture
         if channels != self.image_channels:
             raise DitlabError(

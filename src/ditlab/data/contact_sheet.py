@@ -16,14 +16,9 @@ __all__ = ["fitting_scale", "image_grid"]
 
 
 def image_grid(
-    images: np.ndarray,
-    columns: int | None = None,
-    scale: int = 1,
-    *,
-    gap: int = 2,
-    background: int = 255,
+    images: np.ndarray, columns: int | None = None, scale: int = 1, *, gap: int = 2, background: int = 255
 ) -> Image.Image:
-    """Lays images out row by row.
+    """Lays images out row by row, in a PIL image of mode RGB.
 
     Args:
         images: uint8 [N, C, H, W], C 1 or 3.
@@ -31,9 +26,6 @@ def image_grid(
         scale: every pixel becomes `scale` x `scale` pixels, without smoothing.
         gap: pixels between images and around them.
         background: grey value of the gaps, 0 to 255.
-
-    Returns:
-        A PIL image in mode RGB.
 
     Raises:
         DitlabError: there are no images, or they are not uint8 [N, C, H, W].

@@ -26,10 +26,10 @@ from ditlab.data.autoencoder import Autoencoder
 from ditlab.data.encode_config import PART, EncodeConfig, Store
 from ditlab.data.imageset import LABELS, POOL, ImageSet
 from ditlab.data.latents import LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD, LatentRecord
-from ditlab.data.manifest import LATENT_VERSION, SOURCE_NAMES, content_hash, hash_file
-from ditlab.data.preparing import require_space
+from ditlab.data.manifest import LATENT_VERSION, SOURCE_NAMES, content_hash, hash_files
+from ditlab.data.preparing import open_existing, require_space
 from ditlab.errors import DitlabError
-from ditlab.files import atomic_folder, lock_folder, write_atomically
+from ditlab.files import atomic_folder, lock_folder, write_file, write_text
 from ditlab.progress import SILENT, Reporter
 from ditlab.rng import torch_generator
 
@@ -39,17 +39,9 @@ _SETTINGS = "settings.json"
 
 
 class LatentEncoder:
-    """Encodes an image set, in one process or several, and resumes what was interrupted.
+    """Encodes an image set of pixels into the folder `out`, in one process or several; resumes what was interrupted.
 
-    Args:
-        pictures: an image set of pixels.
-        out: the folder of the new set.
-        codec: an autoencoder, on its device.
-        config: how pictures are encoded.
-        overwrite: replace another set at `out`, and drop what is left of another unfinished encoding there.
-
-    Raises:
-        DitlabError: the pictures are latents already or do not fit the codec, or `out` is something else already.
+    `overwrite` replaces another set at `out`, and drops what is left of another unfinished encoding there.
     """
 
     def __init__(
@@ -71,9 +63,6 @@ class LatentEncoder:
         if self.out.resolve() == pictures.path.resolve():
             raise DitlabError(f"data encode: expected another folder for the latents than {self.out} of the pictures")
         store: Store = self.config.store if codec.record.variational else "mean"
-        self.names = [LATENTS, *([LATENTS_STD] if store == "moments" else [])]
-        if self.config.mirrored:
-            self.names += [MIRRORED, *([MIRRORED_STD] if store == "moments" else [])]
         # The statistics and the codec's place are filled in at the end.
         self._record = LatentRecord(
             codec=replace(codec.record, place=""),
@@ -88,21 +77,15 @@ class LatentEncoder:
             std=(),
             overall_std=0.0,
         )
+        self.names = self._record.files
         self.work = self.out.parent / f".{self.out.name}.encoding"
         self.parts = range(-(-len(pictures) // PART))
 
     def existing(self) -> ImageSet | None:
-        """Returns the finished set of this encoding, or None if there is nothing at `out`.
-
-        Raises:
-            DitlabError: `out` is something else, and `overwrite` is off.
-        """
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+        """Returns the finished set of this encoding, or None if `out` is free or to be overwritten."""
+        images = open_existing(self.out)
+        if images is None:
             return None
-        try:
-            images = ImageSet.open(self.out)
-        except DitlabError as error:
-            raise DitlabError(f"{self.out} exists and is not an image set that can be reused ({error})") from None
         if images.latents is not None and self._identity(images.latents.record) == self._identity(self._record):
             return images
         if self.overwrite:
@@ -115,13 +98,7 @@ class LatentEncoder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Locks the hidden folder of the parts within the block, so that no other job works in it.
-
-        Called by the first process alone. Parts of an interrupted encoding are used again.
-
-        Raises:
-            DitlabError: another job works in it, it was left by an encoding with other settings, or the disk is full.
-        """
+        """Locks the hidden folder of the parts, and what an interrupted encoding left there; for the first process."""
         settings = json.dumps({"part": PART, **self._identity(self._record)}, indent=1)
         record = self.work / _SETTINGS
         if record.is_file() and record.read_text() != settings and not self.overwrite:
@@ -141,50 +118,36 @@ class LatentEncoder:
             if not record.is_file() or record.read_text() != settings:
                 for leftover in self.work.iterdir():
                     leftover.unlink()
-                write_atomically(record, lambda beside: beside.write_text(settings))
+                write_text(record, settings)
             yield
         finally:
             if lock is not None:
                 os.close(lock)
 
     def encode(self, rank: int = 0, world: int = 1, reporter: Reporter = SILENT) -> None:
-        """Encodes this process's share of the parts that are not there yet.
-
-        Args:
-            rank: which of the processes this is.
-            world: how many share the work.
-            reporter: receives the number of pictures done, of this process's share.
-        """
+        """Encodes the share of process `rank` of `world` in the parts that are not there yet."""
         parts = self.parts[rank::world]
-        total = sum(len(self._indices(part)) for part in parts)
-        done = 0
+        total, done = sum(len(self._indices(part)) for part in parts), 0
         with reporter.bar("encoding", total) as progress:
             for part in parts:
                 indices = self._indices(part)
                 if not self._file(part).exists():
-                    batches: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+                    batches = []
                     for start in range(0, len(indices), self.config.batch):
-                        for name, array in self._moments(indices[start : start + self.config.batch]).items():
-                            batches[name].append(array)
+                        batches.append(self._moments(indices[start : start + self.config.batch]))
                         progress(done + min(start + self.config.batch, len(indices)), total)
-                    arrays = {name.removesuffix(".npy"): np.concatenate(batches[name]) for name in self.names}
-                    write_atomically(self._file(part), lambda path, arrays=arrays: _save(path, arrays))
+                    self._write_part(part, batches)
                 done += len(indices)
                 progress(done, total)
 
     def finish(self) -> ImageSet:
-        """Joins the parts into the set and removes them; called by one process when all have encoded.
-
-        Raises:
-            DitlabError: a part is missing or damaged, or the disk is full.
-        """
+        """Joins the parts into the set and removes them; called by one process when all have encoded."""
         with atomic_folder(self.out, replace=self.overwrite) as folder:
             measured = self._join(folder)
             for name in (LABELS, POOL, SOURCE_NAMES):
                 if name in self.pictures.manifest.files:
                     shutil.copyfile(self.pictures.path / name, folder / name)
-            names = (*self.names, LABELS, POOL, SOURCE_NAMES)
-            files = {name: hash_file(folder / name) for name in names if (folder / name).exists()}
+            files = hash_files(folder, (*self.names, LABELS, POOL, SOURCE_NAMES))
             record = replace(
                 self._record,
                 codec=self.codec.record.moved(Path.cwd(), self.out),
@@ -192,7 +155,7 @@ class LatentEncoder:
                 **measured,
             )
             before = self.pictures.manifest
-            manifest = replace(
+            replace(
                 before,
                 shape=(len(self.pictures), *self.shape),
                 files=files,
@@ -200,8 +163,7 @@ class LatentEncoder:
                 made_by=f"ditlab {ditlab.__version__}",
                 version=LATENT_VERSION,
                 latents=record,
-            )
-            manifest.write(folder)
+            ).write(folder)
         shutil.rmtree(self.work, ignore_errors=True)
         return ImageSet.open(self.out)
 
@@ -219,12 +181,12 @@ class LatentEncoder:
     def _moments(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of one batch by file name, float16."""
         pictures = self.pictures.batch(indices)
-        arrays = self._stored(pictures, indices, (LATENTS, LATENTS_STD))
+        arrays = self._stored(pictures, indices, LATENTS, LATENTS_STD)
         if self.config.mirrored:
-            arrays |= self._stored(pictures.flip(-1), indices, (MIRRORED, MIRRORED_STD))
-        return {name: arrays[name] for name in self.names}
+            arrays |= self._stored(pictures.flip(-1), indices, MIRRORED, MIRRORED_STD)
+        return arrays
 
-    def _stored(self, pictures: Tensor, indices: np.ndarray, names: tuple[str, str]) -> dict[str, np.ndarray]:
+    def _stored(self, pictures: Tensor, indices: np.ndarray, name: str, name_std: str) -> dict[str, np.ndarray]:
         with torch.autocast(self.codec.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             mean, std = self.codec.moments(pictures)
         mean, std = mean.float().cpu(), None if std is None else std.float().cpu()
@@ -233,18 +195,18 @@ class LatentEncoder:
                 f"codec '{self.codec.record.source}': expected latents {list(self.shape)}, found {list(mean.shape[1:])}"
             )
         if self._record.store == "sample" and std is not None:
-            draws = [torch_generator(self.config.seed, "encode", names[0], int(index)) for index in indices]
+            draws = [torch_generator(self.config.seed, "encode", name, int(index)) for index in indices]
             mean = mean + std * torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
-        arrays = {names[0]: _half(mean)}
-        if std is not None:
-            arrays[names[1]] = _half(std)
-        return arrays
+        return {name: _half(mean)} if std is None else {name: _half(mean), name_std: _half(std)}
+
+    def _write_part(self, part: int, batches: list[dict[str, np.ndarray]]) -> None:
+        arrays = {name.removesuffix(".npy"): np.concatenate([batch[name] for batch in batches]) for name in self.names}
+        write_file(self._file(part), lambda file: np.savez(file, allow_pickle=False, **arrays), sync=True)
 
     def _join(self, folder: Path) -> dict[str, Any]:
         """Writes the arrays from the parts, one after another, and measures the scaled latents on the way."""
         count, (channels, height, width) = len(self.pictures), self.shape
-        total, squares = np.zeros(channels), np.zeros(channels)
-        variance = np.zeros(channels)
+        total, squares, variance = np.zeros((3, channels))
         codec = self.codec.record
         arrays = {
             name: np.lib.format.open_memmap(folder / name, "w+", np.float16, (count, *self.shape))
@@ -263,7 +225,6 @@ class LatentEncoder:
                     variance += ((wide * codec.scale) ** 2).sum((0, 2, 3))
         for array in arrays.values():
             array.flush()
-        arrays.clear()
         each = count * height * width
         mean = total / each
         second = (squares + variance) / each
@@ -278,7 +239,7 @@ class LatentEncoder:
         try:
             with np.load(path, allow_pickle=False) as loaded:
                 for name in self.names:
-                    values = loaded[name.removesuffix(".npy")]
+                    values = loaded[name]
                     if values.shape != (count, *self.shape) or values.dtype != np.float16:
                         raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
                     yield name, values
@@ -295,19 +256,7 @@ def encode_images(
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> ImageSet:
-    """Encodes an image set in this process, or opens the finished set of the same encoding (`LatentEncoder`).
-
-    Args:
-        images: an image set of pixels.
-        codec: an autoencoder, on its device.
-        out: the folder of the new set.
-        config: how pictures are encoded.
-        overwrite: replace another set at `out`.
-        reporter: receives progress.
-
-    Raises:
-        DitlabError: see `LatentEncoder`.
-    """
+    """Encodes an image set in this process, or opens the finished set of the same encoding (`LatentEncoder`)."""
     encoder = LatentEncoder(images, out, codec, config, overwrite=overwrite)
     existing = encoder.existing()
     if existing is not None:
@@ -322,10 +271,3 @@ def _half(values: Tensor) -> np.ndarray:
     if not largest <= torch.finfo(torch.float16).max:
         raise DitlabError(f"data encode: expected latents that float16 can hold (up to 65504), found {largest:.3g}")
     return values.to(torch.float16).numpy()
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        file.flush()
-        os.fsync(file.fileno())

@@ -102,13 +102,7 @@ def shared_images(
 ) -> list[tuple[int, int]] | None:
     """Returns the pairs (index in `images`, index in `held_out`) of images with the same pixels.
 
-    Args:
-        images: the set that was trained on.
-        held_out: the other set.
-        train: indices of `images` to compare; all but its test pool if None.
-
-    Returns:
-        The pairs, or None if these are latents whose pictures have been moved, so that they cannot be compared.
+    Of `images` those at `train` are compared, all but its test pool if None. None for latents whose pictures are gone.
     """
     first, second = images.original, held_out.original
     if first is None or second is None:
@@ -133,10 +127,10 @@ def _check_same_latents(images: ImageSet, held_out: ImageSet) -> None:
     if images.latents is None or held_out.latents is None:
         raise DitlabError(f"held_out {held_out.path}: expected pixels as in {images.path}, found latents")
     difference = images.latents.record.codec.difference(held_out.latents.record.codec)
-    ours, theirs = _described(images.latents.record, images), _described(held_out.latents.record, held_out)
     if difference is not None:
         field, expected, actual = difference
         raise DitlabError(f"held_out {held_out.path}: expected an autoencoder with {field} {expected}, found {actual}")
+    ours, theirs = _described(images.latents.record, images), _described(held_out.latents.record, held_out)
     if ours != theirs:
         raise DitlabError(f"held_out {held_out.path}: expected {ours} as in {images.path}, found {theirs}")
 

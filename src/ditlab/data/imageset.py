@@ -28,11 +28,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ditlab.data.augment import flip
 from ditlab.data.contact_sheet import fitting_scale, image_grid
 from ditlab.data.latents import LATENTS, Latents
 from ditlab.data.manifest import MANIFEST, SOURCE_NAMES, Manifest, hash_file, read_manifest
-from ditlab.data.pixels import to_float
+from ditlab.data.pixels import flip, to_float
 from ditlab.errors import DitlabError
 
 if TYPE_CHECKING:
@@ -78,20 +77,17 @@ class ImageSet:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        count = manifest.shape[0]
 
-        def large(name: str, dtype: str) -> np.ndarray:
+        def large(name: str, dtype: str = "float16") -> np.ndarray:
             array = _read(folder, manifest, name, dtype, manifest.shape)
             if array is None:
                 raise DitlabError(f"{folder}: expected its manifest to list {name}, found {', '.join(manifest.files)}")
             return array
 
-        latents = None
-        if manifest.latents is not None:
-            latents = Latents.open(manifest.latents, lambda name: large(name, "float16"))
+        latents = None if manifest.latents is None else Latents.open(manifest.latents, large)
         array = large(IMAGES, "uint8") if latents is None else latents.mean
-        labels = _read(folder, manifest, LABELS, "int64", (count,))
-        pool = _read(folder, manifest, POOL, "uint8", (count,))
+        labels = _read(folder, manifest, LABELS, "int64", manifest.shape[:1])
+        pool = _read(folder, manifest, POOL, "uint8", manifest.shape[:1])
         return ImageSet(folder, manifest, array, labels, pool, latents)
 
     def __len__(self) -> int:
@@ -170,11 +166,7 @@ class ImageSet:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """The source of every image (`source_of`); empty for a set that was made before these were kept.
-
-        Raises:
-            DitlabError: the file of names is missing or damaged.
-        """
+        """The source of every image (`source_of`); empty for a set that was made before these were kept."""
         if SOURCE_NAMES not in self.manifest.files:
             return ()
         path = self.path / SOURCE_NAMES
@@ -187,10 +179,7 @@ class ImageSet:
         return tuple(names)
 
     def source_of(self, index: int) -> str:
-        """Returns where an image comes from: its file relative to the source's folder, or its row or crop.
-
-        Returns "" for a set that was made before these names were kept.
-        """
+        """Returns an image's file, relative to the source's folder, or its row or crop; "" where it was not kept."""
         return self.sources[index] if self.sources else ""
 
     def contact_sheet(self, count: int = 48) -> Image.Image | None:
@@ -228,11 +217,7 @@ class ImageSet:
         return f'<p>{text}</p><img alt="{text}" src="data:image/png;base64,{b64encode(picture).decode()}">'
 
     def verify(self) -> None:
-        """Reads every file again and compares its SHA-256 with the manifest.
-
-        Raises:
-            DitlabError: a file's content has changed since the set was made.
-        """
+        """Reads every file again; raises DitlabError where its SHA-256 is not that of the manifest."""
         for name, record in self.manifest.files.items():
             actual = hash_file(self.path / name)
             if actual != record:

@@ -59,6 +59,12 @@ class LatentRecord:
     overall_std: float
     """Root mean square of the scaled latents about the mean of them all: EDM's sigma_data."""
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of arrays."""
+        names = [LATENTS, LATENTS_STD, MIRRORED, MIRRORED_STD] if self.mirrored else [LATENTS, LATENTS_STD]
+        return names if self.store == "moments" else names[::2]
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
@@ -72,20 +78,9 @@ class Latents:
 
     @staticmethod
     def open(record: LatentRecord, read: Callable[[str], np.ndarray]) -> Latents:
-        """Opens the arrays that a record promises.
-
-        Args:
-            record: from the manifest.
-            read: gives the array of a file's name, checked.
-        """
-        moments = record.store == "moments"
-        return Latents(
-            record,
-            read(LATENTS),
-            read(LATENTS_STD) if moments else None,
-            read(MIRRORED) if record.mirrored else None,
-            read(MIRRORED_STD) if record.mirrored and moments else None,
-        )
+        """Opens the arrays that a record promises; `read` gives the array of a file's name, checked."""
+        arrays = {name: read(name) for name in record.files}
+        return Latents(record, arrays[LATENTS], *map(arrays.get, (LATENTS_STD, MIRRORED, MIRRORED_STD)))
 
     def batch(
         self,
@@ -93,16 +88,7 @@ class Latents:
         noise: Float[Tensor, "b c h w"] | None,
         mirrored: Bool[Tensor, " b"] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """Returns scaled latents, float32.
-
-        Args:
-            indices: rows of the set.
-            noise: unit-normal; the latents are then mean + std * noise. The mean if None.
-            mirrored: which of them are those of the mirrored picture; none if None.
-
-        Raises:
-            DitlabError: noise without stored deviations, or mirrored ones that are not there.
-        """
+        """Returns scaled latents, float32, of `ImageSet.batch`."""
         if noise is not None and self.std is None:
             raise DitlabError(f"latents: expected stored moments to sample from, found '{self.record.store}'")
         if mirrored is not None and self.mirrored is None:
@@ -123,6 +109,5 @@ def _take(
     values = torch.from_numpy(np.take(array, indices, axis=0)).float()
     if flip_mask is None or other is None:
         return values
-    return torch.where(
-        flip_mask[:, None, None, None], torch.from_numpy(np.take(other, indices, axis=0)).float(), values
-    )
+    others = torch.from_numpy(np.take(other, indices, axis=0)).float()
+    return torch.where(flip_mask[:, None, None, None], others, values)

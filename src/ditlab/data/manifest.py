@@ -29,6 +29,7 @@ __all__ = [
     "Manifest",
     "content_hash",
     "hash_file",
+    "hash_files",
     "read_manifest",
     "write_names",
 ]
@@ -113,11 +114,7 @@ _ADAPTER = TypeAdapter(Manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a folder's manifest.
-
-    Raises:
-        DitlabError: there is no image set, it was written by a newer version, or the manifest is damaged.
-    """
+    """Reads and checks a folder's manifest."""
     path = folder / MANIFEST
     if not folder.exists():
         raise DitlabError(f"image set: expected a folder at {folder}, found nothing")
@@ -166,6 +163,11 @@ def hash_file(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)
+
+
+def hash_files(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    """Returns size and SHA-256 of those of a folder's files that are there."""
+    return {name: hash_file(folder / name) for name in names if (folder / name).exists()}
 
 
 def write_names(folder: Path, names: Sequence[str]) -> None:

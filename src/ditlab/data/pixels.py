@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from ditlab.errors import DitlabError
@@ -29,6 +29,7 @@ __all__ = [
     "centre_crop",
     "channels",
     "decode",
+    "flip",
     "planes",
     "to_color",
     "to_float",
@@ -50,12 +51,7 @@ _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, s
 
 
 class UnusableImage(DitlabError):
-    """An image that cannot be used.
-
-    Args:
-        reason: why, in a few words.
-        kind: the short reason by which such images are counted; the reason itself if empty.
-    """
+    """An image that cannot be used; `kind` is the short reason by which such images are counted (`reason` if empty)."""
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
@@ -65,12 +61,8 @@ class UnusableImage(DitlabError):
 def decode(source: Path | bytes, color: Color) -> Image.Image:
     """Reads the first frame of an image file, upright (EXIF) and in 8 bits, with transparency over white.
 
-    Args:
-        source: a path, or the file's bytes.
-        color: "rgb" gives PIL mode RGB; "grey" gives mode L (ITU-R 601 luma).
-
-    Raises:
-        UnusableImage: the file is not an image, is truncated, or is too large to be one; the message says which.
+    "rgb" gives PIL mode RGB, "grey" mode L (ITU-R 601 luma). A file that is no image, is truncated, or is too large to
+    be one raises UnusableImage.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -89,8 +81,7 @@ def decode(source: Path | bytes, color: Color) -> Image.Image:
 def to_color(image: Image.Image, color: Color) -> Image.Image:
     """Returns the image in 8-bit RGB or grey: 16-bit samples scaled down, transparency composited over white.
 
-    Raises:
-        UnusableImage: the samples are floating-point numbers, whose range a file does not say.
+    Floating-point samples, whose range a file does not say, raise UnusableImage.
     """
     from PIL import Image
 
@@ -125,6 +116,11 @@ def planes(image: Image.Image) -> np.ndarray:
     """Returns a PIL image (mode RGB or L) as uint8 [C, H, W]."""
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def flip(images: Shaped[Tensor, "b c h w"], flip_mask: Bool[Tensor, " b"]) -> Shaped[Tensor, "b c h w"]:
+    """Mirrors the images whose entry in `flip_mask` is True, left to right."""
+    return torch.where(flip_mask[:, None, None, None], images.flip(-1), images)
 
 
 def to_float(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import ditlab
 from ditlab.data.duplicates import find_near_duplicates
 from ditlab.data.imageset import IMAGES, LABELS, POOL, ImageSet, is_image_set
-from ditlab.data.manifest import SOURCE_NAMES, Manifest, content_hash, hash_file, write_names
+from ditlab.data.manifest import SOURCE_NAMES, Manifest, content_hash, hash_files, write_names
 from ditlab.data.pixels import Color, channels
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, SkippedItem, Source, count_kinds, describe_skipped
 from ditlab.data.sources.files import is_source, read_source, source_name
@@ -26,6 +27,7 @@ from ditlab.progress import SILENT, Reporter
 
 __all__ = [
     "default_folder",
+    "open_existing",
     "open_if_image_set",
     "open_source",
     "prepare",
@@ -130,11 +132,7 @@ def open_if_image_set(source: str | Path | ImageSet) -> ImageSet | None:
 def open_source(
     source: str | Path | ImageSet, rule: CropRule, options: Mapping[str, Any] | None = None
 ) -> tuple[Source, str]:
-    """Returns a source and its full name: an image set read again, or what `read_source` opens.
-
-    Raises:
-        DitlabError: the source cannot be used.
-    """
+    """Returns a source and its full name: an image set read again, or what `read_source` opens."""
     images = open_if_image_set(source)
     if images is not None:
         return Prepared(rule, images), str(images.path)
@@ -156,17 +154,8 @@ def write_image_set(
 ) -> ImageSet:
     """Writes the images of a source as a set, or opens the set that was made of them before.
 
-    Args:
-        source: the images.
-        name: the source's name, for the manifest.
-        out: the folder to make.
-        settings: the other settings, for the manifest; "near_duplicates" and "near_limit" are applied here.
-        minimum: how many usable images the set needs.
-        overwrite: replace a set that was made otherwise.
-        reporter: receives progress, and a note of the files that were skipped.
-
-    Raises:
-        DitlabError: see `prepare`.
+    The manifest keeps the name and the settings, of which "near_duplicates" and "near_limit" are applied here. The set
+    needs at least `minimum` usable images.
     """
     existing = _existing(out, name, source, settings, overwrite)
     if existing is not None:
@@ -205,18 +194,26 @@ class _Gathered:
     """The duplicates whose dropped image is held out and whose earlier image is for training."""
 
 
-def _existing(out: Path, name: str, source: Source, settings: dict[str, Any], overwrite: bool) -> ImageSet | None:
+def open_existing(out: Path) -> ImageSet | None:
+    """Opens the image set in a folder; None where there is nothing, or an empty folder."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        images = ImageSet.open(out)
+        return ImageSet.open(out)
     except DitlabError as error:
+        raise DitlabError(f"{out} exists and is not an image set that can be reused ({error})") from None
+
+
+def _existing(out: Path, name: str, source: Source, settings: dict[str, Any], overwrite: bool) -> ImageSet | None:
+    try:
+        images = open_existing(out)
+    except DitlabError:
         if overwrite and (out / "manifest.json").is_file() and (out / IMAGES).exists():
             return None
-        raise DitlabError(f"{out} exists and is not an image set that can be reused ({error})") from None
-    manifest = images.manifest
-    if overwrite:
+        raise
+    if images is None or overwrite:
         return None
+    manifest = images.manifest
     expected = (name, source.rule.size, source.rule.color, settings)
     if (manifest.source, manifest.size, manifest.color, manifest.options) != expected:
         raise DitlabError(
@@ -335,9 +332,7 @@ def _finish(
             near = find_near_duplicates(images, pool, threshold=threshold, limit=limit, progress=progress)
         if near.searched < len(images):
             notes.append(f"near-duplicates were looked for among the first {near.searched} images only")
-    names = (IMAGES, LABELS, POOL, SOURCE_NAMES)
-    files = {name: hash_file(folder / name) for name in names if (folder / name).exists()}
-    kinds = count_kinds(gathered.skipped)
+    files = hash_files(folder, (IMAGES, LABELS, POOL, SOURCE_NAMES))
     Manifest(
         source=name,
         size=source.rule.size,
@@ -356,17 +351,16 @@ def _finish(
         files=files,
         hash=content_hash(files, class_names),
         made_by=f"ditlab {ditlab.__version__}",
-        skipped_kinds=kinds,
+        skipped_kinds=count_kinds(gathered.skipped),
         duplicate_names=tuple(gathered.duplicates[:_DUPLICATES]),
     ).write(folder)
 
 
 def _examples(skipped: Iterable[SkippedItem]) -> tuple[SkippedItem, ...]:
     """Returns the first items of each kind."""
-    counts: dict[str, int] = {}
-    examples = []
+    counts, examples = Counter[str](), []
     for item in skipped:
-        counts[item.kind] = counts.get(item.kind, 0) + 1
+        counts[item.kind] += 1
         if counts[item.kind] <= _EXAMPLES:
             examples.append(item)
     return tuple(examples)

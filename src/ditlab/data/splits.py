@@ -1,10 +1,9 @@
 """Splits: which images of a set are trained on and which are held out, as a function of a seed.
 
 For one image set, seed and number of test images, the test images are the same whatever N is, and the train images
-of a smaller N are the first of those of a larger N: sets of N = 10, 100, 1000 are nested, as in the comparisons of
-An et al. (2410.21273) and Kadkhodaie et al. (2310.02557). Where the set has pools, test images come from pool 1 and
-train images from pool 0 only. A split that skips the first images of the order has other train images and the same
-test images. Two such disjoint sets are needed for the two-subset test of Kadkhodaie et al.
+of a smaller N are the first of those of a larger N: the sets are nested, as in An et al. (2410.21273) and Kadkhodaie
+et al. (2310.02557), whose two-subset test needs the disjoint sets that a skip gives. Where the set has pools, test
+images come from pool 1 and train images from pool 0 only.
 
 The order comes from raw 64-bit output of NumPy's PCG64, sorted: that stream, unlike `Generator.permutation`, is
 promised never to change between versions of NumPy.
@@ -101,10 +100,7 @@ def make_split(imageset: ImageSet, n: int | None, test: int, seed: int, skip: in
 
 
 def held_out_order(imageset: ImageSet, seed: int) -> np.ndarray:
-    """Returns the indices of all images that may be tested on, int64, in the order of a seed.
-
-    The test images of a split are the first of them.
-    """
+    """Returns the indices, int64, of all images that may be tested on, in a seeded order: a split takes the first."""
     return _order(_allowed(imageset, TEST), len(imageset), seed, "test")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 
 from ditlab.data.autoencoder import reopen_autoencoder
 from ditlab.data.contact_sheet import fitting_scale, image_grid
+from ditlab.data.duplicates import NearDuplicates
 from ditlab.data.imageset import ImageSet
 from ditlab.data.latents import LatentRecord
 from ditlab.data.pixels import to_uint8
-from ditlab.data.sources.base import SkippedItem
 from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.rng import numpy_generator
 
@@ -25,7 +24,8 @@ def describe(imageset: ImageSet) -> dict[str, Any]:
     """Returns what there is to say about an image set, as JSON values."""
     manifest = imageset.manifest
     near = manifest.near_duplicates
-    latents = {} if manifest.latents is None else {"latents": _latents(manifest.latents)}
+    # Images before files that are no images, which their endings describe.
+    skipped = sorted(manifest.skipped, key=lambda item: item.kind.startswith("."))
     return {
         "path": str(imageset.path),
         "source": manifest.source,
@@ -36,32 +36,27 @@ def describe(imageset: ImageSet) -> dict[str, Any]:
         "pools": manifest.pools,
         "exact_duplicates_dropped": manifest.exact_duplicates,
         "exact_duplicate_files": [list(pair) for pair in manifest.duplicate_names[:5]],
-        "near_duplicates": None
-        if near is None
-        else {
-            "threshold": near.threshold,
-            "searched": near.searched,
-            "pairs": near.pairs,
-            "images": near.images,
-            "pairs_across_train_and_test": near.across_pools,
-            "most_similar": [list(pair) for pair in near.examples[:5]],
-            "most_similar_files": [
-                [imageset.source_of(first), imageset.source_of(second)] for first, second, _ in near.examples[:5]
-            ],
-        },
+        "near_duplicates": None if near is None else _near_duplicates(near, imageset),
         "skipped": manifest.skipped_count,
         "skipped_kinds": manifest.skipped_kinds,
         "skipped_summary": manifest.skipped_summary(),
-        "skipped_examples": {item.name: item.reason for item in _images_first(manifest.skipped)[:10]},
+        "skipped_examples": {item.name: item.reason for item in skipped[:10]},
         "notes": list(manifest.notes),
         "hash": imageset.hash,
-        **latents,
+        **({} if manifest.latents is None else {"latents": _latents(manifest.latents)}),
     }
 
 
-def _images_first(skipped: Sequence[SkippedItem]) -> list[SkippedItem]:
-    """Skipped images before files that are no images, which their endings describe."""
-    return sorted(skipped, key=lambda item: item.kind.startswith("."))
+def _near_duplicates(near: NearDuplicates, imageset: ImageSet) -> dict[str, Any]:
+    return {
+        "threshold": near.threshold,
+        "searched": near.searched,
+        "pairs": near.pairs,
+        "images": near.images,
+        "pairs_across_train_and_test": near.across_pools,
+        "most_similar": [list(pair) for pair in near.examples[:5]],
+        "most_similar_files": [[imageset.source_of(index) for index in pair[:2]] for pair in near.examples[:5]],
+    }
 
 
 def _latents(record: LatentRecord) -> dict[str, Any]:
@@ -88,21 +83,9 @@ def save_contact_sheet(
     codec: str | None = None,
     device: str = "cpu",
 ) -> float | None:
-    """Draws some images of a set as one PNG.
+    """Draws some images of a set as one PNG; latents are decoded by their autoencoder, which may be at `codec` now.
 
-    Args:
-        images: the image set.
-        path: the file.
-        count: images; 100, or 16 of latents, which have to be decoded, if None.
-        seed: another seed shows other images.
-        codec: where the autoencoder of latents is now, if it was moved.
-        device: where latents are decoded.
-
-    Returns:
-        For latents whose pictures are at hand, the PSNR of the decoded pictures in dB; else None.
-
-    Raises:
-        DitlabError: fewer than one image, or the file cannot be written.
+    Returns the PSNR of the decoded pictures in dB for latents whose pictures are at hand, else None.
     """
     count = (100 if images.latents is None else 16) if count is None else count
     if count < 1:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,30 +25,18 @@ from ditlab.errors import DitlabError
 
 __all__ = ["TinyAutoencoder"]
 
-Part = Literal["encoder", "decoder"]
-
 _BLOCK = re.compile(r"(conv\.[024]\.(weight|bias)|skip\.weight|pool\.[013]\.weight|pool\.1\.bias)")
 _GROUPS = 4
 
 
 class TinyAutoencoder(nn.Module):
-    """A tiny autoencoder with given weights, in float32 and evaluation mode.
-
-    Args:
-        encoder: state dict of the encoder, keys `3.conv.0.weight` and the like.
-        decoder: state dict of the decoder.
-        where: the name that errors give them.
-
-    Raises:
-        DitlabError: the keys or shapes are not those of this family, or the two do not belong together.
-    """
+    """A tiny autoencoder with given weights, in float32 and evaluation mode; keys like `3.conv.0.weight`."""
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], where: str) -> None:
         super().__init__()
-        self.encoder, down = _chain(encoder, "encoder", f"{where} encoder")
-        self.decoder, up = _chain(decoder, "decoder", f"{where} decoder")
-        first, last = _plain(self.encoder)
-        start, end = _plain(self.decoder)
+        self.encoder, down = _chain(encoder, f"{where} encoder", decodes=False)
+        self.decoder, up = _chain(decoder, f"{where} decoder", decodes=True)
+        first, last, start, end = (_end(chain, place) for chain in (self.encoder, self.decoder) for place in (0, -1))
         self.latent_channels: int = last.out_channels
         self.factor = 2**down
         if (start.in_channels, end.out_channels, up) != (last.out_channels, first.in_channels, down):
@@ -99,7 +86,7 @@ class _Block(nn.Module):
         return torch.relu(self.conv(x) + self.skip(x))
 
 
-def _chain(weights: Mapping[str, Tensor], part: Part, where: str) -> tuple[nn.Sequential, int]:
+def _chain(weights: Mapping[str, Tensor], where: str, *, decodes: bool) -> tuple[nn.Sequential, int]:
     """Returns the layers of one state dict with its weights, and how many of them change the size."""
     grouped: dict[int, dict[str, Tensor]] = {}
     for key, value in weights.items():
@@ -114,25 +101,21 @@ def _chain(weights: Mapping[str, Tensor], part: Part, where: str) -> tuple[nn.Se
     layers: list[nn.Module] = []
     resizes = 0
     for place, (number, own) in enumerate(sorted(grouped.items())):
-        plain = "weight" in own
-        resizing = plain and "bias" not in own
+        resizing = "weight" in own and "bias" not in own
         resizes += resizing
-        if resizing and part == "decoder":
+        if resizing and decodes:
             layers.append(nn.Upsample(scale_factor=2))
-        layer = _layer(own, plain, 2 if resizing and part == "encoder" else 1, f"{where}, layer {number}")
-        layers.append(layer)
-        if place == 0 and part == "decoder":
+        layers.append(_layer(own, 2 if resizing and not decodes else 1, f"{where}, layer {number}"))
+        if place == 0 and decodes:
             layers.append(nn.ReLU())
-    chain = nn.Sequential(*layers)
-    plain_ends = (_plain_layer(chain[0]), _plain_layer(chain[-1]))
-    if not all(plain_ends):
+    if not all(isinstance(end, nn.Conv2d) and end.bias is not None for end in (layers[0], layers[-1])):
         raise DitlabError(f"{where}: expected a convolution with a bias at both ends, found other layers")
-    return chain, resizes
+    return nn.Sequential(*layers), resizes
 
 
-def _layer(own: dict[str, Tensor], plain: bool, stride: int, where: str) -> nn.Module:
+def _layer(own: dict[str, Tensor], stride: int, where: str) -> nn.Module:
     try:
-        if plain:
+        if "weight" in own:
             out, into = own["weight"].shape[:2]
             layer = nn.Conv2d(into, out, 3, stride=stride, padding=1, bias="bias" in own)
         else:
@@ -146,12 +129,7 @@ def _layer(own: dict[str, Tensor], plain: bool, stride: int, where: str) -> nn.M
     return layer
 
 
-def _plain_layer(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.bias is not None
-
-
-def _plain(chain: nn.Sequential) -> tuple[nn.Conv2d, nn.Conv2d]:
-    first, last = chain[0], chain[-1]
-    assert isinstance(first, nn.Conv2d)
-    assert isinstance(last, nn.Conv2d)
-    return first, last
+def _end(chain: nn.Sequential, place: int) -> nn.Conv2d:
+    layer = chain[place]
+    assert isinstance(layer, nn.Conv2d)
+    return layer

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.errors import Damaged, DitlabError
-from ditlab.files import write_atomically
+from ditlab.files import write_file
 
 __all__ = ["LogLength", "TrainingLog", "read_log"]
 
@@ -73,19 +73,9 @@ class TrainingLog:
         if not self.path.exists():
             return LogLength(0, 0)
         records = map(_record, self.path.read_bytes().splitlines())
-        lines = [json.dumps(record) + "\n" for record in records if record and 0 < step >= record["step"]]
-
-        def write(place: Path) -> None:
-            with place.open("w") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-
-        try:
-            write_atomically(self.path, write)
-        except OSError as error:
-            raise DitlabError(f"{self.path}: the log could not be written: {error.strerror}") from None
-        return LogLength(len(lines), sum(map(len, lines)))
+        text = "".join(json.dumps(record) + "\n" for record in records if record and 0 < step >= record["step"])
+        write_file(self.path, lambda file: file.write(text.encode()), sync=True)
+        return LogLength(text.count("\n"), len(text))
 
     def write(self, record: dict[str, Any], machine: dict[str, Any]) -> None:
         """Appends one line: the values that a repeated run reproduces, then timings and memory, which it does not."""

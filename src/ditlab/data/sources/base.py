@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditlab.data.pixels import Color, UnusableImage, centre_crop, planes, to_color
+from ditlab.data.pixels import Color, UnusableImage, centre_crop, channels, decode, planes, to_color
 from ditlab.errors import DitlabError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["TEST", "TRAIN", "CropRule", "Item", "SkippedItem", "Source", "count_
 
 TRAIN, TEST = 0, 1
 """Pools: an image of pool 0 may only be trained on, one of pool 1 only be tested on."""
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,12 @@ class Item:
 
 @dataclass(frozen=True)
 class SkippedItem:
-    """One file or image that could not be used.
-
-    Attributes:
-        name: the file or index.
-        reason: why, in a few words.
-        kind: the group that it is counted in: a file's ending such as ".txt", or a short reason.
-    """
+    """One file or image that could not be used, and why in a few words."""
 
     name: str
     reason: str
     kind: str = ""
+    """The group that it is counted in: a file's ending such as ".txt", or a short reason."""
 
 
 def count_kinds(skipped: Iterable[SkippedItem]) -> dict[str, int]:
@@ -65,13 +62,10 @@ def count_kinds(skipped: Iterable[SkippedItem]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (not pair[0].startswith("."), -pair[1], pair[0])))
 
 
-def describe_skipped(kinds: Mapping[str, int], examples: Iterable[SkippedItem], limit: int = 3) -> str:
+def describe_skipped(kinds: Mapping[str, int], examples: Iterable[SkippedItem]) -> str:
     """Returns a list such as "7 .heic (not a readable format), 3 .txt, 2 smaller than 32x32 pixels: a.png, b.png".
 
-    Args:
-        kinds: number of items of each kind (`count_kinds`).
-        examples: items whose names are given; those that are counted by the ending of the file need none.
-        limit: names at most for one kind.
+    `kinds` counts the items of each kind (`count_kinds`); of a kind that is no ending at most `_NAMED` are named.
     """
     names: dict[str, list[str]] = {}
     for item in examples:
@@ -80,7 +74,7 @@ def describe_skipped(kinds: Mapping[str, int], examples: Iterable[SkippedItem], 
     reasons = []
     for kind, count in kinds.items():
         if not kind.startswith("."):
-            listed = [*names.get(kind, [])[:limit], *(["..."] if count > limit else [])]
+            listed = [*names.get(kind, [])[:_NAMED], *(["..."] if count > _NAMED else [])]
             reasons.append(f"{count:,} {kind}" + (f": {', '.join(listed)}" if listed else ""))
     return ", ".join([*endings, "; ".join(reasons)] if reasons else endings)
 
@@ -90,12 +84,9 @@ class CropRule:
     """How images are brought to the set's format.
 
     Attributes:
-        size: height and width of every image of the set, in pixels.
+        size: height and width of every image of the set, 2 to 4096 pixels.
         color: "rgb" or "grey".
         upscale: enlarge images whose short side is below `size`; otherwise they are skipped.
-
-    Raises:
-        DitlabError: the size is not in 2 to 4096, or the colour is unknown.
     """
 
     size: int
@@ -105,15 +96,10 @@ class CropRule:
     def __post_init__(self) -> None:
         if not 2 <= self.size <= 4096:
             raise DitlabError(f"size: expected 2 to 4096 pixels, found {self.size}")
-        if self.color not in ("rgb", "grey"):
-            raise DitlabError(f"color: expected 'rgb' or 'grey', found {self.color!r}")
+        channels(self.color)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Returns the image as uint8 [C, size, size].
-
-        Raises:
-            UnusableImage: it is smaller than `size` and `upscale` is off.
-        """
+        """Returns the image as uint8 [C, size, size]; raises UnusableImage where it is too small."""
         if min(image.size) < self.size and not self.upscale:
             small = f"smaller than {self.size}x{self.size}"
             raise UnusableImage(f"{image.width}x{image.height} is {small}", f"{small} pixels")
@@ -134,6 +120,13 @@ class Source(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Item | SkippedItem]:
         """Yields every image once, or why it could not be used."""
+
+    def read(self, file: Path | bytes, name: str, label: int | None, pool: int | None) -> Item | SkippedItem:
+        """Returns the image in a file, or in its bytes, or why it cannot be used."""
+        try:
+            return Item(self.rule(decode(file, self.rule.color)), name, label, pool)
+        except UnusableImage as error:
+            return SkippedItem(name, str(error), error.kind)
 
     def origin(self) -> dict[str, Any]:
         """Returns what the manifest keeps about where the images come from, JSON-able."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ditlab.data.imageset import is_image_set
+from ditlab.data.manifest import hash_file
 from ditlab.data.pixels import Color, UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.data.sources.folder import Folder, listing_hash
@@ -19,16 +19,13 @@ from ditlab.data.sources.hub import Hub
 from ditlab.data.sources.photos import Photos
 from ditlab.errors import DitlabError, unknown_name
 
+Arrays = dict[str, np.ndarray] | np.lib.npyio.NpzFile
+
 __all__ = ["SOURCES", "Array", "Digits", "Mosaic", "is_source", "read_source", "source_name"]
 
 
 def read_source(
-    spec: str,
-    size: int,
-    *,
-    color: Color = "rgb",
-    upscale: bool = False,
-    options: Mapping[str, Any] | None = None,
+    spec: str, size: int, *, color: Color = "rgb", upscale: bool = False, options: Mapping[str, Any] | None = None
 ) -> Source:
     """Opens a source by name, checking all that can be checked before the images are read.
 
@@ -83,11 +80,7 @@ def is_source(spec: str) -> bool:
 
 
 class Digits(Source):
-    """The 1,797 handwritten digits of scikit-learn (8x8, 17 grey levels), classes 0 to 9; pools are free.
-
-    Raises:
-        DitlabError: the size is above 8 and `upscale` is off.
-    """
+    """The 1,797 handwritten digits of scikit-learn (8x8, 17 grey levels), classes 0 to 9; pools are free."""
 
     def __init__(self, rule: CropRule) -> None:
         from sklearn.datasets import load_digits
@@ -111,13 +104,9 @@ class Array(Source):
     """A NumPy file of uint8 images, [N, H, W, C], [N, C, H, W] or [N, H, W], with C of 1 or 3; pools are free.
 
     Args:
-        rule: size and colour.
         where: a `.npy` file, or a `.npz` with the images and perhaps labels.
-        images_key: name of the images in the `.npz`; if None: `images`, `x` or `arr_0`, else the only 3-4-D array.
+        images_key: name of the images in the `.npz`; if None: `images`, `x` or `arr_0`, or the only array.
         labels_key: name of the labels (integers [N], from 0); where None: `labels`, `label` or `y` if present.
-
-    Raises:
-        DitlabError: no such file, not a NumPy file, pickled objects inside, another dtype or shape.
     """
 
     def __init__(
@@ -158,8 +147,7 @@ class Array(Source):
 
     def origin(self) -> dict[str, Any]:
         """Returns the file's hash."""
-        with self.path.open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"sha256": hash_file(self.path).sha256}
 
 
 class Mosaic(Source):
@@ -167,9 +155,6 @@ class Mosaic(Source):
 
     `mosaic:DIR/NAME` reads `DIR/manifest.json` and `DIR/NAME_train_00.webp`, ... , `DIR/NAME_test_00.webp`, ...; the
     pools are the set's own train and test parts.
-
-    Raises:
-        DitlabError: no manifest, no set of that name in it, or a mosaic file is missing.
     """
 
     def __init__(self, rule: CropRule, where: str) -> None:
@@ -191,15 +176,14 @@ class Mosaic(Source):
         except DitlabError:
             raise
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise DitlabError(
-                f"{manifest}: expected a manifest of mosaics, found {error!r} in set {self.name}"
-            ) from None
+            found = f"found {error!r} in set {self.name}"
+            raise DitlabError(f"{manifest}: expected a manifest of mosaics, {found}") from None
         _refuse_small(rule, f"mosaic set {self.name}", self.side)
         self.count = sum(count for _, count, _ in self.parts)
-        for part, _, mosaics in self.parts:
-            for index in range(mosaics):
-                if not self._file(part, index).is_file():
-                    raise DitlabError(f"mosaic source: expected {self._file(part, index)}, found no such file")
+        self.files = [self._file(part, index) for part, _, mosaics in self.parts for index in range(mosaics)]
+        missing = next((file for file in self.files if not file.is_file()), None)
+        if missing is not None:
+            raise DitlabError(f"mosaic source: expected {missing}, found no such file")
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{self.name}_{part}_{index:02d}.webp"
@@ -228,8 +212,7 @@ class Mosaic(Source):
 
     def origin(self) -> dict[str, Any]:
         """Returns a hash of the mosaics' names and sizes."""
-        files = [self._file(part, index) for part, _, mosaics in self.parts for index in range(mosaics)]
-        return {"listing": listing_hash((file.relative_to(self.folder), file.stat().st_size) for file in files)}
+        return {"listing": listing_hash((file.relative_to(self.folder), file.stat().st_size) for file in self.files)}
 
 
 SOURCES: dict[str, tuple[Any, bool]] = {
@@ -251,7 +234,7 @@ def _refuse_small(rule: CropRule, what: str, side: int) -> None:
         )
 
 
-def _load_arrays(path: Path) -> dict[str, np.ndarray] | np.lib.npyio.NpzFile:
+def _load_arrays(path: Path) -> Arrays:
     if not path.is_file():
         raise DitlabError(f"array source: expected a .npy or .npz file at {path}, found no such file")
     with path.open("rb") as file:
@@ -271,17 +254,16 @@ def _pickled_or(error: Exception) -> str:
     return f"unreadable NumPy file: {error}"
 
 
-def _find_key(path: Path, arrays: dict[str, np.ndarray] | np.lib.npyio.NpzFile, usual: tuple[str, ...]) -> str:
-    names = list(arrays)
-    matches = [name for name in usual if name in names]
-    if matches or len(names) == 1:
-        return (matches or names)[0]
+def _find_key(path: Path, arrays: Arrays, usual: tuple[str, ...]) -> str:
+    names = [name for name in usual if name in arrays][:1] or list(arrays)
+    if len(names) == 1:
+        return names[0]
     raise DitlabError(
         f"{path}: expected images under one of {', '.join(usual)} or a key given, found {', '.join(names)}"
     )
 
 
-def _get(path: Path, arrays: dict[str, np.ndarray] | np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+def _get(path: Path, arrays: Arrays, key: str) -> np.ndarray:
     try:
         return arrays[key]
     except KeyError:

@@ -8,50 +8,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ditlab.data.pixels import UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source, count_kinds, describe_skipped
 from ditlab.errors import DitlabError
 
 __all__ = ["IMAGE_SUFFIXES", "Folder", "listing_hash"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 """Endings of the files that are read; of a file with several frames the first one."""
 
-_OTHER_FORMATS = frozenset(
-    [
-        ".arw",
-        ".avif",
-        ".cr2",
-        ".cr3",
-        ".dds",
-        ".dng",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".heic",
-        ".heif",
-        ".ico",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jxl",
-        ".mp4",
-        ".nef",
-        ".orf",
-        ".pbm",
-        ".pdf",
-        ".pgm",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".raf",
-        ".raw",
-        ".rw2",
-        ".svg",
-        ".tga",
-        ".xcf",
-    ]
+_OTHER_FORMATS = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    *(".avif", ".dds", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe", ".jxl"),
+    *(".eps", ".mp4", ".pbm", ".pdf", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".xcf"),
 )
 """Endings of files that may hold pictures and are not read."""
 
@@ -62,22 +30,14 @@ class Folder(Source):
     The class of an image is the subfolder that holds it (the first below the root). If the root itself holds images,
     there are no classes. A root with exactly the folders `train` and `test` fixes the pools, and the classes are the
     folders below those.
-
-    Args:
-        rule: size and colour.
-        where: the folder.
-
-    Raises:
-        DitlabError: the path is missing, is not a folder, cannot be read, or has no image file below it.
     """
 
     def __init__(self, rule: CropRule, where: str) -> None:
         self.rule = rule
         self.root = Path(where).expanduser()
-        if not self.root.exists():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found nothing")
         if not self.root.is_dir():
-            raise DitlabError(f"folder source: expected a folder at {self.root}, found a file")
+            found = "a file" if self.root.exists() else "nothing"
+            raise DitlabError(f"folder source: expected a folder at {self.root}, found {found}")
         self.sizes, self.left_out = _list_files(self.root)
         self.files = list(self.sizes)
         if not self.files:
@@ -96,11 +56,7 @@ class Folder(Source):
         index_of = {name: index for index, name in enumerate(self.class_names)}
         for file, class_name in zip(self.files, self.classes, strict=True):
             pool = None if not self.pooled else TRAIN if file.parts[0] == "train" else TEST
-            name = _name(file)
-            try:
-                yield Item(self.rule(decode(self.root / file, self.rule.color)), name, index_of.get(class_name), pool)
-            except UnusableImage as error:
-                yield SkippedItem(name, str(error), error.kind)
+            yield self.read(self.root / file, _name(file), index_of.get(class_name), pool)
 
     def origin(self) -> dict[str, Any]:
         """Returns a hash of the files' names and sizes."""

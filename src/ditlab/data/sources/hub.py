@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditlab.data.pixels import UnusableImage, decode
 from ditlab.data.sources.base import TEST, TRAIN, CropRule, Item, SkippedItem, Source
 from ditlab.errors import DitlabError, unknown_name
 
@@ -19,15 +18,11 @@ class Hub(Source):
     With one split the pools are free. With several, `train` is the train pool and the others are the test pool.
 
     Args:
-        rule: size and colour.
         where: the dataset's id, e.g. `uoft-cs/cifar10`, or a local folder that `datasets.load_dataset` understands.
         image_column: the column of images; the first one if None.
         label_column: the column of classes (`ClassLabel`, or integers from 0); the first `ClassLabel` if None.
         config: which configuration of the dataset, if it has several.
         splits: which splits to read; if None: `train` and `test` (or `validation`), or the only one.
-
-    Raises:
-        DitlabError: `datasets` is not installed, the dataset cannot be reached, or a column or split does not exist.
     """
 
     def __init__(
@@ -41,7 +36,6 @@ class Hub(Source):
         splits: tuple[str, ...] | None = None,
     ) -> None:
         self.rule = rule
-        self.where = where
         dataset = _load(where, config)
         names = splits or _usual_splits(list(dataset))
         for name in names:
@@ -64,11 +58,8 @@ class Hub(Source):
         feature = features[self.label_column]
         if isinstance(feature, ClassLabel):
             return tuple(feature.names)
-        highest = max(
-            max((label for label in rows[self.label_column] if label is not None), default=-1)
-            for rows in self.splits.values()
-        )
-        return tuple(str(index) for index in range(highest + 1))
+        labels = (label for rows in self.splits.values() for label in rows[self.label_column] if label is not None)
+        return tuple(str(index) for index in range(max(labels, default=-1) + 1))
 
     def __iter__(self) -> Iterator[Item | SkippedItem]:
         from datasets import Image
@@ -81,16 +72,13 @@ class Hub(Source):
             for index, row in enumerate(rows):
                 cell = row[self.image_column] or {}
                 where = f"{name} row {index}" + (f" ({Path(cell['path']).name})" if cell.get("path") else "")
+                if not cell.get("bytes") and not cell.get("path"):
+                    yield SkippedItem(where, "no image in this row", "rows without an image")
+                    continue
                 label = row[self.label_column] if self.label_column else None
-                try:
-                    if not cell.get("bytes") and not cell.get("path"):
-                        raise UnusableImage("no image in this row", "rows without an image")
-                    data = cell["bytes"] if cell.get("bytes") else Path(cell["path"])
-                    pixels = self.rule(decode(data, self.rule.color))
-                    # The hub's convention for an unknown class is -1.
-                    yield Item(pixels, where, None if label is None or label < 0 else int(label), pool)
-                except UnusableImage as error:
-                    yield SkippedItem(where, str(error), error.kind)
+                # The hub's convention for an unknown class is -1.
+                label = None if label is None or label < 0 else int(label)
+                yield self.read(cell.get("bytes") or Path(cell["path"]), where, label, pool)
 
     def origin(self) -> dict[str, Any]:
         """Returns the dataset's columns, its splits and the fingerprints of `datasets`."""
@@ -127,12 +115,9 @@ def _image_column(where: str, features: Any, column: str | None) -> str:
     from datasets import Image
 
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if column is not None and column not in images:
-        raise DitlabError(
-            f"hub source '{where}': expected an image column '{column}', found columns {_listed(features)}"
-        )
-    if not images:
-        raise DitlabError(f"hub source '{where}': expected an image column, found columns {_listed(features)}")
+    if not images or (column is not None and column not in images):
+        named = "" if column is None else f" '{column}'"
+        raise DitlabError(f"hub source '{where}': expected an image column{named}, found columns {_listed(features)}")
     return column or images[0]
 
 

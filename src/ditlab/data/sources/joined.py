@@ -13,15 +13,7 @@ __all__ = ["HeldOut", "Joined", "Prepared"]
 
 
 class Prepared(Source):
-    """The images of an image set of pixels, as they are.
-
-    Args:
-        rule: size and colour, which the set must have.
-        images: the image set.
-
-    Raises:
-        DitlabError: the set holds latents, or has another size or colour.
-    """
+    """The images of an image set of pixels, as they are; the set must have the rule's size and colour."""
 
     def __init__(self, rule: CropRule, images: ImageSet) -> None:
         manifest = images.manifest
@@ -50,17 +42,14 @@ class Prepared(Source):
         return {"image_set": self.images.hash}
 
 
-class HeldOut(Source):
-    """The images of another source, which may only be tested on.
+class _OnePool(Source):
+    """The images of another source, all in one pool, labelled by `class_names`; others get no label.
 
-    Args:
-        source: the other source; it must not have images that may only be trained on.
-        name: what errors call it.
-        class_names: the classes of the training images. Images of other classes get no label.
+    Images that the source itself has in the other pool are refused with the sentence `refusal`.
     """
 
-    def __init__(self, source: Source, name: str, class_names: tuple[str, ...]) -> None:
-        self.source, self.name, self.class_names = source, name, class_names
+    def __init__(self, source: Source, pool: int, class_names: tuple[str, ...], refusal: str) -> None:
+        self.source, self.pool, self.class_names, self.refusal = source, pool, class_names, refusal
         self.rule, self.count, self.left_out = source.rule, source.count, source.left_out
 
     def __iter__(self) -> Iterator[Item | SkippedItem]:
@@ -70,48 +59,42 @@ class HeldOut(Source):
             if isinstance(item, SkippedItem):
                 yield item
                 continue
-            if item.pool == TRAIN:
-                raise DitlabError(
-                    f"held_out '{self.name}': expected held-out images alone, found images that the source gives for "
-                    f"training, e.g. {item.name}"
-                )
-            yield Item(item.pixels, item.name, None if item.label is None else labels[item.label], TEST)
+            if item.pool not in (None, self.pool):
+                raise DitlabError(f"{self.refusal}, e.g. {item.name}")
+            yield Item(item.pixels, item.name, None if item.label is None else labels[item.label], self.pool)
 
     def origin(self) -> dict[str, Any]:
         """Returns the origin of the other source."""
         return self.source.origin()
 
 
-class Joined(Source):
-    """Training images from one source and held-out images from another.
+class HeldOut(_OnePool):
+    """The images of another source, which may only be tested on; `class_names` are those of the training images."""
 
-    Args:
-        train: the source of training images; it must not choose test images itself.
-        train_name: what errors call it.
-        held_out: the source of held-out images.
-        held_out_name: what errors call it.
-    """
+    def __init__(self, source: Source, name: str, class_names: tuple[str, ...]) -> None:
+        self.name = name
+        found = "expected held-out images alone, found images that the source gives for training"
+        super().__init__(source, TEST, class_names, f"held_out '{name}': {found}")
+
+
+class Joined(Source):
+    """Training images from one source, which must not choose test images itself, and held-out images from another."""
 
     def __init__(self, train: Source, train_name: str, held_out: Source, held_out_name: str) -> None:
-        self.train, self.train_name, self.rule = train, train_name, train.rule
+        self.rule, self.count = train.rule, train.count + held_out.count
+        self.left_out = train.left_out + held_out.left_out
         if train.class_names and held_out.class_names:
             others = [name for name in held_out.class_names if name not in train.class_names]
             self.class_names = (*train.class_names, *others)
+        refusal = (
+            f"source '{train_name}': expected training images alone beside held_out '{held_out_name}', "
+            "found images that the source holds out itself"
+        )
+        self.train = _OnePool(train, TRAIN, self.class_names, refusal)
         self.held_out = HeldOut(held_out, held_out_name, self.class_names)
-        self.count = train.count + held_out.count
-        self.left_out = train.left_out + held_out.left_out
 
     def __iter__(self) -> Iterator[Item | SkippedItem]:
-        for item in self.train:
-            if isinstance(item, SkippedItem):
-                yield item
-                continue
-            if item.pool == TEST:
-                raise DitlabError(
-                    f"source '{self.train_name}': expected training images alone beside held_out "
-                    f"'{self.held_out.name}', found images that the source holds out itself, e.g. {item.name}"
-                )
-            yield Item(item.pixels, item.name, item.label if self.class_names else None, TRAIN)
+        yield from self.train
         yield from self.held_out
 
     def origin(self) -> dict[str, Any]:

@@ -60,11 +60,7 @@ def region_map(height: int, width: int, block: int, phase: int) -> np.ndarray:
     The photograph is divided evenly into blocks of at least `block` pixels. In a row of blocks every fourth is a test
     block, the next row's shifted by two, so that test regions are spread over the picture and touch only at corners.
 
-    Args:
-        height: rows of the photograph, in pixels.
-        width: columns of the photograph, in pixels.
-        block: the least side of a block, in pixels.
-        phase: which block of the first row is the first test block; differs between photographs.
+    `phase` is the first test block of the first row, which differs between photographs.
     """
     rows, columns = max(1, height // block), max(1, width // block)
     row_of = np.arange(height) * rows // height
@@ -80,11 +76,7 @@ def region_map(height: int, width: int, block: int, phase: int) -> np.ndarray:
 def find_crops(pools: np.ndarray, size: int, stride: int, factors: tuple[int, ...]) -> list[Crop]:
     """Returns every crop whose source pixels are all of one pool, finest scale first, row by row.
 
-    Args:
-        pools: the pool of every pixel, uint8 [height, width] (`region_map`).
-        size: the crop's side after reduction.
-        stride: the step between crops after reduction.
-        factors: how many source pixels become one, for each scale.
+    `pools` is a `region_map`; size and stride are those after reduction, where `factor` source pixels become one.
     """
     height, width = pools.shape
     # Summed-area table: the number of test pixels in any rectangle from four look-ups.
@@ -106,14 +98,10 @@ class Photos(Source):
     """Crops of the built-in photographs; the class of a crop is the photograph it comes from.
 
     Args:
-        rule: size and colour of the crops.
         stride: step between neighbouring crops, in crop pixels; half the size if None.
         scales: reduction factors; `default_scales` if None.
         flat: crops whose grey values have a standard deviation below this (0-255) are left out: plain sky and
             plain background are near-duplicates of one another.
-
-    Raises:
-        DitlabError: a photograph is missing from its wheel, a setting is out of range, or no crop of this size fits.
     """
 
     def __init__(
