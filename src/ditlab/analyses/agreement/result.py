@@ -97,8 +97,7 @@ class AgreementResult(StoredResult):
 
     def sentences(self) -> tuple[str, ...]:
         """Returns which baseline agrees best, and the correlations with the others."""
-        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
-        count, best = self.config.images, self.best
+        name, count, best = self.about.title, self.config.images, self.best
         text = f"{name}: the samples agree most with those of {best.title} from the same noise: "
         text += f"{'median ' if count > 1 else ''}correlation {np.median(best.correlation):.2f}, "
         text += f"R² {np.median(best.r2):.2f} (of {count} image{'s' if count > 1 else ''}"
