@@ -76,7 +76,7 @@ class PSNRResult(StoredResult):
         """Returns the interval of `average(what)` over images, in dB: what other images of the same kind might give.
 
         A percentile bootstrap: the images of each side are drawn again with replacement, the same images at all levels,
-        2,000 times from a fixed seed. The weights stay as they are, so it says nothing about another seed of training.
+        2,000 times from a fixed seed. It says nothing about another seed of training.
         """
         rng, reduction = np.random.default_rng(0), reduction or self.config.reduction
         train, test = (self._resampled(side, rng, reduction) for side in ("train", "test"))
