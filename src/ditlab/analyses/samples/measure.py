@@ -17,7 +17,7 @@ from ditlab.analyses.samples.figures import SampleRow
 from ditlab.errors import DitlabError
 from ditlab.metrics.nearest import NearestResult
 from ditlab.models.comparing import ModelSet, OpenedModel
-from ditlab.models.memorization import mask_images, near_copies, nearest_training
+from ditlab.models.memorization import mask_images, near_copies, nearest_training, training_pictures
 from ditlab.models.model import Model
 from ditlab.progress import SILENT, Reporter
 from ditlab.sampling.draw import draw, with_guidance
@@ -106,9 +106,7 @@ class KindSamples:
         """The nearest training image of each sample, uint8 [count, C, H, W], mirrored where that is nearer."""
         if self.nearest is None:
             return None
-        nearest = self.nearest.samples
-        images = self.model.originals(self.model.split.train[nearest.index])
-        return np.where(nearest.mirrored[:, None, None, None], images[..., ::-1], images)
+        return training_pictures(self.model, self.nearest.samples.index, self.nearest.samples.mirrored)
 
     @property
     def sources(self) -> list[str]:
