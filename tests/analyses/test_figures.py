@@ -48,8 +48,8 @@ def trajectories(seeds=(0, 1)):
         for label, speed in (("global", 1.0), ("local", 0.7)):
             train = 25 - 12 * np.exp(-steps * speed / 1500) + seed / 5
             test = 20 - 7 * np.exp(-steps * speed / 500) - (steps * speed / 3000) ** 2
-            rows = [(int(s), float(a), float(b)) for s, a, b in zip(steps, train, test, strict=True)]
-            found.append(Trajectory.from_points(label, seed, rows, n=50))
+            columns = (tuple(values.tolist()) for values in (steps, train, test, train - test))
+            found.append(Trajectory(label, seed, *columns, n=50))
     return found
 
 

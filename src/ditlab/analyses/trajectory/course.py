@@ -9,8 +9,9 @@ from typing import Any
 from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_kinds
 from ditlab.errors import DitlabError
 from ditlab.models.comparing import ModelSet
+from ditlab.models.model import Model
 
-__all__ = ["Course", "trajectory_of"]
+__all__ = ["Course", "thinned", "trajectory_of"]
 
 LOG_LINES = 500
 """Lines of a log that a page has, at most."""
@@ -35,24 +36,19 @@ class Course:
     @classmethod
     def of(cls, models: ModelSet) -> Course:
         """Reads the logs of those models that have one."""
-        trajectories: list[Trajectory] = []
+        logged = [(model, kind, log) for model, kind in zip(models, models.kinds, strict=True) if (log := model.log)]
         logs: dict[tuple[int | None, str], Log] = {}
-        for model, kind in zip(models, models.kinds, strict=True):
-            if not model.log:
-                continue
-            logs.setdefault((model.split_record.train, kind), model.log)
-            trajectory = trajectory_of(model, kind)
-            if trajectory is not None:
-                trajectories.append(trajectory)
-        latents = any("codec" in model.settings for model in models)
+        for model, kind, log in sorted(logged, key=lambda part: part[0].split_record.train):
+            logs.setdefault((model.split_record.train, kind), log)
+        trajectories = [t for model, kind, _ in logged if (t := trajectory_of(model, kind)) is not None]
         try:
             matched, notes = tuple(compare_kinds(trajectories)), ()
         except DitlabError as error:
             matched, notes = (), (f"Not compared: {error}.",)
-        if any(model.held_out is not None and model.log for model in models):
+        if any(model.held_out is not None for model, _, _ in logged):
             notes = (*notes, "Test PSNR is that of the runs' own test images, not of `held_out`.")
-        ordered = dict(sorted(logs.items(), key=lambda item: item[0][0] or -1))
-        return cls(tuple(trajectories), matched, ordered, latents, notes)
+        latents = any("codec" in model.settings for model in models)
+        return cls(tuple(trajectories), matched, logs, latents, notes)
 
     @property
     def counts(self) -> tuple[int | None, ...]:
@@ -64,26 +60,16 @@ class Course:
         """The kinds of runs that have a log."""
         return tuple(dict.fromkeys(label for _, label in self.logs))
 
-    def logs_of(self, n: int | None) -> dict[str, Log]:
-        """Returns kind -> log, at this N."""
-        return {label: log for (count, label), log in self.logs.items() if count == n}
 
-    @staticmethod
-    def thinned(log: Log) -> list[Mapping[str, Any]]:
-        """Returns the log, or every second, third, ... line of it and all with measurements."""
-        every = -(-len(log) // LOG_LINES)
-        return [line for i, line in enumerate(log) if every <= 1 or i % every == 0 or "psnr_gap" in line]
-
-
-def trajectory_of(model: Any, kind: str) -> Trajectory | None:
-    """Returns PSNR along the training of a run; None where its log has none.
-
-    Args:
-        model: a `Model`.
-        kind: what runs that differ only in seed share.
-    """
-    lines = [line for line in model.log if "psnr_gap" in line]
-    if not lines:
+def trajectory_of(model: Model, kind: str) -> Trajectory | None:
+    """Returns PSNR along the training of a run; None where its log has none."""
+    log, split = model.log, model.split_record
+    if not any("psnr_gap" in line for line in log):
         return None
-    split = model.split_record
-    return Trajectory.from_log(kind, split.seed, lines, n=split.train, split_family=split.family)
+    return Trajectory.from_log(kind, split.seed, log, n=split.train, split_family=split.family)
+
+
+def thinned(log: Log) -> list[Mapping[str, Any]]:
+    """Returns the log, or every second, third, ... line of it and all with measurements."""
+    every = -(-len(log) // LOG_LINES)
+    return [line for i, line in enumerate(log) if every <= 1 or i % every == 0 or "psnr_gap" in line]
