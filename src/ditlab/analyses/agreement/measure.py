@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,15 @@ from ditlab.analyses.agreement.result import AgreementResult, BaselineAgreement
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser, WienerLocalityDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.local_scores import EquivariantLocalScoreDenoiser, LocalScoreDenoiser, WindowSchedule
-from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, ImageNoise, SamplerConfig, evaluations, sample
+from ditlab.diffusion.samplers import (
+    DDIMConfig,
+    HeunConfig,
+    ImageNoise,
+    SamplerConfig,
+    SamplerStep,
+    evaluations,
+    sample,
+)
 from ditlab.errors import DitlabError, Incompatible
 from ditlab.metrics.similarity import cosines, mean_squares, r_squared, unit_vectors
 from ditlab.models.comparing import OpenedModel
@@ -45,14 +52,8 @@ _WITHOUT_WINDOWS: Mapping[BaselineName, Callable[[Tensor], Denoiser]] = {
 }
 
 
-class PathPoint(NamedTuple):
-    """The denoiser's trajectories at one level."""
-
-    sigma: float
-    y: Tensor
-    """Noisy images, float32 [trajectories, C, H, W]."""
-    x0: Tensor
-    """The denoiser's estimates of the clean images, the same shape."""
+Trajectories = Sequence[tuple[float, Tensor, Tensor]]
+"""By level: sigma, noisy images and the denoiser's estimates of the clean ones, float32 [trajectories, C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,13 @@ class Sampled:
     noise: Tensor
     images: np.ndarray
     """Final images, float32 [n, C, H, W]."""
-    path: Sequence[PathPoint]
+    path: Trajectories
+    """The first trajectories."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of the path."""
+        return tuple(sigma for sigma, _, _ in self.path)
 
 
 def measure_model(opened: OpenedModel, config: AgreementConfig, reporter: Reporter = SILENT) -> AgreementResult:
@@ -154,7 +161,7 @@ def measure_agreement(
     return AgreementResult(
         about=about,
         config=config,
-        levels=tuple(point.sigma for point in sampled.path),
+        levels=sampled.levels,
         baselines=tuple(_compare(name, training, sampled, tried, step) for name, tried in sides.items()),
         training_images=used,
         shape=denoiser.shape,
@@ -204,11 +211,11 @@ def _sample(denoiser: Denoiser, config: AgreementConfig) -> Sampled:
     sampler = make_sampler(config)
     noise = ImageNoise(range(config.images), denoiser.shape).initial()
     label = torch.full((len(noise),), denoiser.num_classes) if denoiser.num_classes else None
-    path: list[PathPoint] = []
+    path: list[tuple[float, Tensor, Tensor]] = []
 
-    def record(step: Any) -> None:
+    def record(step: SamplerStep) -> None:
         y, x0 = (part[: config.trajectories].float().clone() for part in (step.y, step.x0))
-        path.append(PathPoint(step.sigma, y, x0))
+        path.append((step.sigma, y, x0))
 
     images = sample(denoiser, sampler, noise, label=label, callback=record)
     return Sampled(denoiser, sampler, noise, _array(images, "the denoiser's images"), path)
@@ -227,8 +234,7 @@ def _compare(
 
     tried = [_along_path(make(side), sampled.path, step) for side in sides]
     scores, correlations = (np.stack(part, 1) for part in zip(*tried, strict=True))
-    levels = [point.sigma for point in sampled.path]
-    windows, chosen = None, [0] * len(levels)
+    levels, windows, chosen = sampled.levels, None, [0] * len(sampled.levels)
     if name not in _WITHOUT_WINDOWS:
         windows = calibrate(levels, [side for side in sides if side is not None], scores)
         chosen = [sides.index(windows.at(sigma)) for sigma in levels]
@@ -248,9 +254,7 @@ def _compare(
 
 
 @torch.no_grad()
-def _along_path(
-    baseline: Denoiser, path: Sequence[PathPoint], step: Callable[[], None]
-) -> tuple[np.ndarray, np.ndarray]:
+def _along_path(baseline: Denoiser, path: Trajectories, step: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
     """Cosines of the two scores and correlations of the two estimates along the path; [levels, trajectories] each."""
     scores, correlations = [], []
     for sigma, y, x0 in path:

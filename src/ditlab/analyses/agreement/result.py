@@ -128,10 +128,6 @@ class AgreementResult(StoredResult):
         return {name: array for name, array in images.items() if array is not None}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("network", *(part["name"] for part in record["references"]))
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AgreementResult:
         return cls(
             about=Provenance(**record["about"]),

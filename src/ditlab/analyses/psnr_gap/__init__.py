@@ -78,7 +78,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return self.measure(models.only(place), config, PSNROptions(baselines=False), reporter)[0]
 
     def overview(self, comparison: Comparison) -> Overview:
-        """Returns PSNR and gap of each kind with their intervals, the verdict, and the figure of it."""
         from ditlab.analyses.psnr_gap.figures import overview_curves
 
         gap, slots = comparison.detail, comparison.slots
@@ -106,7 +105,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return Overview(cells, gap.verdict(), self.figures(comparison).get("gap-differences", curves), note=note)
 
     def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
-        """Groups results by kind and N, over seeds."""
         from ditlab.analyses.psnr_gap.comparison import compare
 
         return compare(results)
@@ -133,7 +131,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return [Table(columns, rows, f"PSNR averaged over {levels} noise levels")]
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the curves by noise level, and bars of the average gap."""
         from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, psnr_curves
 
         gap, slots = comparison.detail, comparison.slots
@@ -161,8 +158,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return drawings
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: differences between kinds, the table, the curves and bars."""
-        from ditlab.analyses.differences import differences_table
+        from ditlab.analyses.groups import differences_table
 
         gap: PSNRComparison = comparison.detail
         rows = [("average PSNR gap", n, d) for n, d in gap.differences]

@@ -13,17 +13,7 @@ import numpy as np
 from ditlab.analyses.psnr_gap.comparison import PSNRComparison, PSNRGroup
 from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity
 from ditlab.errors import DitlabError
-from ditlab.pages.theme import (
-    LIGHT,
-    REFERENCE_DASHES,
-    Slots,
-    Theme,
-    assign,
-    canvas,
-    legend_below,
-    plain_log,
-    wrapped,
-)
+from ditlab.pages.theme import LIGHT, REFERENCE_DASHES, Slots, Theme, assign, canvas, legend_below, plain_log, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

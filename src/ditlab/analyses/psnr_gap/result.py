@@ -139,7 +139,6 @@ class PSNRResult(StoredResult):
         return tuple(notes)
 
     def numbers(self) -> dict[str, Any]:
-        """Returns curves and averages of both reductions, and what they were measured at."""
         sides: tuple[Side, ...] = ("train", "test")
         return {
             "levels": list(self.levels),
@@ -157,10 +156,6 @@ class PSNRResult(StoredResult):
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"train_mse": self.train_mse, "test_mse": self.test_mse}
-
-    @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("train_mse", "test_mse")
 
     @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PSNRResult:

@@ -40,17 +40,14 @@ class Samples(Analysis[NoOptions, NoOptions]):
         return [Comparison(self, sample_set, nearest, models, context=context)]
 
     def sentences(self, comparison: Comparison) -> list[str]:
-        """Returns one sentence for each kind whose nearest training images are known."""
         return [result.sentence() for result in comparison.results]
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns a row for each kind at each N."""
         from ditlab.analyses.samples.tables import distances_table
 
         return [distances_table(comparison.results)] if comparison.results else []
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the samples above their nearest training images."""
         from ditlab.analyses.samples.figures import samples_with_nearest
 
         samples: SampleSet = comparison.detail
@@ -73,7 +70,6 @@ class Samples(Analysis[NoOptions, NoOptions]):
         return {"samples": drawing}
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: how many copies, the distances, the samples, and each sample's nearest image by name."""
         from ditlab.analyses.samples.tables import ABOUT_LATENTS, copies_sentence, nearest_table
 
         results, names = comparison.results, nearest_table(comparison.detail)
@@ -88,7 +84,6 @@ class Samples(Analysis[NoOptions, NoOptions]):
         )
 
     def overview(self, comparison: Comparison) -> Overview:
-        """Returns the share of copies, and a few training images and samples."""
         from ditlab.analyses.samples.tables import copies_cell, copies_sentence
         from ditlab.pages.grids import sample_grid
 
@@ -109,5 +104,4 @@ class Samples(Analysis[NoOptions, NoOptions]):
         return Overview(cells, verdict, images=images if rows else None, note=note if cells else "")
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns what is nearest to the samples of each kind."""
         return {"kinds": [result.to_json() for result in comparison.results]}

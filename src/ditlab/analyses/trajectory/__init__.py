@@ -11,7 +11,7 @@ from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ditlab.analyses.trajectory.course import Course
+    from ditlab.analyses.trajectory.comparison import Course
     from ditlab.models.comparing import ModelSet
 
 __all__ = ["AlongTraining"]
@@ -31,7 +31,7 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
 
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
         """Returns one comparison of the models that have a log; none where no model has."""
-        from ditlab.analyses.trajectory.course import Course
+        from ditlab.analyses.trajectory.comparison import Course
 
         course = Course.of(models)
         return [Comparison(self, course, course.trajectories, models, context=context)] if course.logs else []
@@ -43,14 +43,12 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         return [*course.notes, *notes, "PSNR and gaps in dB, averaged over the noise levels measured during training."]
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns a row for each run."""
         from ditlab.analyses.trajectory.tables import course_table
 
         course: Course = comparison.detail
         return [course_table(course.trajectories)] if course.trajectories else []
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns for each N the gap along training, test against train PSNR, and the losses."""
         from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves, matched_psnr
 
         course, slots = comparison.detail, comparison.slots
@@ -84,8 +82,7 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         return drawings
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: the course of each run, and beneath it the comparison at equal fit."""
-        from ditlab.analyses.trajectory.course import thinned
+        from ditlab.analyses.trajectory.comparison import thinned
         from ditlab.analyses.trajectory.tables import best_sentence, matched_differences, matched_table
 
         course: Course = comparison.detail
@@ -119,11 +116,9 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         )
 
     def sentences(self, comparison: Comparison) -> list[str]:
-        """Returns the differences between kinds, at each N."""
         course: Course = comparison.detail
         several = len(course.counts) > 1
         return [f"N = {m.n}. {s}" if several else s for m in course.matched for s in m.sentences()]
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns the comparisons of kinds along training."""
         return {"matched": [matched.to_json() for matched in comparison.detail.matched]}

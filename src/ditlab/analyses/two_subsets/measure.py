@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from ditlab.analyses.two_subsets.compatibility import check_provenance
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig
 from ditlab.analyses.two_subsets.result import Closest, TwoSubsetsResult
 from ditlab.diffusion.samplers import evaluations
@@ -152,9 +151,8 @@ def compare_subsets(
         settings: how the samples were drawn, as JSON values.
 
     Raises:
-        DitlabError: see `check_provenance` and `closest`.
+        DitlabError: see `closest`.
     """
-    check_provenance(*about)
     first, second = samples
     return TwoSubsetsResult(
         about=about,

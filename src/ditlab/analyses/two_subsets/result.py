@@ -135,10 +135,6 @@ class TwoSubsetsResult(StoredResult):
         return {} if self.pictures is None else {"pictures": self.pictures}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("pictures",)
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TwoSubsetsResult:
         first, second = (Provenance(**about) for about in record["about"])
         nearest, other = (Closest.from_json(side) for side in record["nearest"])
