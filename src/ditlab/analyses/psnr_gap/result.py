@@ -125,8 +125,7 @@ class PSNRResult(StoredResult):
                 f"PSNRs are those of latents, with M = {self.peak:g} by convention, not of pictures; the gap does not "
                 "depend on M."
             )
-        for side, mse in (("training", self.train_mse), ("test", self.test_mse)):
-            _, images, draws = mse.shape
+        for side, (_, images, draws) in (("training", self.train_mse.shape), ("test", self.test_mse.shape)):
             if images < self.config.images:
                 notes.append(
                     f"Only {images} {side} images exist, {self.config.images} were asked for: all were used, each with "
