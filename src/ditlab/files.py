@@ -225,14 +225,14 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     return record
 
 
-def read_arrays(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Reads the named arrays of an .npz file, or all; nothing pickled is accepted. Raises Damaged if one is missing."""
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Reads the named arrays of an .npz file; nothing pickled is accepted. Raises DitlabError where one is missing."""
     import numpy as np
 
     try:
         # Opened here, for np.load leaves a file open that turns out to be damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names or arrays.files}
+            return {name: arrays[name] for name in names or arrays.files}  # all if none is named
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         named = f" {', '.join(names)}" if names else ""
         raise Damaged(f"{path}: expected the arrays{named} of a result ({error})") from error

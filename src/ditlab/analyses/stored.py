@@ -80,7 +80,7 @@ class StoredResult:
         """
         path = Path(path)
         record, beside = read_json(path, cls.kind, cls.version), path.with_suffix(".npz")
-        arrays = read_arrays(beside) if cls.needs_arrays or beside.exists() else {}
+        arrays = read_arrays(beside, ()) if cls.needs_arrays or beside.exists() else {}
         with _damaged_where(str(path)):
             return cls.read(record, arrays)
 
