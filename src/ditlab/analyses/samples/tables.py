@@ -25,18 +25,11 @@ _CAPTION = (
 
 def distances_table(results: Sequence[NearestResult]) -> Table:
     """Returns a row for each kind at each N: distances of its samples and of held-out images, and copies."""
-    rows = [
-        (
-            r.about.group,
-            r.about.n,
-            r.about.seed,
-            len(r.samples.first),
-            float(np.median(r.samples.first)),
-            None if r.held_out is None else float(np.median(r.held_out.first)),
-            copies_cell(r.samples),
-        )
-        for r in results
-    ]
+    rows = []
+    for r in results:
+        held_out = None if r.held_out is None else float(np.median(r.held_out.first))
+        distances = (len(r.samples.first), float(np.median(r.samples.first)), held_out)
+        rows.append((r.about.group, r.about.n, r.about.seed, *distances, copies_cell(r.samples)))
     columns = ("model", "N", "seed", "samples", "distance of samples", "distance of held-out images", "copies")
     return Table(columns, rows, _CAPTION, digits=1)
 
@@ -71,9 +64,8 @@ def copies_sentence(results: Sequence[NearestResult]) -> str:
     if not copied:
         count = sum(len(r.samples.first) for r in known)
         return f"None of {count} samples is a copy of a training image." if known else ""
-    parts = [
-        f"{r.samples.copies} of {len(r.samples.first)} of {r.about.group}"
-        + ("" if r.about.n is None else f" (N = {r.about.n:,})")
-        for r in copied
-    ]
+    parts = []
+    for r in copied:
+        at = "" if r.about.n is None else f" (N = {r.about.n:,})"
+        parts.append(f"{r.samples.copies} of {len(r.samples.first)} of {r.about.group}{at}")
     return f"Some samples are copies of training images: {', '.join(parts)}."
