@@ -20,6 +20,7 @@ __all__ = ["find_current", "find_results", "same_config", "save_result"]
 
 _NOT_COMPARED = ("batch_size", "chunk")
 """Settings that do not change a number beyond rounding."""
+_SUFFIXES = (".json", ".npz", ".csv")
 
 
 def same_config(first: Any, second: Any) -> bool:
@@ -49,31 +50,27 @@ def find_current(
 
     A function of a user's own has none, for nothing tells whether a result is still about it.
     """
-    results = find_results(analysis, model, reporter) if about.weights else []
-    return next((result for result in results if result.about.same_model(about)), None)
+    for result in find_results(analysis, model, reporter) if about.weights else ():
+        first = result.about[0] if isinstance(result.about, tuple) else result.about
+        if first.same_model(about):
+            return result
+    return None
 
 
 def save_result(result: Any, folder: Path, name: str, *, aside: bool = False) -> Path:
     """Writes a result as NAME.json; one of other weights, images or settings that is there is kept as NAME.HASH.json.
 
-    Args:
-        result: the result.
-        folder: where results of its model are.
-        name: NAME.
-        aside: leave such a NAME.json where it is, and write NAME.HASH.json instead.
-
-    Raises:
-        DitlabError: the folder cannot be written to.
+    With `aside`, such a NAME.json stays where it is, and NAME.HASH.json is written instead.
     """
     path, key = folder / f"{name}.json", _key(result.to_json())
     if path.is_file() and (stored := _stored_key(path)) != key:
         if aside:
             return result.save(folder, f"{name}.{key}")
         for file in folder.glob(f"{name}.*"):
-            if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
+            if file.suffix in _SUFFIXES and file.stem == name:
                 file.replace(file.with_name(f"{name}.{stored}{file.suffix}"))
     saved = result.save(folder, name)
-    for suffix in (".json", ".npz", ".csv"):  # a result that was kept, and is the last one again, is there once
+    for suffix in _SUFFIXES:  # a result that was kept, and is the last one again, is there once
         (folder / f"{name}.{key}{suffix}").unlink(missing_ok=True)
     return saved
 

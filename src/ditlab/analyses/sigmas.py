@@ -12,12 +12,7 @@ __all__ = ["check_sigmas"]
 
 
 def check_sigmas(sigmas: Sequence[float], analysis: str) -> None:
-    """Raises InvalidConfig unless noise levels are positive, finite and ascending without repeats.
-
-    Args:
-        sigmas: noise levels.
-        analysis: its name, for the error.
-    """
+    """Raises InvalidConfig unless noise levels are positive, finite and ascending without repeats."""
     if not sigmas or any(not math.isfinite(s) or s <= 0 for s in sigmas):
         raise InvalidConfig(f"{analysis}: `sigmas` must be positive and at least one, found {list(sigmas)[:5]}")
     if any(b <= a for a, b in pairwise(sigmas)):

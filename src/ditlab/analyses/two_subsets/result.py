@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from ditlab.errors import DitlabError
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult
 from ditlab.provenance import Provenance
 
 __all__ = ["Closest", "TwoSubsetsResult"]
@@ -41,7 +39,7 @@ class Closest:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoSubsetsResult:
+class TwoSubsetsResult(StoredResult):
     """Two runs on disjoint training sets, and the samples of both from the same noise."""
 
     about: tuple[Provenance, Provenance]
@@ -60,8 +58,7 @@ class TwoSubsetsResult:
     pictures: UInt8[np.ndarray, "2 k c h w"] | None = None
     """The first samples of both; None if only the JSON is there."""
 
-    kind = "two-subsets"
-    version = 1
+    kind = file = "two-subsets"
 
     @property
     def names(self) -> str:
@@ -77,7 +74,13 @@ class TwoSubsetsResult:
     def difference(self) -> float:
         """Mean cosine of the pairs minus mean cosine with the closest training images: above 0 if the networks agree
         more with each other than with their training images."""
-        return float(self.pair.mean() - self.nearest_cosine.mean())
+        return self.means["difference"]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean cosines, by their names in files."""
+        pair, nearest, control = (float(v.mean()) for v in (self.pair, self.nearest_cosine, self.control))
+        return {"pair": pair, "nearest": nearest, "difference": pair - nearest, "control": control}
 
     @property
     def near_copies(self) -> np.ndarray:
@@ -91,9 +94,9 @@ class TwoSubsetsResult:
 
     def sentences(self) -> tuple[str, ...]:
         """Returns the cosines, which of them is larger, and the control."""
-        pair, near = float(self.pair.mean()), float(self.nearest_cosine.mean())
+        pair, near, difference, control = self.means.values()
         means = "subtracted" if self.mean_removed else "kept"
-        if self.difference > 0:
+        if difference > 0:
             verdict = "the two networks agree more with each other than with their training images"
         else:
             verdict = "each network's samples are more like its training images than like the other network's samples"
@@ -102,101 +105,62 @@ class TwoSubsetsResult:
             f"the {len(self.pair)} pairs of samples from the same noise, {near:.2f} between samples and their closest "
             f"training images (image means {means})."
         )
-        control = float(self.control.mean())
         caution = (
             "Samples are less like any training image than the images of one set are like those of the other. They may "
             "not be images of this kind at all: networks that have learned nothing agree, too."
         )
         return (
             cosine,
-            f"The difference is {self.difference:+.2f}: {verdict}.",
+            f"The difference is {difference:+.2f}: {verdict}.",
             f"Control: the mean cosine of images of one training set and the closest of the other is {control:.2f}.",
             *([caution] if near < control else []),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything but the pictures."""
         return {
             "kind": self.kind,
             "version": self.version,
-            "about": [asdict(about) | {"settings": dict(about.settings)} for about in self.about],
+            "about": [asdict(about) for about in self.about],
             "seeds": list(self.seeds),
             "mean_removed": self.mean_removed,
             "settings": dict(self.settings),
-            "mean": {
-                "pair": float(self.pair.mean()),
-                "nearest": float(self.nearest_cosine.mean()),
-                "difference": self.difference,
-                "control": float(self.control.mean()),
-            },
+            "mean": self.means,
             "pair": self.pair.tolist(),
             "nearest": [side.to_json() for side in self.nearest],
             "control": self.control.tolist(),
             "sentences": list(self.sentences()),
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], pictures: np.ndarray | None = None) -> TwoSubsetsResult:
-        """Returns what `to_json` gave.
-
-        Raises:
-            DitlabError: a field is missing or unknown.
-        """
-        try:
-            first, second = (Provenance(**about) for about in record["about"])
-            nearest = [Closest.from_json(side) for side in record["nearest"]]
-            return cls(
-                about=(first, second),
-                seeds=tuple(record["seeds"]),
-                mean_removed=record["mean_removed"],
-                pair=np.array(record["pair"], float),
-                nearest=(nearest[0], nearest[1]),
-                control=np.array(record["control"], float),
-                settings=record["settings"],
-                pictures=pictures,
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DitlabError(f"two-subsets result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "two-subsets") -> Path:
-        """Writes NAME.npz (if there are pictures) and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        if self.pictures is not None:
-            write_arrays(folder / f"{name}.npz", {"pictures": self.pictures})
-        return write_json(folder / f"{name}.json", self.to_json())
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {} if self.pictures is None else {"pictures": self.pictures}
 
     @classmethod
-    def load(cls, path: Path | str) -> TwoSubsetsResult:
-        """Loads what `save` wrote, from the JSON's path; the .npz need not be beside it.
-
-        Raises:
-            DitlabError: a file is damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        arrays = path.with_suffix(".npz")
-        return cls.from_json(record, read_arrays(arrays, ("pictures",))["pictures"] if arrays.exists() else None)
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TwoSubsetsResult:
+        first, second = (Provenance(**about) for about in record["about"])
+        nearest, other = (Closest.from_json(side) for side in record["nearest"])
+        return cls(
+            about=(first, second),
+            seeds=tuple(record["seeds"]),
+            mean_removed=record["mean_removed"],
+            pair=np.array(record["pair"], float),
+            nearest=(nearest, other),
+            control=np.array(record["control"], float),
+            settings=record["settings"],
+            pictures=arrays.get("pictures"),
+        )
 
 
 def table_row(result: TwoSubsetsResult) -> tuple[Any, ...]:
     """Returns runs, N, pairs, and the mean cosines: pair, closest training image, difference, control."""
-    means = (float(result.pair.mean()), float(result.nearest_cosine.mean()), result.difference)
-    return result.names, result.about[0].n, len(result.pair), *means, float(result.control.mean())
+    return (result.names, result.about[0].n, len(result.pair), *result.means.values())
 
 
 def cosine_rows(result: TwoSubsetsResult) -> list[tuple[Any, ...]]:
     """Returns mean, median and quantiles of the cosines of pairs, of each run's closest images, and of the control."""
+    sides = zip(result.about, result.nearest, strict=True)
     rows = (
         ("samples from the same noise", result.pair),
-        *(
-            (f"samples of {about.group} and its training images", side.cosine)
-            for about, side in zip(result.about, result.nearest, strict=True)
-        ),
+        *((f"samples of {about.group} and its training images", side.cosine) for about, side in sides),
         ("control: the two training sets", result.control),
     )
-    return [
-        (name, *(float(v) for v in (values.mean(), np.median(values), *np.quantile(values, (0.05, 0.95)))))
-        for name, values in rows
-    ]
+    return [(name, *map(float, (v.mean(), np.median(v), *np.quantile(v, (0.05, 0.95))))) for name, v in rows]
