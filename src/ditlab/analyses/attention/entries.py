@@ -18,17 +18,7 @@ from ditlab.models.comparing import ModelSet, OpenedModel
 if TYPE_CHECKING:
     from ditlab.analyses.attention.config import AttentionOptions
 
-__all__ = [
-    "AttentionEntry",
-    "MapRow",
-    "Samples",
-    "ShownImage",
-    "group_entries",
-    "page_image",
-    "page_rows",
-    "picture_of",
-    "verb_rows",
-]
+__all__ = ["AttentionEntry", "MapRow", "Samples", "group_entries", "page_image", "page_rows", "picture_of", "verb_rows"]
 
 MAX_ROWS = 4
 """Models in the figure of maps on a page, at most."""
@@ -101,15 +91,10 @@ class MapRow:
 
 
 def page_image(entry: AttentionEntry, samples: Samples | None, drawn_by: str = "") -> ShownImage | None:
-    """Returns the image on which a page shows attention.
+    """Returns the image on which a page shows the models of a group, whose first is `entry`.
 
-    Args:
-        entry: the first of the models that are shown on it.
-        samples: samples that may be shown, where no real image may; None takes the first held-out image.
-        drawn_by: the model that drew the samples, if it is not the entry's.
-
-    Returns:
-        None if real images may not be shown and there is no sample.
+    That is the first held-out image; where no real image may be shown (`samples` is not None), a sample listed under
+    the entry's name, `drawn_by` another model if that is named; None without one.
     """
     if samples is None:
         return ShownImage(entry.opened.model.batch("test", 1)[0], "the first held-out image", None, held_out=True)
@@ -138,10 +123,7 @@ def page_rows(entries: Sequence[AttentionEntry], samples: Samples | None) -> lis
     groups = group_entries(entries)
     rows: list[MapRow] = []
     for members in groups:
-        if len(rows) >= MAX_ROWS:
-            break
-        image = page_image(members[0], samples)
-        if image is not None:
+        if len(rows) < MAX_ROWS and (image := page_image(members[0], samples)) is not None:
             rows += [MapRow(_row_name(entry, several=len(groups) > 1), entry, image) for entry in members]
     return rows[:MAX_ROWS]
 
@@ -149,14 +131,13 @@ def page_rows(entries: Sequence[AttentionEntry], samples: Samples | None) -> lis
 def verb_rows(entries: Sequence[AttentionEntry], options: AttentionOptions) -> list[MapRow]:
     """Returns a row for each kind and N, each on the image of the options; of several seeds the first is shown."""
     several = len({entry.result.about.n for entry in entries}) > 1
-    first: dict[str, AttentionEntry] = {}
+    rows: dict[str, MapRow] = {}
     for entry in entries:
-        first.setdefault(_row_name(entry, several=several), entry)
-    rows = []
-    for name, entry in first.items():
-        pixels, classes = images_of(entry.opened, options.images_from, range(options.image, options.image + 1))
-        rows.append(MapRow(name, entry, ShownImage(pixels, name, classes, place=options.image)))
-    return rows
+        name = _row_name(entry, several=several)
+        if name not in rows:
+            pixels, classes = images_of(entry.opened, options.images_from, range(options.image, options.image + 1))
+            rows[name] = MapRow(name, entry, ShownImage(pixels, name, classes, place=options.image))
+    return list(rows.values())
 
 
 def _row_name(entry: AttentionEntry, *, several: bool) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,10 +56,6 @@ def mean_distance(weights: Float[Tensor, "*batch T T"], grid: Grid) -> Float[Ten
     """Returns the mean attention distance: sum_j A_ij |p_i - p_j| averaged over queries i, Euclidean, in tokens.
 
     0 where every token sees only itself; `uniform_distance(grid)` where all see all alike.
-
-    Args:
-        weights: maps.
-        grid: (rows, columns) of their tokens.
 
     Raises:
         DitlabError: maps over another number of tokens.
@@ -151,24 +148,21 @@ class MapConsistency:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed, self._images = seed, 0
-        self._sum: Tensor | None = None
-        self._itself: Tensor | None = None
+        self._sum: Any = 0.0
+        self._itself: Any = 0.0
         self._order: Tensor | None = None
 
     def add(self, maps: Float[Tensor, "b *heads T T"]) -> None:
         """Adds the maps of further images."""
-        order = self._permutation(maps)
         unit = maps / torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
-        total, itself = unit.sum(0), (unit * unit[..., order, :]).sum((0, -2, -1))
         self._images += len(maps)
-        self._sum = total if self._sum is None else self._sum + total
-        self._itself = itself if self._itself is None else self._itself + itself
+        self._sum = self._sum + unit.sum(0)
+        self._itself = self._itself + (unit * unit[..., self._permutation(maps), :]).sum((0, -2, -1))
 
     def _permutation(self, maps: Tensor) -> Tensor:
         """One cycle through all queries in a drawn order, so that no row stays in its place."""
         if self._order is None:
-            tokens = maps.shape[-1]
-            drawn = torch.randperm(tokens, generator=torch_generator(self._seed, "attention-control"))
+            drawn = torch.randperm(maps.shape[-1], generator=torch_generator(self._seed, "attention-control"))
             order = torch.empty_like(drawn)
             order[drawn] = drawn.roll(-1)
             self._order = order.to(maps.device)
@@ -180,7 +174,7 @@ class MapConsistency:
         Raises:
             DitlabError: fewer than two images were added.
         """
-        if self._sum is None or self._itself is None or self._images < 2:
+        if self._images < 2:
             raise DitlabError(f"consistency of attention maps: expected at least 2 images, found {self._images}")
         pairs = self._images * (self._images - 1)
         together = self._sum.square().sum((-2, -1)) - self._images
@@ -191,30 +185,24 @@ class MapConsistency:
 def consistency(maps: Float[Tensor, "b *heads T T"]) -> Float[Tensor, "*heads"]:
     """Returns the mean cosine between maps of different images, for each head: 1 if the image does not matter.
 
-    Args:
-        maps: one map for each of at least two images.
-
     Raises:
-        DitlabError: fewer than two images.
+        DitlabError: the maps of fewer than two images.
     """
-    consistency_of = MapConsistency()
-    consistency_of.add(maps)
-    return consistency_of.values()[0]
+    return _consistencies(maps, 0)[0]
 
 
 def consistency_control(maps: Float[Tensor, "b *heads T T"], *, seed: int = 0) -> Float[Tensor, "*heads"]:
     """Returns `consistency` with the rows of one map of each pair permuted: similarity without the query's place.
 
-    Args:
-        maps: one map for each of at least two images.
-        seed: of the permutation, which leaves no row in its place.
-
-    Raises:
-        DitlabError: fewer than two images.
+    No row stays in its place in the permutation, which is drawn from `seed`.
     """
-    consistency_of = MapConsistency(seed)
-    consistency_of.add(maps)
-    return consistency_of.values()[1]
+    return _consistencies(maps, seed)[1]
+
+
+def _consistencies(maps: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    gathered = MapConsistency(seed)
+    gathered.add(maps)
+    return gathered.values()
 
 
 def _check(weights: Tensor, grid: Grid) -> None:

@@ -24,19 +24,7 @@ from ditlab.metrics.denoising_errors import chosen_levels, level_noise
 from ditlab.nn.attention import adapted_layers, capture_attention
 from ditlab.nn.patterns import Grid, Pattern
 
-__all__ = [
-    "AttentionLayer",
-    "AttentionMaps",
-    "attention_layers",
-    "attention_maps",
-    "check_heads",
-    "check_layers",
-    "check_token",
-    "forward_with_maps",
-    "has_attention",
-    "noise_levels_of",
-    "uniform_grid_layers",
-]
+__all__ = ["AttentionLayer", "AttentionMaps", "attention_layers", "attention_maps"]
 
 DEFAULT_TIMESTEPS = (100, 300, 500)
 """Steps of the DDPM process (T = 1000, linear) whose noise levels are the default: sigma 0.34, 1.24 and 3.44, where the
@@ -121,9 +109,8 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
 
 def has_attention(denoiser: Denoiser) -> bool:
     """Returns whether a denoiser has an attention layer whose map can be read and has more than one token."""
-    if denoiser.module is None:
-        return False
-    return any(adapter.grid != (1, 1) for _, adapter in adapted_layers(denoiser.module))
+    module = denoiser.module
+    return module is not None and any(adapter.grid != (1, 1) for _, adapter in adapted_layers(module))
 
 
 def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
@@ -136,14 +123,17 @@ def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tupl
     for layer in layers:
         if not 1 <= layer <= len(known):
             raise DitlabError(f"attention: expected `layers` from 1 to {len(known)}, found {layer}")
-    chosen = [known[layer - 1] for layer in sorted(set(layers))] if layers else list(known)
-    first = chosen[0]
-    alike = ", ".join(map(str, uniform_grid_layers(known)))
-    for other in chosen[1:]:
+    first, *others = chosen = [known[layer - 1] for layer in sorted(set(layers))] if layers else list(known)
+    for other in others:
         if (other.grid, other.heads) != (first.grid, first.heads):
+            mine, theirs = (
+                f"{layer.grid[0]}x{layer.grid[1]} tokens with {layer.heads} heads in layer {layer.number}"
+                for layer in (first, other)
+            )
+            alike = ", ".join(map(str, uniform_grid_layers(known)))
             raise DitlabError(
-                f"attention: expected `layers` of one grid and number of heads, found {_size(first)} in layer "
-                f"{first.number} and {_size(other)} in layer {other.number}; layers {alike} are alike"
+                f"attention: expected `layers` of one grid and number of heads, found {mine} and {theirs}; layers "
+                f"{alike} are alike"
             )
     if first.grid == (1, 1):
         raise DitlabError("attention: expected layers with at least 2 tokens, found 1x1 tokens, whose maps are all 1")
@@ -183,13 +173,7 @@ def check_token(token: tuple[int, int], grid: Grid) -> int:
 
 
 def noise_levels_of(denoiser: Denoiser, config: AttentionConfig) -> tuple[float, ...]:
-    """Returns the noise levels of a config for this denoiser, ascending.
-
-    By default those of `DEFAULT_TIMESTEPS`; a denoiser with numbered steps gets the nearest of its own.
-
-    Raises:
-        DitlabError: timesteps that it does not have, or levels outside its range.
-    """
+    """Returns the noise levels of a config for this denoiser, ascending (see `chosen_levels`)."""
     return chosen_levels("attention", denoiser, config.sigmas, config.timesteps, DEFAULT_TIMESTEPS)
 
 
@@ -229,7 +213,7 @@ def attention_maps(
         >>> attention_maps(EDMDenoiser(network), torch.zeros(1, 3, 8, 8), 0.5).of(layer=2).shape
         torch.Size([64, 64])
     """
-    known = check_layers(tuple(layers or ()), attention_layers(denoiser))
+    known = check_layers(layers or (), attention_layers(denoiser))
     maps: dict[int, Tensor] = {}
 
     def use(layer: AttentionLayer, weights: Tensor) -> None:
@@ -251,18 +235,10 @@ def forward_with_maps(
     place: int = 0,
     label: Tensor | None = None,
 ) -> None:
-    """Runs the denoiser once on noisy images and calls `use` with each layer and its maps as soon as it has run.
+    """Runs the denoiser once on noisy images and calls `use(layer, maps)` for each layer as soon as it has run.
 
-    Args:
-        denoiser: one made of a network with attention.
-        layers: which, from `attention_layers`.
-        images: float32 [B, C, H, W], clean.
-        sigma: noise level.
-        use: called as use(layer, maps); maps are [B, heads, T, T] over the tokens of the grid, on the denoiser's
-            device, and may be dropped after the call.
-        noise_seed: of the noise.
-        place: of the first image among all, on which its noise depends.
-        label: int64 [B].
+    Maps are [B, heads, T, T] over the tokens of the grid, on the denoiser's device, and may be dropped after the call.
+    The other arguments are those of `attention_maps`.
 
     Raises:
         DitlabError: images that the denoiser does not take, a layer that runs twice or never, guidance, maps that are
@@ -301,7 +277,3 @@ def forward_with_maps(
     missing = sorted(set(by_index) - done)
     if missing:
         raise DitlabError(f"attention: layer {missing[0] + 1} of the network did not run")
-
-
-def _size(layer: AttentionLayer) -> str:
-    return f"{layer.grid[0]}x{layer.grid[1]} tokens with {layer.heads} heads"

@@ -25,12 +25,8 @@ def token_pickers(
 ) -> list[AttentionPicker]:
     """Returns a token picker for each N, with a model of each kind, all of one seed.
 
-    Args:
-        entries: models with attention.
-        budget: bytes of all pickers together; those that do not fit are left out, and the last picker notes it.
-        samples: where no real image may be shown, the samples to show instead, by the name of the first model of a
-            picker; without one there is no picker. None shows the first held-out image.
-        drawn_by: the model that drew the samples, if it is not the one that they are listed under.
+    Those that do not fit into `budget`, the bytes of all together, are left out, and the last picker notes it. Where no
+    real image may be shown, pickers show `samples` instead, by the name of their first model (see `page_image`).
     """
     chosen: list[tuple[list[AttentionEntry], ShownImage, np.ndarray]] = []
     for members in group_entries(entries)[:MAX_PICKERS]:
