@@ -84,9 +84,9 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
 
     def legend(self, comparison: Comparison) -> str:
         """Returns the definition of each column that is shown."""
-        from ditlab.analyses.jacobian.tables import legend
+        from ditlab.analyses.jacobian.tables import definitions
 
-        return legend(comparison.detail)
+        return "\n".join(definitions(comparison.detail))
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
         """Returns vectors, spectra, measures by vector, and sensitivities of the first seed of each kind of model."""

@@ -28,11 +28,7 @@ __all__ = ["config_of_images", "load_images"]
 
 
 def config_of_images(config: JacobianConfig, options: JacobianOptions) -> JacobianConfig:
-    """Returns the config, with the places of the picture files as its images where there are such files.
-
-    Raises:
-        InvalidConfig: picture files are given and images of the model as well.
-    """
+    """Returns the config, with the places of the picture files as its images where there are such files."""
     if not options.pictures:
         return config
     if config.images != JacobianConfig().images:
@@ -45,16 +41,11 @@ def config_of_images(config: JacobianConfig, options: JacobianOptions) -> Jacobi
 def load_images(
     model: Model, config: JacobianConfig, options: JacobianOptions, shape: Sequence[int]
 ) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None, dict[str, Any]]:
-    """Loads the images as a denoiser sees them, their labels, and what a result keeps about their origin.
-
-    Args:
-        model: whose images they are, and whose codec encodes pictures.
-        config: which places of the side are needed, from `config_of_images`.
-        options: which side or which files.
-        shape: (C, H, W) that the denoiser takes.
+    """Loads the images as a denoiser of this shape (C, H, W) sees them, with what a result keeps about their origin.
 
     Returns:
-        float32 [n, C, H, W]; int64 [n], or None without labels; JSON values.
+        Images of a side up to the last that `config_of_images` names, float32 [n, C, H, W]; their labels, int64 [n], or
+        None; JSON values.
 
     Raises:
         DitlabError: a file is missing, no image, or too small; the denoiser's images are not square.

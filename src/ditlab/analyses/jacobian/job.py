@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,7 @@ from ditlab.analyses.cache import find_results, save_result
 from ditlab.analyses.jacobian.comparison import same_noise
 from ditlab.analyses.jacobian.config import JacobianConfig, JacobianOptions
 from ditlab.analyses.jacobian.images import config_of_images, load_images
-from ditlab.analyses.jacobian.measure import (
-    check_differentiable,
-    check_jacobian,
-    jacobian_levels,
-    measure_jacobian,
-)
+from ditlab.analyses.jacobian.measure import check_jacobian, measure_jacobian
 from ditlab.analyses.jacobian.result import JacobianPoint, JacobianResult
 from ditlab.errors import DitlabError, Incompatible
 from ditlab.models.comparing import OpenedModel
@@ -63,12 +59,20 @@ class JacobianJob:
         images, labels, images_about = load_images(model, config, options, denoiser.shape)
         about = replace(opened.provenance, settings={**opened.provenance.settings, **images_about})
         try:
-            check_jacobian(denoiser, len(images), config)
-            sigmas = jacobian_levels(denoiser, config)
-            check_differentiable(denoiser, images, config, labels)
+            sigmas = check_jacobian(denoiser, images, config, labels)
         except DitlabError as error:
             raise type(error)(f"model {model.name}: {error}") from None
         return cls(analysis, opened, config, about, sigmas, images, labels)
+
+    @property
+    def folder(self) -> Path:
+        """Where results of the model are."""
+        return self.opened.model.path / "analysis"
+
+    @property
+    def keys(self) -> list[tuple[int, float]]:
+        """(image, level) of each Jacobian."""
+        return [(image, sigma) for image in self.config.images for sigma in self.sigmas]
 
     def run(self, reporter: Reporter = SILENT) -> JacobianResult:
         """Returns the Jacobians at all images and levels, and saves them in the model's folder.
@@ -76,24 +80,22 @@ class JacobianJob:
         Those that were measured before with the same weights, images and settings are reused. Finished images are saved
         one by one, so that an interrupted measurement resumes.
         """
-        folder = self.opened.model.path / "analysis"
         points = self._measured_before(reporter)
-        reused, total = len(points), len(self.config.images) * len(self.sigmas)
+        reused, total = len(points), len(self.keys)
         if reused:
             reporter.note(f"{self.about.name}: {reused} of {total} Jacobians were measured before and are reused")
         if reused < total:
             self._measure_missing(points, reporter)
         result = self._result(points)
         if reused < total:
-            save_result(result, folder, self.analysis.name, aside=True)
+            save_result(result, self.folder, self.analysis.name, aside=True)
         for ending in (".json", ".npz"):
-            (folder / f"{UNFINISHED}{ending}").unlink(missing_ok=True)
+            (self.folder / f"{UNFINISHED}{ending}").unlink(missing_ok=True)
         return result
 
     def _measure_missing(self, points: dict[tuple[int, float], JacobianPoint], reporter: Reporter) -> None:
         """Adds the Jacobians that are missing, and saves what is finished after each image."""
-        keys = [(image, sigma) for image in self.config.images for sigma in self.sigmas]
-        missing, measured, train = len(keys) - len(points), 0, self._training_images()
+        missing, measured, train = len(self.keys) - len(points), 0, self._training_images()
         with reporter.bar(f"Jacobian of {self.about.name}") as bar:
             for image in self.config.images:
                 sigmas = tuple(sigma for sigma in self.sigmas if (image, sigma) not in points)
@@ -104,19 +106,13 @@ class JacobianJob:
                     each = work // count
                     bar(before * each + done, missing * each)
 
-                result = measure_jacobian(
-                    self.opened.denoiser,
-                    self.images,
-                    replace(self.config, images=(image,), sigmas=sigmas, timesteps=None),
-                    labels=self.labels,
-                    about=self.about,
-                    train=train,
-                    progress=on_progress,
-                )
+                config = replace(self.config, images=(image,), sigmas=sigmas, timesteps=None)
+                settings: Any = {"labels": self.labels, "about": self.about, "train": train, "progress": on_progress}
+                result = measure_jacobian(self.opened.denoiser, self.images, config, **settings)
                 points |= {(point.image, point.sigma): point for point in result.points}
                 measured += len(sigmas)
                 if measured < missing:
-                    self._result(points).save(self.opened.model.path / "analysis", UNFINISHED)
+                    self._result(points).save(self.folder, UNFINISHED)
 
     def _training_images(self) -> Tensor:
         """Returns the images that the weights know, [N, C, H, W], and their mirror images if training mirrored them."""
@@ -126,13 +122,12 @@ class JacobianJob:
         return images if mirrored is None else torch.cat([images, mirrored])
 
     def _result(self, points: dict[tuple[int, float], JacobianPoint]) -> JacobianResult:
-        order = [(image, sigma) for image in self.config.images for sigma in self.sigmas]
-        return JacobianResult(self.about, self.config, tuple(points[key] for key in order if key in points))
+        return JacobianResult(self.about, self.config, tuple(points[key] for key in self.keys if key in points))
 
     def _measured_before(self, reporter: Reporter) -> dict[tuple[int, float], JacobianPoint]:
         """Returns the points that earlier measurements of the same kind saved, by image and level."""
         results = find_results(self.analysis, self.opened.model, reporter)
-        unfinished = self.opened.model.path / "analysis" / f"{UNFINISHED}.json"
+        unfinished = self.folder / f"{UNFINISHED}.json"
         if unfinished.is_file():
             try:
                 results.append(JacobianResult.load(unfinished))
@@ -141,10 +136,8 @@ class JacobianJob:
         points: dict[tuple[int, float], JacobianPoint] = {}
         for result in results:
             if result.about.same_measurement(self.about) and _by_image(result.config) == _by_image(self.config):
-                for point in result.points:
-                    if point.image in self.config.images and point.sigma in self.sigmas:
-                        points.setdefault((point.image, point.sigma), point)
-        return points
+                points = {(point.image, point.sigma): point for point in result.points} | points
+        return {key: points[key] for key in self.keys if key in points}
 
 
 def _by_image(config: JacobianConfig) -> JacobianConfig:

@@ -75,17 +75,14 @@ class JacobianPoint:
     """float64 [K], complex128 for `eig` and `eig-right`: singular values or eigenvalues, largest first (for these two
     by modulus, and of a complex pair the one with the positive imaginary part comes first)."""
     residuals: np.ndarray
-    """float64 [K]: the larger of |J^T u - s v| and |J v - s u| (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
-    |J v - l v| (eig-right), for vectors of length 1, from products computed again."""
+    """float64 [K], of vectors of length 1, from products computed again (see `Decomposition.residuals`)."""
     shown: np.ndarray
     """int64 [G]: which vectors are saved."""
     left: np.ndarray
-    """float32 [G, C, H, W]: left singular vectors (directions of the output); the eigenvectors for eigh; for eig and
-    eig-right the real part of the left or right eigenvectors, rotated to have the largest possible length. Length 1,
-    sign: largest entry > 0."""
+    """float32 [G, C, H, W]: left singular vectors (directions of the output) or eigenvectors, as in
+    `Decomposition.left`."""
     right: np.ndarray
-    """float32 [G, C, H, W]: right singular vectors (directions of the input), signed as J pairs them; otherwise the
-    same as `left`."""
+    """float32 [G, C, H, W]: right singular vectors (directions of the input); otherwise the same as `left`."""
     by_vector: Mapping[str, np.ndarray]
     """Measure -> float64 [K], one value a vector (`ditlab.analyses.jacobian.measures`)."""
     channels: np.ndarray
@@ -113,13 +110,11 @@ class JacobianResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader must know about how this was measured."""
-        notes = []
-        if self.config.top:
-            notes.append(
-                f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix. "
-                "Numbers that need the whole matrix are not given."
-            )
-        return tuple(notes)
+        note = (
+            f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix. "
+            "Numbers that need the whole matrix are not given."
+        )
+        return (note,) if self.config.top else ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the arrays, of which it has the leading values."""

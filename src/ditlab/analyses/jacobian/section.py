@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditlab.analyses.jacobian.comparison import CAUTION, JacobianComparison
 from ditlab.analyses.jacobian.curves import TARGETS, by_vector_curves, shrinkage_and_image, spectra
-from ditlab.analyses.jacobian.figures import denoising_strip, sensitivity_maps, vector_gallery
+from ditlab.analyses.jacobian.figures import Point, denoising_strip, sensitivity_maps, vector_gallery
 from ditlab.analyses.jacobian.result import JacobianPoint
 from ditlab.analyses.jacobian.tables import R_HOM_R_LIN, definitions, jacobian_tables
 from ditlab.pages.drawing import Drawing
@@ -68,8 +68,12 @@ def jacobian_drawings(
     all_points = [(name, _at_first_levels(point, comparison)) for name, result in shown for point in result.points]
     drawings: dict[str, Drawing] = {}
     if not hide_images and decode is not None:
+
+        def pictures(images: np.ndarray) -> np.ndarray:
+            return decode(torch.from_numpy(np.ascontiguousarray(images)))
+
         drawings["jacobian-denoised"] = Drawing(
-            lambda theme: denoising_strip(all_points, lambda images: decode(_tensor(images)), theme=theme),
+            lambda theme: denoising_strip(all_points, pictures, theme=theme),
             f"A clean image, the same image with noise, and the estimates of {words}.",
             "Clean, noisy and denoised images, with PSNR in dB.",
             exact=True,
@@ -79,75 +83,55 @@ def jacobian_drawings(
         f"Spectra of the Jacobians of {words} against the index, on linear and logarithmic axes.",
         f"Spectra of the Jacobian of the {TARGETS[target]}, largest values first; top: linear, bottom: logarithmic.",
     )
+    sides = () if hide_images else ("vectors", "right") if right and kind == "svd" else ("vectors",)
     several_images, several_levels = len(comparison.first.config.images) > 1, len(comparison.levels) > 1
     for place, point in enumerate(comparison.first.points):
         sigma = comparison.levels[place % len(comparison.levels)]
         ending = (f"-image{point.image}" if several_images else "") + (f"-sigma{sigma:.3g}" if several_levels else "")
         where = f"σ = {sigma:.3g}" + (f", image {point.image}" if several_images else "")
         points = [(name, result.points[place]) for name, result in shown]
-        if not hide_images:
-            drawings |= _galleries(points, comparison, where, ending, words, right)
-        drawings |= _by_vector_drawings(points, comparison, where, ending, words, slots)
+        of_point = _point_drawings(points, comparison, where, words, slots, sides)
+        drawings |= {f"jacobian-{name}{ending}": drawing for name, drawing in of_point.items()}
     return drawings
 
 
-def _by_vector_drawings(
-    points: Sequence[tuple[str, JacobianPoint]],
+def _point_drawings(
+    points: Sequence[Point],
     comparison: JacobianComparison,
     where: str,
-    ending: str,
     words: str,
     slots: Slots,
+    sides: Sequence[str],
 ) -> dict[str, Drawing]:
-    """Returns the figures of one image and level that show no image."""
-    target = comparison.first.config.target
-    drawings = {
-        f"jacobian-measures{ending}": Drawing(
-            lambda theme: by_vector_curves(points, MEASURES, slots=slots, theme=theme),
-            f"Measures of each vector of {words} against its index.",
-            f"Measures of each vector against its index, {where}: dots are vectors, lines their running median.",
+    """Returns the figures of one image and level, `where`: those sides of the vectors, and what shows no image."""
+    target, kind = comparison.first.config.target, comparison.first.config.decomposition
+    drawings = {}
+    for side in sides:
+        what = f"{_TEXTS[side if kind == 'svd' else kind]} of the Jacobian of the {TARGETS[target]}"
+        drawings["vectors" if side == "vectors" else "right-vectors"] = Drawing(
+            lambda theme, right=side == "right": vector_gallery(points, kind, right=right, theme=theme),
+            f"{what} of {words}, drawn as images, at chosen indices.",
+            f"{what}, {where}. k = 0 is the leading vector; white is zero, red positive; frames have the colour of the "
+            "channel. r_hom and r_lin, defined above, are small if the vectors describe the computation.",
         )
-    }
-    if any(point.by_vector.get("clean_coefficient") is not None for _, point in points):
-        drawings[f"jacobian-shrinkage{ending}"] = Drawing(
+    drawings["measures"] = Drawing(
+        lambda theme: by_vector_curves(points, MEASURES, slots=slots, theme=theme),
+        f"Measures of each vector of {words} against its index.",
+        f"Measures of each vector against its index, {where}: dots are vectors, lines their running median.",
+    )
+    if any("clean_coefficient" in point.by_vector for _, point in points):
+        drawings["shrinkage"] = Drawing(
             lambda theme: shrinkage_and_image(points, "clean_coefficient", target, theme=theme),
             f"The values of {words} and the clean image's coefficients in their vectors, against the index.",
             f"How much of each direction is kept, and how much of it the clean image has, {where}.",
         )
     if any(point.sensitivity is not None for _, point in points):
-        drawings[f"jacobian-sensitivity{ending}"] = Drawing(
+        drawings["sensitivity"] = Drawing(
             lambda theme: sensitivity_maps(points, theme=theme),
             f"Maps of the input pixels that output pixels of {words} depend on, and those of the Wiener denoiser.",
             f"Which input pixels an output pixel depends on, {where}: sums of |J| over channels, logarithmic colours.",
         )
     return drawings
-
-
-def _galleries(
-    points: Sequence[tuple[str, JacobianPoint]],
-    comparison: JacobianComparison,
-    where: str,
-    ending: str,
-    words: str,
-    right: bool,
-) -> dict[str, Drawing]:
-    config = comparison.first.config
-    kind, of = config.decomposition, f"of the Jacobian of the {TARGETS[config.target]}"
-    sides = ((False, "vectors"), (True, "right-vectors")) if right and kind == "svd" else ((False, "vectors"),)
-    drawings: dict[str, Drawing] = {}
-    for side, name in sides:
-        what = _TEXTS[kind if kind != "svd" else "right" if side else "vectors"]
-        drawings[f"jacobian-{name}{ending}"] = Drawing(
-            lambda theme, side=side: vector_gallery(points, kind, right=side, theme=theme),
-            f"{what} {of} of {words}, drawn as images, at chosen indices.",
-            f"{what} {of}, {where}. k = 0 is the leading vector; white is zero, red positive; frames have the colour "
-            "of the channel. r_hom and r_lin, defined above, are small if the vectors describe the computation.",
-        )
-    return drawings
-
-
-def _tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images))
 
 
 def _names(comparison: JacobianComparison) -> list[str]:
@@ -181,11 +165,7 @@ def jacobian_section(
 ) -> Section:
     """Returns the section: what r_hom and r_lin are and allow, the tables with their definitions, the figures.
 
-    Args:
-        comparison: models that were measured with the same settings.
-        pictures: of `jacobian_drawings`.
-        number: which one this is, if a page has several such sections.
-        data: data files to attach, in addition to the comparison itself.
+    `number` is its place among such sections of a page, `data` what to attach in addition to the comparison itself.
     """
     name = "jacobian" if number == 1 else f"jacobian-{number}"
     notes = dict.fromkeys(note for result in comparison.results for note in result.notes)
