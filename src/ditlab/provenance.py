@@ -43,6 +43,11 @@ class Provenance:
         """The label, or the name where there is none."""
         return self.label or self.name
 
+    @property
+    def title(self) -> str:
+        """The group and N, as sentences have it."""
+        return self.group if self.n is None else f"{self.group}, N = {self.n}"
+
     def same_model(self, other: Provenance) -> bool:
         """Returns whether this result is of a model's weights and images; names, labels and settings do not matter.
 
@@ -78,12 +83,13 @@ def check_groups(runs: Sequence[Provenance], what: str) -> None:
     """
     seen: dict[tuple[str, int | None, int], Provenance] = {}
     for r in runs:
-        other = seen.setdefault((r.group, r.n, r.seed), r)
-        if other is not r:
+        key = (r.group, r.n, r.seed)
+        if key in seen:
             raise Incompatible(
-                f"{what}: '{other.name}' and '{r.name}' are both '{r.group}' with N = {r.n} and seed {r.seed}; give "
-                "them different `names`"
+                f"{what}: '{seen[key].name}' and '{r.name}' are both '{r.group}' with N = {r.n} and seed {r.seed}; "
+                "give them different `names`"
             )
+        seen[key] = r
     check_splits(runs)
 
 

@@ -8,8 +8,8 @@ entry-point group `ditlab.analyses`, each entry `name = "package.module:Class"` 
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any
 
 from ditlab.errors import unknown_name
@@ -61,13 +61,8 @@ def unusable_analyses() -> tuple[str, ...]:
 
 
 def analysis(name: str) -> Any:
-    """Returns the analysis of this name, an `Analysis`.
-
-    Raises:
-        NotFound: there is none.
-    """
+    """Returns the analysis of this name, an `Analysis`; raises NotFound for an unknown one."""
     places, _ = _places()
     if name not in places:
         raise unknown_name("analysis", name, places)
-    module, _, attribute = places[name].partition(":")
-    return getattr(import_module(module), attribute)()
+    return resolve_name(places[name])()

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from ditlab.analyses.cache import find_current, find_results, same_config, save_result
 from ditlab.arguments import check_fields, plain
 from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from ditlab.models.comparing import ModelSet, OpenedModel
     from ditlab.pages.drawing import Drawing
-    from ditlab.pages.page import Section, Table, ThemedFigure
 
 __all__ = [
     "Analysis",
@@ -33,31 +34,9 @@ __all__ = [
     "NoOptions",
     "Overview",
     "ReportContext",
-    "Result",
+    "SeparateResults",
     "settings_of",
 ]
-
-
-class Result(Protocol):
-    """The numbers of one model: JSON, with arrays beside it."""
-
-    kind: ClassVar[str]
-    version: ClassVar[int]
-    about: Any
-    config: Any
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON values of the result."""
-        ...
-
-    def save(self, folder: Path, name: str) -> Path:
-        """Writes NAME.json and the files beside it, and returns the path of the JSON."""
-        ...
-
-    @classmethod
-    def load(cls, path: Path) -> Any:
-        """Reads what `save` wrote."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +82,22 @@ class Overview:
     """What a reader must know about the cells."""
 
 
+@dataclass(frozen=True, eq=False)
+class SeparateResults:
+    """Results that are not compared with each other."""
+
+    results: Sequence[Any]
+
+    def sentences(self) -> list[str]:
+        """Returns the sentences of each result."""
+        return [sentence for result in self.results for sentence in result.sentences()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the numbers of the only result."""
+        [result] = self.results
+        return result.to_json()
+
+
 ConfigT = TypeVar("ConfigT")
 OptionsT = TypeVar("OptionsT")
 
@@ -146,6 +141,11 @@ class Comparison:
 
         return self.context.slots or assign(self.detail.labels)
 
+    @property
+    def hides_training_images(self) -> bool:
+        """Whether no training image may be shown."""
+        return self.context.hide_training_images or getattr(self.options, "hide_training_images", False)
+
     def table(self) -> Table:
         """Returns the table of the numbers."""
         return self.analysis.tables(self)[0]
@@ -172,12 +172,7 @@ class Comparison:
         return {name: drawing.figure() for name, drawing in self.drawings().items()}
 
     def section(self, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section of a page.
-
-        Args:
-            figures: those of `drawings`, drawn.
-            number: which one this is, where a page has several of this analysis.
-        """
+        """Returns the section of a page, with the figures of `drawings`, as the `number`-th of this analysis."""
         return self.analysis.section(self, figures, number)
 
     def to_json(self) -> dict[str, Any]:
@@ -207,7 +202,9 @@ class Analysis(Generic[ConfigT, OptionsT]):
     """The verb, the kind of its results, and the file name of a result."""
     question: ClassVar[str]
     """One sentence: the help text, the docs, the head of the section."""
-    Config: type[Any]
+    heading: ClassVar[str] = ""
+    """The head of the section, instead of the question."""
+    Config: type[Any] = NoOptions
     """Its settings, a frozen dataclass: flags and JSON."""
     Options: type[Any] = NoOptions
     """What else a call may say, such as what figures show; not part of the cached settings."""
@@ -226,6 +223,16 @@ class Analysis(Generic[ConfigT, OptionsT]):
 
     # -- what a room gives ------------------------------------------------------------------------------------------
 
+    def measure_model(self, opened: OpenedModel, config: ConfigT, reporter: Reporter) -> Any:
+        """Measures one model."""
+        raise NotImplementedError
+
+    def tables(self, comparison: Comparison) -> Sequence[Table]:
+        """Returns the tables of a comparison, the most important first."""
+        raise NotImplementedError
+
+    # -- what may be changed ----------------------------------------------------------------------------------------
+
     def measure(
         self, models: ModelSet, config: ConfigT, options: OptionsT, reporter: Reporter = SILENT
     ) -> Sequence[Any]:
@@ -234,36 +241,42 @@ class Analysis(Generic[ConfigT, OptionsT]):
         Returns:
             One result for each model, then those of baselines, if there are any (`result.baseline`).
         """
-        raise NotImplementedError
+        return [
+            self.cached(opened, config, lambda opened=opened: self.measure_model(opened, config, reporter), reporter)
+            for opened in models.open(reporter)
+        ]
 
     def compare(self, results: Sequence[Any]) -> Any:
         """Returns the room's own comparison; raises Incompatible for results that cannot be compared."""
-        raise NotImplementedError
-
-    def tables(self, comparison: Comparison) -> Sequence[Table]:
-        """Returns the tables of a comparison, the most important first."""
-        raise NotImplementedError
+        return SeparateResults(results)
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns file name -> figure."""
+        """Returns file name -> figure: those of each result, numbered on a page."""
+        figures: dict[str, Drawing] = {}
+        for place in range(len(comparison.results)):
+            ending = f"-{place + 1}" if comparison.number else ""
+            figures |= {f"{name}{ending}": figure for name, figure in self.result_figures(comparison, place).items()}
+        return figures
+
+    def result_figures(self, comparison: Comparison, place: int) -> Mapping[str, Drawing]:
+        """Returns file name -> figure of one of the results."""
         return {}
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
         """Returns the section of a page: verdict, table, figures, details."""
-        from ditlab.pages.page import Section
-
-        name = self.name if number == 1 else f"{self.name}-{number}"
         return Section(
-            name,
-            self.question,
+            self.name if number == 1 else f"{self.name}-{number}",
+            self.heading or self.question,
             points=self.sentences(comparison),
             tables=self.tables(comparison),
-            notes=self.notes(comparison),
+            notes=[*filter(None, [self.legend(comparison)]), *self.notes(comparison)],
             pictures=list(figures.values()),
-            data={f"{r.about.name}-{self.name}.json": r.to_json() for r in comparison.results},
+            data=self.data(comparison),
         )
 
-    # -- what may be changed ----------------------------------------------------------------------------------------
+    def data(self, comparison: Comparison) -> dict[str, Any]:
+        """Returns file name -> the JSON behind the section."""
+        return {f"{r.about.name}-{self.name}.json": r.to_json() for r in comparison.results}
 
     def overview(self, comparison: Comparison) -> Overview:
         """Returns what the first screen of a page says of a comparison: nothing by default."""
@@ -279,7 +292,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         return list(dict.fromkeys(notes))
 
     def legend(self, comparison: Comparison) -> str:
-        """Returns what the columns of the tables are, for a reader of the command line."""
+        """Returns what the columns of the tables are."""
         return ""
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
@@ -287,12 +300,9 @@ class Analysis(Generic[ConfigT, OptionsT]):
         return comparison.detail.to_json()
 
     def save(self, results: Sequence[Any], models: ModelSet, out: Path) -> list[Path]:
-        """Writes each result into its model's folder; returns the paths.
+        """Writes each result into its model's folder, and what belongs to none of them into `out`; returns the paths.
 
-        Args:
-            results: as `measure` gave them.
-            models: the models, in the same order.
-            out: where what belongs to none of them goes.
+        The results are as `measure` gave them, the models in the same order.
         """
         return [save_result(r, m.path / "analysis", self.name) for r, m in zip(results, models, strict=True)]
 
@@ -303,10 +313,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
         """Returns the comparisons that a report shows: what is cached of the models, or measured where it is missing.
 
-        Args:
-            models: the models of the page, with their newest averaged weights.
-            context: what the page shows.
-            reporter: shows progress.
+        The models have their newest averaged weights. Those that cannot be measured leave a note.
         """
         config = context.configs.get(self.name)
         settings = self.Config() if config is None else config
@@ -318,50 +325,33 @@ class Analysis(Generic[ConfigT, OptionsT]):
                 context.notes.append(f"{name}: no {self.name} ({error}).")
                 continue
             if result is not None:
-                about = replace(result.about, name=name, label=models.kinds[place])
-                result = replace(result, about=about)
+                result = self.renamed(result, name, models.kinds[place])
                 groups.setdefault(self.group_key(result), []).append((place, result))
         comparisons = []
         for number, members in enumerate(groups.values(), 1):
-            chosen = replace(
-                models,
-                models=tuple(models[place] for place, _ in members),
-                kinds=tuple(models.kinds[place] for place, _ in members),
-            )
-            results = [result for _, result in members]
-            comparisons.append(
-                Comparison(
-                    self,
-                    self.compare(results),
-                    results,
-                    chosen,
-                    settings,
-                    self.Options(),
-                    context,
-                    number=number,
-                    count=len(groups),
-                )
-            )
+            places, results = zip(*members, strict=True)
+            shown = (self.compare(results), results, models.only(*places), settings, self.Options(), context)
+            comparisons.append(Comparison(self, *shown, number=number, count=len(groups)))
         return comparisons
+
+    def renamed(self, result: Any, name: str, kind: str) -> Any:
+        """Returns a result with the name and the kind that a page gives its model."""
+        return replace(result, about=replace(result.about, name=name, label=kind))
 
     def report_result(
         self, models: ModelSet, place: int, config: Any, context: ReportContext, reporter: Reporter
     ) -> Any | None:
         """Returns the result of one model that a report shows; None where there is none."""
-        single = replace(models, models=(models[place],), kinds=(models.kinds[place],))
         if self.report == "measure" or self.name in context.measure:
-            return self.measure(single, config, self.Options(), reporter)[0]
-        opened = single.open_one(0, reporter)
+            return self.measure(models.only(place), config, self.Options(), reporter)[0]
+        opened = models.open_one(place, reporter)
         return find_current(self, opened.model, opened.provenance, reporter)
 
     # -- what the base gives ----------------------------------------------------------------------------------------
 
     def result_class(self) -> Any:
         """Returns the class of the results."""
-        from importlib import import_module
-
-        module, _, name = self.Result.partition(":")
-        return getattr(import_module(module), name)
+        return resolve_name(self.Result)
 
     def check_count(self, count: int) -> None:
         """Raises InvalidConfig for fewer or more models than the analysis takes."""
@@ -377,13 +367,8 @@ class Analysis(Generic[ConfigT, OptionsT]):
     ) -> Any:
         """Returns the cached result of a model, or measures it and saves the result.
 
-        A result is found again by the hashes of the weights and of the images, and by the settings.
-
-        Args:
-            opened: the model.
-            config: the settings.
-            measure: measures it; its result does not take the place of NAME.json, which `save` writes.
-            reporter: told of files that cannot be read.
+        A result is found again by the hashes of the weights and of the images, and by the settings. One that was
+        measured here does not take the place of NAME.json, which `save` writes.
         """
         for result in find_results(self, opened.model, reporter):
             if result.about.same_measurement(opened.provenance) and same_config(result.config, config):
@@ -415,10 +400,6 @@ class Analysis(Generic[ConfigT, OptionsT]):
 
 def settings_of(kind: type[Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns a config made of those values that are its fields, and the values that are left.
-
-    Args:
-        kind: a frozen dataclass.
-        values: by name.
 
     Raises:
         InvalidConfig: a value cannot be what the field takes.

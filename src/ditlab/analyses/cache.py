@@ -49,21 +49,17 @@ def find_current(
 
     A function of a user's own has none, for nothing tells whether a result is still about it.
     """
-    results = find_results(analysis, model, reporter) if about.weights else []
-    return next((result for result in results if result.about.same_model(about)), None)
+    for result in find_results(analysis, model, reporter) if about.weights else ():
+        first = result.about[0] if isinstance(result.about, tuple) else result.about
+        if first.same_model(about):
+            return result
+    return None
 
 
 def save_result(result: Any, folder: Path, name: str, *, aside: bool = False) -> Path:
     """Writes a result as NAME.json; one of other weights, images or settings that is there is kept as NAME.HASH.json.
 
-    Args:
-        result: the result.
-        folder: where results of its model are.
-        name: NAME.
-        aside: leave such a NAME.json where it is, and write NAME.HASH.json instead.
-
-    Raises:
-        DitlabError: the folder cannot be written to.
+    With `aside`, such a NAME.json stays where it is, and NAME.HASH.json is written instead.
     """
     path, key = folder / f"{name}.json", _key(result.to_json())
     if path.is_file() and (stored := _stored_key(path)) != key:

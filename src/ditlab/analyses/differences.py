@@ -13,13 +13,7 @@ __all__ = ["differences_table"]
 def differences_table(
     rows: Sequence[tuple[str, int | None, PairedDifference]], caption: str = "", unit: str = "dB"
 ) -> Table:
-    """Returns a row for each difference: its interval over paired seeds, and what the interval allows to be said.
-
-    Args:
-        rows: (quantity, N, difference).
-        caption: above the table.
-        unit: of the differences.
-    """
+    """Returns a row for each (quantity, N, difference): its interval over paired seeds, and what that allows to say."""
     cells = []
     for what, n, d in rows:
         digits = 2 if max(abs(d.mean), abs(d.low or 0), abs(d.high or 0)) >= 0.1 else 4

@@ -1,81 +1,95 @@
-"""Results grouped by kind of model and N, over seeds: what comparisons of kinds of models are made of."""
+"""Results grouped by kind of model and N, over seeds: what the comparisons of several rooms have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import groupby
+from typing import Any, ClassVar, TypeVar
 
-from ditlab.errors import InvalidConfig
+import numpy as np
+
 from ditlab.provenance import check_groups
 
-__all__ = ["Group", "Groups", "group_results"]
-
-ResultT = TypeVar("ResultT")
-GroupT = TypeVar("GroupT", bound="Group[Any]")
+__all__ = ["GroupedResults", "SeedGroup", "grouped"]
 
 
 @dataclass(frozen=True, eq=False)
-class Group(Generic[ResultT]):
+class SeedGroup:
     """Results that differ only in their seed: one kind of model at one N."""
 
-    label: str
-    n: int | None
-    results: tuple[ResultT, ...]
-    """One for each seed, seeds ascending."""
+    results: tuple[Any, ...]
+    """One for each seed, in ascending order of the seeds."""
+
+    quantity: ClassVar[Any] = None
+    """What `averages`, `mean` and `std` are of, if nothing else is named."""
+
+    @property
+    def label(self) -> str:
+        """The kind of model."""
+        return self.results[0].about.group
+
+    @property
+    def n(self) -> int | None:
+        """The number of training images."""
+        return self.results[0].about.n
 
     @property
     def name(self) -> str:
-        """The label, with N."""
-        return self.label if self.n is None else f"{self.label}, N = {self.n}"
+        """The kind and N, as sentences have it."""
+        return self.results[0].about.title
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, ascending."""
+        return tuple(r.about.seed for r in self.results)
+
+    def averages(self, what: Any = None) -> dict[int, float]:
+        """Returns the average of a quantity (`average` of the results), by seed."""
+        what = self.quantity if what is None else what
+        return {r.about.seed: r.average(what) for r in self.results}
+
+    def mean(self, what: Any = None) -> float:
+        """Returns the mean over seeds of the average."""
+        return float(np.mean(list(self.averages(what).values())))
+
+    def std(self, what: Any = None) -> float | None:
+        """Returns the standard deviation over seeds (n - 1) of the average; None with one seed."""
+        values = list(self.averages(what).values())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-@dataclass(frozen=True, eq=False)
-class Groups(Generic[GroupT, ResultT]):
+GroupT = TypeVar("GroupT", bound=SeedGroup)
+
+
+class GroupedResults:
     """Groups in the order in which their labels were first given, N ascending within a label."""
 
-    groups: tuple[GroupT, ...]
+    groups: tuple[Any, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The kinds of models, each once."""
-        return tuple(dict.fromkeys(group.label for group in self.groups))
+        return tuple(dict.fromkeys(g.label for g in self.groups))
 
     @property
     def counts(self) -> tuple[int | None, ...]:
         """The numbers of training images, ascending, each once."""
-        return tuple(sorted({group.n for group in self.groups}, key=_none_first))
+        return tuple(sorted({g.n for g in self.groups}, key=lambda n: n or 0))
 
     @property
-    def results(self) -> list[ResultT]:
-        """All results, group after group."""
-        return [result for group in self.groups for result in group.results]
-
-    @property
-    def first(self) -> ResultT:
+    def first(self) -> Any:
         """The first result, for what all have in common."""
-        return self.results[0]
+        return self.groups[0].results[0]
 
 
-def group_results(
-    kind: Callable[[str, int | None, tuple[Any, ...]], GroupT], results: Sequence[Any], what: str
-) -> tuple[GroupT, ...]:
-    """Returns groups of a class, for `Groups`, of results of any labels, N and seeds.
+def grouped(results: Sequence[Any], kind: type[GroupT], what: str) -> tuple[GroupT, ...]:
+    """Returns results as groups, in the order of `GroupedResults`.
 
     Raises:
-        DitlabError: no result, two results of one label, N and seed, or models of different splits. `what` is the
-            analysis that asks.
+        Incompatible: two results of one label, N and seed, or results of different splits; `what` asks.
     """
-    if not results:
-        raise InvalidConfig(f"{what}: expected at least one result to compare, found none")
-    check_groups([result.about for result in results], what)
-    members: dict[tuple[str, int | None], dict[int, Any]] = {}
-    for result in results:
-        members.setdefault((result.about.group, result.about.n), {})[result.about.seed] = result
-    labels = list(dict.fromkeys(label for label, _ in members))
-    ordered = sorted(members, key=lambda key: (labels.index(key[0]), _none_first(key[1])))
-    return tuple(kind(*key, tuple(result for _, result in sorted(members[key].items()))) for key in ordered)
-
-
-def _none_first(n: int | None) -> int:
-    return -1 if n is None else n
+    check_groups([r.about for r in results], what)
+    labels = list(dict.fromkeys(r.about.group for r in results))
+    ordered = sorted(results, key=lambda r: (labels.index(r.about.group), r.about.n or 0, r.about.seed))
+    return tuple(kind(tuple(same)) for _, same in groupby(ordered, key=lambda r: (r.about.group, r.about.n)))

@@ -77,10 +77,9 @@ class NearestResult:
 
     def sentence(self) -> str:
         """What was found, in one sentence."""
-        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
         count, copies = len(self.samples.first), self.samples.copies
         words = (
-            f"{name}: median distance of {count} samples to their nearest training image "
+            f"{self.about.title}: median distance of {count} samples to their nearest training image "
             f"{np.median(self.samples.first):.1f} grey levels"
         )
         if self.held_out is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class ModelSet(Sequence[Model]):
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self.models)
+
+    def only(self, *places: int) -> ModelSet:
+        """Returns the models at these places."""
+        models, kinds = tuple(self.models[i] for i in places), tuple(self.kinds[i] for i in places)
+        return replace(self, models=models, kinds=kinds)
 
     @property
     def folder(self) -> Path:

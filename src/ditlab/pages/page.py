@@ -26,11 +26,12 @@ import ditlab
 from ditlab.errors import DitlabError
 from ditlab.files import write_text
 from ditlab.pages.theme import DARK, DPI, LIGHT, Theme, assign, png
-from ditlab.pages.token_picker import AttentionPicker
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
+
+    from ditlab.pages.token_picker import AttentionPicker
 
 PAGE_BYTES = 9_500_000
 """A report stays below this size: many mail servers refuse 10 MB."""

@@ -16,9 +16,8 @@ from torch import nn
 
 import ditlab
 from ditlab.analyses.attention import Attention, AttentionConfig, AttentionOptions, measure
-from ditlab.analyses.attention.entries import AttentionEntry, group_entries, page_rows
+from ditlab.analyses.attention.entries import AttentionEntry, group_entries, page_rows, token_pickers
 from ditlab.analyses.attention.measure import measure_attention
-from ditlab.analyses.attention.picker import token_pickers
 from ditlab.analyses.attention.result import LocalityResult
 from ditlab.analyses.base import Comparison, ReportContext
 from ditlab.data import ImageSet, prepare

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from ditlab.analyses.agreement.config import TITLES, AgreementConfig, BaselineName
-from ditlab.analyses.stored import config_from_json, stored_config
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.diffusion.local_scores import WindowSchedule
-from ditlab.errors import DitlabError
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
 from ditlab.provenance import Provenance
 
 __all__ = ["AgreementResult", "BaselineAgreement", "table_row"]
@@ -73,7 +70,7 @@ class BaselineAgreement:
 
 
 @dataclass(frozen=True, eq=False)
-class AgreementResult:
+class AgreementResult(StoredResult):
     """A denoiser beside baselines of its training images."""
 
     about: Provenance
@@ -88,11 +85,10 @@ class AgreementResult:
     """(C, H, W) of the images."""
     notes: tuple[str, ...] = ()
     """What a reader must know about how this was measured, one sentence each."""
-    images: np.ndarray | None = field(default=None)
+    images: np.ndarray | None = None
     """The denoiser's final images, float32 [n, C, H, W]; None if only the JSON is there."""
 
-    kind = "agreement"
-    version = 1
+    kind = file = "agreement"
 
     @property
     def best(self) -> BaselineAgreement:
@@ -101,8 +97,7 @@ class AgreementResult:
 
     def sentences(self) -> tuple[str, ...]:
         """Returns which baseline agrees best, and the correlations with the others."""
-        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
-        count, best = self.config.images, self.best
+        name, count, best = self.about.title, self.config.images, self.best
         text = f"{name}: the samples agree most with those of {best.title} from the same noise: "
         text += f"{'median ' if count > 1 else ''}correlation {np.median(best.correlation):.2f}, "
         text += f"R² {np.median(best.r2):.2f} (of {count} image{'s' if count > 1 else ''}"
@@ -112,13 +107,8 @@ class AgreementResult:
         )
         return (text, *([f"{name}: correlation with the other baselines: {others}."] if others else []))
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything but the images."""
+    def numbers(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
             "levels": list(self.levels),
             "training_images": self.training_images,
             "shape": list(self.shape),
@@ -127,54 +117,24 @@ class AgreementResult:
             "sentences": list(self.sentences()),
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], images: Mapping[str, np.ndarray] | None = None) -> AgreementResult:
-        """Returns what `to_json` gave, with the images by the name of the baseline, the denoiser's as "network".
-
-        Raises:
-            DitlabError: a field is missing or unknown.
-        """
-        images = images or {}
-        try:
-            return cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(AgreementConfig, record["config"]),
-                levels=tuple(record["levels"]),
-                baselines=tuple(
-                    BaselineAgreement.from_json(part, images.get(part["name"])) for part in record["references"]
-                ),
-                training_images=record["training_images"],
-                shape=(record["shape"][0], record["shape"][1], record["shape"][2]),
-                notes=tuple(record["notes"]),
-                images=images.get("network"),
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DitlabError(f"agreement result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "agreement") -> Path:
-        """Writes NAME.npz (if there are images) and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        if self.images is not None:
-            images = {baseline.name: baseline.images for baseline in self.baselines if baseline.images is not None}
-            write_arrays(folder / f"{name}.npz", {"network": self.images, **images})
-        return write_json(folder / f"{name}.json", self.to_json())
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the images by the name of the baseline, the denoiser's as "network"."""
+        images = {"network": self.images, **{baseline.name: baseline.images for baseline in self.baselines}}
+        return {name: array for name, array in images.items() if array is not None}
 
     @classmethod
-    def load(cls, path: Path | str) -> AgreementResult:
-        """Loads what `save` wrote, from the JSON's path; the .npz need not be beside it.
+    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("network", *(part["name"] for part in record["references"]))
 
-        Raises:
-            DitlabError: a file is damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        arrays = path.with_suffix(".npz")
-        if not arrays.exists():
-            return cls.from_json(record)
-        names = ("network", *(part["name"] for part in record.get("references", ())))
-        return cls.from_json(record, read_arrays(arrays, names))
+    @classmethod
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AgreementResult:
+        return cls(
+            about=Provenance(**record["about"]),
+            config=config_from_json(AgreementConfig, record["config"]),
+            baselines=tuple(BaselineAgreement.from_json(p, arrays.get(p["name"])) for p in record["references"]),
+            images=arrays.get("network"),
+            **{name: tuples(record[name]) for name in ("levels", "training_images", "shape", "notes")},
+        )
 
 
 def table_row(result: AgreementResult, baseline: BaselineAgreement) -> tuple[Any, ...]:

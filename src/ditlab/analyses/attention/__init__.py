@@ -40,7 +40,6 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
     def measure(
         self, models: ModelSet, config: AttentionConfig, options: AttentionOptions, reporter: Reporter = SILENT
     ) -> list[LocalityResult]:
-        """Returns the result of each model; all are measured on the same number of images."""
         from ditlab.analyses.attention.measure import measure_models
 
         return measure_models(self, models.open(reporter), config, options, reporter)
@@ -63,11 +62,9 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         return measure_models(self, [opened], config, self.Options(), reporter)[0]
 
     def group_key(self, result: LocalityResult) -> Any:
-        """Returns the grid, the noise levels, the layers and the number of images."""
         return (result.grid, tuple(f"{sigma:.5g}" for sigma in result.levels), result.layers, result.images)
 
     def compare(self, results: Sequence[LocalityResult]) -> LocalityComparison:
-        """Groups results by kind and N, over seeds."""
         from ditlab.analyses.attention.comparison import compare_locality
 
         return compare_locality(results)
@@ -82,13 +79,11 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         return differences if len(differences) <= MAX_SENTENCES else ()
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns one row for each kind of model and N, and a table of the differences if they are many."""
         from ditlab.analyses.attention.section import attention_tables
 
         return attention_tables(comparison.detail)
 
     def legend(self, comparison: Comparison) -> str:
-        """Returns what the columns are."""
         return (
             "mean distance: of attention, in tokens; uniform: the same if attention were uniform within each layer's "
             "window; within 3x3: share of attention there; consistency: cosine between maps of different images; "
@@ -96,13 +91,11 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         )
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the curves, the maps, and the patterns of models with windows."""
         from ditlab.analyses.attention.section import attention_drawings
 
         return attention_drawings(comparison)
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: token pickers and maps, then the table and the curves."""
         from ditlab.analyses.attention.section import attention_section
 
         return attention_section(comparison, figures, number)

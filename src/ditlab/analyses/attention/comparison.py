@@ -7,44 +7,34 @@ and the largest N of one kind of run, paired by seed; it is claimed only if its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from ditlab.analyses.attention.result import LocalityResult, Quantity, quantity_name
-from ditlab.analyses.groups import Group, Groups, group_results
-from ditlab.errors import Incompatible
+from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.metrics.paired import PairedDifference, paired_difference
 
 _SHOWN: tuple[Quantity | int, ...] = ("distance", "position_invariance", "consistency", "consistency_control", 1, 3)
 """The quantities of a saved comparison; numbers are radii of the mass."""
 
 
-class LocalityGroup(Group[LocalityResult]):
+class LocalityGroup(SeedGroup):
     """Results that differ only in their seed; quantities are averaged over levels, layers and heads."""
-
-    def averages(self, what: Quantity | int) -> dict[int, float]:
-        """Returns the average of a quantity, or of the mass within a radius, by seed."""
-        return {r.about.seed: r.average(what) for r in self.results}
-
-    def mean(self, what: Quantity | int) -> float:
-        """Returns the mean over seeds."""
-        return float(np.mean(list(self.averages(what).values())))
-
-    def std(self, what: Quantity | int) -> float | None:
-        """Returns the standard deviation over seeds (n - 1); None with one seed."""
-        values = list(self.averages(what).values())
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def by_layer(self, what: Quantity | int, level: int | None = None) -> np.ndarray:
         """Returns each seed's means over heads (and levels, if no level's index is given), float64 [seeds, layers]."""
         return np.stack([r.by_layer(what, level) for r in self.results])
 
 
-class LocalityComparison(Groups[LocalityGroup, LocalityResult]):
+@dataclass(frozen=True, eq=False)
+class LocalityComparison(GroupedResults):
     """Groups of models that were measured alike."""
+
+    groups: tuple[LocalityGroup, ...]
 
     def by_label(self, label: str) -> tuple[LocalityGroup, ...]:
         """Returns the groups of a label, N ascending."""
@@ -77,8 +67,8 @@ class LocalityComparison(Groups[LocalityGroup, LocalityResult]):
         """Returns what was measured, a sentence for each group, then `differences`."""
         lines = []
         for g in self.groups:
-            std, seed = g.std("distance"), g.results[0].about.seed
-            spread = f"one seed ({seed})" if std is None else f"std {std:.2f}, {len(g.results)} seeds"
+            std = g.std("distance")
+            spread = f"one seed ({g.seeds[0]})" if std is None else f"std {std:.2f}, {len(g.results)} seeds"
             lines.append(
                 f"{g.name}: mean attention distance {g.mean('distance'):.2f} tokens ({spread}), {g.mean(1):.0%} of "
                 "attention within 3x3 tokens."
@@ -133,9 +123,11 @@ def compare_locality(results: Sequence[LocalityResult]) -> LocalityComparison:
         DitlabError: no result; different levels, layers, grids, images or noise; runs of different splits; two results
             of one label, N and seed.
     """
+    if not results:
+        raise InvalidConfig("attention: expected at least one result to compare, found none")
     for other in results[1:]:
         _check_comparable(results[0], other)
-    return LocalityComparison(group_results(LocalityGroup, results, "attention"))
+    return LocalityComparison(grouped(results, LocalityGroup, "attention"))
 
 
 def same_levels(first: Sequence[float], second: Sequence[float]) -> bool:

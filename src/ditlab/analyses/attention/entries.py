@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,15 +13,19 @@ from torch import Tensor
 from ditlab.analyses.attention.maps import AttentionMaps, attention_maps
 from ditlab.analyses.attention.measure import images_of
 from ditlab.analyses.attention.result import LocalityResult
+from ditlab.metrics.denoising_errors import level_noise
 from ditlab.models.comparing import ModelSet, OpenedModel
+from ditlab.pages.token_picker import AttentionPicker, PickerRun, frame_size, pack_run
 
 if TYPE_CHECKING:
     from ditlab.analyses.attention.config import AttentionOptions
 
-__all__ = ["AttentionEntry", "MapRow", "Samples", "group_entries", "page_image", "page_rows", "picture_of", "verb_rows"]
+__all__ = ["AttentionEntry", "token_pickers"]
 
 MAX_ROWS = 4
 """Models in the figure of maps on a page, at most."""
+MAX_PICKERS = 6
+"""Token pickers on a page, at most: those of the first N."""
 
 Samples = Mapping[str, tuple[Tensor, Tensor | None]]
 """Name of a model -> samples that may be shown, float32 [N, C, H, W], and their classes, int64 [N], or None."""
@@ -149,3 +153,72 @@ def picture_of(rows: Sequence[MapRow]) -> np.ndarray | None:
     """Returns the image of all rows, uint8 [C, H, W]; None if they differ, as those of several seeds do."""
     pictures = [row.entry.opened.model.decode(row.image.pixels)[0] for row in rows]
     return pictures[0] if all(np.array_equal(picture, pictures[0]) for picture in pictures) else None
+
+
+def token_pickers(
+    entries: Sequence[AttentionEntry], budget: int, *, samples: Samples | None = None, drawn_by: str = ""
+) -> list[AttentionPicker]:
+    """Returns a token picker for each N, with a model of each kind, all of one seed.
+
+    Those that do not fit into `budget`, the bytes of all together, are left out, and the last picker notes it. Where no
+    real image may be shown, pickers show `samples` instead, by the name of their first model (see `page_image`).
+    """
+    chosen: list[tuple[list[AttentionEntry], ShownImage, np.ndarray]] = []
+    for members in group_entries(entries)[:MAX_PICKERS]:
+        image = page_image(members[0], samples, drawn_by)
+        if image is not None:
+            chosen.append((members, image, _picture(members[0], image.pixels)))
+    frames = [frame_size(picture.shape[:2], len(members[0].result.levels)) for members, _, picture in chosen]
+    # Images that leave no bytes for maps are useless.
+    while sum(frames) > budget / 2:
+        frames.pop()
+    pickers: list[AttentionPicker] = []
+    room = budget - sum(frames)
+    for number, (members, image, picture) in enumerate(chosen[: len(frames)]):
+        packed, left, others = [], room, sum(len(m) for m, _, _ in chosen[number : len(frames)])
+        for entry in members:
+            # Each gets its share of what is left: local attention packs small and leaves more to the others.
+            packed.append(_pack(entry, image, max(0, left // others)))
+            left, others = left - packed[-1].size, others - 1
+        if left >= 0:
+            pickers.append(_picker(members[0], image, picture, packed))
+            room = left
+    missing = len(chosen) - len(pickers)
+    if pickers and missing:
+        note = f"The page has no room for {missing} more picker{'s' if missing > 1 else ''}."
+        pickers[-1] = replace(pickers[-1], notes=[*pickers[-1].notes, note])
+    return pickers
+
+
+def _picker(
+    entry: AttentionEntry, image: ShownImage, picture: np.ndarray, packed: Sequence[PickerRun]
+) -> AttentionPicker:
+    """Returns a picker of packed models; `entry` is the first of them."""
+    result, about, denoiser = entry.result, entry.result.about, entry.opened.denoiser
+    noisy = []
+    for sigma in result.levels:
+        noise = level_noise(result.config.noise_seed, sigma, [0], [0], denoiser.shape)
+        noisy.append(_picture(entry, float(denoiser.scale(sigma)) * (image.pixels + sigma * noise)))
+    steps = result.timesteps
+    names = [f"σ = {s:.2f}" + ("" if steps is None else f" (t = {steps[i]})") for i, s in enumerate(result.levels)]
+    title = image.title if about.n is None else f"N = {about.n}, seed {about.seed}: {image.title}"
+    return AttentionPicker(title, picture, noisy, names, result.grid, packed)
+
+
+def _picture(entry: AttentionEntry, image: Tensor) -> np.ndarray:
+    """Returns what an image [1, C, H, W] looks like, uint8 [H, W, C]."""
+    return entry.opened.model.decode(image)[0].transpose(1, 2, 0)
+
+
+def _pack(entry: AttentionEntry, image: ShownImage, budget: int) -> PickerRun:
+    result = entry.result
+
+    @lru_cache(maxsize=1)  # the maps of one level at a time
+    def at(level: int) -> AttentionMaps:
+        return entry.maps(image, result.levels[level], result.layers)
+
+    def maps(level: int, layer: int) -> np.ndarray:
+        return at(level).maps[layer][0].numpy()
+
+    patterns = dict(zip(result.layers, result.patterns, strict=True))
+    return pack_run(entry.label, patterns, result.grid, len(result.levels), maps, budget)

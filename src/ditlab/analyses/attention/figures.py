@@ -56,15 +56,9 @@ def attention_map_figure(
     the three middle rows of the grid; and the token's row of each map as a picture of the grid, with a box around the
     token's 3 x 3 neighbourhood.
 
-    Args:
-        runs: (label, maps) pairs at one noise level, over the same grid.
-        layers: which, from 1; all that every model has if None.
-        token: (row, column) from 0; the middle of the grid if None.
-        heads: which heads, from 1, a pair of rows each; the mean over heads if none is named.
-        image: which of the maps' images.
-        picture: that image, uint8 [C, H, W], drawn beside the token's rows; None for no picture.
-        scale: of the colours, see the module.
-        theme: light or dark.
+    The maps of `runs`, (label, maps) pairs, are of one noise level and grid. Layers and heads count from 1; without
+    `layers` all that every model has are drawn, without `heads` the mean over heads, without `token` the middle one of
+    the grid. `picture` is the maps' image, uint8 [C, H, W], drawn beside the token's rows.
 
     Raises:
         DitlabError: no model, several noise levels or grids, a layer, head, image or token that does not exist.
@@ -231,14 +225,8 @@ def patterns_figure(
 
     Each different pattern is a row, named with its layers; the last column is the whole mask, queries downwards.
 
-    Args:
-        plan: the pattern of each layer, first layer first.
-        grid: (rows, columns) of tokens; the paper's example is (4, 4) with a window of 3.
-        numbers: of the layers; from 1 if None.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: an empty plan.
+    Layers are numbered from 1, or by `numbers`. The paper's example is a grid of (4, 4) tokens with a window of 3.
+    Raises DitlabError for an empty plan.
     """
     from matplotlib.colors import ListedColormap
 
@@ -295,11 +283,6 @@ def locality_curves(results: Sequence[LocalityResult], *, slots: Slots | None = 
 
     Lines are means over seeds (and heads and noise levels), bands their standard deviation. Dashed lines of a model's
     colour are uniform attention within its windows; the dotted line is uniform attention over the grid.
-
-    Args:
-        results: of models that were measured alike, any number of labels, N and seeds.
-        slots: colours of the labels.
-        theme: light or dark.
 
     Raises:
         DitlabError: results that cannot be compared (see `compare_locality`).

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,9 +21,8 @@ from ditlab.analyses.attention.locality import (
     pattern_weights,
     uniform_distance,
 )
-from ditlab.analyses.stored import config_from_json, stored_config
-from ditlab.errors import DitlabError, unknown_name
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
+from ditlab.errors import Damaged, DitlabError, unknown_name
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
 from ditlab.provenance import Provenance
 
@@ -48,7 +46,7 @@ def _mass_of_pattern(pattern: Pattern, grid: Grid, radius: int) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class LocalityResult:
+class LocalityResult(StoredResult):
     """Locality of a denoiser's attention by noise level, layer and head. Arrays are float64 [levels, layers, heads]."""
 
     about: Provenance
@@ -91,7 +89,7 @@ class LocalityResult:
     there is only the JSON."""
 
     kind = "attention-locality"
-    version = 1
+    file = "attention"
 
     @property
     def uniform_distance(self) -> float:
@@ -168,19 +166,13 @@ class LocalityResult:
             f"maps of different images have a mean cosine of {same:.2f} (rows permuted: {permuted:.2f}).",
             f"rows of different queries have a mean cosine of {average('position_invariance'):.2f}.",
         ]
-        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
-        return tuple(f"{name}: {line}" for line in lines)
+        return tuple(f"{self.about.title}: {line}" for line in lines)
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything but the values of single images."""
+    def numbers(self) -> dict[str, Any]:
         radii = sorted(self.mass)
         quantities: dict[str, Quantity | int] = {quantity_name(what): what for what in (*QUANTITIES, *radii)}
         facts = {name: getattr(self, name) for name in _FACTS}
         return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
             **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
             "patterns": [pattern_to_json(pattern) for pattern in self.patterns],
             "images": self.images,
@@ -194,53 +186,30 @@ class LocalityResult:
             "values": {name: self.values(what).tolist() for name, what in quantities.items()},
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], by_image: Mapping[str, np.ndarray] | None = None) -> LocalityResult:
-        """Returns the result of what `to_json()` gave.
-
-        Raises:
-            DitlabError: a field is missing or unknown, or a value does not belong to the levels, layers and heads.
-        """
-        try:
-            values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
-            shape = (len(record["levels"]), len(record["layers"]), record["heads"])
-            for name, array in values.items():
-                if array.shape != shape:
-                    raise DitlabError(f"attention result: expected {name} of shape {shape}, found {array.shape}")
-            named = {name: record[name] for name in (*_FACTS, "images", "extra")}
-            facts: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in named.items()}
-            facts |= {name: values[name] for name in QUANTITIES}
-            return cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(AttentionConfig, record["config"]),
-                **facts,
-                patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
-                mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
-                by_image=by_image,
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DitlabError(f"attention result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "attention") -> Path:
-        """Writes NAME.npz (if there are values of single images) and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        if self.by_image is not None:
-            write_arrays(folder / f"{name}.npz", self.by_image)
-        return write_json(folder / f"{name}.json", self.to_json())
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        return self.by_image or {}
 
     @classmethod
-    def load(cls, path: Path | str) -> LocalityResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz may be missing.
+    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        return BY_IMAGE
 
-        Raises:
-            DitlabError: a file is damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        beside = path.with_suffix(".npz")
-        return cls.from_json(record, read_arrays(beside, BY_IMAGE) if beside.exists() else None)
+    @classmethod
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> LocalityResult:
+        values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
+        shape = (len(record["levels"]), len(record["layers"]), record["heads"])
+        for name, array in values.items():
+            if array.shape != shape:
+                raise Damaged(f"attention result: expected {name} of shape {shape}, found {array.shape}")
+        facts: dict[str, Any] = {name: tuples(record[name]) for name in (*_FACTS, "images", "extra")}
+        facts |= {name: values[name] for name in QUANTITIES}
+        return cls(
+            about=Provenance(**record["about"]),
+            config=config_from_json(AttentionConfig, record["config"]),
+            **facts,
+            patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
+            mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
+            by_image=arrays or None,
+        )
 
 
 def quantity_name(what: Quantity | int) -> str:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.comparison import LocalityComparison
 from ditlab.analyses.attention.config import AttentionOptions
-from ditlab.analyses.attention.entries import AttentionEntry, MapRow, Samples, page_rows, picture_of, verb_rows
+from ditlab.analyses.attention.entries import (
+    AttentionEntry,
+    MapRow,
+    Samples,
+    page_rows,
+    picture_of,
+    token_pickers,
+    verb_rows,
+)
 from ditlab.analyses.attention.figures import (
     attention_map_figure,
     layers_shown,
@@ -17,7 +25,6 @@ from ditlab.analyses.attention.figures import (
     patterns_figure,
 )
 from ditlab.analyses.attention.maps import attention_layers
-from ditlab.analyses.attention.picker import token_pickers
 from ditlab.nn.patterns import Grid, Pattern
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import Section, Table, ThemedFigure
@@ -121,7 +128,7 @@ def _samples(context: ReportContext) -> Samples | None:
 
 def _curves(comparison: Comparison, ending: str) -> dict[str, Drawing]:
     locality: LocalityComparison = comparison.detail
-    results, slots = locality.results, comparison.slots
+    results, slots = [r for g in locality.groups for r in g.results], comparison.slots
     names = " and ".join(locality.labels)
     drawings = {
         f"attention-locality{ending}": Drawing(
@@ -197,7 +204,7 @@ def attention_section(comparison: Comparison, figures: Mapping[str, ThemedFigure
         paragraphs = [_PICKER] if pickers else [_NO_ROOM]
     maps = [figure for name, figure in figures.items() if name.startswith("attention-maps")]
     curves = [figure for name, figure in figures.items() if not name.startswith("attention-maps")]
-    files = {f"{r.about.name}-attention.json": r.to_json() for r in locality.results}
+    files = {f"{r.about.name}-attention.json": r.to_json() for g in locality.groups for r in g.results}
     verdict, *points = comparison.sentences() or ("",)
     return Section(
         "attention" + ("" if number == 1 else f"-{number}"),

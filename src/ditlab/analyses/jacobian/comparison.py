@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ditlab.analyses.groups import Group, Groups, group_results
+from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
 from ditlab.analyses.jacobian.measure import noise_level
 from ditlab.analyses.jacobian.measures import LEADING, spectral_distance
 from ditlab.analyses.jacobian.result import SHARES, JacobianPoint, JacobianResult
-from ditlab.errors import Incompatible
+from ditlab.errors import Incompatible, InvalidConfig
 
 FAR_FROM_HOMOGENEOUS = 0.1
 """From this r_hom on the sentences say that the vectors do not describe the computation. A bias-free network has 1e-6;
@@ -37,7 +37,7 @@ _SIDES = {"test": "held-out image", "train": "training image", "files": "picture
 """Where images come from in results -> what a title calls them."""
 
 
-class JacobianGroup(Group[JacobianResult]):
+class JacobianGroup(SeedGroup):
     """Results that differ only in their seed; levels are never averaged."""
 
     def points(self, level: int) -> list[JacobianPoint]:
@@ -54,12 +54,12 @@ class JacobianGroup(Group[JacobianResult]):
                 means.append(float(np.mean(known)))
         return means
 
-    def mean(self, what: str, level: int) -> float | None:
+    def mean(self, what: str, level: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the mean over seeds and images; None if it was not measured."""
         means = self.numbers(what, level)
         return float(np.mean(means)) if means else None
 
-    def std(self, what: str, level: int) -> float | None:
+    def std(self, what: str, level: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the standard deviation over seeds (n - 1) of the means over images; None with one seed."""
         means = self.numbers(what, level)
         return float(np.std(means, ddof=1)) if len(means) > 1 else None
@@ -125,8 +125,16 @@ class SpectraApart:
     """Mean over seeds and images of `spectral_distance`, in [0, 1]."""
 
 
-class JacobianComparison(Groups[JacobianGroup, JacobianResult]):
+@dataclass(frozen=True, eq=False)
+class JacobianComparison(GroupedResults):
     """Groups of models that were measured with the same settings."""
+
+    groups: tuple[JacobianGroup, ...]
+
+    @property
+    def results(self) -> list[JacobianResult]:
+        """All results, group after group."""
+        return [result for group in self.groups for result in group.results]
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -303,11 +311,13 @@ def compare_jacobians(results: Sequence[JacobianResult]) -> JacobianComparison:
         DitlabError: no result; different settings, images, levels or noise; models of different splits; two results of
             one label, N and seed.
     """
+    if not results:
+        raise InvalidConfig("jacobian: expected at least one result to compare, found none")
     for other in results[1:]:
         if (difference := differs(results[0], other)) is not None:
             names = f"'{results[0].about.name}' and '{other.about.name}'"
             raise Incompatible(f"jacobian: {names} were measured with different {difference}")
-    return JacobianComparison(group_results(JacobianGroup, results, "jacobian"))
+    return JacobianComparison(grouped(results, JacobianGroup, "jacobian"))
 
 
 def same_noise(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -17,16 +17,13 @@ Niedoba et al. 2411.19339 (sensitivity, locality sizes).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ditlab.analyses.jacobian.config import JacobianConfig
-from ditlab.analyses.stored import config_from_json, stored_config
-from ditlab.errors import DitlabError
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.provenance import Provenance
 
 __all__ = ["SHARES", "JacobianPoint", "JacobianResult", "Sensitivity"]
@@ -96,7 +93,7 @@ class JacobianPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianResult:
+class JacobianResult(StoredResult):
     """The Jacobians of one denoiser."""
 
     about: Provenance
@@ -104,8 +101,9 @@ class JacobianResult:
     points: tuple[JacobianPoint, ...]
     """Image after image, each at all levels ascending."""
 
-    kind = "jacobian"
+    kind = file = "jacobian"
     version = 2
+    needs_arrays = True
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -116,70 +114,27 @@ class JacobianResult:
         )
         return (note,) if self.config.top else ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything but the arrays, of which it has the leading values."""
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
-            "notes": list(self.notes),
-            "points": [_point_to_json(point) for point in self.points],
-        }
+    def numbers(self) -> dict[str, Any]:
+        return {"notes": list(self.notes), "points": [_point_to_json(point) for point in self.points]}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of all points by "POINT/NAME", as they are saved beside the JSON."""
-        return {
-            f"{place}/{name}": array
-            for place, point in enumerate(self.points)
-            for name, array in _point_arrays(point).items()
-        }
+        return {f"{i}/{name}": a for i, point in enumerate(self.points) for name, a in _point_arrays(point).items()}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
-        """Makes the result again from `to_json()` and `arrays()`.
-
-        Raises:
-            DitlabError: a field or an array is missing or unknown.
-        """
-        try:
-            config = dict(record["config"])
-            if record["version"] < 2 and config.get("decomposition") == "eig":
-                # In version 1 this was the name of the right eigenvectors.
-                config["decomposition"] = "eig-right"
-            return cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(JacobianConfig, config),
-                points=tuple(
-                    _point_from_json(point, {n: arrays[f"{place}/{n}"] for n in _array_names(point)})
-                    for place, point in enumerate(record["points"])
-                ),
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DitlabError(f"jacobian result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "jacobian") -> Path:
-        """Writes NAME.npz and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        write_arrays(folder / f"{name}.npz", self.arrays())
-        return write_json(folder / f"{name}.json", self.to_json())
+    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{i}/{name}" for i, point in enumerate(record["points"]) for name in _array_names(point))
 
     @classmethod
-    def load(cls, path: Path | str) -> JacobianResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz must be beside it.
-
-        Raises:
-            DitlabError: a file is absent or damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        try:
-            names = [f"{i}/{n}" for i, point in enumerate(record["points"]) for n in _array_names(point)]
-        except (KeyError, TypeError) as error:
-            raise DitlabError(f"{path}: a field is missing ({error})") from error
-        return cls.from_json(record, read_arrays(path.with_suffix(".npz"), tuple(names)))
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
+        config = dict(record["config"])
+        if record["version"] < 2 and config.get("decomposition") == "eig":
+            # In version 1 this was the name of the right eigenvectors.
+            config["decomposition"] = "eig-right"
+        points = [
+            _point_from_json(point, {name: arrays[f"{i}/{name}"] for name in _array_names(point)})
+            for i, point in enumerate(record["points"])
+        ]
+        return cls(Provenance(**record["about"]), config_from_json(JacobianConfig, config), tuple(points))
 
 
 _ARRAYS = ("clean", "noisy", "denoised", "values", "residuals", "shown", "left", "right", "channels")
@@ -207,7 +162,7 @@ def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
     leading = point.values[:_LEADING].tolist()
     if point.values.dtype.kind == "c":
         leading = [[value.real, value.imag] for value in leading]
-    return {
+    record = {
         "image": point.image,
         "sigma": point.sigma,
         "timestep": point.timestep,
@@ -216,31 +171,25 @@ def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
         "largest_residual": float(point.residuals.max()),
         "numbers": dict(point.numbers),
         "by_vector": {name: values[:_LEADING].tolist() for name, values in point.by_vector.items()},
-        **{side: _sensitivity_to_json(getattr(point, side)) for side in _SIDES},
     }
-
-
-def _sensitivity_to_json(sensitivity: Sensitivity | None) -> dict[str, Any] | None:
-    if sensitivity is None:
-        return None
-    sides = {f"{share:g}": side for share, side in zip(SHARES, sensitivity.locality, strict=True)}
-    return {"pixels": [list(pixel) for pixel in sensitivity.pixels], "locality": sides}
+    for name, side in (("sensitivity", point.sensitivity), ("wiener", point.wiener)):
+        if side is not None:
+            sizes = {f"{share:g}": size for share, size in zip(SHARES, side.locality, strict=True)}
+            side = {"pixels": [list(pixel) for pixel in side.pixels], "locality": sizes}
+        record[name] = side
+    return record
 
 
 def _point_from_json(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianPoint:
-    def side(name: str) -> Sensitivity | None:
-        if record[name] is None:
-            return None
-        pixels = tuple((row, column) for row, column in record[name]["pixels"])
-        return Sensitivity(pixels=pixels, **{m: arrays[f"{name}/{m}"] for m in _MAPS})
-
+    sides = {}
+    for side in _SIDES:
+        if record[side] is not None:
+            maps = {name: arrays[f"{side}/{name}"] for name in _MAPS}
+            sides[side] = Sensitivity(pixels=tuples(record[side]["pixels"]), **maps)
     return JacobianPoint(
-        image=record["image"],
-        sigma=record["sigma"],
-        timestep=record["timestep"],
+        **{name: record[name] for name in ("image", "sigma", "timestep")},
         **{name: arrays[name] for name in _ARRAYS},
         by_vector={name: arrays[f"by_vector/{name}"] for name in record["by_vector"]},
         numbers=dict(record["numbers"]),
-        sensitivity=side("sensitivity"),
-        wiener=side("wiener"),
+        **sides,
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.base import Analysis, Comparison, Overview, ReportContext
 from ditlab.analyses.psnr_gap.config import PSNRConfig, PSNROptions
+from ditlab.pages.drawing import Drawing
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -15,9 +17,7 @@ if TYPE_CHECKING:
 
     from ditlab.analyses.psnr_gap.comparison import PSNRComparison
     from ditlab.analyses.psnr_gap.result import PSNRResult
-    from ditlab.models.comparing import ModelSet
-    from ditlab.pages.drawing import Drawing
-    from ditlab.pages.page import Section, Table, ThemedFigure
+    from ditlab.models.comparing import ModelSet, OpenedModel
 
 __all__ = ["PSNRConfig", "PSNRGap", "PSNROptions"]
 
@@ -36,18 +36,18 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
     report = "measure"
     comparison_file = "comparison.json"
 
+    def measure_model(self, opened: OpenedModel, config: PSNRConfig, reporter: Reporter) -> PSNRResult:
+        from ditlab.analyses.psnr_gap.measure import measure_model
+
+        return measure_model(opened, config, reporter)
+
     def measure(
         self, models: ModelSet, config: PSNRConfig, options: PSNROptions, reporter: Reporter = SILENT
     ) -> list[PSNRResult]:
         """Returns the result of each model, then those of the baselines at each N."""
-        from ditlab.analyses.psnr_gap.measure import measure_baselines, measure_model
+        from ditlab.analyses.psnr_gap.measure import measure_baselines
 
-        results = []
-        for opened in models.open(reporter):
-            measured = self.cached(
-                opened, config, lambda opened=opened: measure_model(opened, config, reporter), reporter
-            )
-            results.append(measured)
+        results = list(super().measure(models, config, options, reporter))
         if options.baselines:
             results += measure_baselines(models, config, results[0].levels, reporter)
         return results
@@ -70,18 +70,16 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         """Returns the result of one model, at the noise levels of the page's first model."""
         from ditlab.metrics.denoising_errors import grid_levels
 
-        single = replace(models, models=(models[place],), kinds=(models.kinds[place],))
         if config.sigmas is None:
-            own = grid_levels(single.open_one(0, reporter).denoiser, config.points)
+            own = grid_levels(models.open_one(place, reporter).denoiser, config.points)
             levels = context.shared.setdefault("psnr-gap levels", own)
             same = len(own) == len(levels) and all(abs(a / b - 1) < 1e-6 for a, b in zip(own, levels, strict=True))
             config = config if same else replace(config, sigmas=levels)
-        return self.measure(single, config, PSNROptions(baselines=False), reporter)[0]
+        return self.measure(models.only(place), config, PSNROptions(baselines=False), reporter)[0]
 
     def overview(self, comparison: Comparison) -> Overview:
         """Returns PSNR and gap of each kind with their intervals, the verdict, and the figure of it."""
         from ditlab.analyses.psnr_gap.figures import overview_curves
-        from ditlab.pages.drawing import Drawing
 
         gap, slots = comparison.detail, comparison.slots
         cells = {}
@@ -91,7 +89,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
                 f"{what}, dB": f"{mean:.2f}\n{low:.2f}{'–' if low >= 0 else ' to '}{high:.2f}"
                 for what, (mean, low, high) in values.items()
             }
-        drawings = self.figures(comparison)
         curves = Drawing(
             lambda theme: overview_curves(gap, slots=slots, theme=theme),
             f"Curves of train and test PSNR by noise level for {' and '.join(gap.labels)}.",
@@ -106,7 +103,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         truncated += ", so its interval over images does not reach below zero." if single else "."
         levels = len(gap.groups[0].results[0].levels)
         note = f"PSNR and gap are averages over {levels} noise levels.{truncated} Beneath: 95 % intervals over {over}."
-        return Overview(cells, gap.verdict(), drawings.get("gap-differences", curves), note=note)
+        return Overview(cells, gap.verdict(), self.figures(comparison).get("gap-differences", curves), note=note)
 
     def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
         """Groups results by kind and N, over seeds."""
@@ -115,16 +112,13 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return compare(results)
 
     def save(self, results: Sequence[PSNRResult], models: ModelSet, out: Path) -> list[Path]:
-        """Writes the models' results into their folders, and the baselines' into `out`."""
         for result in results:
             if result.baseline:
-                result.save(out, f"{result.about.name.replace(' ', '-').lower()}-n{result.about.n}")
+                result.save(out, _file_name(result))
         return super().save([result for result in results if not result.baseline], models, out)
 
     def tables(self, comparison: Comparison) -> list[Table]:
         """Returns one row for each kind of model and N, then one for each baseline."""
-        from ditlab.pages.page import Table
-
         gap: PSNRComparison = comparison.detail
         levels = len(gap.groups[0].results[0].levels)
         rows: list[tuple[Any, ...]] = [
@@ -141,7 +135,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
         """Returns the curves by noise level, and bars of the average gap."""
         from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, psnr_curves
-        from ditlab.pages.drawing import Drawing
 
         gap, slots = comparison.detail, comparison.slots
         names = " and ".join(gap.labels)
@@ -170,12 +163,8 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
         """Returns the section: differences between kinds, the table, the curves and bars."""
         from ditlab.analyses.differences import differences_table
-        from ditlab.pages.page import Section
 
         gap: PSNRComparison = comparison.detail
-        results = {f"{r.about.name}-psnr-gap.json": r.to_json() for g in gap.groups for r in g.results}
-        for r in gap.baselines:
-            results[f"{r.about.name.replace(' ', '-').lower()}-n{r.about.n}-psnr-gap.json"] = r.to_json()
         rows = [("average PSNR gap", n, d) for n, d in gap.differences]
         bars = Section(
             "gap",
@@ -191,5 +180,15 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             notes=self.notes(comparison),
             pictures=[figure for name, figure in figures.items() if name == "psnr-curves"],
             parts=[bars],
-            data={"comparison.json": gap.to_json(), **results},
+            data=self.data(comparison),
         )
+
+    def data(self, comparison: Comparison) -> dict[str, Any]:
+        gap: PSNRComparison = comparison.detail
+        results = {r.about.name: r for g in gap.groups for r in g.results} | {_file_name(r): r for r in gap.baselines}
+        files = {f"{name}-psnr-gap.json": result.to_json() for name, result in results.items()}
+        return {"comparison.json": gap.to_json(), **files}
+
+
+def _file_name(baseline: PSNRResult) -> str:
+    return f"{baseline.about.name.replace(' ', '-').lower()}-n{baseline.about.n}"

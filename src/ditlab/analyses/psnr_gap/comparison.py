@@ -9,47 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
 from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity, Side
 from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.metrics.paired import PairedDifference, mean_interval, paired_difference
-from ditlab.metrics.reduction import Reduction
-from ditlab.provenance import check_splits
 
 
 @dataclass(frozen=True, eq=False)
-class PSNRGroup:
-    """Results that differ only in their seed: one kind of run at one N over several seeds."""
+class PSNRGroup(SeedGroup):
+    """One kind of model at one N over several seeds; averages are over levels, in dB."""
 
-    label: str
-    n: int | None
     results: tuple[PSNRResult, ...]
-    """One for each seed, in ascending order of the seeds."""
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds, ascending."""
-        return tuple(r.about.seed for r in self.results)
+    quantity = "gap"
 
     def curve(self, what: Side | Literal["gap"]) -> np.ndarray:
         """Mean over seeds of a curve in dB, float64 [L]."""
         return np.mean([r.gap() if what == "gap" else r.curve(what) for r in self.results], axis=0)
-
-    def averages(self, what: Quantity = "gap") -> dict[int, float]:
-        """The average over levels in dB, by seed."""
-        return {r.about.seed: r.average(what) for r in self.results}
-
-    def mean(self, what: Quantity = "gap") -> float:
-        """Mean over seeds of the average over levels, in dB."""
-        return float(np.mean(list(self.averages(what).values())))
-
-    def std(self, what: Quantity = "gap") -> float | None:
-        """Standard deviation over seeds (n - 1) of the average over levels, in dB; None with one seed."""
-        values = list(self.averages(what).values())
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def interval(self, what: Quantity = "gap") -> tuple[float, float]:
         """Returns the 95 % interval of `mean`, in dB: over seeds, or over images where there is one seed."""
@@ -57,8 +37,8 @@ class PSNRGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class PSNRComparison:
-    """Groups in the order in which their labels were first given, N ascending within a label."""
+class PSNRComparison(GroupedResults):
+    """PSNR and gap of each kind of model at each N, and the differences of the gap between kinds."""
 
     groups: tuple[PSNRGroup, ...]
     differences: tuple[tuple[int | None, PairedDifference], ...]
@@ -72,21 +52,6 @@ class PSNRComparison:
         gaps = [group.mean("gap") for group in self.groups]
         return gaps[0] if len(gaps) == 1 else gaps
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The kinds of runs, each once."""
-        return tuple(dict.fromkeys(g.label for g in self.groups))
-
-    @property
-    def counts(self) -> tuple[int | None, ...]:
-        """The numbers of training images, ascending, each once."""
-        return tuple(sorted({g.n for g in self.groups}, key=lambda n: -1 if n is None else n))
-
-    @property
-    def reduction(self) -> Reduction:
-        """The reduction that all results report."""
-        return self.groups[0].results[0].config.reduction
-
     def group(self, label: str, n: int | None) -> PSNRGroup | None:
         """The group of this label and N, or None."""
         return next((g for g in self.groups if g.label == label and g.n == n), None)
@@ -97,9 +62,8 @@ class PSNRComparison:
         for g in self.groups:
             std, seeds = g.std(), g.seeds
             spread = f"one seed ({seeds[0]})" if std is None else f"std {std:.2f} over {len(seeds)} seeds"
-            name = g.label if g.n is None else f"{g.label}, N = {g.n}"
             sides = f"train {g.mean('train'):.2f} dB, test {g.mean('test'):.2f} dB, gap {g.mean():.2f} dB"
-            lines.append(f"{name}: {sides}, {spread}.")
+            lines.append(f"{g.name}: {sides}, {spread}.")
         for n, difference in self.differences:
             lines.append(difference.sentence("Average PSNR gap" if n is None else f"Average PSNR gap at N = {n}"))
         return tuple(lines)
@@ -125,12 +89,12 @@ class PSNRComparison:
         return f"The average PSNR gap{where} is {listed}; one seed of each cannot tell whether kinds differ."
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers of every group and difference (the results have their own files)."""
-        sides = ("train", "test", "gap", "gap_untruncated")
+        """Returns the numbers of every group and difference (the results have their own files)."""
+        sides = get_args(Quantity)
         return {
             "kind": "psnr-comparison",
             "version": 1,
-            "reduction": self.reduction,
+            "reduction": self.first.config.reduction,
             "groups": [
                 {
                     "label": g.label,
@@ -199,31 +163,17 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
     if not results:
         raise InvalidConfig("comparison: expected at least one psnr-gap result, found none")
     for other in results[1:]:
-        check_comparable(results[0], other)
-    groups: dict[tuple[str, int | None], dict[int, PSNRResult]] = {}
-    for r in results:
-        seeds = groups.setdefault((r.about.group, r.about.n), {})
-        if r.about.seed in seeds:
-            raise Incompatible(
-                f"comparison: '{seeds[r.about.seed].about.name}' and '{r.about.name}' are both '{r.about.group}' with "
-                f"N = {r.about.n} and seed {r.about.seed}; give them different `names`"
-            )
-        seeds[r.about.seed] = r
-    check_splits([r.about for r in results])
-    labels = list(dict.fromkeys(label for label, _ in groups))
-    ordered = sorted(groups, key=lambda key: (labels.index(key[0]), -1 if key[1] is None else key[1]))
-    made = tuple(
-        PSNRGroup(label, n, tuple(groups[label, n][seed] for seed in sorted(groups[label, n]))) for label, n in ordered
-    )
+        _check_comparable(results[0], other)
+    groups = grouped(results, PSNRGroup, "comparison")
     differences = []
-    for n in dict.fromkeys(g.n for g in made):
-        for first, second in combinations([g for g in made if g.n == n], 2):
+    for n in dict.fromkeys(g.n for g in groups):
+        for first, second in combinations([g for g in groups if g.n == n], 2):
             pair = paired_difference(first.label, second.label, first.averages(), second.averages(), margin=margin)
             differences.append((n, pair))
-    return PSNRComparison(made, tuple(differences), baselines)
+    return PSNRComparison(groups, tuple(differences), baselines)
 
 
-def check_comparable(first: PSNRResult, second: PSNRResult) -> None:
+def _check_comparable(first: PSNRResult, second: PSNRResult) -> None:
     """Raises DitlabError unless both results were measured alike (levels, noise, images a side, reduction, range)."""
     names = f"'{first.about.name}' and '{second.about.name}'"
     if len(first.levels) != len(second.levels) or not np.allclose(first.levels, second.levels, rtol=1e-6, atol=0):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.analyses.stored import config_from_json, stored_config
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.errors import Damaged
-from ditlab.files import read_arrays, read_json, write_arrays, write_json, write_text
+from ditlab.files import write_text
 from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
 from ditlab.provenance import Provenance
@@ -28,7 +28,7 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True, eq=False)
-class PSNRResult:
+class PSNRResult(StoredResult):
     """The error of every (level, image, noise draw) of both sides, and the PSNR and gaps that follow from it."""
 
     about: Provenance
@@ -43,11 +43,11 @@ class PSNRResult:
     test_mse: np.ndarray
     """The same of held-out images."""
 
-    kind = "psnr-gap"
-    version = 1
+    kind = file = "psnr-gap"
+    needs_arrays = True
 
     def mse(self, side: Side) -> np.ndarray:
-        """The kept errors of one side, float64 [L, images, draws]."""
+        """The errors of one side, float64 [L, images, draws]."""
         return self.train_mse if side == "train" else self.test_mse
 
     def curve(self, side: Side, reduction: Reduction | None = None) -> np.ndarray:
@@ -59,7 +59,7 @@ class PSNRResult:
         difference = self.curve("train", reduction) - self.curve("test", reduction)
         return np.maximum(difference, 0.0) if truncated else difference
 
-    def average(self, what: Side | Literal["gap", "gap_untruncated"], reduction: Reduction | None = None) -> float:
+    def average(self, what: Quantity, reduction: Reduction | None = None) -> float:
         """Mean over the levels, in dB, of a side's PSNR or of the gap (truncated at each level before averaging)."""
         if what in ("train", "test"):
             return float(self.curve(what, reduction).mean())
@@ -80,12 +80,8 @@ class PSNRResult:
         """
         rng, reduction = np.random.default_rng(0), reduction or self.config.reduction
         train, test = (self._resampled(side, rng, reduction) for side in ("train", "test"))
-        draws = {
-            "train": train,
-            "test": test,
-            "gap": np.maximum(train - test, 0.0),
-            "gap_untruncated": train - test,
-        }[what].mean(1)
+        gap = train - test
+        draws = {"train": train, "test": test, "gap": np.maximum(gap, 0.0), "gap_untruncated": gap}[what].mean(1)
         tail = 50 * (1 - confidence)
         low, high = np.percentile(draws, [tail, 100 - tail])
         return float(low), float(high)
@@ -142,56 +138,39 @@ class PSNRResult:
             notes.append(f"Estimates nearer than {EXACT_DB:.0f} dB were counted as {EXACT_DB:.0f} dB.")
         return tuple(notes)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the per-image errors: facts, settings, curves and averages of both reductions."""
+    def numbers(self) -> dict[str, Any]:
+        """Returns curves and averages of both reductions, and what they were measured at."""
         sides: tuple[Side, ...] = ("train", "test")
         return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
             "levels": list(self.levels),
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "peak": self.peak,
             "images": {s: self.mse(s).shape[1] for s in sides},
             "draws": {s: self.mse(s).shape[2] for s in sides},
             "notes": list(self.notes),
-            "averages": {
-                r: {what: self.average(what, r) for what in ("train", "test", "gap", "gap_untruncated")}
-                for r in REDUCTIONS
-            },
+            "averages": {r: {what: self.average(what, r) for what in get_args(Quantity)} for r in REDUCTIONS},
             "curves": {
                 r: {s: self.curve(s, r).tolist() for s in sides} | {"gap": self.gap(r).tolist()} for r in REDUCTIONS
             },
             "input_psnr": self.input_psnr.tolist(),
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PSNRResult:
-        """The result again, from `to_json()` and the two error arrays (`train_mse`, `test_mse`).
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"train_mse": self.train_mse, "test_mse": self.test_mse}
 
-        Raises:
-            Damaged: a field is missing or unknown, or the arrays do not belong to the record.
-        """
-        try:
-            steps = record["timesteps"]
-            result = cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(PSNRConfig, record["config"]),
-                levels=tuple(record["levels"]),
-                timesteps=None if steps is None else tuple(steps),
-                peak=record["peak"],
-                train_mse=arrays["train_mse"],
-                test_mse=arrays["test_mse"],
-            )
-            for side in ("train", "test"):
-                expected = (len(result.levels), record["images"][side], record["draws"][side])
-                if result.mse(side).shape != expected:
-                    raise Damaged(
-                        f"psnr-gap result: expected {side}_mse of shape {expected}, found {result.mse(side).shape}"
-                    )
-        except (KeyError, TypeError) as error:
-            raise Damaged(f"psnr-gap result: a field is missing or unknown ({error})") from error
+    @classmethod
+    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("train_mse", "test_mse")
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PSNRResult:
+        about, config = Provenance(**record["about"]), config_from_json(PSNRConfig, record["config"])
+        levels, timesteps = tuples(record["levels"]), tuples(record["timesteps"])
+        result = cls(about, config, levels, timesteps, record["peak"], arrays["train_mse"], arrays["test_mse"])
+        for side in ("train", "test"):
+            expected, found = (len(levels), record["images"][side], record["draws"][side]), result.mse(side).shape
+            if found != expected:
+                raise Damaged(f"psnr-gap result: expected {side}_mse of shape {expected}, found {found}")
         return result
 
     def to_csv(self) -> str:
@@ -206,21 +185,7 @@ class PSNRResult:
             table.writerow([f"{sigma:.8g}", step, f"{self.input_psnr[i]:.4f}", *(f"{v[i]:.4f}" for v in values)])
         return text.getvalue()
 
-    def save(self, folder: Path | str, name: str = "psnr-gap") -> Path:
-        """Writes NAME.npz, NAME.csv and then NAME.json into the folder; returns the JSON's path."""
-        folder = Path(folder)
-        write_arrays(folder / f"{name}.npz", {"train_mse": self.train_mse, "test_mse": self.test_mse})
-        write_text(folder / f"{name}.csv", self.to_csv())
-        return write_json(folder / f"{name}.json", self.to_json())
-
-    @classmethod
-    def load(cls, path: Path | str) -> PSNRResult:
-        """Reads what `save` wrote, from the JSON's path (the .npz must be next to it).
-
-        Raises:
-            DitlabError: a file is absent or damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        arrays = read_arrays(path.with_suffix(".npz"), ("train_mse", "test_mse"))
-        return cls.from_json(record, arrays)
+    def save(self, folder: Path | str, name: str = "") -> Path:
+        """Writes NAME.csv, NAME.npz and then NAME.json into the folder; returns the JSON's path."""
+        write_text(Path(folder) / f"{name or self.file}.csv", self.to_csv())
+        return super().save(folder, name)

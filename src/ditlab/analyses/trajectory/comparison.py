@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
+from ditlab.analyses.stored import StoredResult, tuples
 from ditlab.errors import DitlabError
-from ditlab.files import read_json, write_json
 from ditlab.metrics.paired import PairedDifference, paired_difference
 from ditlab.metrics.psnr import PSNRPoint
 
@@ -152,7 +151,7 @@ class SeedComparison:
 
 
 @dataclass(frozen=True)
-class MatchedComparison:
+class MatchedComparison(StoredResult):
     """Two kinds of runs along training, seed by seed, and the differences second - first over seeds."""
 
     first: str
@@ -166,8 +165,7 @@ class MatchedComparison:
     """None where no seed's train PSNR ranges overlap."""
     best_test: PairedDifference
 
-    kind = "matched-comparison"
-    version = 1
+    kind, file = "matched-comparison", "matched"
 
     def sentences(self) -> tuple[str, ...]:
         """The comparison in words, each sentence claiming no more than its interval allows."""
@@ -192,44 +190,19 @@ class MatchedComparison:
         return notes
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, and the sentences."""
         return {"kind": self.kind, "version": self.version, **asdict(self), "sentences": list(self.sentences())}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> MatchedComparison:
-        """The comparison again, from `to_json()`. Raises DitlabError where a field is missing or unknown."""
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, Any]) -> MatchedComparison:
+        def made(kind: Any, fields: Mapping[str, Any] | None) -> Any:
+            return None if fields is None else kind(**{name: tuples(value) for name, value in fields.items()})
 
-        def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-        def difference(fields: Mapping[str, Any] | None) -> PairedDifference | None:
-            return None if fields is None else PairedDifference(**tuples(fields))
-
-        try:
-            step, best = difference(record["gap_at_step"]), difference(record["best_test"])
-            if step is None or best is None:
-                raise KeyError("gap_at_step, best_test")
-            return cls(
-                first=record["first"],
-                second=record["second"],
-                n=record["n"],
-                seeds=tuple(SeedComparison(**tuples(s)) for s in record["seeds"]),
-                unpaired=tuple(record["unpaired"]),
-                gap_at_step=step,
-                gap_matched=difference(record["gap_matched"]),
-                best_test=best,
-            )
-        except (KeyError, TypeError) as error:
-            raise DitlabError(f"matched comparison: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "matched") -> Path:
-        """Writes NAME.json into the folder and returns its path."""
-        return write_json(Path(folder) / f"{name}.json", self.to_json())
-
-    @classmethod
-    def load(cls, path: Path | str) -> MatchedComparison:
-        """Reads what `save` wrote. Raises DitlabError where the file is absent, damaged or something else."""
-        return cls.from_json(read_json(Path(path), cls.kind, cls.version))
+        differences = ("gap_at_step", "gap_matched", "best_test")
+        return cls(
+            seeds=tuple(made(SeedComparison, seed) for seed in record["seeds"]),
+            **{name: made(PairedDifference, record[name]) for name in differences},
+            **{name: tuples(record[name]) for name in ("first", "second", "n", "unpaired")},
+        )
 
 
 def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:

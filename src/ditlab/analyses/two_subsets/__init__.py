@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.base import Analysis, Comparison, ReportContext
+from ditlab.analyses.base import Analysis, Comparison
 from ditlab.analyses.cache import find_results, save_result
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig, TwoSubsetsOptions
+from ditlab.pages.page import Table
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ditlab.analyses.two_subsets.result import TwoSubsetsResult
     from ditlab.models.comparing import ModelSet
     from ditlab.pages.drawing import Drawing
-    from ditlab.pages.page import Section, Table, ThemedFigure
 
 __all__ = ["TwoSubsets", "TwoSubsetsConfig", "TwoSubsetsOptions"]
 
@@ -32,6 +32,7 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
 
     name = "two-subsets"
     question = "Do two runs that share no training image draw the same images from the same noise?"
+    heading = "Two runs that share no training image"
     Config, Options = TwoSubsetsConfig, TwoSubsetsOptions
     Result = "ditlab.analyses.two_subsets.result:TwoSubsetsResult"
     models = (2, 2)
@@ -57,32 +58,17 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
         """Writes the result, which is about both runs, into `out`."""
         return [save_result(result, out, self.name) for result in results]
 
-    def compare(self, results: Sequence[TwoSubsetsResult]) -> Sequence[TwoSubsetsResult]:
-        """Returns the results as they are: each is about a pair of runs."""
-        return results
-
-    def sentences(self, comparison: Comparison) -> list[str]:
-        """Returns the sentences of each pair."""
-        return [sentence for result in comparison.results for sentence in result.sentences()]
-
     def notes(self, comparison: Comparison) -> list[str]:
         """Returns in what else the runs of a pair differ: steps, and the recipe of training if both are at hand."""
         from ditlab.analyses.two_subsets.compatibility import differing_recipes
 
-        models = comparison.models or ()
-        notes = differing_recipes(*models) if len(models) == 2 and not comparison.number else []
+        notes = [] if comparison.number or comparison.models is None else differing_recipes(*comparison.models)
         for first, second in (result.about for result in comparison.results):
             if first.step != second.step:
                 notes.append(f"{first.name} was trained for {first.step} steps, {second.name} for {second.step}.")
         return notes
 
-    def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns the numbers of the pair."""
-        [result] = comparison.results
-        return result.to_json()
-
     def legend(self, comparison: Comparison) -> str:
-        """Returns what the columns are."""
         return (
             "pair: of the two samples of a seed. closest training image: of a sample and the closest image of its own "
             "training set. difference: pair - closest training image. control: of an image of the first training set "
@@ -92,62 +78,25 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
     def tables(self, comparison: Comparison) -> list[Table]:
         """Returns the mean cosines, one row for each pair of runs, and their spread."""
         from ditlab.analyses.two_subsets.result import cosine_rows, table_row
-        from ditlab.pages.page import Table
 
         results: Sequence[TwoSubsetsResult] = comparison.results
         about = " about their means" if all(result.mean_removed for result in results) else ""
         columns = ("runs", "N", "pairs", "pair", "closest training image", "difference", "control")
-        spread = ("between", "mean", "median", "5 %", "95 %")
-        return [
-            Table(columns, [table_row(result) for result in results], f"Mean cosine of images{about}"),
-            *(
-                Table(
-                    spread, cosine_rows(result), f"Cosines of {result.names}", digits=3, folded="Spread of the cosines"
-                )
-                for result in results
-            ),
-        ]
+        means = Table(columns, [table_row(result) for result in results], f"Mean cosine of images{about}")
+        spread, folded = ("between", "mean", "median", "5 %", "95 %"), "Spread of the cosines"
+        return [means, *(Table(spread, cosine_rows(r), f"Cosines of {r.names}", 3, folded) for r in results)]
 
-    def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns histograms and pairs of samples of each pair of runs; numbered on a page."""
+    def result_figures(self, comparison: Comparison, place: int) -> Mapping[str, Drawing]:
+        """Returns histograms and pairs of samples."""
         from ditlab.analyses.two_subsets.figures import drawings
 
-        hide = comparison.context.hide_training_images or comparison.options.hide_training_images
         models = () if comparison.number else comparison.models or ()
-        figures: dict[str, Drawing] = {}
-        for place, result in enumerate(comparison.results, 1):
-            ending = f"-{place}" if comparison.number else ""
-            figures |= {f"{name}{ending}": drawing for name, drawing in drawings(models, result, hide).items()}
-        return figures
+        return drawings(models, comparison.results[place], comparison.hides_training_images)
 
-    def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: whether the two runs agree, the cosines, the figures."""
-        from ditlab.pages.page import Section
+    def data(self, comparison: Comparison) -> dict[str, Any]:
+        return {f"two-subsets-{place}.json": result.to_json() for place, result in enumerate(comparison.results, 1)}
 
-        return Section(
-            "two-subsets",
-            "Two runs that share no training image",
-            points=self.sentences(comparison),
-            tables=self.tables(comparison),
-            notes=[self.legend(comparison), *comparison.notes],
-            pictures=list(figures.values()),
-            data={f"two-subsets-{place}.json": r.to_json() for place, r in enumerate(comparison.results, 1)},
-        )
-
-    def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
-        """Returns the saved results whose first run is on the page; the second one need not be."""
-        results = [self.report_result(models, place, None, context, reporter) for place in range(len(models))]
-        pairs = [result for result in results if result is not None]
-        return [Comparison(self, pairs, pairs, models, None, self.Options(), context, number=1)] if pairs else []
-
-    def report_result(
-        self, models: ModelSet, place: int, config: Any, context: ReportContext, reporter: Reporter
-    ) -> TwoSubsetsResult | None:
-        """Returns the last saved result whose first run is this model with these weights; None if there is none."""
-        results = find_results(self, models[place], reporter)
-        current = models.open_one(place, reporter).provenance if results else None
-        for result in results:
-            first, second = result.about
-            if current and current.weights and first.same_model(current):
-                return replace(result, about=(replace(first, name=models.names[place], label=""), second))
-        return None
+    def renamed(self, result: TwoSubsetsResult, name: str, kind: str) -> TwoSubsetsResult:
+        """Returns the result with the name of the first run; the second one need not be on the page."""
+        first, second = result.about
+        return replace(result, about=(replace(first, name=name, label=""), second))

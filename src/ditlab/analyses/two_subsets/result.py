@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from ditlab.errors import DitlabError
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult
 from ditlab.provenance import Provenance
 
 __all__ = ["Closest", "TwoSubsetsResult"]
@@ -41,7 +39,7 @@ class Closest:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoSubsetsResult:
+class TwoSubsetsResult(StoredResult):
     """Two runs on disjoint training sets, and the samples of both from the same noise."""
 
     about: tuple[Provenance, Provenance]
@@ -60,8 +58,7 @@ class TwoSubsetsResult:
     pictures: UInt8[np.ndarray, "2 k c h w"] | None = None
     """The first samples of both; None if only the JSON is there."""
 
-    kind = "two-subsets"
-    version = 1
+    kind = file = "two-subsets"
 
     @property
     def names(self) -> str:
@@ -115,11 +112,10 @@ class TwoSubsetsResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything but the pictures."""
         return {
             "kind": self.kind,
             "version": self.version,
-            "about": [asdict(about) | {"settings": dict(about.settings)} for about in self.about],
+            "about": [asdict(about) for about in self.about],
             "seeds": list(self.seeds),
             "mean_removed": self.mean_removed,
             "settings": dict(self.settings),
@@ -135,49 +131,27 @@ class TwoSubsetsResult:
             "sentences": list(self.sentences()),
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], pictures: np.ndarray | None = None) -> TwoSubsetsResult:
-        """Returns what `to_json` gave.
-
-        Raises:
-            DitlabError: a field is missing or unknown.
-        """
-        try:
-            first, second = (Provenance(**about) for about in record["about"])
-            nearest = [Closest.from_json(side) for side in record["nearest"]]
-            return cls(
-                about=(first, second),
-                seeds=tuple(record["seeds"]),
-                mean_removed=record["mean_removed"],
-                pair=np.array(record["pair"], float),
-                nearest=(nearest[0], nearest[1]),
-                control=np.array(record["control"], float),
-                settings=record["settings"],
-                pictures=pictures,
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DitlabError(f"two-subsets result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "two-subsets") -> Path:
-        """Writes NAME.npz (if there are pictures) and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        if self.pictures is not None:
-            write_arrays(folder / f"{name}.npz", {"pictures": self.pictures})
-        return write_json(folder / f"{name}.json", self.to_json())
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {} if self.pictures is None else {"pictures": self.pictures}
 
     @classmethod
-    def load(cls, path: Path | str) -> TwoSubsetsResult:
-        """Loads what `save` wrote, from the JSON's path; the .npz need not be beside it.
+    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("pictures",)
 
-        Raises:
-            DitlabError: a file is damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        arrays = path.with_suffix(".npz")
-        return cls.from_json(record, read_arrays(arrays, ("pictures",))["pictures"] if arrays.exists() else None)
+    @classmethod
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TwoSubsetsResult:
+        first, second = (Provenance(**about) for about in record["about"])
+        nearest, other = (Closest.from_json(side) for side in record["nearest"])
+        return cls(
+            about=(first, second),
+            seeds=tuple(record["seeds"]),
+            mean_removed=record["mean_removed"],
+            pair=np.array(record["pair"], float),
+            nearest=(nearest, other),
+            control=np.array(record["control"], float),
+            settings=record["settings"],
+            pictures=arrays.get("pictures"),
+        )
 
 
 def table_row(result: TwoSubsetsResult) -> tuple[Any, ...]:
