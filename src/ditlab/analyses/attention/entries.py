@@ -52,14 +52,13 @@ class AttentionEntry:
 
     def maps(self, image: ShownImage, sigma: float, layers: Sequence[int]) -> AttentionMaps:
         """Returns the maps of the model on an image."""
+        model, denoiser = self.opened.model, self.opened.denoiser
+        label = None
+        if denoiser.num_classes:
+            label = model.batch("test", 1)[1] if image.held_out else image.classes
+        seed = self.result.config.noise_seed
         return attention_maps(
-            self.opened.denoiser,
-            image.pixels,
-            sigma,
-            layers=layers,
-            noise_seed=self.result.config.noise_seed,
-            place=image.place,
-            label=image.label_for(self.opened),
+            denoiser, image.pixels, sigma, layers=layers, noise_seed=seed, place=image.place, label=label
         )
 
 
@@ -77,12 +76,6 @@ class ShownImage:
     """Whether it is the first held-out image, which each model gives its own class."""
     place: int = 0
     """Its place among the images, on which its noise depends."""
-
-    def label_for(self, opened: OpenedModel) -> Tensor | None:
-        """Returns the class for a model, int64 [1]; None if it takes none, or the image has none."""
-        if not opened.denoiser.num_classes:
-            return None
-        return opened.model.batch("test", 1)[1] if self.held_out else self.classes
 
 
 @dataclass(frozen=True, eq=False)

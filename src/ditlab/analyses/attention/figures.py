@@ -58,10 +58,8 @@ def attention_map_figure(
 
     The maps of `runs`, (label, maps) pairs, are of one noise level and grid. Layers and heads count from 1; without
     `layers` all that every model has are drawn, without `heads` the mean over heads, without `token` the middle one of
-    the grid. `picture` is the maps' image, uint8 [C, H, W], drawn beside the token's rows.
-
-    Raises:
-        DitlabError: no model, several noise levels or grids, a layer, head, image or token that does not exist.
+    the grid. `picture` is the maps' image, uint8 [C, H, W], drawn beside the token's rows. Raises DitlabError for
+    several noise levels or grids, and for what does not exist.
     """
     grid, layers = _common(runs, layers)
     token = (grid[0] // 2, grid[1] // 2) if token is None else token
@@ -258,12 +256,10 @@ def patterns_figure(
 
 def _mark_token(axes: Axes, token: tuple[int, int], grid: Grid, theme: Theme) -> None:
     """Draws lines between the tokens of the grid, and one of them in another colour."""
-    rows, columns = grid
-    for position in np.arange(columns - 1) + 0.5:
-        axes.axvline(position, color=theme.background, lw=0.7)
-    for position in np.arange(rows - 1) + 0.5:
-        axes.axhline(position, color=theme.background, lw=0.7)
-    axes.scatter([token[1]], [token[0]], s=1400 / max(rows, columns) ** 1.4, marker="s", color=theme.run(1), lw=0)
+    for draw, count in ((axes.axvline, grid[1]), (axes.axhline, grid[0])):
+        for place in range(1, count):
+            draw(place - 0.5, color=theme.background, lw=0.7)
+    axes.scatter([token[1]], [token[0]], s=1400 / max(grid) ** 1.4, marker="s", color=theme.run(1), lw=0)
 
 
 def _layer_names(numbers: Sequence[int]) -> str:
@@ -282,10 +278,8 @@ def locality_curves(results: Sequence[LocalityResult], *, slots: Slots | None = 
     """Draws the mean attention distance by layer, and the mass by window side; a column for each N.
 
     Lines are means over seeds (and heads and noise levels), bands their standard deviation. Dashed lines of a model's
-    colour are uniform attention within its windows; the dotted line is uniform attention over the grid.
-
-    Raises:
-        DitlabError: results that cannot be compared (see `compare_locality`).
+    colour are uniform attention within its windows; the dotted line is uniform attention over the grid. Raises
+    DitlabError for results that cannot be compared (see `compare_locality`).
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -339,10 +333,7 @@ def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = No
 
     Values are means over layers, heads and noise levels; small dots are seeds, lines their mean. The dotted line is
     uniform attention over the grid. The dashed line under the cosine of different images' maps is its control, with the
-    rows of one of the two permuted.
-
-    Raises:
-        DitlabError: results that cannot be compared, or a result without a number of training images.
+    rows of one of the two permuted. Raises DitlabError for results that cannot be compared or have no N.
     """
     from matplotlib.ticker import NullLocator
 

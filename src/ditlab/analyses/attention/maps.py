@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.attention.locality import grid_part
@@ -58,11 +58,7 @@ class AttentionMaps:
     sigma: float
 
     def of(self, layer: int, image: int = 0, head: int | None = None) -> Float[Tensor, "T T"]:
-        """Returns one map: the mean over heads, or one head (from 1), of one image.
-
-        Raises:
-            DitlabError: a layer, image or head that does not exist.
-        """
+        """Returns one map: the mean over heads, or one head (from 1), of one image. Raises DitlabError for others."""
         if layer not in self.maps:
             raise DitlabError(f"attention maps: expected a layer of {sorted(self.maps)}, found {layer}")
         maps = self.maps[layer]
@@ -76,16 +72,12 @@ class AttentionMaps:
     def token(
         self, token: tuple[int, int], layer: int, image: int = 0, head: int | None = None
     ) -> Float[Tensor, "rows columns"]:
-        """Returns the weights of the token in this (row, column), from 0, on the grid; they sum to 1.
-
-        Raises:
-            DitlabError: a token, layer, image or head that does not exist.
-        """
+        """Returns the weights of the token in this (row, column), from 0, on the grid; they sum to 1."""
         return self.of(layer, image, head)[check_token(token, self.grid)].reshape(self.grid)
 
 
 def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
-    """Returns the attention layers of a denoiser's network, numbered from 1.
+    """Returns the attention layers of a denoiser's network.
 
     Raises:
         DitlabError: it has none, has layers of another kind that were not given to
@@ -116,9 +108,7 @@ def has_attention(denoiser: Denoiser) -> bool:
 def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
     """Returns the layers with these numbers (from 1; all if none is named), ascending.
 
-    Raises:
-        DitlabError: a layer that does not exist, layers of a single token, or layers that differ in grid or heads, so
-            that one table cannot hold them.
+    Raises DitlabError for layers of a single token, and for layers of several grids or heads: no table can hold both.
     """
     for layer in layers:
         if not 1 <= layer <= len(known):
@@ -202,8 +192,8 @@ def attention_maps(
         label: class of each image for a class-conditional denoiser.
 
     Raises:
-        DitlabError: no attention, a layer that does not exist, layers of several grids, images or a level that the
-            denoiser does not take, maps that are not finite.
+        DitlabError: no attention, layers that do not exist, are of several grids, or run twice or never in a pass,
+            images or a level that the denoiser does not take, guidance, maps that are not finite.
 
     Example:
         >>> from ditlab.diffusion.denoisers import EDMDenoiser
@@ -238,11 +228,7 @@ def forward_with_maps(
     """Runs the denoiser once on noisy images and calls `use(layer, maps)` for each layer as soon as it has run.
 
     Maps are [B, heads, T, T] over the tokens of the grid, on the denoiser's device, and may be dropped after the call.
-    The other arguments are those of `attention_maps`.
-
-    Raises:
-        DitlabError: images that the denoiser does not take, a layer that runs twice or never, guidance, maps that are
-            not finite.
+    The other arguments and the errors are those of `attention_maps`.
     """
     by_index = {layer.number - 1: layer for layer in layers}
     done: set[int] = set()
@@ -270,9 +256,8 @@ def forward_with_maps(
             f"attention: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(x0.shape[1:])}"
         )
     noise = level_noise(noise_seed, sigma, range(place, place + len(x0)), [0] * len(x0), denoiser.shape)
-    module = denoiser.module
-    assert isinstance(module, nn.Module)  # attention_layers has checked it
-    with capture_attention(module, sorted(by_index), use=check):
+    assert denoiser.module is not None  # attention_layers has checked it
+    with capture_attention(denoiser.module, sorted(by_index), use=check):
         denoiser(x0 + sigma * noise.to(x0), sigma, None if label is None else label.to(x0.device))
     missing = sorted(set(by_index) - done)
     if missing:

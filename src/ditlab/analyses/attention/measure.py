@@ -61,9 +61,7 @@ def measure_models(
 ) -> list[LocalityResult]:
     """Measures models that are not in the cache, all on the same number of images; returns one result for each.
 
-    Raises:
-        DitlabError: a model without attention; models that differ in layers, grid or noise levels; an image, token or
-            head that does not exist.
+    All are checked before the first is measured.
     """
     source = options.images_from
     models = [_with_source(opened, source) for opened in models]
@@ -80,7 +78,7 @@ def measure_models(
         )
     results = []
     for opened, mine in zip(models, available, strict=True):
-        # A model with fewer images than others keeps the number that was asked for, so that its result says so.
+        # The one with the fewest images keeps the number that was asked for, so that its result says what is missing.
         settings = config if mine == count else replace(config, images=count)
 
         def measure(opened: OpenedModel = opened, settings: AttentionConfig = settings) -> LocalityResult:

@@ -74,12 +74,12 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
         return super().report_result(models, place, config, context, reporter)
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        from ditlab.analyses.jacobian.tables import jacobian_tables
+        from ditlab.analyses.jacobian.section import jacobian_tables
 
         return jacobian_tables(comparison.detail)
 
     def legend(self, comparison: Comparison) -> str:
-        from ditlab.analyses.jacobian.tables import definitions
+        from ditlab.analyses.jacobian.section import definitions
 
         return "\n".join(definitions(comparison.detail))
 

@@ -88,13 +88,10 @@ BEST_OF = 8
 def measure_value(point: JacobianPoint, what: str) -> float | None:
     """Returns a number of a point; None if it was not measured.
 
-    Args:
-        point: the Jacobian.
-        what: one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share;
-            "leading edges" and the like, the mean of that measure over the leading vectors; "best nearest", the largest
-            |correlation| of the leading vectors with the nearest other training image; "best others", the mean
-            |correlation| of that vector with further training images, its control; "best image", the largest one with
-            the clean image itself.
+    `what` is one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share; "leading
+    edges" and the like, the mean of that measure over the leading vectors; "best nearest", the largest |correlation| of
+    the leading vectors with the nearest other training image; "best others", the mean |correlation| of that vector with
+    further training images, its control; "best image", the largest one with the clean image itself.
     """
     kind, _, which = what.rpartition(" ")
     if kind in ("locality", "Wiener locality"):

@@ -100,32 +100,21 @@ def decompose_top(
     count: int,
     *,
     seed: int = 0,
-    tolerance: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Decomposition:
     """Computes the leading values and vectors from products with the Jacobian, which is never stored.
 
-    `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone. Memory: a few times `count` vectors.
-    If values are equal to the last digit, as symmetry can make them, some may be missed; the whole matrix gives them
-    all.
+    `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone. `count` is 1 to D - 2; the last value
+    of `eig` or `eig-right` may be half of a complex pair. If values are equal to the last digit, as symmetry can make
+    them, some may be missed; the whole matrix gives them all. Memory: a few times `count` vectors.
 
-    Args:
-        operator: the Jacobian.
-        kind: which.
-        count: how many, from 1 to D - 2. The last value of `eig` or `eig-right` may be half of a complex pair.
-        seed: of the first vector.
-        tolerance: of a residual, relative to the value; 1e-5 in float32, 1e-9 in float64 if None.
-        progress: called with the number of products so far.
-
-    Raises:
-        DitlabError: a count that is too small or too large, or no convergence.
+    `seed` draws the first vector. `progress` is called with the number of products so far. Raises DitlabError if the
+    values do not converge.
     """
     from scipy.sparse.linalg import eigs, eigsh
 
     check_count(count, operator.size)
-    if tolerance is None:
-        tolerance = 1e-9 if operator.y.dtype == torch.float64 else 1e-5
-    solve = partial(_arpack, operator, count=count, tolerance=tolerance, seed=seed, progress=progress)
+    solve = partial(_arpack, operator, count=count, seed=seed, progress=progress)
     forward, reverse = partial(_apply, operator, operator.forward), partial(_apply, operator, operator.reverse)
     if kind == "svd":
         _, vectors = solve(eigsh, lambda v: reverse(forward(v)), "LM")
@@ -156,7 +145,6 @@ def _arpack(
     which: str,
     *,
     count: int,
-    tolerance: float,
     seed: int,
     progress: Callable[[int], object] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +162,7 @@ def _arpack(
     # A basis of 1.5 times the count needed the fewest products for trained networks (the usual factor of 2: 5-10 %
     # more).
     basis = min(size, max(count * 3 // 2, count + 20))
+    tolerance = 1e-9 if operator.y.dtype == torch.float64 else 1e-5  # of a residual, relative to the value
     linear: Any = LinearOperator((size, size), matvec=matvec, dtype=np.dtype(np.float64))  # pyright: ignore[reportCallIssue]
     try:
         return solver(linear, k=count, which=which, v0=start, tol=tolerance, ncv=basis)

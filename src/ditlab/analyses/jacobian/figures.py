@@ -42,19 +42,12 @@ def vector_gallery(
 ) -> Figure:
     """Draws the saved vectors (An et al. Figs. 1-3): one row for each vector, one column for each model.
 
-    A single model takes several columns. r_hom and r_lin are above the vectors of each model.
+    A single model takes several columns. r_hom and r_lin are above the vectors of each model; vectors that one of them
+    lacks are left blank. `right` draws the right singular vectors, directions of the input, instead of the left ones.
 
     The colours of a vector go from minus to plus its largest entry over all channels, so that its channels can be
-    compared. The panels of a colour image have red, green and blue frames, in this order.
-
-    Args:
-        points: (label, Jacobian) pairs of one image size; vectors that one of them lacks are left blank.
-        decomposition: which vectors they are.
-        right: the right singular vectors, directions of the input, instead of the left ones, of the output.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian, no saved vector, or images of several sizes.
+    compared. The panels of a colour image have red, green and blue frames, in this order. Raises DitlabError for no
+    saved vector, or images of several sizes.
     """
     shape = _one_shape("vector gallery", points)
     shown = sorted({int(k) for _, point in points for k in point.shown})

@@ -1,25 +1,36 @@
-"""The Jacobians of one model: reused from earlier results, measured where missing, saved image by image."""
+"""The Jacobians of one model: its images; reused from earlier results, measured where missing, saved image by image.
+
+The images are those of the model, picture files, or either with permuted pixels. Picture files show a denoiser at any
+image, and denoisers of several image sets at the same one. Permuted pixels are the control for patterns that follow an
+image: its values stay, its shapes are gone.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ditlab.analyses.cache import find_results, save_result
 from ditlab.analyses.jacobian.comparison import same_noise
 from ditlab.analyses.jacobian.config import JacobianConfig, JacobianOptions
-from ditlab.analyses.jacobian.images import config_of_images, load_images
 from ditlab.analyses.jacobian.measure import check_jacobian, measure_jacobian
 from ditlab.analyses.jacobian.result import JacobianPoint, JacobianResult
-from ditlab.errors import DitlabError, Incompatible
+from ditlab.data.autoencoder import Autoencoder
+from ditlab.data.pixels import centre_crop, decode, planes, to_float
+from ditlab.errors import DitlabError, Incompatible, InvalidConfig, NotFound
 from ditlab.models.comparing import OpenedModel
+from ditlab.models.model import Model
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance, check_groups
+from ditlab.rng import numpy_generator
 
 if TYPE_CHECKING:
     from ditlab.analyses.jacobian import Jacobian
@@ -49,14 +60,10 @@ class JacobianJob:
     def prepare(
         cls, analysis: Jacobian, opened: OpenedModel, config: JacobianConfig, options: JacobianOptions
     ) -> JacobianJob:
-        """Loads the images and checks the settings.
-
-        Raises:
-            DitlabError: settings that do not fit, images that do not exist, a denoiser without a Jacobian.
-        """
-        config = config_of_images(config, options)
+        """Loads the images and checks the settings (`check_jacobian`)."""
+        config = _config_of_images(config, options)
         model, denoiser = opened.model, opened.denoiser
-        images, labels, images_about = load_images(model, config, options, denoiser.shape)
+        images, labels, images_about = _load_images(model, config, options, denoiser.shape)
         about = replace(opened.provenance, settings={**opened.provenance.settings, **images_about})
         try:
             sigmas = check_jacobian(denoiser, images, config, labels)
@@ -146,11 +153,7 @@ def _by_image(config: JacobianConfig) -> JacobianConfig:
 
 
 def check_jobs(jobs: Sequence[JacobianJob]) -> None:
-    """Checks what must hold for all models together, before the work starts.
-
-    Raises:
-        Incompatible: images of several sizes, different noise levels, or models that cannot be compared.
-    """
+    """Raises Incompatible for models that cannot be compared, or have images of several sizes or other noise levels."""
     check_groups([job.about for job in jobs], "jacobian")
     first = jobs[0]
     for job in jobs:
@@ -164,3 +167,72 @@ def check_jobs(jobs: Sequence[JacobianJob]) -> None:
             raise Incompatible(
                 f"jacobian: expected models with the same noise levels, found different ones ({names}); give `sigmas`"
             )
+
+
+def _config_of_images(config: JacobianConfig, options: JacobianOptions) -> JacobianConfig:
+    """Returns the config, with the places of the picture files as its images where there are such files."""
+    if not options.pictures:
+        return config
+    if config.images != JacobianConfig().images:
+        raise InvalidConfig(f"jacobian: expected `images` or `pictures`, found both (images {config.images})")
+    if options.images_from != "test":
+        raise InvalidConfig(f"jacobian: expected `images_from` or `pictures`, found both ({options.images_from})")
+    return replace(config, images=tuple(range(len(options.pictures))))
+
+
+def _load_images(
+    model: Model, config: JacobianConfig, options: JacobianOptions, shape: Sequence[int]
+) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None, dict[str, Any]]:
+    """Loads the images as a denoiser of this shape (C, H, W) sees them, with what a result keeps about their origin.
+
+    Returns images of a side up to the last that the config names, float32 [n, C, H, W]; their labels, int64 [n], or
+    None; JSON values.
+    """
+    about: dict[str, Any] = {"images_from": options.images_from}
+    if options.pictures:
+        pictures = _read([Path(file) for file in options.pictures], shape, model.codec)
+        images, labels = _encode(pictures, model.codec), None
+        hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+        about = {"images_from": "files", "pictures": hashes}
+    else:
+        images, labels = model.batch(options.images_from, max(config.images) + 1)
+    if options.shuffled:
+        about["shuffled"] = True
+        images = torch.stack([_permute_pixels(image, place) for place, image in enumerate(images)])
+    return images, labels, about
+
+
+def _read(files: Sequence[Path], shape: Sequence[int], codec: Autoencoder) -> np.ndarray:
+    """Returns the centres of the files, uint8 [n, C, H, W], at the denoiser's size, cut as by `ditlab data prepare`."""
+    if shape[1] != shape[2]:
+        raise Incompatible(f"jacobian `pictures`: expected a denoiser of square images, found {shape[1]}x{shape[2]}")
+    channels = shape[0] if codec.record.kind == "identity" else codec.record.image_channels
+    if channels not in (1, 3):
+        raise Incompatible(f"jacobian `pictures`: expected a denoiser of 1 or 3 channels, found {channels}")
+    size = shape[1] * codec.record.factor
+    pictures = []
+    for file in files:
+        if not file.is_file():
+            raise NotFound(f"{file}: no such picture file")
+        try:
+            picture = decode(file, "rgb" if channels == 3 else "grey")
+        except DitlabError as error:
+            raise DitlabError(f"{file}: {error}") from None
+        if min(picture.size) < size:
+            raise Incompatible(
+                f"{file}: expected a picture of at least {size}x{size} pixels, found {picture.width}x{picture.height}"
+            )
+        pictures.append(planes(centre_crop(picture, size)))
+    return np.stack(pictures)
+
+
+def _encode(pictures: np.ndarray, codec: Autoencoder) -> Tensor:
+    """Returns the pictures as a denoiser sees them: in [-1, 1], or the means of their scaled latents."""
+    mean, _ = codec.moments(to_float(torch.from_numpy(np.ascontiguousarray(pictures))).to(codec.device))
+    return (mean.float().cpu() - codec.record.shift) * codec.record.scale
+
+
+def _permute_pixels(image: Tensor, place: int) -> Tensor:
+    """Returns the image [C, H, W] with its pixels in an order that depends on its place alone."""
+    order = numpy_generator(0, "shuffled pixels", place).permutation(image[0].numel())
+    return image.flatten(1)[:, torch.from_numpy(order)].reshape(image.shape)

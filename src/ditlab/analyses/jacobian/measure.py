@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,47 +38,43 @@ DEFAULT_STEPS = (100,)
 """The step of the DDPM process (T = 1000, linear) that gives the default noise level: sigma 0.34."""
 _DEFAULT_LEVELS = tuple(float(sigma) for sigma in make_schedule("linear", 1000).sigmas[list(DEFAULT_STEPS)])
 
-NUMBERS: Mapping[str, str] = MappingProxyType(
-    {
-        "trace": "sum of the eigenvalues",
-        "sum_of_squares": "sum of squared singular values",
-        "participation_ratio": "participation ratio of the values",
-        "leading_over_median": "leading value over the median one",
-        "asymmetry": "|J - J^T| / |J|",
-        "negative": "share of negative eigenvalues (eigh)",
-        "alignment": "mean |u . v| (svd)",
-        "alignment_weighted": "mean |u . v|, weighted by squared singular values (svd)",
-        "harmonicity": "rank correlation of frequency with index",
-        "harmonicity_leading": f"the same of the {LEADING} leading vectors",
-        "harmonicity_shuffled": "harmonicity with the vectors' pixels shuffled, a control",
-        "shrinkage_distance": "RMS distance of values to the oracle's shrinkage (x0)",
-        "r_hom": "|f - J x| / |f|",
-        "r_lin": "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|",
-        "mse": "mean squared error of the estimate of x0",
-        "sure": "Stein's unbiased estimate of mse, from the trace (x0)",
-        "products": "products with the Jacobian or its transpose",
-    }
-)
+NUMBERS: Mapping[str, str] = {
+    "trace": "sum of the eigenvalues",
+    "sum_of_squares": "sum of squared singular values",
+    "participation_ratio": "participation ratio of the values",
+    "leading_over_median": "leading value over the median one",
+    "asymmetry": "|J - J^T| / |J|",
+    "negative": "share of negative eigenvalues (eigh)",
+    "alignment": "mean |u . v| (svd)",
+    "alignment_weighted": "mean |u . v|, weighted by squared singular values (svd)",
+    "harmonicity": "rank correlation of frequency with index",
+    "harmonicity_leading": f"the same of the {LEADING} leading vectors",
+    "harmonicity_shuffled": "harmonicity with the vectors' pixels shuffled, a control",
+    "shrinkage_distance": "RMS distance of values to the oracle's shrinkage (x0)",
+    "r_hom": "|f - J x| / |f|",
+    "r_lin": "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|",
+    "mse": "mean squared error of the estimate of x0",
+    "sure": "Stein's unbiased estimate of mse, from the trace (x0)",
+    "products": "products with the Jacobian or its transpose",
+}
 """Name in `JacobianPoint.numbers` -> what it is. Numbers without meaning for the settings are absent; numbers that need
 the whole matrix are None without it.
 
 r_hom and r_lin: for the target x0, f is D and x is y, both minus the denoiser's origin; for eps, f is the estimated
 noise and x is x_t = scale * (y - origin); for I-eps f is x minus that noise."""
 
-BY_VECTOR: Mapping[str, str] = MappingProxyType(
-    {
-        "frequency": "mean radial frequency, as a share of Nyquist's",
-        "participation": "share of the pixels that the vector covers",
-        "edges": "energy on edges of the clean image, over their share of pixels",
-        "alignment": "|u . v| (svd)",
-        "clean_coefficient": "<u, x0 - origin>",
-        "noisy_coefficient": "<v, y - origin>",
-        "oracle_shrinkage": "c^2 / (c^2 + sigma^2), c the clean coefficient (x0)",
-        "image_correlation": "|correlation| with the clean image",
-        "nearest_correlation": "|correlation| with the nearest other training image",
-        "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
-    }
-)
+BY_VECTOR: Mapping[str, str] = {
+    "frequency": "mean radial frequency, as a share of Nyquist's",
+    "participation": "share of the pixels that the vector covers",
+    "edges": "energy on edges of the clean image, over their share of pixels",
+    "alignment": "|u . v| (svd)",
+    "clean_coefficient": "<u, x0 - origin>",
+    "noisy_coefficient": "<v, y - origin>",
+    "oracle_shrinkage": "c^2 / (c^2 + sigma^2), c the clean coefficient (x0)",
+    "image_correlation": "|correlation| with the clean image",
+    "nearest_correlation": "|correlation| with the nearest other training image",
+    "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
+}
 """Name in `JacobianPoint.by_vector` -> what it is, of the left vector u (v is the right one; v = u for all but svd)."""
 
 
