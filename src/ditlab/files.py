@@ -232,6 +232,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         # Opened here, for np.load leaves a file open that turns out to be damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+            return {name: arrays[name] for name in names or arrays.files}  # all if none is named
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise Damaged(f"{path}: expected the arrays {', '.join(names)} of a result ({error})") from error
+        named = f" {', '.join(names)}" if names else ""
+        raise Damaged(f"{path}: expected the arrays{named} of a result ({error})") from error

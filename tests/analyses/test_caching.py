@@ -19,7 +19,7 @@ from ditlab.analyses.jacobian import Jacobian
 from ditlab.analyses.psnr_gap import PSNRConfig, PSNRGap, measure
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.samples.measure import SampleSet
-from ditlab.analyses.trajectory.course import Course
+from ditlab.analyses.trajectory.comparison import Course
 from ditlab.data import ImageSet, prepare
 from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.models.comparing import open_models

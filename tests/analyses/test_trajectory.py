@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_seed, compare_trajectories
+from ditlab.analyses.trajectory.comparison import Trajectory, compare_seed, compare_trajectories
 from ditlab.analyses.trajectory.tables import best_sentence, course_table, matched_differences, matched_table
 from ditlab.errors import DitlabError
-from ditlab.metrics.psnr import PSNRPoint
 
 STEPS = (100, 200, 300, 400)
 
 
 def run(label: str, train, test, seed: int = 0, steps=STEPS, **settings) -> Trajectory:
-    points = [(s, float(a), float(b)) for s, a, b in zip(steps, train, test, strict=True)]
-    return Trajectory.from_points(label, seed, points, **settings)
+    train, test = tuple(map(float, train)), tuple(map(float, test))
+    gap = tuple(a - b for a, b in zip(train, test, strict=True))
+    return Trajectory(label, seed, tuple(steps), train, test, gap, **settings)
 
 
 def test_equal_quality_at_different_speed_differs_at_equal_steps_only():
@@ -91,14 +91,6 @@ def test_tables_say_what_the_sentences_say():
     assert best_sentence([]) == ""
 
 
-def test_saved_and_loaded_again(tmp_path):
-    found = compare_trajectories(
-        [run("global", (16, 20, 24, 28), (16, 18, 17, 14), s, n=50) for s in (0, 1)],
-        [run("local", (14, 16, 20, 24), (15, 16, 18, 17), s, n=50) for s in (0, 1)],
-    )
-    assert MatchedComparison.load(found.save(tmp_path)) == found
-
-
 def test_from_a_log():
     lines = [
         {"step": 50, "loss": 0.3},
@@ -108,9 +100,7 @@ def test_from_a_log():
     found = Trajectory.from_log("global", 0, lines, n=50)
     assert found.steps == (100, 200)
     assert found.gap == (1.2, 2.1)
-    assert found == Trajectory.from_points(
-        "global", 0, [(100, PSNRPoint(12.0, 11.0, 1.2)), (200, PSNRPoint(14.0, 12.0, 2.1))], n=50
-    )
+    assert found == Trajectory("global", 0, (100, 200), (12.0, 14.0), (11.0, 12.0), (1.2, 2.1), n=50)
 
 
 def test_what_cannot_be_compared():

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from ditlab.analyses.cache import find_current, find_results, same_config, save_result
 from ditlab.arguments import check_fields, plain
 from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.files import write_json
 from ditlab.pages.page import Section, Table, ThemedFigure
+from ditlab.pages.theme import assign
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -28,15 +30,7 @@ if TYPE_CHECKING:
     from ditlab.models.comparing import ModelSet, OpenedModel
     from ditlab.pages.drawing import Drawing
 
-__all__ = [
-    "Analysis",
-    "Comparison",
-    "NoOptions",
-    "Overview",
-    "ReportContext",
-    "SeparateResults",
-    "settings_of",
-]
+__all__ = ["Analysis", "Comparison", "NoOptions", "Overview", "ReportContext", "SeparateResults", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -137,8 +131,6 @@ class Comparison:
     @property
     def slots(self) -> Mapping[str, int]:
         """Kind of model -> its colour."""
-        from ditlab.pages.theme import assign
-
         return self.context.slots or assign(self.detail.labels)
 
     @property
@@ -181,13 +173,10 @@ class Comparison:
 
     def save(self, out: Path) -> list[Path]:
         """Writes the comparison and its figures into a folder; returns the paths."""
-        from ditlab.files import write_json
         from ditlab.pages.drawing import save_drawings
 
-        written = []
-        if self.analysis.comparison_file:
-            written.append(write_json(out / self.analysis.comparison_file, self.to_json()))
-        return [*written, *save_drawings(self.drawings(), out)]
+        file = self.analysis.comparison_file
+        return [*([write_json(out / file, self.to_json())] if file else []), *save_drawings(self.drawings(), out)]
 
     def _repr_html_(self) -> str:
         from ditlab.pages.notebook import comparison_html
@@ -236,11 +225,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
     def measure(
         self, models: ModelSet, config: ConfigT, options: OptionsT, reporter: Reporter = SILENT
     ) -> Sequence[Any]:
-        """Measures models, taking from the cache what was measured before.
-
-        Returns:
-            One result for each model, then those of baselines, if there are any (`result.baseline`).
-        """
+        """Returns a result for each model, measured or from the cache, then those of baselines (`result.baseline`)."""
         return [
             self.cached(opened, config, lambda opened=opened: self.measure_model(opened, config, reporter), reporter)
             for opened in models.open(reporter)
@@ -315,8 +300,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
 
         The models have their newest averaged weights. Those that cannot be measured leave a note.
         """
-        config = context.configs.get(self.name)
-        settings = self.Config() if config is None else config
+        settings = context.configs.get(self.name) or self.Config()
         groups: dict[Any, list[tuple[int, Any]]] = {}
         for place, name in enumerate(models.names):
             try:
@@ -372,8 +356,7 @@ class Analysis(Generic[ConfigT, OptionsT]):
         """
         for result in find_results(self, opened.model, reporter):
             if result.about.same_measurement(opened.provenance) and same_config(result.config, config):
-                about = replace(opened.provenance, settings=result.about.settings)
-                return replace(result, about=about)
+                return replace(result, about=replace(opened.provenance, settings=result.about.settings))
         result = measure()
         save_result(result, opened.model.path / "analysis", self.name, aside=True)
         return result
@@ -391,19 +374,14 @@ class Analysis(Generic[ConfigT, OptionsT]):
         self.check_count(len(models))
         results = self.measure(models, config, options, reporter)
         own = [result for result in results if not getattr(result, "baseline", False)]
-        comparison = Comparison(self, self.compare(results), own, models, config, options)
-        folder = models.folder if out is None else out
+        comparison, folder = Comparison(self, self.compare(results), own, models, config, options), out or models.folder
         written = self.save(results, models, folder)
-        comparison.files = [*written, *comparison.save(folder)] if not self.comparison_file else comparison.save(folder)
+        comparison.files = [*([] if self.comparison_file else written), *comparison.save(folder)]
         return comparison
 
 
 def settings_of(kind: type[Any], values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns a config made of those values that are its fields, and the values that are left.
-
-    Raises:
-        InvalidConfig: a value cannot be what the field takes.
-    """
+    """Returns a config made of those values that are its fields, and the values that are left; checks their types."""
     names = set(kind.__dataclass_fields__)
     mine = {name: plain(value) for name, value in values.items() if name in names}
     check_fields(kind, mine)

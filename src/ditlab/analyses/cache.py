@@ -20,6 +20,7 @@ __all__ = ["find_current", "find_results", "same_config", "save_result"]
 
 _NOT_COMPARED = ("batch_size", "chunk")
 """Settings that do not change a number beyond rounding."""
+_SUFFIXES = (".json", ".npz", ".csv")
 
 
 def same_config(first: Any, second: Any) -> bool:
@@ -66,10 +67,10 @@ def save_result(result: Any, folder: Path, name: str, *, aside: bool = False) ->
         if aside:
             return result.save(folder, f"{name}.{key}")
         for file in folder.glob(f"{name}.*"):
-            if file.suffix in (".json", ".npz", ".csv") and file.stem == name:
+            if file.suffix in _SUFFIXES and file.stem == name:
                 file.replace(file.with_name(f"{name}.{stored}{file.suffix}"))
     saved = result.save(folder, name)
-    for suffix in (".json", ".npz", ".csv"):  # a result that was kept, and is the last one again, is there once
+    for suffix in _SUFFIXES:  # a result that was kept, and is the last one again, is there once
         (folder / f"{name}.{key}{suffix}").unlink(missing_ok=True)
     return saved
 

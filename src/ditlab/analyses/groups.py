@@ -1,4 +1,4 @@
-"""Results grouped by kind of model and N, over seeds: what the comparisons of several rooms have in common."""
+"""Results grouped by kind of model and N, over seeds, and differences: what comparisons of several rooms share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ditlab.metrics.paired import PairedDifference
+from ditlab.pages.page import Table
 from ditlab.provenance import check_groups
 
-__all__ = ["GroupedResults", "SeedGroup", "grouped"]
+__all__ = ["GroupedResults", "SeedGroup", "differences_table", "grouped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,3 +95,17 @@ def grouped(results: Sequence[Any], kind: type[GroupT], what: str) -> tuple[Grou
     labels = list(dict.fromkeys(r.about.group for r in results))
     ordered = sorted(results, key=lambda r: (labels.index(r.about.group), r.about.n or 0, r.about.seed))
     return tuple(kind(tuple(same)) for _, same in groupby(ordered, key=lambda r: (r.about.group, r.about.n)))
+
+
+def differences_table(
+    rows: Sequence[tuple[str, int | None, PairedDifference]], caption: str = "", unit: str = "dB"
+) -> Table:
+    """Returns a row for each (quantity, N, difference): its interval over paired seeds, and what that allows to say."""
+    cells = []
+    for what, n, d in rows:
+        digits = 2 if max(abs(d.mean), abs(d.low or 0), abs(d.high or 0)) >= 0.1 else 4
+        interval = None if d.low is None else f"{d.low:+.{digits}f} to {d.high:+.{digits}f}"
+        between = f"{d.second} minus {d.first}"
+        cells.append((what, n, between, f"{d.mean:+.{digits}f}", interval, len(d.seeds), d.verdict(unit)))
+    columns = ("quantity", "N", "between", f"difference, {unit}", "95 % interval", "seeds", "result")
+    return Table(columns, cells, caption)

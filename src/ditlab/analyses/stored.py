@@ -45,11 +45,6 @@ class StoredResult:
         return {}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the names of the arrays of the result with this JSON."""
-        return ()
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
         """Returns the result of this JSON and these arrays; any error of a missing or unknown field may be raised."""
         raise NotImplementedError
@@ -85,9 +80,9 @@ class StoredResult:
         """
         path = Path(path)
         record, beside = read_json(path, cls.kind, cls.version), path.with_suffix(".npz")
+        arrays = read_arrays(beside, ()) if cls.needs_arrays or beside.exists() else {}
         with _damaged_where(str(path)):
-            names = cls.array_names(record)
-            return cls.read(record, read_arrays(beside, names) if cls.needs_arrays or beside.exists() else {})
+            return cls.read(record, arrays)
 
 
 @contextmanager

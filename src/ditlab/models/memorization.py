@@ -25,6 +25,12 @@ def training_images(model: Model, mirror: bool) -> Iterator[tuple[np.ndarray, np
         yield model.decoded(part), model.decoded(part, mirrored=True) if mirror else None
 
 
+def training_pictures(model: Model, places: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """The original training images at these places, uint8 [n, C, H, W], mirrored where `mirrored` (bool [n])."""
+    images = model.originals(model.split.train[places])
+    return np.where(mirrored[:, None, None, None], images[..., ::-1], images)
+
+
 def nearest_training(model: Model, images: np.ndarray) -> tuple[Nearest, Nearest | None]:
     """The nearest training images of pictures uint8 [n, C, H, W], and those of held-out images, where there are any."""
     held_out = model.decoded_held_out(MAX_CONTROLS)

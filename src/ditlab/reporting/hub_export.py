@@ -21,7 +21,7 @@ from ditlab.analyses.attention.result import LocalityResult
 from ditlab.analyses.cache import find_current
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
-from ditlab.analyses.trajectory.course import trajectory_of
+from ditlab.analyses.trajectory.comparison import trajectory_of
 from ditlab.config import to_json
 from ditlab.errors import DitlabError, Incompatible, InvalidConfig
 from ditlab.files import atomic_folder

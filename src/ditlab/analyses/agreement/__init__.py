@@ -52,7 +52,6 @@ class Agreement(Analysis[AgreementConfig, AgreementOptions]):
         )
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns one row for each model and baseline."""
         from ditlab.analyses.agreement.result import table_row
 
         columns = ("model", "N", "baseline", "correlation", "other noise", "R²", "MSE", "one step", "window")
@@ -64,7 +63,6 @@ class Agreement(Analysis[AgreementConfig, AgreementOptions]):
         return [Table(columns, rows, caption, digits=3)]
 
     def result_figures(self, comparison: Comparison, place: int) -> Mapping[str, Drawing]:
-        """Returns the images side by side and the correlations."""
         from ditlab.analyses.agreement.figures import drawings
 
         assert comparison.models is not None

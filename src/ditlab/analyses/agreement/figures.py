@@ -33,13 +33,7 @@ MEMORIZING_BASELINES = ("empirical-bayes", "wiener-locality")
 
 
 def drawings(model: Model, result: AgreementResult, hide_training_images: bool) -> dict[str, Drawing]:
-    """Returns the figures of a result by file name; the images are left out if only the JSON is there.
-
-    Args:
-        model: whose result it is; its autoencoder decodes latents.
-        result: what was measured.
-        hide_training_images: show no training image, and nothing that is nearly one.
-    """
+    """Returns the figures of a model's result by file name; the images are left out if only the JSON is there."""
     name = result.about.name
     figures = {
         "agreement": Drawing(
@@ -67,24 +61,17 @@ def images_to_show(
 ) -> dict[str, np.ndarray]:
     """Returns the first images, uint8 [n, C, H, W]: "noise", "network", and those of baselines by name.
 
-    Args:
-        model: whose autoencoder decodes latents; noise is not decoded.
-        result: with its images.
-        hide_training_images: leave out the baselines whose samples are training images, and mask images that are
-            nearly a training image.
+    With `hide_training_images`, baselines whose samples are training images are left out, and images that are nearly a
+    training image are masked.
     """
     assert result.images is not None
-    arrays = {"network": result.images, **{b.name: b.images for b in result.baselines if b.images is not None}}
+    left_out = MEMORIZING_BASELINES if hide_training_images else ()
+    arrays = {name: images[:MAX_SHOWN] for name, images in result.arrays().items() if name not in left_out}
+    pictures = {name: model.decode(torch.from_numpy(images)) for name, images in arrays.items()}
     if hide_training_images:
-        arrays = {name: images for name, images in arrays.items() if name not in MEMORIZING_BASELINES}
-    pictures = {name: model.decode(torch.from_numpy(images[:MAX_SHOWN])) for name, images in arrays.items()}
-    if hide_training_images:
-        nearest = nearest_training(model, np.concatenate(list(pictures.values())))
-        hidden = near_copies(*nearest, known=model.knows_training_images)
-        parts = np.split(hidden, len(pictures))
-        pictures = {
-            name: mask_images(images, part) for (name, images), part in zip(pictures.items(), parts, strict=True)
-        }
+        every = np.concatenate(list(pictures.values()))
+        hidden = near_copies(*nearest_training(model, every), known=model.knows_training_images)
+        pictures = dict(zip(pictures, np.split(mask_images(every, hidden), len(pictures)), strict=True))
     noise = ImageNoise(range(min(MAX_SHOWN, result.config.images)), result.shape).initial() / 3
     if result.shape[0] in (1, 3) and result.shape[1:] == pictures["network"].shape[2:]:
         return {"noise": to_uint8(noise).numpy(), **pictures}
@@ -94,34 +81,21 @@ def images_to_show(
     return {"noise": np.broadcast_to(large, pictures["network"].shape), **pictures}
 
 
-def agreement_images(
-    result: AgreementResult, images: Mapping[str, np.ndarray], *, columns: int = 8, theme: Theme = LIGHT
-) -> Figure:
-    """Draws the noise, what the network draws from it, and what each baseline draws, with the correlations below.
-
-    Args:
-        result: what was measured.
-        images: uint8 [n, C, H, W] by name: "noise", "network", and the baselines to show.
-        columns: images in a row, at most.
-        theme: light or dark.
-    """
-    rows = [ImageRow(name, images[name][:columns]) for name in ("noise", "network")]
+def agreement_images(result: AgreementResult, images: Mapping[str, np.ndarray], *, theme: Theme = LIGHT) -> Figure:
+    """Draws what `images_to_show` gave, with the correlations below."""
+    rows = [ImageRow(name, images[name]) for name in ("noise", "network")]
+    count = len(images["network"])
     for baseline in result.baselines:
         if baseline.name in images:
-            name = f"{baseline.title}\nmedian {np.median(baseline.correlation):.2f}"
-            captions = [f"{value:.2f}" for value in baseline.correlation[:columns]]
-            rows.append(ImageRow(name, images[baseline.name][:columns], captions))
-    seeds = [f"seed {seed}" for seed in range(len(rows[0].images))]
-    return image_rows(rows, titles=seeds, theme=theme)
+            name = f"{baseline.title}\nmedian {baseline.median('correlation'):.2f}"
+            captions = [f"{value:.2f}" for value in baseline.correlation[:count]]
+            rows.append(ImageRow(name, images[baseline.name], captions))
+    return image_rows(rows, titles=[f"seed {seed}" for seed in range(count)], theme=theme)
 
 
 def agreement_curves(result: AgreementResult, *, theme: Theme = LIGHT) -> Figure:
     """Draws correlations of final images by baseline, of single estimates by noise level, and calibrated windows."""
-    windows = [
-        (baseline, baseline.windows)
-        for baseline in result.baselines
-        if baseline.windows is not None and baseline.calibration is not None
-    ]
+    windows = [(b.name, b.windows) for b in result.baselines if b.windows is not None and b.calibration is not None]
     widths = [1.15, 1.3, 1.0] if windows else [1.15, 1.3]
     colors = {baseline.name: theme.run(slot) for slot, baseline in enumerate(result.baselines)}
     with canvas(4.2 * len(widths), 4.1, theme) as figure:
@@ -141,9 +115,9 @@ def agreement_curves(result: AgreementResult, *, theme: Theme = LIGHT) -> Figure
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(result.baselines))
         if windows:
             # Curves that coincide are shifted a little, so that all are seen.
-            for place, (baseline, schedule) in enumerate(windows):
+            for place, (name, schedule) in enumerate(windows):
                 sizes = np.array(schedule.sizes) + 0.22 * (place - (len(windows) - 1) / 2)
-                panels[2].plot(schedule.levels, sizes, ".-", color=colors[baseline.name], markersize=5)
+                panels[2].plot(schedule.levels, sizes, ".-", color=colors[name], markersize=5)
             panels[2].set_ylabel("side of the window, pixels")
             panels[2].set_title("Calibrated windows")
             panels[2].set_yticks([size for size in result.config.candidates if size <= min(result.shape[1:])])
@@ -155,10 +129,10 @@ def _final_images(axes: Axes, result: AgreementResult, colors: Mapping[str, str]
         values, color = baseline.correlation, colors[baseline.name]
         spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot(values, place + spread, "o", color=color, markersize=4, alpha=0.75, mew=0)
-        ends, median = [place - 0.3, place + 0.3], float(np.median(values))
+        ends, median = [place - 0.3, place + 0.3], baseline.median("correlation")
         axes.plot([median, median], ends, color=color, linewidth=2.2)
         if result.config.images > 1:
-            control = float(np.median(baseline.control))
+            control = baseline.median("control")
             axes.plot([control, control], ends, color=theme.muted, linewidth=1.2, linestyle=(0, (2, 2)))
     axes.set_yticks(range(len(result.baselines)), [baseline.title for baseline in result.baselines])
     axes.set_ylim(len(result.baselines) - 0.5, -0.5)

@@ -14,9 +14,9 @@ Sources: Kamb and Ganguli, 2412.20292 (local denoisers, windows, correlation; 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import count
 
 import numpy as np
 import torch
@@ -28,7 +28,15 @@ from ditlab.analyses.agreement.result import AgreementResult, BaselineAgreement
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser, WienerLocalityDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.diffusion.local_scores import EquivariantLocalScoreDenoiser, LocalScoreDenoiser, WindowSchedule
-from ditlab.diffusion.samplers import DDIMConfig, HeunConfig, ImageNoise, SamplerConfig, evaluations, sample
+from ditlab.diffusion.samplers import (
+    DDIMConfig,
+    HeunConfig,
+    ImageNoise,
+    SamplerConfig,
+    SamplerStep,
+    evaluations,
+    sample,
+)
 from ditlab.errors import DitlabError, Incompatible
 from ditlab.metrics.similarity import cosines, mean_squares, r_squared, unit_vectors
 from ditlab.models.comparing import OpenedModel
@@ -37,18 +45,15 @@ from ditlab.provenance import Provenance
 
 __all__ = ["calibrate", "check_agreement", "make_baseline", "make_sampler", "measure_agreement", "measure_model"]
 
-WINDOWED: tuple[BaselineName, ...] = ("ls", "els", "bbels")
-"""Baselines with windows."""
+_WITHOUT_WINDOWS: Mapping[BaselineName, Callable[[Tensor], Denoiser]] = {
+    "empirical-bayes": EmpiricalBayesDenoiser,
+    "wiener": WienerDenoiser,
+    "wiener-locality": WienerLocalityDenoiser,
+}
 
 
-class PathPoint(NamedTuple):
-    """The denoiser's trajectories at one level."""
-
-    sigma: float
-    y: Tensor
-    """Noisy images, float32 [trajectories, C, H, W]."""
-    x0: Tensor
-    """The denoiser's estimates of the clean images, the same shape."""
+Trajectories = Sequence[tuple[float, Tensor, Tensor]]
+"""By level: sigma, noisy images and the denoiser's estimates of the clean ones, float32 [trajectories, C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,44 +65,35 @@ class Sampled:
     noise: Tensor
     images: np.ndarray
     """Final images, float32 [n, C, H, W]."""
-    path: Sequence[PathPoint]
+    path: Trajectories
+    """The first trajectories."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of the path."""
+        return tuple(sigma for sigma, _, _ in self.path)
 
 
 def measure_model(opened: OpenedModel, config: AgreementConfig, reporter: Reporter = SILENT) -> AgreementResult:
     """Measures the agreement of a model with baselines of its training images."""
-    model = opened.model
-    check_agreement(opened.denoiser, config)
-    count = config.training_images or model.split_record.train
+    denoiser, model = opened.denoiser, opened.model
+    check_agreement(denoiser, config)  # before images are read
+    used = config.training_images or model.split_record.train
+    images, mirrored = model.batch("train", used)[0], model.mirrored_batch(used)
     with reporter.bar(f"agreement of {opened.name}") as bar:
-        return measure_agreement(
-            opened.denoiser,
-            model.batch("train", count)[0],
-            config,
-            about=opened.provenance,
-            mirrored=model.mirrored_batch(count),
-            bar=bar,
-        )
+        return measure_agreement(denoiser, images, config, about=opened.provenance, mirrored=mirrored, bar=bar)
 
 
 def make_baseline(
     name: BaselineName, images: Float[Tensor, "n c h w"], window: int | WindowSchedule | None = None
 ) -> Denoiser:
-    """Returns a baseline made of training images.
-
-    Args:
-        name: which one.
-        images: in [-1, 1], or scaled latents.
-        window: the side of the windows, for baselines with windows.
+    """Returns a baseline made of training images in [-1, 1], or of scaled latents; some need the side of their windows.
 
     Raises:
-        DitlabError: a baseline with windows needs their side.
+        DitlabError: the side is needed and was not given.
     """
-    if name == "empirical-bayes":
-        return EmpiricalBayesDenoiser(images)
-    if name == "wiener":
-        return WienerDenoiser(images)
-    if name == "wiener-locality":
-        return WienerLocalityDenoiser(images)
+    if name in _WITHOUT_WINDOWS:
+        return _WITHOUT_WINDOWS[name](images)
     if window is None:
         raise DitlabError(f"baseline {TITLES[name]}: expected the side of its windows as `window`, found none")
     if name == "ls":
@@ -110,12 +106,9 @@ def calibrate(
 ) -> WindowSchedule:
     """Returns the side of the windows at each level: the median over trajectories of the best candidate of each.
 
-    Of an even number of trajectories it is the lower of the two middle ones, so that the median is a candidate.
-
-    Args:
-        levels: noise levels, in any order; of a level that occurs twice the last one counts.
-        candidates: odd sides, ascending.
-        scores: cosine between the score of the baseline and that of the denoiser.
+    Of an even number of trajectories it is the lower of the two middle ones, so that the median is a candidate. Levels
+    are in any order; of one that occurs twice the last one counts. `scores` are cosines between the score of the
+    baseline and that of the denoiser.
     """
     best = np.sort(scores.argmax(1), axis=1)
     sizes = [candidates[row[(len(row) - 1) // 2]] for row in best]
@@ -140,7 +133,7 @@ def measure_agreement(
         config: which baselines, and how they are compared.
         about: which denoiser, trained on what.
         mirrored: the same images mirrored left to right, if training mirrored them; baselines then use both.
-        bar: shows how many calls of baselines are done.
+        bar: shows how many calls of baselines are done, of how many.
 
     Raises:
         DitlabError: the denoiser takes other images, or needs a class; windows do not fit; images are not finite.
@@ -152,20 +145,27 @@ def measure_agreement(
             f"{tuple(images.shape[1:])}"
         )
     training = images[: config.training_images]
-    count = len(training)
+    used = len(training)
     if mirrored is not None:
         training = torch.cat([training, mirrored[: config.training_images]])
     training = training.to(denoiser.device)
     sampled, sides = _sample(denoiser, config), _sides(config, denoiser)
-    counter = _Counter(bar, sum(len(sampled.path) * (1 + len(tried)) for tried in sides.values()))
+    shown, done = bar or Bar(), count()
+    total = sum(len(sampled.path) * (1 + len(tried)) for tried in sides.values())
+
+    def step(_: object = None) -> None:
+        """Shows that one more call of a baseline is done."""
+        shown(next(done), total)
+
+    step()
     return AgreementResult(
         about=about,
         config=config,
-        levels=tuple(point.sigma for point in sampled.path),
-        baselines=tuple(_compare(name, training, sampled, sides[name], counter) for name in sides),
-        training_images=count,
+        levels=sampled.levels,
+        baselines=tuple(_compare(name, training, sampled, tried, step) for name, tried in sides.items()),
+        training_images=used,
         shape=denoiser.shape,
-        notes=_notes(denoiser, count, max(len(images), about.n or 0), mirrored is not None),
+        notes=_notes(denoiser, used, max(len(images), about.n or 0), mirrored is not None),
         images=sampled.images,
     )
 
@@ -198,24 +198,12 @@ def _sides(config: AgreementConfig, denoiser: Denoiser) -> dict[BaselineName, tu
                 f"agreement: `window` must be at most {side}, the images' side in pixels, found {config.window}"
             )
         fitting = (config.window,)
-    if not fitting and any(name in WINDOWED for name in config.baselines):
+    if not fitting and not set(config.baselines) <= _WITHOUT_WINDOWS.keys():
         raise Incompatible(
             f"agreement: `candidates` must have one of at most {side}, the images' side in pixels, found "
             f"{list(config.candidates)}"
         )
-    return {name: fitting if name in WINDOWED else (None,) for name in config.baselines}
-
-
-class _Counter:
-    """Counts calls of baselines."""
-
-    def __init__(self, bar: Callable[[int, int], object] | Bar | None, total: int) -> None:
-        self._bar, self._total, self._done = bar or Bar(), total, 0
-        self._bar(0, total)
-
-    def __call__(self, step: object = None) -> None:
-        self._done += 1
-        self._bar(self._done, self._total)
+    return {name: (None,) if name in _WITHOUT_WINDOWS else fitting for name in config.baselines}
 
 
 def _sample(denoiser: Denoiser, config: AgreementConfig) -> Sampled:
@@ -223,24 +211,20 @@ def _sample(denoiser: Denoiser, config: AgreementConfig) -> Sampled:
     sampler = make_sampler(config)
     noise = ImageNoise(range(config.images), denoiser.shape).initial()
     label = torch.full((len(noise),), denoiser.num_classes) if denoiser.num_classes else None
-    path: list[PathPoint] = []
-    count = min(config.trajectories, config.images)
-    images = sample(
-        denoiser,
-        sampler,
-        noise,
-        label=label,
-        callback=lambda step: path.append(
-            PathPoint(step.sigma, step.y[:count].float().clone(), step.x0[:count].float().clone())
-        ),
-    )
+    path: list[tuple[float, Tensor, Tensor]] = []
+
+    def record(step: SamplerStep) -> None:
+        y, x0 = (part[: config.trajectories].float().clone() for part in (step.y, step.x0))
+        path.append((step.sigma, y, x0))
+
+    images = sample(denoiser, sampler, noise, label=label, callback=record)
     return Sampled(denoiser, sampler, noise, _array(images, "the denoiser's images"), path)
 
 
 def _compare(
-    name: BaselineName, training: Tensor, sampled: Sampled, sides: Sequence[int | None], counter: _Counter
+    name: BaselineName, training: Tensor, sampled: Sampled, sides: Sequence[int | None], step: Callable[..., None]
 ) -> BaselineAgreement:
-    """Compares one baseline; see `measure_agreement`."""
+    """Compares one baseline; calls `step` at each of its calls."""
 
     def make(window: int | WindowSchedule | None) -> Denoiser:
         baseline = make_baseline(name, training, window)
@@ -248,15 +232,13 @@ def _compare(
         baseline.levels, baseline.pixel_space = sampled.denoiser.levels, sampled.denoiser.pixel_space
         return baseline
 
-    tried = [_along_path(make(side), sampled.path, counter) for side in sides]
-    scores = np.stack([score for score, _ in tried], 1)
-    correlations = np.stack([correlation for _, correlation in tried], 1)
-    levels = [point.sigma for point in sampled.path]
-    windows, chosen = None, [0] * len(levels)
-    if name in WINDOWED:
+    tried = [_along_path(make(side), sampled.path, step) for side in sides]
+    scores, correlations = (np.stack(part, 1) for part in zip(*tried, strict=True))
+    levels, windows, chosen = sampled.levels, None, [0] * len(sampled.levels)
+    if name not in _WITHOUT_WINDOWS:
         windows = calibrate(levels, [side for side in sides if side is not None], scores)
         chosen = [sides.index(windows.at(sigma)) for sigma in levels]
-    drawn = sample(make(windows), sampled.sampler, sampled.noise, callback=counter)
+    drawn = sample(make(windows), sampled.sampler, sampled.noise, callback=step)
     images = _array(drawn, f"images of the baseline {TITLES[name]}")
     return BaselineAgreement(
         name=name,
@@ -272,22 +254,22 @@ def _compare(
 
 
 @torch.no_grad()
-def _along_path(baseline: Denoiser, path: Sequence[PathPoint], counter: _Counter) -> tuple[np.ndarray, np.ndarray]:
+def _along_path(baseline: Denoiser, path: Trajectories, step: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
     """Cosines of the two scores and correlations of the two estimates along the path; [levels, trajectories] each."""
     scores, correlations = [], []
     for sigma, y, x0 in path:
         noisy, estimate, network = (part.cpu().double().numpy() for part in (y, baseline(y, sigma), x0))
         scores.append(cosines(estimate - noisy, network - noisy, mean_removed=False))
         correlations.append(cosines(estimate, network))
-        counter()
+        step()
     return np.stack(scores), np.stack(correlations)
 
 
 def _control(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The mean correlation of each image with the other side's images of other noise; 0 for a single image."""
     products = unit_vectors(images) @ unit_vectors(others).T
-    count = len(images) - 1
-    return (products.sum(1) - products.diagonal()) / count if count else np.zeros(1)
+    others_of_each = len(images) - 1
+    return (products.sum(1) - products.diagonal()) / others_of_each if others_of_each else np.zeros(1)
 
 
 def _array(images: Tensor, what: str) -> np.ndarray:
@@ -297,14 +279,11 @@ def _array(images: Tensor, what: str) -> np.ndarray:
     return array
 
 
-def _notes(denoiser: Denoiser, count: int, trained_on: int, mirrored: bool) -> tuple[str, ...]:
-    notes = []
-    if count < trained_on:
-        notes.append(f"Baselines were made of the first {count} of {trained_on} training images.")
-    if mirrored:
-        notes.append("Training mirrored images, so baselines use each training image and its mirror image.")
-    if denoiser.num_classes:
-        notes.append("The denoiser got the label 'no class'; baselines take no class.")
-    if not denoiser.pixel_space:
-        notes.append("Images are latents: correlations, R² and errors are those of latents.")
-    return tuple(notes)
+def _notes(denoiser: Denoiser, used: int, trained_on: int, mirrored: bool) -> tuple[str, ...]:
+    notes = (
+        (used < trained_on, f"Baselines were made of the first {used} of {trained_on} training images."),
+        (mirrored, "Training mirrored images, so baselines use each training image and its mirror image."),
+        (denoiser.num_classes > 0, "The denoiser got the label 'no class'; baselines take no class."),
+        (not denoiser.pixel_space, "Images are latents: correlations, R² and errors are those of latents."),
+    )
+    return tuple(note for applies, note in notes if applies)

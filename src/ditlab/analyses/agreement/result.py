@@ -16,6 +16,8 @@ from ditlab.provenance import Provenance
 
 __all__ = ["AgreementResult", "BaselineAgreement", "table_row"]
 
+_NUMBERS = ("correlation", "r2", "mse", "control", "one_step")
+
 
 @dataclass(frozen=True, eq=False)
 class BaselineAgreement:
@@ -44,14 +46,17 @@ class BaselineAgreement:
         """Its name in tables and figures."""
         return TITLES[self.name]
 
+    def median(self, what: str) -> float:
+        """Returns the median of one of `_NUMBERS`."""
+        return float(np.median(getattr(self, what)))
+
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the images."""
-        names = ("correlation", "r2", "mse", "control", "one_step")
         windows = self.windows
         return {
             "name": self.name,
-            **{name: getattr(self, name).tolist() for name in names},
-            "median": {name: float(np.median(getattr(self, name))) for name in names[:-1]},
+            **{name: getattr(self, name).tolist() for name in _NUMBERS},
+            "median": {name: self.median(name) for name in _NUMBERS[:-1]},
             "windows": None if windows is None else {"levels": list(windows.levels), "sizes": list(windows.sizes)},
             "calibration": None if self.calibration is None else self.calibration.tolist(),
         }
@@ -62,7 +67,7 @@ class BaselineAgreement:
         windows, calibration = record["windows"], record["calibration"]
         return cls(
             name=record["name"],
-            **{name: np.array(record[name]) for name in ("correlation", "r2", "mse", "control", "one_step")},
+            **{name: np.array(record[name]) for name in _NUMBERS},
             windows=None if windows is None else WindowSchedule(tuple(windows["levels"]), tuple(windows["sizes"])),
             calibration=None if calibration is None else np.array(calibration),
             images=images,
@@ -93,19 +98,19 @@ class AgreementResult(StoredResult):
     @property
     def best(self) -> BaselineAgreement:
         """The baseline with the highest median correlation."""
-        return max(self.baselines, key=lambda baseline: float(np.median(baseline.correlation)))
+        return max(self.baselines, key=lambda baseline: baseline.median("correlation"))
 
     def sentences(self) -> tuple[str, ...]:
         """Returns which baseline agrees best, and the correlations with the others."""
         name, count, best = self.about.title, self.config.images, self.best
-        text = f"{name}: the samples agree most with those of {best.title} from the same noise: "
-        text += f"{'median ' if count > 1 else ''}correlation {np.median(best.correlation):.2f}, "
-        text += f"R² {np.median(best.r2):.2f} (of {count} image{'s' if count > 1 else ''}"
-        text += f"; {np.median(best.control):.2f} with samples from other noise)." if count > 1 else ")."
-        others = ", ".join(
-            f"{other.title} {np.median(other.correlation):.2f}" for other in self.baselines if other.name != best.name
+        median, plural = ("median ", "s") if count > 1 else ("", "")
+        control = f"; {best.median('control'):.2f} with samples from other noise" if count > 1 else ""
+        first = (
+            f"{name}: the samples agree most with those of {best.title} from the same noise: {median}correlation "
+            f"{best.median('correlation'):.2f}, R² {best.median('r2'):.2f} (of {count} image{plural}{control})."
         )
-        return (text, *([f"{name}: correlation with the other baselines: {others}."] if others else []))
+        others = [f"{b.title} {b.median('correlation'):.2f}" for b in self.baselines if b.name != best.name]
+        return (first, *([f"{name}: correlation with the other baselines: {', '.join(others)}."] if others else []))
 
     def numbers(self) -> dict[str, Any]:
         return {
@@ -123,10 +128,6 @@ class AgreementResult(StoredResult):
         return {name: array for name, array in images.items() if array is not None}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("network", *(part["name"] for part in record["references"]))
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AgreementResult:
         return cls(
             about=Provenance(**record["about"]),
@@ -140,14 +141,9 @@ class AgreementResult(StoredResult):
 def table_row(result: AgreementResult, baseline: BaselineAgreement) -> tuple[Any, ...]:
     """Returns model, N, baseline, correlation, other noise, R², MSE, one step and window: medians over images."""
     sizes = [] if baseline.windows is None else sorted(set(baseline.windows.sizes))
+    correlation, r2, mse, control, one_step = map(baseline.median, _NUMBERS)
     return (
-        result.about.group,
-        result.about.n,
-        baseline.title,
-        float(np.median(baseline.correlation)),
-        float(np.median(baseline.control)) if result.config.images > 1 else None,
-        float(np.median(baseline.r2)),
-        f"{np.median(baseline.mse):.4f}",
-        float(np.median(baseline.one_step)),
-        None if not sizes else f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+        *(result.about.group, result.about.n, baseline.title),
+        *(correlation, control if result.config.images > 1 else None, r2, f"{mse:.4f}", one_step),
+        " to ".join(map(str, dict.fromkeys([sizes[0], sizes[-1]]))) if sizes else None,
     )

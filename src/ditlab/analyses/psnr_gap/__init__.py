@@ -78,7 +78,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return self.measure(models.only(place), config, PSNROptions(baselines=False), reporter)[0]
 
     def overview(self, comparison: Comparison) -> Overview:
-        """Returns PSNR and gap of each kind with their intervals, the verdict, and the figure of it."""
         from ditlab.analyses.psnr_gap.figures import overview_curves
 
         gap, slots = comparison.detail, comparison.slots
@@ -101,12 +100,11 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             over = "images, for there is one seed"
         truncated = " The gap counts as zero at levels where it is negative"
         truncated += ", so its interval over images does not reach below zero." if single else "."
-        levels = len(gap.groups[0].results[0].levels)
-        note = f"PSNR and gap are averages over {levels} noise levels.{truncated} Beneath: 95 % intervals over {over}."
+        averaged = f"PSNR and gap are averages over {len(gap.first.levels)} noise levels."
+        note = f"{averaged}{truncated} Beneath: 95 % intervals over {over}."
         return Overview(cells, gap.verdict(), self.figures(comparison).get("gap-differences", curves), note=note)
 
     def compare(self, results: Sequence[PSNRResult]) -> PSNRComparison:
-        """Groups results by kind and N, over seeds."""
         from ditlab.analyses.psnr_gap.comparison import compare
 
         return compare(results)
@@ -120,7 +118,6 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
     def tables(self, comparison: Comparison) -> list[Table]:
         """Returns one row for each kind of model and N, then one for each baseline."""
         gap: PSNRComparison = comparison.detail
-        levels = len(gap.groups[0].results[0].levels)
         rows: list[tuple[Any, ...]] = [
             (g.label, g.n, len(g.seeds), g.mean("train"), g.mean("test"), g.mean("gap"), g.std()) for g in gap.groups
         ]
@@ -130,10 +127,9 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             row = (f"{sign}{train:.2f}", f"{test:.2f}", f"{sign}{difference:.2f}")
             rows.append((r.about.name, r.about.n, None, *row, None))
         columns = ("denoiser", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "std of gap")
-        return [Table(columns, rows, f"PSNR averaged over {levels} noise levels")]
+        return [Table(columns, rows, f"PSNR averaged over {len(gap.first.levels)} noise levels")]
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the curves by noise level, and bars of the average gap."""
         from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, psnr_curves
 
         gap, slots = comparison.detail, comparison.slots
@@ -161,8 +157,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return drawings
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: differences between kinds, the table, the curves and bars."""
-        from ditlab.analyses.differences import differences_table
+        from ditlab.analyses.groups import differences_table
 
         gap: PSNRComparison = comparison.detail
         rows = [("average PSNR gap", n, d) for n, d in gap.differences]
@@ -185,9 +180,8 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
 
     def data(self, comparison: Comparison) -> dict[str, Any]:
         gap: PSNRComparison = comparison.detail
-        results = {r.about.name: r for g in gap.groups for r in g.results} | {_file_name(r): r for r in gap.baselines}
-        files = {f"{name}-psnr-gap.json": result.to_json() for name, result in results.items()}
-        return {"comparison.json": gap.to_json(), **files}
+        baselines = {f"{_file_name(r)}-psnr-gap.json": r.to_json() for r in gap.baselines}
+        return {"comparison.json": gap.to_json(), **super().data(comparison), **baselines}
 
 
 def _file_name(baseline: PSNRResult) -> str:

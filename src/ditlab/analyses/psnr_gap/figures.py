@@ -1,108 +1,83 @@
 """Figures of PSNR-gap results, in the style of An et al. (2410.21273): Fig. 2 (curves) and Fig. 6 (bars).
 
-Each function takes results and returns a matplotlib Figure; `ditlab.pages.theme.save` writes it. Give all figures of a
-report the same `slots` (`style.assign`), so that a run keeps its colour. `ditlab.analyses.trajectory.figures` has those
-along training.
+Give all figures of a report the same `slots` (colour of each label, `theme.assign`), so that a run keeps its colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ditlab.analyses.psnr_gap.comparison import PSNRComparison, PSNRGroup
-from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity
 from ditlab.errors import DitlabError
-from ditlab.pages.theme import (
-    LIGHT,
-    REFERENCE_DASHES,
-    Slots,
-    Theme,
-    assign,
-    canvas,
-    legend_below,
-    plain_log,
-    wrapped,
-)
+from ditlab.pages.theme import LIGHT, REFERENCE_DASHES, Slots, Theme, assign, canvas, legend_below, plain_log, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Axis = Literal["auto", "step", "sigma"]
+_HELD_OUT = (0, (3.5, 1.6))
+"""Dashes of curves of held-out images."""
+_INPUT: dict[str, Any] = {"lw": 1.1, "ls": (0, (1, 2))}
+"""The line of the noisy input."""
 
 
 def psnr_curves(
     comparison: PSNRComparison,
     references: Sequence[PSNRResult] = (),
     *,
-    axis: Axis = "auto",
     slots: Slots | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
     """Train and test PSNR by noise level, the gap under them, and their averages in the legend (An et al. Fig. 2).
 
-    One column a number of training images. Means over seeds; the band around a gap is their standard deviation.
-
-    Args:
-        comparison: runs, from `ditlab.analyses.psnr_gap.comparison.compare`.
-        references: closed-form denoisers measured at the same levels; with an `about.n` one stands only in the column
-            of that N, without one in all of them.
-        axis: "step" for the diffusion step, "sigma" for the noise level, "auto" for steps where all results have them.
-        slots: colours of the labels.
-        theme: light or dark.
+    One column a number of training images. Means over seeds; the band around a gap is their standard deviation. The
+    axis has diffusion steps where all results have the same, else noise levels. A closed-form denoiser of `references`
+    with an `about.n` stands only in the column of that N, without one in all of them.
 
     Raises:
-        DitlabError: steps are asked for and a result has none; a reference was measured at other levels.
+        DitlabError: a reference was measured at other levels.
     """
-    slots = slots or assign(comparison.labels)
-    x, name = _axis(comparison, axis)
+    slots, first = slots or assign(comparison.labels), comparison.first
     for reference in references:
-        if not np.allclose(reference.levels, _first(comparison).levels, rtol=1e-6, atol=0):
+        if not np.allclose(reference.levels, first.levels, rtol=1e-6, atol=0):
             raise DitlabError(f"figure: the reference '{reference.about.name}' was measured at other noise levels")
-    counts = comparison.counts
-    columns = {
-        n: ([g for g in comparison.groups if g.n == n], [r for r in references if r.about.n in (None, n)])
-        for n in counts
-    }
-    rows = max(len(groups) + len(mine) for groups, mine in columns.values()) + 4
-    heights = [3.3, 1.5, 0.19 * rows]
-    with canvas(max(7.2, 4.9 * len(counts)), sum(heights) + 1.3, theme) as figure:
-        grid = figure.subplots(3, len(counts), squeeze=False, height_ratios=heights, sharey="row")
-        for column, (n, (groups, mine)) in enumerate(columns.items()):
-            top, below, key = grid[:, column]
+    timesteps = {r.timesteps for g in comparison.groups for r in g.results}
+    by_step = len(timesteps) == 1 and first.timesteps is not None
+    x = np.asarray(first.timesteps if by_step else first.levels, dtype=np.float64)
+    columns = [
+        (n, [g for g in comparison.groups if g.n == n], [r for r in references if r.about.n in (None, n)])
+        for n in comparison.counts
+    ]
+    heights = [3.3, 1.5, 0.19 * (4 + max(len(groups) + len(mine) for _, groups, mine in columns))]
+    with canvas(max(7.2, 4.9 * len(columns)), sum(heights) + 1.3, theme) as figure:
+        grid = figure.subplots(3, len(columns), squeeze=False, height_ratios=heights, sharey="row")
+        for (top, below, key), (n, groups, mine) in zip(grid.T, columns, strict=True):
             clipped = _draw_curves(top, x, groups, mine, slots, theme)
             _draw_gaps(below, x, groups, slots, theme)
-            _finish_axes(top, below, x, name, _first(comparison), first=column == 0)
+            _finish_axes(top, below, x, first.levels if by_step else None)
             top.set_title("Train and test PSNR" + ("" if n is None else f", N = {n:,} training images"), pad=10)
-            legend_below(
-                key,
-                _curve_keys(groups, mine, slots, theme, clipped),
-                title="Average over levels: train / test, gap in dB",
-            )
+            keys = _curve_keys(groups, mine, slots, theme, clipped)
+            legend_below(key, keys, title="Average over levels: train / test, gap in dB")
+        grid[0, 0].set_ylabel("PSNR of latents (dB)" if first.latents else "PSNR (dB)")
+        grid[1, 0].set_ylabel("gap (dB)")
     return figure
 
 
 def overview_curves(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
-    """Draws train and test PSNR by noise level alone, small enough for a phone; one panel for each of at most two N.
-
-    Args:
-        comparison: the models.
-        slots: colours of the labels.
-        theme: light or dark.
-    """
+    """Draws train and test PSNR by noise level alone, small enough for a phone; one panel for each of at most two N."""
     from matplotlib.lines import Line2D
 
     slots = slots or assign(comparison.labels)
-    sigmas = np.asarray(_first(comparison).levels)
+    sigmas = np.asarray(comparison.first.levels)
     counts = comparison.counts[:2]
     with canvas(4.4, 2.2 * len(counts) + 0.9, theme) as figure:
         panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True)[:, 0]
         for axes, n in zip(panels, counts, strict=True):
-            groups = [g for g in comparison.groups if g.n == n]
-            _draw_curves(axes, sigmas, groups, [], slots, theme)
+            _draw_curves(axes, sigmas, [g for g in comparison.groups if g.n == n], [], slots, theme)
             axes.set_xscale("log")
             plain_log(axes.xaxis, (sigmas[0], max(sigmas[-1], 1.01 * sigmas[0])))
             axes.set_ylabel("PSNR (dB)" if len(counts) == 1 else f"PSNR (dB), N = {n:,}")
@@ -112,8 +87,8 @@ def overview_curves(comparison: PSNRComparison, *, slots: Slots | None = None, t
         handles = [Line2D([], [], color=theme.run(slots[label]), label=label) for label in comparison.labels]
         handles += [
             Line2D([], [], color=theme.ink, lw=1.2, label="training images"),
-            Line2D([], [], color=theme.ink, lw=1.2, ls=(0, (3.5, 1.6)), label="held-out images"),
-            Line2D([], [], color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="noisy input"),
+            Line2D([], [], color=theme.ink, lw=1.2, ls=_HELD_OUT, label="held-out images"),
+            Line2D([], [], color=theme.muted, label="noisy input", **_INPUT),
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
     return figure
@@ -151,32 +126,46 @@ def gap_differences(comparison: PSNRComparison, *, theme: Theme = LIGHT) -> Figu
     return figure
 
 
-def _first(comparison: PSNRComparison) -> PSNRResult:
-    return comparison.groups[0].results[0]
+def gap_bars(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
+    """Average PSNR gap by number of training images, one bar a label (An et al. Fig. 6).
 
+    The value stands on each bar. With several seeds each is a dot, and the error bar is their standard deviation.
+    """
+    from matplotlib.patches import Patch
 
-def _axis(comparison: PSNRComparison, axis: Axis) -> tuple[np.ndarray, Literal["step", "sigma"]]:
-    steps = {r.timesteps for g in comparison.groups for r in g.results}
-    common = next(iter(steps)) if len(steps) == 1 else None
-    if axis == "step" and common is None:
-        raise DitlabError("figure: the runs have no diffusion steps in common; draw them by noise level instead")
-    if axis == "sigma" or common is None:
-        return np.asarray(_first(comparison).levels), "sigma"
-    return np.asarray(common, dtype=np.float64), "step"
+    slots = slots or assign(comparison.labels)
+    counts, labels = comparison.counts, comparison.labels
+    width = 0.8 / len(labels)
+    with canvas(max(4.6, 1.3 + 0.95 * len(counts) * len(labels)), 3.6, theme) as figure:
+        axes = figure.subplots()
+        for g in comparison.groups:
+            x = counts.index(g.n) + (labels.index(g.label) - (len(labels) - 1) / 2) * width
+            _draw_bar(axes, x, width, g, theme.run(slots[g.label]), theme)
+        axes.set_xticks(range(len(counts)), ["all runs" if n is None else f"N = {n:,}" for n in counts])
+        axes.set_xlim(-0.6, len(counts) - 0.4)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("average PSNR gap (dB)")
+        axes.set_ylim(0, max(axes.dataLim.ymax * 1.14, 0.05))
+        axes.set_title("PSNR gap between train and test images", pad=10)
+        handles = [Patch(color=theme.run(slots[label]), label=label) for label in labels]
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(labels)), handlelength=1.2)
+    return figure
 
 
 def _draw_curves(
     axes: Axes, x: np.ndarray, groups: list[PSNRGroup], references: list[PSNRResult], slots: Slots, theme: Theme
 ) -> bool:
     """Draws the curves of one N; returns whether a reference leaves the axis, at whose edge it is then drawn."""
-    axes.plot(x, groups[0].results[0].input_psnr, color=theme.muted, lw=1.1, ls=(0, (1, 2)), zorder=1.5)
+    noisy = groups[0].results[0].input_psnr
+    axes.plot(x, noisy, color=theme.muted, zorder=1.5, **_INPUT)
     for group in groups:
         color, train, test = theme.run(slots[group.label]), group.curve("train"), group.curve("test")
         axes.fill_between(x, test, train, where=(train > test).tolist(), color=color, alpha=0.10, lw=0)
         axes.plot(x, train, color=color, zorder=2.5)
-        axes.plot(x, test, color=color, ls=(0, (3.5, 1.6)), zorder=2.5)
+        axes.plot(x, test, color=color, ls=_HELD_OUT, zorder=2.5)
     # The axis follows the models and the input: empirical Bayes returns a stored image exactly at low noise.
-    curves = [g.curve(side) for g in groups for side in ("train", "test")] + [groups[0].results[0].input_psnr]
+    curves = [g.curve(side) for g in groups for side in ("train", "test")] + [noisy]
     low, high = min(c.min() for c in curves), max(c.max() for c in curves)
     shown = [c[c > low - 25] for r in references for c in (r.curve("train"), r.curve("test"))]
     low = min([low, *(c.min() for c in shown if len(c))])
@@ -203,13 +192,12 @@ def _draw_gaps(axes: Axes, x: np.ndarray, groups: list[PSNRGroup], slots: Slots,
     axes.set_ylim(bottom=0)
 
 
-def _finish_axes(
-    top: Axes, below: Axes, x: np.ndarray, name: Literal["step", "sigma"], result: PSNRResult, *, first: bool
-) -> None:
+def _finish_axes(top: Axes, below: Axes, x: np.ndarray, levels: Sequence[float] | None) -> None:
+    """Finishes the axes of a column; `levels` are those of the steps `x`, None where x has the levels themselves."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for axes in (top, below):
-        if name == "sigma":
+        if levels is None:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if len(x) > 1:
@@ -219,26 +207,15 @@ def _finish_axes(
                 line.set_marker("o")
                 line.set_markerfacecolor("none" if line.is_dashed() else line.get_color())
     top.tick_params(labelbottom=False)
-    below.set_xlabel("noise level σ" if name == "sigma" else "diffusion step t")
+    below.set_xlabel("noise level σ" if levels is None else "diffusion step t")
     below.yaxis.set_major_locator(MaxNLocator(4))
-    if first:
-        top.set_ylabel("PSNR of latents (dB)" if result.latents else "PSNR (dB)")
-        below.set_ylabel("gap (dB)")
-    if name == "step":
+    if levels is not None:
         upper = top.secondary_xaxis("top")
         marks = np.unique(np.linspace(0, len(x) - 1, 6).round().astype(int))
-        upper.set_xticks(x[marks], [_level(result.levels[i]) for i in marks])
+        upper.set_xticks(x[marks], [f"{s:.0f}" if s >= 9.5 else f"{s:.2g}" for s in np.asarray(levels)[marks]])
         upper.set_xlabel("noise level σ", fontsize=9, labelpad=3)
         upper.tick_params(labelsize=8, length=3)
         upper.spines["top"].set_visible(False)
-
-
-def _level(sigma: float) -> str:
-    return f"{sigma:.0f}" if sigma >= 9.5 else f"{sigma:.2g}"
-
-
-def _numbers(train: float, test: float, gap: float, exact: bool = False) -> str:
-    return f"{'≥ ' if exact else ''}{train:.2f} / {test:.2f}, gap {'≥ ' if exact else ''}{gap:.2f}"
 
 
 def _curve_keys(
@@ -246,52 +223,28 @@ def _curve_keys(
 ) -> list[Any]:
     from matplotlib.lines import Line2D
 
+    def numbers(average: Callable[[Quantity], float], bound: str = "") -> str:
+        return f"{bound}{average('train'):.2f} / {average('test'):.2f}, gap {bound}{average('gap'):.2f}"
+
     keys = []
     for group in groups:
         std = group.std()
         spread = "" if std is None else f" ± {std:.2f} over {len(group.seeds)} seeds"
-        text = _numbers(group.mean("train"), group.mean("test"), group.mean()) + spread
-        keys.append(Line2D([], [], color=theme.run(slots[group.label]), label=f"{group.label}: {text}"))
+        text = f"{group.label}: {numbers(group.mean)}{spread}"
+        keys.append(Line2D([], [], color=theme.run(slots[group.label]), label=text))
     for i, reference in enumerate(references):
+        text = f"{reference.about.name}: {numbers(reference.average, '≥ ' if reference.bounded else '')}"
         color = theme.references[i % len(theme.references)]
-        numbers = _numbers(*(reference.average(w) for w in ("train", "test", "gap")), exact=reference.bounded)
-        dashes = REFERENCE_DASHES[i % 3]
-        keys.append(Line2D([], [], color=color, lw=1.2, ls=dashes, label=f"{reference.about.name}: {numbers}"))
-    keys.append(Line2D([], [], color=theme.muted, lw=1.1, ls=(0, (1, 2)), label="noisy input"))
+        keys.append(Line2D([], [], color=color, lw=1.2, ls=REFERENCE_DASHES[i % 3], label=text))
+    keys.append(Line2D([], [], color=theme.muted, label="noisy input", **_INPUT))
     keys.append(Line2D([], [], color=theme.ink, lw=1.2, label="solid: train images; dashed: test images"))
     if clipped:
         keys.append(Line2D([], [], lw=0, label="A reference beyond the axis is drawn at its edge."))
     return keys
 
 
-def gap_bars(comparison: PSNRComparison, *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
-    """Average PSNR gap by number of training images, one bar a label (An et al. Fig. 6).
-
-    The value stands on each bar. With several seeds each is a dot, and the error bar is their standard deviation.
-    """
-    slots = slots or assign(comparison.labels)
-    counts, labels = comparison.counts, comparison.labels
-    width = 0.8 / len(labels)
-    with canvas(max(4.6, 1.3 + 0.95 * len(counts) * len(labels)), 3.6, theme) as figure:
-        axes = figure.subplots()
-        for i, label in enumerate(labels):
-            for column, n in enumerate(counts):
-                group = comparison.group(label, n)
-                if group is not None:
-                    _draw_bar(axes, column + (i - (len(labels) - 1) / 2) * width, width, group, slots, theme)
-        axes.set_xticks(range(len(counts)), ["all runs" if n is None else f"N = {n:,}" for n in counts])
-        axes.set_xlim(-0.6, len(counts) - 0.4)
-        axes.tick_params(axis="x", length=0)
-        axes.grid(visible=False, axis="x")
-        axes.set_ylabel("average PSNR gap (dB)")
-        axes.set_ylim(0, max(axes.dataLim.ymax * 1.14, 0.05))
-        axes.set_title("PSNR gap between train and test images", pad=10)
-        _label_legend(figure, labels, slots, theme)
-    return figure
-
-
-def _draw_bar(axes: Axes, x: float, width: float, group: PSNRGroup, slots: Slots, theme: Theme) -> None:
-    value, std, color = group.mean(), group.std(), theme.run(slots[group.label])
+def _draw_bar(axes: Axes, x: float, width: float, group: PSNRGroup, color: str, theme: Theme) -> None:
+    value, std = group.mean(), group.std()
     axes.bar(x, value, width * 0.9, color=color)
     top = value
     if std is not None:
@@ -301,10 +254,3 @@ def _draw_bar(axes: Axes, x: float, width: float, group: PSNRGroup, slots: Slots
         axes.scatter(x + shifts, dots, s=14, color=theme.background, edgecolor=theme.ink, lw=0.8, zorder=3)
         top = max(value + std, *dots)
     axes.annotate(f"{value:.2f}", (x, top), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
-
-
-def _label_legend(figure: Figure, labels: Sequence[str], slots: Slots, theme: Theme) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=theme.run(slots[label]), label=label) for label in labels]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(labels)), handlelength=1.2)

@@ -42,49 +42,24 @@ def measure_model(opened: OpenedModel, config: PSNRConfig, reporter: Reporter = 
 def measure_baselines(
     models: ModelSet, config: PSNRConfig, sigmas: Sequence[float], reporter: Reporter = SILENT
 ) -> list[PSNRResult]:
-    """Measures the empirical-Bayes and the Wiener denoiser of the training images, once for each N.
-
-    Args:
-        models: the first one with an N gives its training images.
-        config: the settings that the models are measured with.
-        sigmas: the noise levels of the models.
-        reporter: shows progress.
-    """
-    first_of = {model.split_record.train: model for model in reversed(models)}
-    results = []
-    for _, model in sorted(first_of.items()):
-        images = model.batch("train", model.split_record.train)[0].to(models.device)
+    """Measures the empirical-Bayes and the Wiener denoiser of the training images of the first model with each N."""
+    config, results = replace(config, sigmas=tuple(sigmas)), []
+    for n, model in sorted({model.split_record.train: model for model in reversed(models)}.items()):
+        images, about = model.batch("train", n)[0].to(models.device), model.provenance(0)
+        about = replace(about, label="", step=None, ema=None, settings={**about.settings, "baseline": True})
         for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
             denoiser.pixel_space = model.images.latents is None
-            about = model.provenance(0)
-            marked = {**about.settings, "baseline": True}
-            about = replace(about, name=name, label="", step=None, ema=None, settings=marked)
-            settings = replace(config, sigmas=tuple(sigmas))
-            results.append(_measure(model, denoiser, settings, about, reporter, labelled=False))
+            results.append(_measure(model, denoiser, config, replace(about, name=name), reporter))
     return results
 
 
-def _measure(
-    model: Model,
-    denoiser: Denoiser,
-    config: PSNRConfig,
-    about: Provenance,
-    reporter: Reporter,
-    *,
-    labelled: bool = True,
-) -> PSNRResult:
+def _measure(model: Model, denoiser: Denoiser, config: PSNRConfig, about: Provenance, reporter: Reporter) -> PSNRResult:
     (train, train_labels), (test, test_labels) = (model.batch(side, config.images) for side in ("train", "test"))
+    if not denoiser.num_classes:  # as baselines of a conditional model's images
+        train_labels = test_labels = None
     with reporter.bar(f"PSNR gap of {about.name}") as bar:
-        return measure_gap(
-            denoiser,
-            train,
-            test,
-            config,
-            about=about,
-            train_labels=train_labels if labelled else None,
-            test_labels=test_labels if labelled else None,
-            bar=bar,
-        )
+        labels = {"train_labels": train_labels, "test_labels": test_labels}
+        return measure_gap(denoiser, train, test, config, about=about, **labels, bar=bar)
 
 
 def measure_gap(
@@ -124,9 +99,8 @@ def measure_gap(
     for name, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) == 0:
             raise InvalidConfig(f"psnr-gap: expected {name} images, found none")
-        used = images[: config.images]
-        draws = config.draws * math.ceil(config.images / len(used))
-        sides.append((used, None if labels is None else labels[: config.images], draws))
+        used, labels = images[: config.images], None if labels is None else labels[: config.images]
+        sides.append((used, labels, config.draws * math.ceil(config.images / len(used))))
     total = sum(len(used) * draws for used, _, draws in sides) * len(levels)
     errors, before = [], 0
     for used, labels, draws in sides:

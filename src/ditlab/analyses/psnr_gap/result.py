@@ -76,7 +76,7 @@ class PSNRResult(StoredResult):
         """Returns the interval of `average(what)` over images, in dB: what other images of the same kind might give.
 
         A percentile bootstrap: the images of each side are drawn again with replacement, the same images at all levels,
-        2,000 times from a fixed seed. The weights stay as they are, so it says nothing about another seed of training.
+        2,000 times from a fixed seed. It says nothing about another seed of training.
         """
         rng, reduction = np.random.default_rng(0), reduction or self.config.reduction
         train, test = (self._resampled(side, rng, reduction) for side in ("train", "test"))
@@ -125,8 +125,7 @@ class PSNRResult(StoredResult):
                 f"PSNRs are those of latents, with M = {self.peak:g} by convention, not of pictures; the gap does not "
                 "depend on M."
             )
-        for side, mse in (("training", self.train_mse), ("test", self.test_mse)):
-            _, images, draws = mse.shape
+        for side, (_, images, draws) in (("training", self.train_mse.shape), ("test", self.test_mse.shape)):
             if images < self.config.images:
                 notes.append(
                     f"Only {images} {side} images exist, {self.config.images} were asked for: all were used, each with "
@@ -139,7 +138,6 @@ class PSNRResult(StoredResult):
         return tuple(notes)
 
     def numbers(self) -> dict[str, Any]:
-        """Returns curves and averages of both reductions, and what they were measured at."""
         sides: tuple[Side, ...] = ("train", "test")
         return {
             "levels": list(self.levels),
@@ -157,10 +155,6 @@ class PSNRResult(StoredResult):
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"train_mse": self.train_mse, "test_mse": self.test_mse}
-
-    @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("train_mse", "test_mse")
 
     @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PSNRResult:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.base import Analysis, Comparison, NoOptions, Overview, ReportContext
+from ditlab.pages.drawing import Drawing
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from ditlab.analyses.samples.measure import SampleSet
     from ditlab.models.comparing import ModelSet
-    from ditlab.pages.drawing import Drawing
-    from ditlab.pages.page import Section, Table, ThemedFigure
 
 __all__ = ["Samples"]
 
@@ -22,7 +22,6 @@ class Samples(Analysis[NoOptions, NoOptions]):
 
     name = "samples"
     question = "Are samples copies of training images?"
-    Config = NoOptions
     verb = False
 
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
@@ -38,34 +37,30 @@ class Samples(Analysis[NoOptions, NoOptions]):
         if not sample_set.kinds and sample_set.training is None:
             return []
         nearest = [kind.nearest for kind in sample_set.kinds if kind.nearest is not None]
-        return [Comparison(self, sample_set, nearest, models, NoOptions(), NoOptions(), context)]
+        return [Comparison(self, sample_set, nearest, models, context=context)]
 
     def sentences(self, comparison: Comparison) -> list[str]:
-        """Returns one sentence for each kind whose nearest training images are known."""
         return [result.sentence() for result in comparison.results]
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns a row for each kind at each N."""
         from ditlab.analyses.samples.tables import distances_table
 
         return [distances_table(comparison.results)] if comparison.results else []
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the samples above their nearest training images."""
         from ditlab.analyses.samples.figures import samples_with_nearest
-        from ditlab.pages.drawing import Drawing
 
         samples: SampleSet = comparison.detail
         rows = samples.rows()
         if not rows:
             return {}
-        beneath = ""
-        if comparison.results and samples.hide:
+        beneath = ", each above its nearest training image, with their distance and the file of the image"
+        if samples.hide:
             beneath = (
                 ", with their distance to the nearest training image (no real image is shown, nor any copy of one)"
             )
-        elif comparison.results:
-            beneath = ", each above its nearest training image, with their distance and the file of the image"
+        if not comparison.results:
+            beneath = ""
         drawing = Drawing(
             lambda theme: samples_with_nearest(rows, theme=theme),
             f"Rows of images: samples of {'; '.join(row.caption for row in rows)}{beneath}.",
@@ -75,12 +70,9 @@ class Samples(Analysis[NoOptions, NoOptions]):
         return {"samples": drawing}
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: how many copies, the distances, the samples, and each sample's nearest image by name."""
         from ditlab.analyses.samples.tables import ABOUT_LATENTS, copies_sentence, nearest_table
-        from ditlab.pages.page import Section
 
-        results = comparison.results
-        names = nearest_table(comparison.detail)
+        results, names = comparison.results, nearest_table(comparison.detail)
         return Section(
             "samples",
             "Samples and their nearest training images" if results else "Samples",
@@ -92,9 +84,7 @@ class Samples(Analysis[NoOptions, NoOptions]):
         )
 
     def overview(self, comparison: Comparison) -> Overview:
-        """Returns the share of copies, and a few training images and samples."""
         from ditlab.analyses.samples.tables import copies_cell, copies_sentence
-        from ditlab.pages.drawing import Drawing
         from ditlab.pages.grids import sample_grid
 
         samples: SampleSet = comparison.detail
@@ -114,13 +104,4 @@ class Samples(Analysis[NoOptions, NoOptions]):
         return Overview(cells, verdict, images=images if rows else None, note=note if cells else "")
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns what is nearest to the samples of each kind."""
         return {"kinds": [result.to_json() for result in comparison.results]}
-
-    def notes(self, comparison: Comparison) -> list[str]:
-        """Returns nothing: notes on models stand at the top of the page."""
-        return []
-
-    def compare(self, results: Sequence[Any]) -> Sequence[Any]:
-        """Returns the results themselves, which are compared by eye."""
-        return results

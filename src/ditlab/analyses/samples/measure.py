@@ -6,7 +6,6 @@ training image is at distance 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from ditlab.analyses.samples.figures import SampleRow
 from ditlab.errors import DitlabError
 from ditlab.metrics.nearest import NearestResult
 from ditlab.models.comparing import ModelSet, OpenedModel
-from ditlab.models.memorization import mask_images, near_copies, nearest_training
+from ditlab.models.memorization import mask_images, near_copies, nearest_training, training_pictures
 from ditlab.models.model import Model
 from ditlab.progress import SILENT, Reporter
 from ditlab.sampling.draw import draw, with_guidance
@@ -52,11 +51,7 @@ class KindSamples:
 
     @classmethod
     def draw(cls, opened: OpenedModel, name: str, count: int, reporter: Reporter = SILENT) -> KindSamples:
-        """Draws samples with the model's own sampler and guidance; of conditional models of each class in turn.
-
-        Raises:
-            DitlabError: the model cannot be sampled.
-        """
+        """Draws samples with the model's own sampler and guidance; of conditional models of each class in turn."""
         model = opened.model
         denoiser = with_guidance(model, opened.denoiser)
         classes = torch.arange(count) % denoiser.num_classes if denoiser.num_classes else None
@@ -68,14 +63,7 @@ class KindSamples:
     def of(
         cls, opened: OpenedModel, name: str, samples: torch.Tensor, classes: torch.Tensor | None = None
     ) -> KindSamples:
-        """Finds the training images nearest to samples, and those of held-out images as a control.
-
-        Args:
-            opened: what drew the samples.
-            name: what the page calls it.
-            samples: float32 [count, C, H, W], as its denoiser sees images.
-            classes: that they were drawn for, int64 [count].
-        """
+        """Finds the training images nearest to samples of `opened`, and those of held-out images as a control."""
         model, about = opened.model, replace(opened.provenance, name=name)
         images = model.decode(samples)
         result = None
@@ -89,10 +77,8 @@ class KindSamples:
     @property
     def caption(self) -> str:
         """The kind, N and seed."""
-        if self.nearest is None:
-            return self.label
-        about = self.nearest.about
-        return f"{self.label}, N = {about.n}, seed {about.seed}"
+        about = None if self.nearest is None else self.nearest.about
+        return self.label if about is None else f"{about.title}, seed {about.seed}"
 
     @property
     def near_copies(self) -> np.ndarray:
@@ -106,9 +92,7 @@ class KindSamples:
         """The nearest training image of each sample, uint8 [count, C, H, W], mirrored where that is nearer."""
         if self.nearest is None:
             return None
-        nearest = self.nearest.samples
-        images = self.model.originals(self.model.split.train[nearest.index])
-        return np.where(nearest.mirrored[:, None, None, None], images[..., ::-1], images)
+        return training_pictures(self.model, self.nearest.samples.index, self.nearest.samples.mirrored)
 
     @property
     def sources(self) -> list[str]:
@@ -155,10 +139,9 @@ class SampleSet:
         rows, count = [], min(SHOWN, SHEET // max(1, len(self.kinds)))
         for kind in self.kinds:
             nearest = None if kind.nearest is None else kind.nearest.samples.take(count)
-            images = self._allowed(kind, count)
-            beneath = None if self.hide or kind.nearest is None else kind.nearest_images
-            sources = () if self.hide else kind.sources[:count]
-            rows.append(SampleRow(kind.caption, images, nearest, None if beneath is None else beneath[:count], sources))
+            beneath = None if self.hide else kind.nearest_images
+            pictures, sources = None if beneath is None else beneath[:count], () if self.hide else kind.sources[:count]
+            rows.append(SampleRow(kind.caption, self._allowed(kind, count), nearest, pictures, sources))
         return rows
 
     def thumbnails(self) -> list[tuple[str, np.ndarray]]:
@@ -184,9 +167,3 @@ def _training_images(models: ModelSet, context: ReportContext) -> tuple[str, np.
         if images.shape[1] in (1, 3):
             return f"{len(images)} of {len(train):,} training images", images
     return None
-
-
-def full_names(samples: SampleSet) -> Mapping[str, list[str]]:
-    """Returns caption -> the names of the nearest training images, of kinds whose image set has names."""
-    names = {} if samples.hide else {kind.caption: kind.sources for kind in samples.kinds}
-    return {caption: sources for caption, sources in names.items() if any(sources)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ditlab.analyses.samples.measure import SampleSet, full_names
+from ditlab.analyses.samples.measure import SampleSet
 from ditlab.metrics.nearest import Nearest, NearestResult
 from ditlab.pages.page import Table
 
@@ -25,18 +25,11 @@ _CAPTION = (
 
 def distances_table(results: Sequence[NearestResult]) -> Table:
     """Returns a row for each kind at each N: distances of its samples and of held-out images, and copies."""
-    rows = [
-        (
-            r.about.group,
-            r.about.n,
-            r.about.seed,
-            len(r.samples.first),
-            float(np.median(r.samples.first)),
-            None if r.held_out is None else float(np.median(r.held_out.first)),
-            copies_cell(r.samples),
-        )
-        for r in results
-    ]
+    rows = []
+    for r in results:
+        held_out = None if r.held_out is None else float(np.median(r.held_out.first))
+        distances = (len(r.samples.first), float(np.median(r.samples.first)), held_out)
+        rows.append((r.about.group, r.about.n, r.about.seed, *distances, copies_cell(r.samples)))
     columns = ("model", "N", "seed", "samples", "distance of samples", "distance of held-out images", "copies")
     return Table(columns, rows, _CAPTION, digits=1)
 
@@ -44,10 +37,10 @@ def distances_table(results: Sequence[NearestResult]) -> Table:
 def nearest_table(samples: SampleSet) -> Table | None:
     """Returns the file of the training image nearest to each sample, folded; None where the image set has no names."""
     rows = []
-    results = {kind.caption: kind.nearest.samples for kind in samples.kinds if kind.nearest is not None}
-    for caption, names in full_names(samples).items():
-        distances = results[caption].first
-        rows += [(caption, seed, name, float(distances[seed])) for seed, name in enumerate(names)]
+    for kind in () if samples.hide else samples.kinds:
+        if kind.nearest is not None and any(kind.sources):
+            found = zip(kind.sources, kind.nearest.samples.first, strict=True)
+            rows += [(kind.caption, seed, name, float(distance)) for seed, (name, distance) in enumerate(found)]
     columns = ("model", "sample's seed", "nearest training image", "distance")
     folded = "Files of the nearest training images"
     return Table(columns, rows, digits=1, folded=folded) if rows else None
@@ -67,15 +60,12 @@ def copies_cell(nearest: Nearest) -> str | None:
 def copies_sentence(results: Sequence[NearestResult]) -> str:
     """Returns how many samples are copies of training images, in one sentence; "" where that is unknown."""
     known = [r for r in results if r.samples.copies is not None]
-    if not known:
-        return ""
     copied = [r for r in known if r.samples.copies]
     if not copied:
         count = sum(len(r.samples.first) for r in known)
-        return f"None of {count} samples is a copy of a training image."
-    parts = [
-        f"{r.samples.copies} of {len(r.samples.first)} of {r.about.group}"
-        + ("" if r.about.n is None else f" (N = {r.about.n:,})")
-        for r in copied
-    ]
+        return f"None of {count} samples is a copy of a training image." if known else ""
+    parts = []
+    for r in copied:
+        at = "" if r.about.n is None else f" (N = {r.about.n:,})"
+        parts.append(f"{r.samples.copies} of {len(r.samples.first)} of {r.about.group}{at}")
     return f"Some samples are copies of training images: {', '.join(parts)}."

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.base import Analysis, Comparison, NoOptions, ReportContext
+from ditlab.pages.drawing import Drawing
+from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ditlab.analyses.trajectory.course import Course
+    from ditlab.analyses.trajectory.comparison import Course
     from ditlab.models.comparing import ModelSet
-    from ditlab.pages.drawing import Drawing
-    from ditlab.pages.page import Section, Table, ThemedFigure
 
 __all__ = ["AlongTraining"]
 
@@ -27,17 +27,14 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
 
     name = "trajectory"
     question = "When does the gap open, and do kinds of models differ at equal fit?"
-    Config = NoOptions
     verb = False
 
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
         """Returns one comparison of the models that have a log; none where no model has."""
-        from ditlab.analyses.trajectory.course import Course
+        from ditlab.analyses.trajectory.comparison import Course
 
         course = Course.of(models)
-        if not course.logs:
-            return []
-        return [Comparison(self, course, course.trajectories, models, NoOptions(), NoOptions(), context)]
+        return [Comparison(self, course, course.trajectories, models, context=context)] if course.logs else []
 
     def notes(self, comparison: Comparison) -> list[str]:
         """Returns notes on seeds that are left out or cannot be matched."""
@@ -46,36 +43,32 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         return [*course.notes, *notes, "PSNR and gaps in dB, averaged over the noise levels measured during training."]
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns a row for each run."""
         from ditlab.analyses.trajectory.tables import course_table
 
         course: Course = comparison.detail
         return [course_table(course.trajectories)] if course.trajectories else []
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns for each N the gap along training, test against train PSNR, and the losses."""
         from ditlab.analyses.trajectory.figures import gap_along_training, loss_curves, matched_psnr
-        from ditlab.pages.drawing import Drawing
 
         course, slots = comparison.detail, comparison.slots
         drawings: dict[str, Drawing] = {}
         for n in course.counts:
             ending, which = (f"-n{n}", f"N = {n}. ") if len(course.counts) > 1 else ("", "")
-            along, logs = [t for t in course.trajectories if t.n == n], course.logs_of(n)
+            along = [t for t in course.trajectories if t.n == n]
+            logs = {label: log for (count, label), log in course.logs.items() if count == n}
             pairs = [m for m in course.matched if m.n == n]
+            pair = pairs[0] if len(pairs) == 1 else None
             names = " and ".join(dict.fromkeys([*(t.label for t in along), *logs]))
+            style: dict[str, Any] = {"latents": course.latents, "slots": slots}
             if along:
                 drawings[f"gap-along-training{ending}"] = Drawing(
-                    lambda theme, along=along: gap_along_training(
-                        along, latents=course.latents, slots=slots, theme=theme
-                    ),
+                    lambda theme, along=along, style=style: gap_along_training(along, theme=theme, **style),
                     f"{which}The PSNR gap and the test PSNR of {names} against training steps.",
                     f"{which}Averaged weights, a coarse grid of noise levels, the same images and noise each time.",
                 )
                 drawings[f"matched-psnr{ending}"] = Drawing(
-                    lambda theme, along=along, pairs=pairs: matched_psnr(
-                        along, pairs[0] if len(pairs) == 1 else None, latents=course.latents, slots=slots, theme=theme
-                    ),
+                    lambda theme, along=along, pair=pair, style=style: matched_psnr(along, pair, theme=theme, **style),
                     f"{which}Test PSNR against train PSNR along the training of {names}.",
                     f"{which}At equal train PSNR a higher curve generalizes better at the same fit.",
                 )
@@ -89,9 +82,8 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
         return drawings
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: the course of each run, and beneath it the comparison at equal fit."""
+        from ditlab.analyses.trajectory.comparison import thinned
         from ditlab.analyses.trajectory.tables import best_sentence, matched_differences, matched_table
-        from ditlab.pages.page import Section
 
         course: Course = comparison.detail
         compared = [
@@ -119,16 +111,14 @@ class AlongTraining(Analysis[NoOptions, NoOptions]):
             tables=self.tables(comparison),
             notes=self.notes(comparison) if course.trajectories else (),
             pictures=[figure for name, figure in figures.items() if not name.startswith("matched-psnr")],
-            data={f"{label}-n{n}-log.json": course.thinned(log) for (n, label), log in course.logs.items()},
+            data={f"{label}-n{n}-log.json": thinned(log) for (n, label), log in course.logs.items()},
             parts=[matched],
         )
 
-    def sentences(self, comparison: Comparison) -> Sequence[str]:
-        """Returns the differences between kinds, at each N."""
+    def sentences(self, comparison: Comparison) -> list[str]:
         course: Course = comparison.detail
         several = len(course.counts) > 1
         return [f"N = {m.n}. {s}" if several else s for m in course.matched for s in m.sentences()]
 
     def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns the comparisons of kinds along training."""
         return {"matched": [matched.to_json() for matched in comparison.detail.matched]}

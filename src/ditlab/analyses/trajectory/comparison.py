@@ -11,12 +11,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from ditlab.analyses.stored import StoredResult, tuples
 from ditlab.errors import DitlabError
 from ditlab.metrics.paired import PairedDifference, paired_difference
-from ditlab.metrics.psnr import PSNRPoint
+from ditlab.models.comparing import ModelSet
+from ditlab.models.model import Model
+
+LOG_LINES = 500
+"""Lines of a log that a page has, at most."""
+Log = Sequence[Mapping[str, Any]]
+
+
+class Crossing(NamedTuple):
+    """A run where its train PSNR first reaches a given value."""
+
+    step: float
+    test: float
+    """Test PSNR there, dB."""
+    gap: float
+    """Average gap there, dB."""
 
 
 @dataclass(frozen=True)
@@ -49,55 +63,18 @@ class Trajectory:
             raise DitlabError(f"{where}: PSNR values must be finite")
 
     @classmethod
-    def from_points(
-        cls,
-        label: str,
-        seed: int,
-        points: Sequence[tuple[int, PSNRPoint] | tuple[int, float, float]],
-        *,
-        n: int | None = None,
-        split_family: str = "",
-    ) -> Trajectory:
-        """From (step, PSNRPoint) pairs or (step, train, test) triples; of the latter the gap is train - test."""
-        rows = []
-        for step, *values in points:
-            match values:
-                case [PSNRPoint() as p]:
-                    rows.append((step, p.train, p.test, p.gap))
-                case [float() | int() as train, float() | int() as test]:
-                    rows.append((step, float(train), float(test), float(train) - float(test)))
-                case _:
-                    raise DitlabError(f"trajectory of '{label}': expected (step, point) or (step, train, test)")
-        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        return cls(label, seed, *columns, n=n, split_family=split_family)
-
-    @classmethod
     def from_log(
-        cls,
-        label: str,
-        seed: int,
-        records: Sequence[Mapping[str, Any]],
-        *,
-        n: int | None = None,
-        split_family: str = "",
+        cls, label: str, seed: int, lines: Sequence[Mapping[str, Any]], *, n: int | None = None, split_family: str = ""
     ) -> Trajectory:
-        """From the lines of a run's log that have `train_psnr`, `test_psnr` and `psnr_gap`; others are passed over."""
-        points = [
-            (int(line["step"]), PSNRPoint(line["train_psnr"], line["test_psnr"], line["psnr_gap"]))
-            for line in records
-            if "psnr_gap" in line
-        ]
-        return cls.from_points(label, seed, points, n=n, split_family=split_family)
+        """Reads those lines of a run's log that have `train_psnr`, `test_psnr` and `psnr_gap`."""
+        names = ("step", "train_psnr", "test_psnr", "psnr_gap")
+        columns = (tuple(line[name] for line in lines if "psnr_gap" in line) for name in names)
+        return cls(label, seed, *columns, n=n, split_family=split_family)
 
     @property
     def best(self) -> int:
         """Index of the highest test PSNR (the earliest where several are equal)."""
         return max(range(len(self.steps)), key=lambda i: self.test[i])
-
-    @property
-    def train_range(self) -> tuple[float, float]:
-        """Train PSNR at the first point and its highest value, in dB: the range that `crossing` can answer for."""
-        return self.train[0], max(self.train)
 
     def crossing(self, psnr: float) -> Crossing | None:
         """Where the train PSNR first reaches `psnr` dB, everything interpolated linearly between the two points around.
@@ -111,22 +88,8 @@ class Trajectory:
         if i == 0:
             return Crossing(float(self.steps[0]), self.test[0], self.gap[0])
         share = (psnr - self.train[i - 1]) / (self.train[i] - self.train[i - 1])
-
-        def between(values: Sequence[int] | Sequence[float]) -> float:
-            return values[i - 1] + share * (values[i] - values[i - 1])
-
-        return Crossing(between(self.steps), between(self.test), between(self.gap))
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """A run where its train PSNR first reaches a given value."""
-
-    step: float
-    test: float
-    """Test PSNR there, dB."""
-    gap: float
-    """Average gap there, dB."""
+        around = (values[i - 1 : i + 1] for values in (self.steps, self.test, self.gap))
+        return Crossing(*(before + share * (after - before) for before, after in around))
 
 
 @dataclass(frozen=True)
@@ -151,7 +114,7 @@ class SeedComparison:
 
 
 @dataclass(frozen=True)
-class MatchedComparison(StoredResult):
+class MatchedComparison:
     """Two kinds of runs along training, seed by seed, and the differences second - first over seeds."""
 
     first: str
@@ -164,8 +127,6 @@ class MatchedComparison(StoredResult):
     gap_matched: PairedDifference | None
     """None where no seed's train PSNR ranges overlap."""
     best_test: PairedDifference
-
-    kind, file = "matched-comparison", "matched"
 
     def sentences(self) -> tuple[str, ...]:
         """The comparison in words, each sentence claiming no more than its interval allows."""
@@ -190,19 +151,8 @@ class MatchedComparison(StoredResult):
         return notes
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "version": self.version, **asdict(self), "sentences": list(self.sentences())}
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, Any]) -> MatchedComparison:
-        def made(kind: Any, fields: Mapping[str, Any] | None) -> Any:
-            return None if fields is None else kind(**{name: tuples(value) for name, value in fields.items()})
-
-        differences = ("gap_at_step", "gap_matched", "best_test")
-        return cls(
-            seeds=tuple(made(SeedComparison, seed) for seed in record["seeds"]),
-            **{name: made(PairedDifference, record[name]) for name in differences},
-            **{name: tuples(record[name]) for name in ("first", "second", "n", "unpaired")},
-        )
+        """Returns everything, and the sentences."""
+        return {"kind": "matched-comparison", "version": 1, **asdict(self), "sentences": list(self.sentences())}
 
 
 def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
@@ -215,10 +165,8 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
         DitlabError: seeds or splits differ, or the runs have no measured step in common.
     """
     if (first.seed, first.split_family) != (second.seed, second.split_family):
-        raise DitlabError(
-            f"matched comparison: '{first.label}' (seed {first.seed}, split family {first.split_family[:12]}) and "
-            f"'{second.label}' (seed {second.seed}, split family {second.split_family[:12]}) have different splits"
-        )
+        sides = (f"'{r.label}' (seed {r.seed}, split family {r.split_family[:12]})" for r in (first, second))
+        raise DitlabError(f"matched comparison: {' and '.join(sides)} have different splits")
     common = set(first.steps) & set(second.steps)
     if not common:
         raise DitlabError(
@@ -227,25 +175,22 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
         )
     step = max(common)
     i, j = first.steps.index(step), second.steps.index(step)
-    (low_1, high_1), (low_2, high_2) = first.train_range, second.train_range
-    matched, note = min(high_1, high_2), ""
-    crossing_1, crossing_2 = first.crossing(matched), second.crossing(matched)
-    if crossing_1 is None or crossing_2 is None:
-        note = (
-            f"the ranges of train PSNR do not overlap ({first.label} {low_1:.2f} to {high_1:.2f} dB, "
-            f"{second.label} {low_2:.2f} to {high_2:.2f} dB), so there is no matched comparison."
-        )
-    both = None if crossing_1 is None or crossing_2 is None else (crossing_1, crossing_2)
+    matched, note = min(max(first.train), max(second.train)), ""
+    one, other = first.crossing(matched), second.crossing(matched)
+    both = None if one is None or other is None else (one, other)
+    if both is None:
+        ranges = (f"{r.label} {r.train[0]:.2f} to {max(r.train):.2f} dB" for r in (first, second))
+        note = f"the ranges of train PSNR do not overlap ({', '.join(ranges)}), so there is no matched comparison."
     return SeedComparison(
         seed=first.seed,
         step=step,
         gap_at_step=(first.gap[i], second.gap[j]),
         test_at_step=(first.test[i], second.test[j]),
         train_at_step=(first.train[i], second.train[j]),
-        matched_train=None if both is None else matched,
-        gap_matched=None if both is None else (both[0].gap, both[1].gap),
-        test_matched=None if both is None else (both[0].test, both[1].test),
-        step_matched=None if both is None else (both[0].step, both[1].step),
+        matched_train=both and matched,
+        gap_matched=both and (both[0].gap, both[1].gap),
+        test_matched=both and (both[0].test, both[1].test),
+        step_matched=both and (both[0].step, both[1].step),
         best_test=(first.test[first.best], second.test[second.best]),
         best_step=(first.steps[first.best], second.steps[second.best]),
         note=note,
@@ -253,17 +198,9 @@ def compare_seed(first: Trajectory, second: Trajectory) -> SeedComparison:
 
 
 def compare_kinds(runs: Sequence[Trajectory], *, margin: float | None = None) -> list[MatchedComparison]:
-    """Each two kinds of runs at each N, N ascending; kinds that share no seed there are left out.
-
-    Args:
-        runs: of any labels, N and seeds.
-        margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
-
-    Raises:
-        DitlabError: as `compare_trajectories`.
-    """
+    """Compares each two kinds of runs at each N, N ascending; kinds that share no seed there are left out."""
     comparisons = []
-    for n in sorted({run.n for run in runs}, key=lambda n: -1 if n is None else n):
+    for n in sorted({run.n for run in runs}, key=lambda n: n or 0):
         kinds: dict[str, list[Trajectory]] = {}
         for run in runs:
             if run.n == n:
@@ -279,10 +216,7 @@ def compare_trajectories(
 ) -> MatchedComparison:
     """Two kinds of runs, one or several seeds each, paired by seed; seeds of one side only are left out and named.
 
-    Args:
-        first: runs of one kind.
-        second: runs of the other.
-        margin: in dB, as in `ditlab.metrics.paired.paired_difference`.
+    The margin is that of `ditlab.metrics.paired.paired_difference`, in dB.
 
     Raises:
         DitlabError: a side is empty or mixes labels, a seed occurs twice, N differs, no seed in common, or as
@@ -324,3 +258,60 @@ def compare_trajectories(
         gap_matched=difference(matched) if matched else None,
         best_test=difference({s.seed: s.best_test for s in seeds}),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What the logs of several runs say."""
+
+    trajectories: tuple[Trajectory, ...]
+    """PSNR along training of each run that measured it."""
+    matched: tuple[MatchedComparison, ...]
+    """Each two kinds at each N that share a seed."""
+    logs: Mapping[tuple[int | None, str], Log]
+    """(N, kind) -> the log of its first run."""
+    latents: bool = False
+    """Whether the PSNRs are those of latents."""
+    notes: tuple[str, ...] = ()
+    """Why kinds are not compared, where they cannot be, and which test images were used, where others are elsewhere."""
+
+    @classmethod
+    def of(cls, models: ModelSet) -> Course:
+        """Reads the logs of those models that have one."""
+        logged = [(model, kind, log) for model, kind in zip(models, models.kinds, strict=True) if (log := model.log)]
+        logs: dict[tuple[int | None, str], Log] = {}
+        for model, kind, log in sorted(logged, key=lambda part: part[0].split_record.train):
+            logs.setdefault((model.split_record.train, kind), log)
+        trajectories = [t for model, kind, _ in logged if (t := trajectory_of(model, kind)) is not None]
+        try:
+            matched, notes = tuple(compare_kinds(trajectories)), ()
+        except DitlabError as error:
+            matched, notes = (), (f"Not compared: {error}.",)
+        if any(model.held_out is not None for model, _, _ in logged):
+            notes = (*notes, "Test PSNR is that of the runs' own test images, not of `held_out`.")
+        latents = any("codec" in model.settings for model in models)
+        return cls(tuple(trajectories), matched, logs, latents, notes)
+
+    @property
+    def counts(self) -> tuple[int | None, ...]:
+        """The numbers of training images, ascending."""
+        return tuple(dict.fromkeys(n for n, _ in self.logs))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The kinds of runs that have a log."""
+        return tuple(dict.fromkeys(label for _, label in self.logs))
+
+
+def trajectory_of(model: Model, kind: str) -> Trajectory | None:
+    """Returns PSNR along the training of a run; None where its log has none."""
+    log, split = model.log, model.split_record
+    if not any("psnr_gap" in line for line in log):
+        return None
+    return Trajectory.from_log(kind, split.seed, log, n=split.train, split_family=split.family)
+
+
+def thinned(log: Log) -> list[Mapping[str, Any]]:
+    """Returns the log, or every second, third, ... line of it and all with measurements."""
+    every = -(-len(log) // LOG_LINES)
+    return [line for i, line in enumerate(log) if every <= 1 or i % every == 0 or "psnr_gap" in line]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditlab.analyses.differences import differences_table
+from ditlab.analyses.groups import differences_table
 from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory
 from ditlab.pages.page import Table
 

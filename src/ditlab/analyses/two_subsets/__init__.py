@@ -76,7 +76,6 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
         )
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns the mean cosines, one row for each pair of runs, and their spread."""
         from ditlab.analyses.two_subsets.result import cosine_rows, table_row
 
         results: Sequence[TwoSubsetsResult] = comparison.results
@@ -87,7 +86,6 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
         return [means, *(Table(spread, cosine_rows(r), f"Cosines of {r.names}", 3, folded) for r in results)]
 
     def result_figures(self, comparison: Comparison, place: int) -> Mapping[str, Drawing]:
-        """Returns histograms and pairs of samples."""
         from ditlab.analyses.two_subsets.figures import drawings
 
         models = () if comparison.number else comparison.models or ()

@@ -28,7 +28,13 @@ def check_runs(models: Sequence[Model]) -> tuple[Run, Run]:
         Incompatible: a model that is not a run, or runs that differ in more than their training images, or that share
             training images.
     """
-    first, second = (_as_run(model) for model in models)
+    for model in models:
+        if not isinstance(model, Run):
+            raise Incompatible(
+                f"two-subsets: expected runs, found the model {model.name}, whose training images and settings are "
+                "unknown"
+            )
+    first, second = (model for model in models if isinstance(model, Run))
     about = first.provenance(), second.provenance()
     check_provenance(*about)
     differing = differing_settings(first.settings, second.settings)
@@ -41,14 +47,6 @@ def check_runs(models: Sequence[Model]) -> tuple[Run, Run]:
             )
     check_disjoint(*about, (first.split.train, second.split.train))
     return first, second
-
-
-def _as_run(model: Model) -> Run:
-    if not isinstance(model, Run):
-        raise Incompatible(
-            f"two-subsets: expected runs, found the model {model.name}, whose training images and settings are unknown"
-        )
-    return model
 
 
 def check_provenance(first: Provenance, second: Provenance) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ditlab.analyses.two_subsets.result import TwoSubsetsResult
 from ditlab.errors import DitlabError
-from ditlab.models.memorization import mask_images
+from ditlab.models.memorization import mask_images, training_pictures
 from ditlab.models.model import Model
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.image_rows import ImageRow, image_rows
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["closest_pictures", "drawings", "mask_near_copies", "two_subsets_histograms", "two_subsets_pairs"]
 
+MAX_COLUMNS = 8
+"""Pairs in a figure, at most."""
+
 
 def drawings(models: Sequence[Model], result: TwoSubsetsResult, hide_training_images: bool) -> dict[str, Drawing]:
     """Returns the figures of a result by file name; the pairs are left out if only the JSON is there.
 
-    Args:
-        models: the two models; if both are not at hand, no training images are shown.
-        result: what was measured.
-        hide_training_images: show no training image, and mask samples that are nearly one.
+    If not both models are at hand, no training images are shown. With `hide_training_images`, samples that are nearly
+    one are masked, too.
     """
     names = f"{result.about[0].name} and {result.about[1].name}"
     figures = {
@@ -58,11 +59,12 @@ def drawings(models: Sequence[Model], result: TwoSubsetsResult, hide_training_im
 def closest_pictures(models: Sequence[Model], result: TwoSubsetsResult) -> tuple[np.ndarray, np.ndarray]:
     """Returns the closest training images of the samples of both runs that are shown, uint8 [k, C, H, W] each."""
     assert result.pictures is not None
-    count, pictures = result.pictures.shape[1], []
-    for model, nearest in zip(models, result.nearest, strict=True):
-        images = model.originals(model.split.train[nearest.index[:count]])
-        pictures.append(np.where(nearest.mirrored[:count, None, None, None], images[..., ::-1], images))
-    return pictures[0], pictures[1]
+    count = result.pictures.shape[1]
+    first, second = (
+        training_pictures(model, nearest.index[:count], nearest.mirrored[:count])
+        for model, nearest in zip(models, result.nearest, strict=True)
+    )
+    return first, second
 
 
 def mask_near_copies(result: TwoSubsetsResult) -> TwoSubsetsResult:
@@ -71,36 +73,21 @@ def mask_near_copies(result: TwoSubsetsResult) -> TwoSubsetsResult:
     return replace(result, pictures=mask_images(result.pictures, result.near_copies[:, : result.pictures.shape[1]]))
 
 
-def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: Theme = LIGHT) -> Figure:
-    """Draws the cosines of the pairs (blue), with the closest training image (orange) and of the control (grey).
-
-    Args:
-        result: what was measured.
-        bins: from the lowest cosine to 1.
-        theme: light or dark.
-    """
+def two_subsets_histograms(result: TwoSubsetsResult, *, theme: Theme = LIGHT) -> Figure:
+    """Draws the cosines of the pairs (blue), with the closest training image (orange) and of the control (grey)."""
     sides = (
         ("pairs from the same noise", result.pair, theme.run(0)),
         ("with the closest training image", result.nearest_cosine, theme.run(1)),
         ("control: closest images of the two training sets", result.control, theme.muted),
     )
     low = min(float(values.min()) for _, values, _ in sides)
-    edges = np.linspace(min(low, 0.9) - 0.01, 1.001, bins + 1)
+    edges = np.linspace(min(low, 0.9) - 0.01, 1.001, 41).tolist()
     with canvas(6.4, 3.6, theme) as figure:
         axes = figure.subplots()
         for name, values, color in sides[::-1]:
-            share = np.full(len(values), 1 / len(values))
-            control = values is result.control
-            axes.hist(
-                values,
-                edges.tolist(),
-                weights=share,
-                histtype="step" if control else "stepfilled",
-                color=color,
-                alpha=1.0 if control else 0.6,
-                linewidth=1.2,
-                label=f"{name} (mean {values.mean():.2f})",
-            )
+            share, label = np.full(len(values), 1 / len(values)), f"{name} (mean {values.mean():.2f})"
+            kind, alpha = ("step", 1.0) if values is result.control else ("stepfilled", 0.6)
+            axes.hist(values, edges, weights=share, histtype=kind, color=color, alpha=alpha, linewidth=1.2, label=label)
             axes.axvline(float(values.mean()), color=color, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set_xlabel(f"cosine of images{' about their means' if result.mean_removed else ''}")
         axes.set_ylabel("share")
@@ -111,37 +98,27 @@ def two_subsets_histograms(result: TwoSubsetsResult, *, bins: int = 40, theme: T
 
 
 def two_subsets_pairs(
-    result: TwoSubsetsResult,
-    nearest: tuple[np.ndarray, np.ndarray] | None = None,
-    *,
-    columns: int = 8,
-    theme: Theme = LIGHT,
+    result: TwoSubsetsResult, nearest: tuple[np.ndarray, np.ndarray] | None = None, *, theme: Theme = LIGHT
 ) -> Figure:
-    """Draws samples of both runs from the same noise, between their closest training images.
-
-    Args:
-        result: with its pictures.
-        nearest: the closest training image of each sample of both, uint8 [n, C, H, W]; None to show no training image.
-        columns: pairs, at most.
-        theme: light or dark.
+    """Draws the first samples of both runs from the same noise, between their closest training images if given.
 
     Raises:
         DitlabError: the result was loaded without its pictures.
     """
     if result.pictures is None:
         raise DitlabError("two-subsets figure: expected a result with its pictures, found one loaded from JSON alone")
-    count = min(columns, result.pictures.shape[1])
+    count = min(MAX_COLUMNS, result.pictures.shape[1])
     first, second = (about.group for about in result.about)
 
-    def captions(values: np.ndarray) -> list[str]:
-        return [f"{value:.2f}" for value in values[:count]]
+    def row(name: str, images: np.ndarray, values: np.ndarray | None) -> ImageRow:
+        return ImageRow(name, images[:count], () if values is None else [f"{value:.2f}" for value in values[:count]])
 
-    closest = [captions(side.cosine) for side in result.nearest]
+    closest = [side.cosine for side in result.nearest]
     rows = [
-        ImageRow(f"samples of\n{first}", result.pictures[0][:count], captions(result.pair)),
-        ImageRow(f"samples of\n{second}", result.pictures[1][:count], () if nearest else closest[1]),
+        row(f"samples of\n{first}", result.pictures[0], result.pair),
+        row(f"samples of\n{second}", result.pictures[1], None if nearest else closest[1]),
     ]
     if nearest is not None:
-        above = ImageRow(f"closest images\nof {first}", nearest[0][:count], closest[0])
-        rows = [above, *rows, ImageRow(f"closest images\nof {second}", nearest[1][:count], closest[1])]
+        rows.insert(0, row(f"closest images\nof {first}", nearest[0], closest[0]))
+        rows.append(row(f"closest images\nof {second}", nearest[1], closest[1]))
     return image_rows(rows, titles=[f"seed {seed}" for seed in result.seeds[:count]], theme=theme)

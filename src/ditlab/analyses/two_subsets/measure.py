@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from ditlab.analyses.two_subsets.compatibility import check_provenance
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig
 from ditlab.analyses.two_subsets.result import Closest, TwoSubsetsResult
-from ditlab.diffusion.samplers import SamplerConfig, evaluations
+from ditlab.diffusion.samplers import evaluations
 from ditlab.errors import DitlabError
 from ditlab.metrics.similarity import cosines, unit_vectors
 from ditlab.models.comparing import OpenedModel
@@ -48,19 +47,22 @@ MAX_CONTROLS = 1000
 def measure_runs(
     runs: tuple[Run, Run], opened: Sequence[OpenedModel], config: TwoSubsetsConfig, reporter: Reporter = SILENT
 ) -> TwoSubsetsResult:
-    """Draws the samples of two runs from the same noise, and compares them.
+    """Draws the samples of two runs, which `check_runs` let pass, from the same noise, and compares them.
 
-    Args:
-        runs: the two runs, checked by `ditlab.analyses.two_subsets.compatibility.check_runs`.
-        opened: the same runs with their weights.
-        config: the settings.
-        reporter: shows progress.
+    Both have the first run's guidance; seed s gets the class s mod classes.
     """
     first, second = runs
     sampler, seeds = sampler_config(first, config.sampler, config.sampler_steps), parse_seeds(config.seeds)
     for part in opened:
         evaluations(sampler, part.denoiser)  # refuses steps that the sampler cannot take
-    samples = [_draw(part, first, sampler, seeds, config.batch, reporter) for part in opened]
+    samples = []
+    for part in opened:
+        classes = part.denoiser.num_classes
+        label = torch.tensor([seed % classes for seed in seeds]) if classes else None
+        denoiser = with_guidance(part.model, part.denoiser, first.guidance)
+        with reporter.bar(f"samples of {part.name}") as bar:
+            drawn = draw(denoiser, sampler, seeds, batch=config.batch, label=label, bar=bar)
+            samples.append(part.model.decode(drawn))
     return compare_subsets(
         (opened[0].provenance, opened[1].provenance),
         (samples[0], samples[1]),
@@ -72,25 +74,11 @@ def measure_runs(
     )
 
 
-def _draw(
-    opened: OpenedModel, first: Run, sampler: SamplerConfig, seeds: Sequence[int], batch: int, reporter: Reporter
-) -> UInt8[np.ndarray, "n c h w"]:
-    """Draws a run's samples as pictures, with the first run's guidance; seed s gets the class s mod classes."""
-    classes = opened.denoiser.num_classes
-    label = torch.tensor([seed % classes for seed in seeds]) if classes else None
-    denoiser = with_guidance(opened.model, opened.denoiser, first.guidance)
-    with reporter.bar(f"samples of {opened.name}") as bar:
-        return opened.model.decode(draw(denoiser, sampler, seeds, batch=batch, label=label, bar=bar))
-
-
 def sampling_record(first: Run, config: TwoSubsetsConfig) -> dict[str, Any]:
     """Returns how samples are drawn, as JSON values; the guidance only if there is one."""
     sampler = sampler_config(first, config.sampler, config.sampler_steps)
-    record: dict[str, Any] = {
-        "sampler": about_sampler(sampler),
-        "seeds": seeds_text(parse_seeds(config.seeds)),
-        "batch": config.batch,
-    }
+    seeds = seeds_text(parse_seeds(config.seeds))
+    record: dict[str, Any] = {"sampler": about_sampler(sampler), "seeds": seeds, "batch": config.batch}
     if first.conditional and first.guidance.on:
         record["guidance"] = asdict(first.guidance)
     return json.loads(json.dumps(record))
@@ -108,10 +96,7 @@ def is_current(
 def closest(images: UInt8[np.ndarray, "n c h w"], parts: Parts, *, mean_removed: bool = True) -> Closest:
     """Returns the training image with the highest cosine to each image; the search is exact.
 
-    Args:
-        images: uint8 [n, C, H, W].
-        parts: the training images; places are counted through all parts.
-        mean_removed: subtract each image's mean first. If not, the cosine is that of images in [-1, 1].
+    Places are counted through all parts. If the mean is not removed, the cosine is that of images in [-1, 1].
 
     Raises:
         DitlabError: no training image, or images of another shape.
@@ -154,11 +139,11 @@ def compare_subsets(
     mean_removed: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> TwoSubsetsResult:
-    """Compares samples of two runs.
+    """Compares samples of two runs, of the same seeds.
 
     Args:
         about: the two runs.
-        samples: of the same seeds.
+        samples: of each.
         training: each returns a run's training images, from the first one on, at every call.
         control: training images of the first run; their closest ones are searched in the second's.
         seeds: of the samples.
@@ -166,19 +151,18 @@ def compare_subsets(
         settings: how the samples were drawn, as JSON values.
 
     Raises:
-        DitlabError: see `check_provenance` and `closest`.
+        DitlabError: see `closest`.
     """
-    check_provenance(*about)
     first, second = samples
-    nearest = [
-        closest(drawn, parts(), mean_removed=mean_removed) for drawn, parts in zip(samples, training, strict=True)
-    ]
     return TwoSubsetsResult(
         about=about,
         seeds=tuple(seeds),
         mean_removed=mean_removed,
         pair=cosines(centred(first), centred(second), mean_removed=mean_removed),
-        nearest=(nearest[0], nearest[1]),
+        nearest=(
+            closest(first, training[0](), mean_removed=mean_removed),
+            closest(second, training[1](), mean_removed=mean_removed),
+        ),
         control=closest(control, training[1](), mean_removed=mean_removed).cosine,
         settings=settings or {},
         pictures=np.stack([first[:MAX_SHOWN], second[:MAX_SHOWN]]),

@@ -74,7 +74,13 @@ class TwoSubsetsResult(StoredResult):
     def difference(self) -> float:
         """Mean cosine of the pairs minus mean cosine with the closest training images: above 0 if the networks agree
         more with each other than with their training images."""
-        return float(self.pair.mean() - self.nearest_cosine.mean())
+        return self.means["difference"]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean cosines, by their names in files."""
+        pair, nearest, control = (float(v.mean()) for v in (self.pair, self.nearest_cosine, self.control))
+        return {"pair": pair, "nearest": nearest, "difference": pair - nearest, "control": control}
 
     @property
     def near_copies(self) -> np.ndarray:
@@ -88,9 +94,9 @@ class TwoSubsetsResult(StoredResult):
 
     def sentences(self) -> tuple[str, ...]:
         """Returns the cosines, which of them is larger, and the control."""
-        pair, near = float(self.pair.mean()), float(self.nearest_cosine.mean())
+        pair, near, difference, control = self.means.values()
         means = "subtracted" if self.mean_removed else "kept"
-        if self.difference > 0:
+        if difference > 0:
             verdict = "the two networks agree more with each other than with their training images"
         else:
             verdict = "each network's samples are more like its training images than like the other network's samples"
@@ -99,14 +105,13 @@ class TwoSubsetsResult(StoredResult):
             f"the {len(self.pair)} pairs of samples from the same noise, {near:.2f} between samples and their closest "
             f"training images (image means {means})."
         )
-        control = float(self.control.mean())
         caution = (
             "Samples are less like any training image than the images of one set are like those of the other. They may "
             "not be images of this kind at all: networks that have learned nothing agree, too."
         )
         return (
             cosine,
-            f"The difference is {self.difference:+.2f}: {verdict}.",
+            f"The difference is {difference:+.2f}: {verdict}.",
             f"Control: the mean cosine of images of one training set and the closest of the other is {control:.2f}.",
             *([caution] if near < control else []),
         )
@@ -119,12 +124,7 @@ class TwoSubsetsResult(StoredResult):
             "seeds": list(self.seeds),
             "mean_removed": self.mean_removed,
             "settings": dict(self.settings),
-            "mean": {
-                "pair": float(self.pair.mean()),
-                "nearest": float(self.nearest_cosine.mean()),
-                "difference": self.difference,
-                "control": float(self.control.mean()),
-            },
+            "mean": self.means,
             "pair": self.pair.tolist(),
             "nearest": [side.to_json() for side in self.nearest],
             "control": self.control.tolist(),
@@ -133,10 +133,6 @@ class TwoSubsetsResult(StoredResult):
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {} if self.pictures is None else {"pictures": self.pictures}
-
-    @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("pictures",)
 
     @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TwoSubsetsResult:
@@ -156,21 +152,15 @@ class TwoSubsetsResult(StoredResult):
 
 def table_row(result: TwoSubsetsResult) -> tuple[Any, ...]:
     """Returns runs, N, pairs, and the mean cosines: pair, closest training image, difference, control."""
-    means = (float(result.pair.mean()), float(result.nearest_cosine.mean()), result.difference)
-    return result.names, result.about[0].n, len(result.pair), *means, float(result.control.mean())
+    return (result.names, result.about[0].n, len(result.pair), *result.means.values())
 
 
 def cosine_rows(result: TwoSubsetsResult) -> list[tuple[Any, ...]]:
     """Returns mean, median and quantiles of the cosines of pairs, of each run's closest images, and of the control."""
+    sides = zip(result.about, result.nearest, strict=True)
     rows = (
         ("samples from the same noise", result.pair),
-        *(
-            (f"samples of {about.group} and its training images", side.cosine)
-            for about, side in zip(result.about, result.nearest, strict=True)
-        ),
+        *((f"samples of {about.group} and its training images", side.cosine) for about, side in sides),
         ("control: the two training sets", result.control),
     )
-    return [
-        (name, *(float(v) for v in (values.mean(), np.median(values), *np.quantile(values, (0.05, 0.95)))))
-        for name, values in rows
-    ]
+    return [(name, *map(float, (v.mean(), np.median(v), *np.quantile(v, (0.05, 0.95))))) for name, v in rows]
