@@ -190,10 +190,6 @@ class LocalityResult(StoredResult):
         return self.by_image or {}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return BY_IMAGE
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> LocalityResult:
         values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
         shape = (len(record["levels"]), len(record["layers"]), record["heads"])
@@ -208,7 +204,7 @@ class LocalityResult(StoredResult):
             **facts,
             patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
             mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
-            by_image=arrays or None,
+            by_image={name: arrays[name] for name in BY_IMAGE} if arrays else None,
         )
 
 

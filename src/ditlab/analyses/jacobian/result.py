@@ -121,19 +121,16 @@ class JacobianResult(StoredResult):
         return {f"{i}/{name}": a for i, point in enumerate(self.points) for name, a in _point_arrays(point).items()}
 
     @classmethod
-    def array_names(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(f"{i}/{name}" for i, point in enumerate(record["points"]) for name in _array_names(point))
-
-    @classmethod
     def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
         config = dict(record["config"])
         if record["version"] < 2 and config.get("decomposition") == "eig":
             # In version 1 this was the name of the right eigenvectors.
             config["decomposition"] = "eig-right"
-        points = [
-            _point_from_json(point, {name: arrays[f"{i}/{name}"] for name in _array_names(point)})
-            for i, point in enumerate(record["points"])
-        ]
+        by_point = [{} for _ in record["points"]]
+        for key, array in arrays.items():
+            place, _, name = key.partition("/")
+            by_point[int(place)][name] = array
+        points = map(_point_from_json, record["points"], by_point)
         return cls(Provenance(**record["about"]), config_from_json(JacobianConfig, config), tuple(points))
 
 
@@ -141,11 +138,6 @@ _ARRAYS = ("clean", "noisy", "denoised", "values", "residuals", "shown", "left",
 _MAPS = ("maps", "centred", "sizes")
 _SIDES = ("sensitivity", "wiener")
 _LEADING = 16
-
-
-def _array_names(point: Mapping[str, Any]) -> list[str]:
-    sides = [f"{side}/{name}" for side in _SIDES if point[side] is not None for name in _MAPS]
-    return [*_ARRAYS, *(f"by_vector/{name}" for name in point["by_vector"]), *sides]
 
 
 def _point_arrays(point: JacobianPoint) -> dict[str, np.ndarray]:
