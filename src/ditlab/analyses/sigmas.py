@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from ditlab.errors import InvalidConfig
 
-__all__ = ["check_sigmas"]
+__all__ = ["check_levels", "check_sigmas"]
 
 
 def check_sigmas(sigmas: Sequence[float], analysis: str) -> None:
@@ -17,3 +17,13 @@ def check_sigmas(sigmas: Sequence[float], analysis: str) -> None:
         raise InvalidConfig(f"{analysis}: `sigmas` must be positive and at least one, found {list(sigmas)[:5]}")
     if any(b <= a for a, b in pairwise(sigmas)):
         raise InvalidConfig(f"{analysis}: `sigmas` must be ascending without repeats, found {list(sigmas)[:5]}")
+
+
+def check_levels(sigmas: Sequence[float] | None, timesteps: Sequence[int] | None, analysis: str) -> None:
+    """Raises InvalidConfig unless at most one of them is given, ascending without repeats."""
+    if sigmas is not None and timesteps is not None:
+        raise InvalidConfig(f"{analysis}: expected `sigmas` or `timesteps`, found both")
+    if sigmas is not None:
+        check_sigmas(sigmas, analysis)
+    if timesteps is not None and (not timesteps or list(timesteps) != sorted(set(timesteps))):
+        raise InvalidConfig(f"{analysis}: `timesteps` must be ascending without repeats, found {list(timesteps)}")

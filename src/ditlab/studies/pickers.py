@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ditlab.analyses.attention.entries import AttentionEntry
-from ditlab.analyses.attention.picker import token_pickers
+from ditlab.analyses.attention.entries import AttentionEntry, token_pickers
 from ditlab.analyses.attention.result import LocalityResult
 from ditlab.errors import DitlabError
 from ditlab.models.comparing import ModelSet

@@ -16,9 +16,8 @@ from torch import nn
 
 import ditlab
 from ditlab.analyses.attention import Attention, AttentionConfig, AttentionOptions, measure
-from ditlab.analyses.attention.entries import AttentionEntry, group_entries, page_rows
+from ditlab.analyses.attention.entries import AttentionEntry, group_entries, page_rows, token_pickers
 from ditlab.analyses.attention.measure import measure_attention
-from ditlab.analyses.attention.picker import token_pickers
 from ditlab.analyses.attention.result import LocalityResult
 from ditlab.analyses.base import Comparison, ReportContext
 from ditlab.data import ImageSet, prepare
@@ -221,7 +220,7 @@ def test_options_reach_the_figure(pair, monkeypatch):
         ({}, {"heads": (3,)}, "expected `heads` from 1 to 2, found 3"),
         ({}, {"token": "8,0"}, r"expected a `token` from 0,0 to 7,7 \(row,column\), found 8,0"),
         ({}, {"image": 16}, "`image` must be from 0 to 15, one of the `images`, found 16"),
-        ({"images": 40}, {"image": 30}, "expected `image` to be one of the 20 images, found 30"),
+        ({"images": 40}, {"image": 30}, "`image` must be from 0 to 19, one of the `images`, found 30"),
     ],
 )
 def test_what_is_refused_before_work_starts(model, monkeypatch, config, options, says):

@@ -20,7 +20,7 @@ from ditlab.analyses.jacobian.comparison import (
 from ditlab.analyses.jacobian.config import JacobianConfig
 from ditlab.analyses.jacobian.measure import measure_jacobian
 from ditlab.analyses.jacobian.result import JacobianResult
-from ditlab.analyses.jacobian.tables import definitions, jacobian_tables
+from ditlab.analyses.jacobian.section import definitions, jacobian_tables
 from ditlab.diffusion.baselines import WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import DitlabError

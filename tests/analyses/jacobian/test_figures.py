@@ -16,7 +16,7 @@ from ditlab.analyses.jacobian.figures import (
     _CHANNELS,
     _panels,
     denoising_strip,
-    psnr_noisy,
+    psnr,
     sensitivity_maps,
     value_text,
     vector_gallery,
@@ -163,7 +163,7 @@ def test_the_strip_says_psnr(three):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     point = three[0][1].points[0]
     expected = 10 * np.log10(4 / np.square(point.noisy - point.clean).mean())
-    assert psnr_noisy(point) == pytest.approx(expected, abs=1e-4)
+    assert psnr(point.noisy, point.clean) == pytest.approx(expected, abs=1e-4)
     assert titles[:2] == ["clean\n", f"noisy, σ = 0.3\n{expected:.1f} dB"]
     denoised = 10 * np.log10(4 / point.numbers["mse"])
     assert titles[2] == f"wiener\n{denoised:.1f} dB"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ditlab.analyses.attention.comparison import LocalityComparison
     from ditlab.analyses.attention.result import LocalityResult
     from ditlab.analyses.base import ReportContext
-    from ditlab.models.comparing import ModelSet, OpenedModel
+    from ditlab.models.comparing import ModelSet
     from ditlab.pages.drawing import Drawing
     from ditlab.pages.page import Section, Table, ThemedFigure
 
@@ -40,18 +40,9 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
     def measure(
         self, models: ModelSet, config: AttentionConfig, options: AttentionOptions, reporter: Reporter = SILENT
     ) -> list[LocalityResult]:
-        """Returns the result of each model; all are measured on the same number of images."""
-        return self._measure(models.open(reporter), config, options, reporter)
-
-    def _measure(
-        self, models: Sequence[OpenedModel], config: AttentionConfig, options: AttentionOptions, reporter: Reporter
-    ) -> list[LocalityResult]:
         from ditlab.analyses.attention.measure import measure_models
 
-        def cached(opened: OpenedModel, settings: AttentionConfig, measure: Any) -> LocalityResult:
-            return self.cached(opened, settings, measure, reporter)
-
-        return measure_models(models, config, options, cached, reporter)
+        return measure_models(self, models.open(reporter), config, options, reporter)
 
     def report_result(
         self, models: ModelSet, place: int, config: AttentionConfig, context: ReportContext, reporter: Reporter
@@ -61,20 +52,19 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         Of a network with attention on several grids, the layers of `uniform_grid_layers` are measured.
         """
         from ditlab.analyses.attention.maps import attention_layers, has_attention, uniform_grid_layers
+        from ditlab.analyses.attention.measure import measure_models
 
         opened = models.open_one(place, reporter)
         if not has_attention(opened.denoiser):
             return None
         if not config.layers:
             config = replace(config, layers=uniform_grid_layers(attention_layers(opened.denoiser)))
-        return self._measure([opened], config, self.Options(), reporter)[0]
+        return measure_models(self, [opened], config, self.Options(), reporter)[0]
 
     def group_key(self, result: LocalityResult) -> Any:
-        """Returns the grid, the noise levels, the layers and the number of images."""
         return (result.grid, tuple(f"{sigma:.5g}" for sigma in result.levels), result.layers, result.images)
 
     def compare(self, results: Sequence[LocalityResult]) -> LocalityComparison:
-        """Groups results by kind and N, over seeds."""
         from ditlab.analyses.attention.comparison import compare_locality
 
         return compare_locality(results)
@@ -83,20 +73,17 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         """Returns the differences if they are few, else none, for a table has them; of a single model its sentence."""
         from ditlab.analyses.attention.section import MAX_SENTENCES
 
-        locality: LocalityComparison = comparison.detail
-        differences = locality.differences()
+        differences = comparison.detail.differences()
         if not differences:
-            return locality.sentences()[:1]
+            return comparison.detail.sentences()[:1]
         return differences if len(differences) <= MAX_SENTENCES else ()
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns one row for each kind of model and N, and a table of the differences if they are many."""
         from ditlab.analyses.attention.section import attention_tables
 
         return attention_tables(comparison.detail)
 
     def legend(self, comparison: Comparison) -> str:
-        """Returns what the columns are."""
         return (
             "mean distance: of attention, in tokens; uniform: the same if attention were uniform within each layer's "
             "window; within 3x3: share of attention there; consistency: cosine between maps of different images; "
@@ -104,14 +91,11 @@ class Attention(Analysis[AttentionConfig, AttentionOptions]):
         )
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns the curves, the maps, and the patterns of models with windows."""
         from ditlab.analyses.attention.section import attention_drawings
 
         return attention_drawings(comparison)
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: token pickers and maps, then the table and the curves."""
         from ditlab.analyses.attention.section import attention_section
 
-        sentences, notes = self.sentences(comparison), self.notes(comparison)
-        return attention_section(comparison, figures, number, sentences=sentences, notes=notes)
+        return attention_section(comparison, figures, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ditlab.analyses.sigmas import check_sigmas
+from ditlab.analyses.sigmas import check_levels
 from ditlab.errors import InvalidConfig
 
 __all__ = ["AttentionConfig", "AttentionOptions", "ImagesFrom", "MapScale"]
@@ -35,14 +35,7 @@ class AttentionConfig:
         for name, least in (("images", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise InvalidConfig(f"attention: `{name}` must be at least {least}, found {getattr(self, name)}")
-        if self.sigmas is not None and self.timesteps is not None:
-            raise InvalidConfig("attention: expected `sigmas` or `timesteps`, found both")
-        if self.sigmas is not None:
-            check_sigmas(self.sigmas, "attention")
-        if self.timesteps is not None and (not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps))):
-            raise InvalidConfig(
-                f"attention: `timesteps` must be ascending without repeats, found {list(self.timesteps)}"
-            )
+        check_levels(self.sigmas, self.timesteps, "attention")
         if len(set(self.layers)) < len(self.layers) or any(layer < 1 for layer in self.layers):
             raise InvalidConfig(f"attention: `layers` must be different, counted from 1, found {list(self.layers)}")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,25 +13,19 @@ from torch import Tensor
 from ditlab.analyses.attention.maps import AttentionMaps, attention_maps
 from ditlab.analyses.attention.measure import images_of
 from ditlab.analyses.attention.result import LocalityResult
+from ditlab.metrics.denoising_errors import level_noise
 from ditlab.models.comparing import ModelSet, OpenedModel
+from ditlab.pages.token_picker import AttentionPicker, PickerRun, frame_size, pack_run
 
 if TYPE_CHECKING:
     from ditlab.analyses.attention.config import AttentionOptions
 
-__all__ = [
-    "AttentionEntry",
-    "MapRow",
-    "Samples",
-    "ShownImage",
-    "group_entries",
-    "page_image",
-    "page_rows",
-    "picture_of",
-    "verb_rows",
-]
+__all__ = ["AttentionEntry", "token_pickers"]
 
 MAX_ROWS = 4
 """Models in the figure of maps on a page, at most."""
+MAX_PICKERS = 6
+"""Token pickers on a page, at most: those of the first N."""
 
 Samples = Mapping[str, tuple[Tensor, Tensor | None]]
 """Name of a model -> samples that may be shown, float32 [N, C, H, W], and their classes, int64 [N], or None."""
@@ -58,14 +52,13 @@ class AttentionEntry:
 
     def maps(self, image: ShownImage, sigma: float, layers: Sequence[int]) -> AttentionMaps:
         """Returns the maps of the model on an image."""
+        model, denoiser = self.opened.model, self.opened.denoiser
+        label = None
+        if denoiser.num_classes:
+            label = model.batch("test", 1)[1] if image.held_out else image.classes
+        seed = self.result.config.noise_seed
         return attention_maps(
-            self.opened.denoiser,
-            image.pixels,
-            sigma,
-            layers=layers,
-            noise_seed=self.result.config.noise_seed,
-            place=image.place,
-            label=image.label_for(self.opened),
+            denoiser, image.pixels, sigma, layers=layers, noise_seed=seed, place=image.place, label=label
         )
 
 
@@ -84,12 +77,6 @@ class ShownImage:
     place: int = 0
     """Its place among the images, on which its noise depends."""
 
-    def label_for(self, opened: OpenedModel) -> Tensor | None:
-        """Returns the class for a model, int64 [1]; None if it takes none, or the image has none."""
-        if not opened.denoiser.num_classes:
-            return None
-        return opened.model.batch("test", 1)[1] if self.held_out else self.classes
-
 
 @dataclass(frozen=True, eq=False)
 class MapRow:
@@ -101,15 +88,10 @@ class MapRow:
 
 
 def page_image(entry: AttentionEntry, samples: Samples | None, drawn_by: str = "") -> ShownImage | None:
-    """Returns the image on which a page shows attention.
+    """Returns the image on which a page shows the models of a group, whose first is `entry`.
 
-    Args:
-        entry: the first of the models that are shown on it.
-        samples: samples that may be shown, where no real image may; None takes the first held-out image.
-        drawn_by: the model that drew the samples, if it is not the entry's.
-
-    Returns:
-        None if real images may not be shown and there is no sample.
+    That is the first held-out image; where no real image may be shown (`samples` is not None), a sample listed under
+    the entry's name, `drawn_by` another model if that is named; None without one.
     """
     if samples is None:
         return ShownImage(entry.opened.model.batch("test", 1)[0], "the first held-out image", None, held_out=True)
@@ -138,10 +120,7 @@ def page_rows(entries: Sequence[AttentionEntry], samples: Samples | None) -> lis
     groups = group_entries(entries)
     rows: list[MapRow] = []
     for members in groups:
-        if len(rows) >= MAX_ROWS:
-            break
-        image = page_image(members[0], samples)
-        if image is not None:
+        if len(rows) < MAX_ROWS and (image := page_image(members[0], samples)) is not None:
             rows += [MapRow(_row_name(entry, several=len(groups) > 1), entry, image) for entry in members]
     return rows[:MAX_ROWS]
 
@@ -149,14 +128,13 @@ def page_rows(entries: Sequence[AttentionEntry], samples: Samples | None) -> lis
 def verb_rows(entries: Sequence[AttentionEntry], options: AttentionOptions) -> list[MapRow]:
     """Returns a row for each kind and N, each on the image of the options; of several seeds the first is shown."""
     several = len({entry.result.about.n for entry in entries}) > 1
-    first: dict[str, AttentionEntry] = {}
+    rows: dict[str, MapRow] = {}
     for entry in entries:
-        first.setdefault(_row_name(entry, several=several), entry)
-    rows = []
-    for name, entry in first.items():
-        pixels, classes = images_of(entry.opened, options.images_from, range(options.image, options.image + 1))
-        rows.append(MapRow(name, entry, ShownImage(pixels, name, classes, place=options.image)))
-    return rows
+        name = _row_name(entry, several=several)
+        if name not in rows:
+            pixels, classes = images_of(entry.opened, options.images_from, range(options.image, options.image + 1))
+            rows[name] = MapRow(name, entry, ShownImage(pixels, name, classes, place=options.image))
+    return list(rows.values())
 
 
 def _row_name(entry: AttentionEntry, *, several: bool) -> str:
@@ -168,3 +146,72 @@ def picture_of(rows: Sequence[MapRow]) -> np.ndarray | None:
     """Returns the image of all rows, uint8 [C, H, W]; None if they differ, as those of several seeds do."""
     pictures = [row.entry.opened.model.decode(row.image.pixels)[0] for row in rows]
     return pictures[0] if all(np.array_equal(picture, pictures[0]) for picture in pictures) else None
+
+
+def token_pickers(
+    entries: Sequence[AttentionEntry], budget: int, *, samples: Samples | None = None, drawn_by: str = ""
+) -> list[AttentionPicker]:
+    """Returns a token picker for each N, with a model of each kind, all of one seed.
+
+    Those that do not fit into `budget`, the bytes of all together, are left out, and the last picker notes it. Where no
+    real image may be shown, pickers show `samples` instead, by the name of their first model (see `page_image`).
+    """
+    chosen: list[tuple[list[AttentionEntry], ShownImage, np.ndarray]] = []
+    for members in group_entries(entries)[:MAX_PICKERS]:
+        image = page_image(members[0], samples, drawn_by)
+        if image is not None:
+            chosen.append((members, image, _picture(members[0], image.pixels)))
+    frames = [frame_size(picture.shape[:2], len(members[0].result.levels)) for members, _, picture in chosen]
+    # Images that leave no bytes for maps are useless.
+    while sum(frames) > budget / 2:
+        frames.pop()
+    pickers: list[AttentionPicker] = []
+    room = budget - sum(frames)
+    for number, (members, image, picture) in enumerate(chosen[: len(frames)]):
+        packed, left, others = [], room, sum(len(m) for m, _, _ in chosen[number : len(frames)])
+        for entry in members:
+            # Each gets its share of what is left: local attention packs small and leaves more to the others.
+            packed.append(_pack(entry, image, max(0, left // others)))
+            left, others = left - packed[-1].size, others - 1
+        if left >= 0:
+            pickers.append(_picker(members[0], image, picture, packed))
+            room = left
+    missing = len(chosen) - len(pickers)
+    if pickers and missing:
+        note = f"The page has no room for {missing} more picker{'s' if missing > 1 else ''}."
+        pickers[-1] = replace(pickers[-1], notes=[*pickers[-1].notes, note])
+    return pickers
+
+
+def _picker(
+    entry: AttentionEntry, image: ShownImage, picture: np.ndarray, packed: Sequence[PickerRun]
+) -> AttentionPicker:
+    """Returns a picker of packed models; `entry` is the first of them."""
+    result, about, denoiser = entry.result, entry.result.about, entry.opened.denoiser
+    noisy = []
+    for sigma in result.levels:
+        noise = level_noise(result.config.noise_seed, sigma, [0], [0], denoiser.shape)
+        noisy.append(_picture(entry, float(denoiser.scale(sigma)) * (image.pixels + sigma * noise)))
+    steps = result.timesteps
+    names = [f"σ = {s:.2f}" + ("" if steps is None else f" (t = {steps[i]})") for i, s in enumerate(result.levels)]
+    title = image.title if about.n is None else f"N = {about.n}, seed {about.seed}: {image.title}"
+    return AttentionPicker(title, picture, noisy, names, result.grid, packed)
+
+
+def _picture(entry: AttentionEntry, image: Tensor) -> np.ndarray:
+    """Returns what an image [1, C, H, W] looks like, uint8 [H, W, C]."""
+    return entry.opened.model.decode(image)[0].transpose(1, 2, 0)
+
+
+def _pack(entry: AttentionEntry, image: ShownImage, budget: int) -> PickerRun:
+    result = entry.result
+
+    @lru_cache(maxsize=1)  # the maps of one level at a time
+    def at(level: int) -> AttentionMaps:
+        return entry.maps(image, result.levels[level], result.layers)
+
+    def maps(level: int, layer: int) -> np.ndarray:
+        return at(level).maps[layer][0].numpy()
+
+    patterns = dict(zip(result.layers, result.patterns, strict=True))
+    return pack_run(entry.label, patterns, result.grid, len(result.levels), maps, budget)

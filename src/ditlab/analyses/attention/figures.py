@@ -56,18 +56,10 @@ def attention_map_figure(
     the three middle rows of the grid; and the token's row of each map as a picture of the grid, with a box around the
     token's 3 x 3 neighbourhood.
 
-    Args:
-        runs: (label, maps) pairs at one noise level, over the same grid.
-        layers: which, from 1; all that every model has if None.
-        token: (row, column) from 0; the middle of the grid if None.
-        heads: which heads, from 1, a pair of rows each; the mean over heads if none is named.
-        image: which of the maps' images.
-        picture: that image, uint8 [C, H, W], drawn beside the token's rows; None for no picture.
-        scale: of the colours, see the module.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no model, several noise levels or grids, a layer, head, image or token that does not exist.
+    The maps of `runs`, (label, maps) pairs, are of one noise level and grid. Layers and heads count from 1; without
+    `layers` all that every model has are drawn, without `heads` the mean over heads, without `token` the middle one of
+    the grid. `picture` is the maps' image, uint8 [C, H, W], drawn beside the token's rows. Raises DitlabError for
+    several noise levels or grids, and for what does not exist.
     """
     grid, layers = _common(runs, layers)
     token = (grid[0] // 2, grid[1] // 2) if token is None else token
@@ -81,7 +73,7 @@ def attention_map_figure(
         shown = None
         for line, (label, maps, head) in enumerate(lines):
             above, below = axes[2 * line], axes[2 * line + 1]
-            _caption(above[0], label, head, theme)
+            _caption(above[0], label, 13, "mean of heads" if head is None else f"head {head}", (0.5, 0.44), theme)
             _draw_picture(below[0], picture, grid, token)
             for column, layer in enumerate(layers, 1):
                 weights = maps.of(layer, image, head)
@@ -133,16 +125,18 @@ def _bare(axes: Axes, theme: Theme) -> None:
         spine.set(visible=True, color=theme.muted, linewidth=0.6)
 
 
-def _caption(axes: Axes, label: str, head: int | None, theme: Theme) -> None:
+def _caption(axes: Axes, label: str, width: int, text: str, heights: tuple[float, float], theme: Theme) -> None:
+    """Writes a label, in lines of at most `width` characters, and a text under it, beside a row of panels."""
     axes.axis("off")
-    axes.text(
-        0.0, 0.5, "\n".join(textwrap.wrap(label, 13)), transform=axes.transAxes, va="bottom", ha="left",
-        fontsize=9.5, fontweight="bold", color=theme.ink,
-    )  # fmt: skip
-    axes.text(
-        0.0, 0.44, "mean of heads" if head is None else f"head {head}", transform=axes.transAxes, va="top", ha="left",
-        fontsize=8, color=theme.muted,
-    )  # fmt: skip
+    label = "\n".join(textwrap.wrap(label, width))
+    place = axes.transAxes
+    axes.text(0, heights[0], label, transform=place, va="bottom", fontsize=9.5, fontweight="bold", color=theme.ink)
+    axes.text(0, heights[1], text, transform=place, va="top", fontsize=8, color=theme.muted)
+
+
+def _note(axes: Axes, text: str, theme: Theme) -> None:
+    """Writes a small line under a panel."""
+    axes.set_xlabel(text, fontsize=7.5, color=theme.muted, labelpad=2)
 
 
 def _draw_picture(axes: Axes, picture: np.ndarray | None, grid: Grid, token: tuple[int, int]) -> None:
@@ -194,7 +188,7 @@ def _draw_token(axes: Axes, row: np.ndarray, token: tuple[int, int], scale: MapS
     axes.imshow(values, interpolation="nearest", **settings)
     _bare(axes, theme)
     _box(axes, token, row.shape)
-    axes.set_xlabel(f"largest {row.max():.2g}", fontsize=7.5, color=theme.muted, labelpad=2)
+    _note(axes, f"largest {row.max():.2g}", theme)
 
 
 def _draw_bar(figure: Figure, shown: Any, axes: list[Axes], shrink: float, scale: MapScale, theme: Theme) -> None:
@@ -229,64 +223,43 @@ def patterns_figure(
 
     Each different pattern is a row, named with its layers; the last column is the whole mask, queries downwards.
 
-    Args:
-        plan: the pattern of each layer, first layer first.
-        grid: (rows, columns) of tokens; the paper's example is (4, 4) with a window of 3.
-        numbers: of the layers; from 1 if None.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: an empty plan.
+    Layers are numbered from 1, or by `numbers`. The paper's example is a grid of (4, 4) tokens with a window of 3.
+    Raises DitlabError for an empty plan.
     """
+    from matplotlib.colors import ListedColormap
+
     if not plan:
         raise DitlabError("patterns figure: expected at least one layer, found none")
     layers: dict[Pattern, list[int]] = {}
     for number, pattern in zip(numbers or range(1, len(plan) + 1), plan, strict=True):
         layers.setdefault(pattern, []).append(number)
-    tokens = {
-        "corner": (0, 0),
-        "edge": (0, grid[1] // 2),
-        "middle": (grid[0] // 2, grid[1] // 2),
-    }
+    middle = (grid[0] // 2, grid[1] // 2)
+    tokens = {"corner token": (0, 0), "edge token": (0, middle[1]), "middle token": middle}
+    colours = ListedColormap([theme.grid, theme.run(0)])
     with canvas(1.1 + 1.55 * 4, 0.45 + 1.72 * len(layers), theme) as figure:
         lines = figure.subplots(len(layers), 5, squeeze=False, width_ratios=[0.65, 1, 1, 1, 1])
-        for axes, name in zip(lines[0, 1:], [*(f"{name} token" for name in tokens), "whole mask"], strict=True):
+        for axes, name in zip(lines[0, 1:], [*tokens, "whole mask"], strict=True):
             axes.set_title(name, loc="center", fontsize=9.5, pad=6)
         for line, (pattern, mine) in zip(lines, layers.items(), strict=True):
             mask = pattern.mask(grid).numpy()
-            line[0].axis("off")
-            line[0].text(
-                0, 0.55, "\n".join(textwrap.wrap(pattern.name, 11)), transform=line[0].transAxes, va="bottom",
-                fontsize=9.5, fontweight="bold", color=theme.ink,
-            )  # fmt: skip
-            line[0].text(
-                0, 0.5, _layer_names(mine), transform=line[0].transAxes, va="top", fontsize=8, color=theme.muted
-            )
-            for axes, token in zip(line[1:4], tokens.values(), strict=True):
-                _draw_seen(axes, mask[check_token(token, grid)].reshape(grid), token, theme)
-            line[4].imshow(mask, cmap=_two_colours(theme), vmin=0, vmax=1, interpolation="nearest")
-            _bare(line[4], theme)
-            line[4].set_xlabel(f"{mask.mean():.0%} of all pairs", fontsize=7.5, color=theme.muted, labelpad=2)
+            _caption(line[0], pattern.name, 11, _layer_names(mine), (0.55, 0.5), theme)
+            seen = [mask[check_token(token, grid)].reshape(grid) for token in tokens.values()]
+            for axes, picture in zip(line[1:], [*seen, mask], strict=True):
+                axes.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+                _bare(axes, theme)
+            for axes, token, keys in zip(line[1:4], tokens.values(), seen, strict=True):
+                _mark_token(axes, token, grid, theme)
+                _note(axes, f"sees {int(keys.sum())} of {keys.size}", theme)
+            _note(line[4], f"{mask.mean():.0%} of all pairs", theme)
     return figure
 
 
-def _draw_seen(axes: Axes, seen: np.ndarray, token: tuple[int, int], theme: Theme) -> None:
-    """Draws the grid with the keys that a token sees, and the token itself."""
-    rows, columns = seen.shape
-    axes.imshow(seen, cmap=_two_colours(theme), vmin=0, vmax=1, interpolation="nearest")
-    _bare(axes, theme)
-    for position in np.arange(columns - 1) + 0.5:
-        axes.axvline(position, color=theme.background, lw=0.7)
-    for position in np.arange(rows - 1) + 0.5:
-        axes.axhline(position, color=theme.background, lw=0.7)
-    axes.scatter([token[1]], [token[0]], s=1400 / max(rows, columns) ** 1.4, marker="s", color=theme.run(1), lw=0)
-    axes.set_xlabel(f"sees {int(seen.sum())} of {seen.size}", fontsize=7.5, color=theme.muted, labelpad=2)
-
-
-def _two_colours(theme: Theme) -> Any:
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap([theme.grid, theme.run(0)])
+def _mark_token(axes: Axes, token: tuple[int, int], grid: Grid, theme: Theme) -> None:
+    """Draws lines between the tokens of the grid, and one of them in another colour."""
+    for draw, count in ((axes.axvline, grid[1]), (axes.axhline, grid[0])):
+        for place in range(1, count):
+            draw(place - 0.5, color=theme.background, lw=0.7)
+    axes.scatter([token[1]], [token[0]], s=1400 / max(grid) ** 1.4, marker="s", color=theme.run(1), lw=0)
 
 
 def _layer_names(numbers: Sequence[int]) -> str:
@@ -301,37 +274,37 @@ def _layer_names(numbers: Sequence[int]) -> str:
     return f"layer{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def locality_curves(
-    results: Sequence[LocalityResult],
-    *,
-    level: int | None = None,
-    slots: Slots | None = None,
-    theme: Theme = LIGHT,
-) -> Figure:
+def locality_curves(results: Sequence[LocalityResult], *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
     """Draws the mean attention distance by layer, and the mass by window side; a column for each N.
 
     Lines are means over seeds (and heads and noise levels), bands their standard deviation. Dashed lines of a model's
-    colour are uniform attention within its windows; the dotted line is uniform attention over the grid.
-
-    Args:
-        results: of models that were measured alike, any number of labels, N and seeds.
-        level: index of the noise level to draw; the mean over levels if None.
-        slots: colours of the labels.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: results that cannot be compared (see `compare_locality`).
+    colour are uniform attention within its windows; the dotted line is uniform attention over the grid. Raises
+    DitlabError for results that cannot be compared (see `compare_locality`).
     """
+    from matplotlib.ticker import MaxNLocator
+
     comparison = compare_locality(results)
-    slots = slots or assign(comparison.labels)
-    counts = comparison.counts
+    slots, counts, first = slots or assign(comparison.labels), comparison.counts, comparison.first
+    radii = sorted(first.mass)
+    sides = [2 * radius + 1 for radius in radii]  # at 1 the token itself
     with canvas(max(5.4, 3.1 * len(counts) + 0.8), 6.0, theme) as figure:
         axes = figure.subplots(2, len(counts), squeeze=False, sharey="row")
-        for column, n in enumerate(counts):
-            groups = [g for g in comparison.groups if g.n == n]
-            _draw_by_layer(axes[0, column], comparison, groups, level, slots, theme)
-            _draw_mass(axes[1, column], comparison, groups, level, slots, theme)
-            axes[0, column].set_title("" if n is None else f"N = {n:,}", pad=8)
+        for (above, below), n in zip(axes.T, counts, strict=True):
+            above.axhline(first.uniform_distance, color=theme.muted, lw=1.2, ls=_UNIFORM)
+            below.plot(sides, first.uniform_mass(), color=theme.muted, lw=1.2, ls=_UNIFORM)
+            for g in (g for g in comparison.groups if g.n == n):
+                color = theme.run(slots[g.label])
+                if not _sees_all(g):
+                    allowed = [g.results[0].pattern_mass(radius).mean() for radius in radii]
+                    above.plot(first.layers, g.results[0].pattern_distance, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
+                    below.plot(sides, allowed, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
+                _line(above, first.layers, g.by_layer("distance"), color)
+                _line(below, sides, np.stack([g.by_layer(radius).mean(axis=1) for radius in radii], axis=1), color)
+            above.set_title("" if n is None else f"N = {n:,}", pad=8)
+            above.set_xlabel("layer")
+            above.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            below.set_xticks(sides)
+            below.set_xlabel("side of the window (tokens)")
         axes[0, 0].set_ylabel("mean attention distance\n(tokens)")
         axes[0, 0].set_ylim(bottom=0)
         axes[1, 0].set_ylabel("attention within the window")
@@ -341,62 +314,18 @@ def locality_curves(
     return figure
 
 
-def _draw_by_layer(
-    axes: Axes,
-    comparison: LocalityComparison,
-    groups: Sequence[LocalityGroup],
-    level: int | None,
-    slots: Slots,
-    theme: Theme,
-) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    x = np.asarray(comparison.first.layers)
-    axes.axhline(comparison.first.uniform_distance, color=theme.muted, lw=1.2, ls=_UNIFORM)
-    for g in groups:
-        color = theme.run(slots[g.label])
-        if not _sees_all(g):
-            axes.plot(x, g.results[0].pattern_distance, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
-        _line(axes, x, g.by_layer("distance", level), color, marker="o")
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-
-
-def _draw_mass(
-    axes: Axes,
-    comparison: LocalityComparison,
-    groups: Sequence[LocalityGroup],
-    level: int | None,
-    slots: Slots,
-    theme: Theme,
-) -> None:
-    """Draws the mass against the side of the window, 2 r + 1; at 1 the token itself."""
-    radii = sorted(comparison.first.mass)
-    sides = [2 * r + 1 for r in radii]
-    axes.plot(sides, comparison.first.uniform_mass(), color=theme.muted, lw=1.2, ls=_UNIFORM)
-    for g in groups:
-        color = theme.run(slots[g.label])
-        if not _sees_all(g):
-            reference = [g.results[0].pattern_mass(r).mean() for r in radii]
-            axes.plot(sides, reference, color=color, lw=1.1, ls=_ALLOWED, alpha=0.8)
-        values = np.stack([g.by_layer(r, level).mean(axis=1) for r in radii], axis=1)
-        _line(axes, np.asarray(sides), values, color, marker="o")
-    axes.set_xticks(sides)
-    axes.set_xlabel("side of the window (tokens)")
-
-
 def _sees_all(group: LocalityGroup) -> bool:
     """Returns whether all layers are global."""
     return all(pattern.covers(group.results[0].grid) for pattern in group.results[0].patterns)
 
 
-def _line(axes: Axes, x: np.ndarray, values: np.ndarray, color: str, marker: str) -> None:
+def _line(axes: Axes, x: Sequence[int], values: np.ndarray, color: str) -> None:
     """Draws the mean over seeds of values [seeds, x], with a band of one standard deviation."""
     mean = values.mean(axis=0)
     if len(values) > 1:
         spread = values.std(axis=0, ddof=1)
         axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
-    axes.plot(x, mean, color=color, marker=marker, ms=3.5)
+    axes.plot(x, mean, color=color, marker="o", ms=3.5)
 
 
 def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
@@ -404,16 +333,15 @@ def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = No
 
     Values are means over layers, heads and noise levels; small dots are seeds, lines their mean. The dotted line is
     uniform attention over the grid. The dashed line under the cosine of different images' maps is its control, with the
-    rows of one of the two permuted.
-
-    Raises:
-        DitlabError: results that cannot be compared, or a result without a number of training images.
+    rows of one of the two permuted. Raises DitlabError for results that cannot be compared or have no N.
     """
+    from matplotlib.ticker import NullLocator
+
     comparison = compare_locality(results)
-    if None in comparison.counts:
+    counts = [n for n in comparison.counts if n is not None]
+    if len(counts) < len(comparison.counts):
         raise DitlabError("locality by N: expected results with a number of training images, found one without")
-    slots = slots or assign(comparison.labels)
-    first = comparison.first
+    slots, first = slots or assign(comparison.labels), comparison.first
     panels: tuple[tuple[Quantity | int, str, float | None], ...] = (
         ("distance", "mean attention distance (tokens)", first.uniform_distance),
         (1, "share of attention within 3x3 tokens", first.uniform_mass()[1]),
@@ -425,13 +353,13 @@ def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = No
             if uniform is not None:
                 axes.axhline(uniform, color=theme.muted, lw=1.2, ls=_UNIFORM)
             for label in comparison.labels:
-                color, groups = theme.run(slots[label]), comparison.by_label(label)
-                if what == "consistency":
-                    control = [g.mean("consistency_control") for g in groups]
-                    axes.plot(_counts(groups), control, color=color, lw=1.1, ls=_ALLOWED)
-                _draw_against_n(axes, groups, what, color, theme)
+                _draw_against_n(axes, comparison.by_label(label), what, theme.run(slots[label]), theme)
             axes.set_title(title, pad=8, fontsize=10)
-            _axis_of_n(axes, comparison)
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(counts, [f"{n:,}" for n in counts])
+            axes.set_xlim(counts[0] / 1.4, counts[-1] * 1.4)
+            axes.set_xlabel("training images N")
             axes.set_ylim(0, axes.dataLim.ymax * 1.08)
         _legend(figure, comparison, slots, theme, dashed="with the rows of one map permuted")
     return figure
@@ -440,26 +368,14 @@ def locality_by_n(results: Sequence[LocalityResult], *, slots: Slots | None = No
 def _draw_against_n(
     axes: Axes, groups: Sequence[LocalityGroup], what: Quantity | int, color: str, theme: Theme
 ) -> None:
-    axes.plot(_counts(groups), [g.mean(what) for g in groups], color=color, marker="o", ms=4.5, zorder=2.5)
-    for g, n in zip(groups, _counts(groups), strict=True):
+    counts: Any = [g.n for g in groups]
+    if what == "consistency":
+        axes.plot(counts, [g.mean("consistency_control") for g in groups], color=color, lw=1.1, ls=_ALLOWED)
+    axes.plot(counts, [g.mean(what) for g in groups], color=color, marker="o", ms=4.5, zorder=2.5)
+    for g, n in zip(groups, counts, strict=True):
         values = list(g.averages(what).values())
         if len(values) > 1:
             axes.scatter([n] * len(values), values, s=13, color=theme.background, edgecolor=color, lw=0.9, zorder=3)
-
-
-def _counts(groups: Sequence[LocalityGroup]) -> list[int]:
-    return [g.n for g in groups if g.n is not None]
-
-
-def _axis_of_n(axes: Axes, comparison: LocalityComparison) -> None:
-    from matplotlib.ticker import NullLocator
-
-    counts = [n for n in comparison.counts if n is not None]
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(counts, [f"{n:,}" for n in counts])
-    axes.set_xlim(counts[0] / 1.4, counts[-1] * 1.4)
-    axes.set_xlabel("training images N")
 
 
 def _legend(figure: Figure, comparison: LocalityComparison, slots: Slots, theme: Theme, *, dashed: str = "") -> None:

@@ -1,8 +1,9 @@
 """How local attention maps are: numbers with a closed form, each a pure function of the maps.
 
 A map is softmax(q k^T / sqrt(head_dim)) of one head over the tokens of a grid: float `[..., T, T]`, T = rows * columns
-numbered row by row, rows of the map are queries and sum to 1. Every number is a mean over the queries of a map, so the
-leading axes (images, heads) stay. Distances are in tokens; times the patch's side they are pixels.
+numbered row by row, rows of the map are queries and sum to 1; maps over another number of tokens raise DitlabError.
+Every number is a mean over the queries of a map, so the leading axes (images, heads) stay. Distances are in tokens;
+times the patch's side they are pixels.
 
 Sources: the mean attention distance is Dosovitskiy et al., "An Image is Worth 16x16 Words" (2010.11929, Fig. 7 right
 and Appendix D.7). An et al. (2410.21273, Sec. 3 and Appendix B) say of attention maps that they are local at large N,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,10 +37,8 @@ def token_offsets(grid: Grid) -> tuple[Float[Tensor, "T T"], Float[Tensor, "T T"
 def grid_part(weights: Float[Tensor, "*batch n n"], grid: Grid) -> Float[Tensor, "*batch T T"]:
     """Returns the map over the grid's tokens alone, with rows that sum to 1.
 
-    Off-grid tokens (`SelfAttention.extra`) come after the grid's and have no place, so no distance.
-
-    Raises:
-        DitlabError: a map over fewer tokens than the grid has.
+    Off-grid tokens (`SelfAttention.extra`) come after the grid's and have no place, so no distance. Raises DitlabError
+    for a map over fewer tokens than the grid has.
     """
     tokens = grid[0] * grid[1]
     if weights.shape[-1] < tokens:
@@ -55,13 +55,6 @@ def mean_distance(weights: Float[Tensor, "*batch T T"], grid: Grid) -> Float[Ten
     """Returns the mean attention distance: sum_j A_ij |p_i - p_j| averaged over queries i, Euclidean, in tokens.
 
     0 where every token sees only itself; `uniform_distance(grid)` where all see all alike.
-
-    Args:
-        weights: maps.
-        grid: (rows, columns) of their tokens.
-
-    Raises:
-        DitlabError: maps over another number of tokens.
     """
     return _mean_over_queries(weights, torch.hypot(*token_offsets(grid))[..., None], grid)[..., 0]
 
@@ -70,9 +63,7 @@ def mass_within(weights: Float[Tensor, "*batch T T"], grid: Grid, radius: int) -
     """Returns the share of attention that goes to tokens at most `radius` rows and columns away, in [0, 1].
 
     Radius r is the window of size 2r + 1 (1 .. 6 are the windows 3 .. 13 of An et al.); radius 0 is the token itself.
-
-    Raises:
-        DitlabError: a negative radius, or maps over another number of tokens.
+    Raises DitlabError for a negative radius.
     """
     return masses_within(weights, grid, [radius])[..., 0]
 
@@ -95,9 +86,6 @@ def entropies(
 
     -sum_j A_ij ln A_ij is 0 for one key and ln T for all keys alike. The second lies in [0, 1]: 1 where each query sees
     alike all that the pattern lets it see. A query with a single key counts as 1, for it can see no other way.
-
-    Raises:
-        DitlabError: maps over another number of tokens.
     """
     _check(weights, grid)
     rows = torch.special.entr(weights).sum(-1)
@@ -114,8 +102,7 @@ def entropy(weights: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
 def position_invariance(weights: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
     """Returns the mean cosine between rows of different queries: 1 if all see the same keys, 0 if they share none.
 
-    Raises:
-        DitlabError: a map of a single token.
+    Raises DitlabError for a map of a single token.
     """
     tokens = weights.shape[-1]
     if tokens < 2:
@@ -151,36 +138,29 @@ class MapConsistency:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed, self._images = seed, 0
-        self._sum: Tensor | None = None
-        self._itself: Tensor | None = None
+        self._sum: Any = 0.0
+        self._itself: Any = 0.0
         self._order: Tensor | None = None
 
     def add(self, maps: Float[Tensor, "b *heads T T"]) -> None:
         """Adds the maps of further images."""
-        order = self._permutation(maps)
         unit = maps / torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
-        total, itself = unit.sum(0), (unit * unit[..., order, :]).sum((0, -2, -1))
         self._images += len(maps)
-        self._sum = total if self._sum is None else self._sum + total
-        self._itself = itself if self._itself is None else self._itself + itself
+        self._sum = self._sum + unit.sum(0)
+        self._itself = self._itself + (unit * unit[..., self._permutation(maps), :]).sum((0, -2, -1))
 
     def _permutation(self, maps: Tensor) -> Tensor:
         """One cycle through all queries in a drawn order, so that no row stays in its place."""
         if self._order is None:
-            tokens = maps.shape[-1]
-            drawn = torch.randperm(tokens, generator=torch_generator(self._seed, "attention-control"))
+            drawn = torch.randperm(maps.shape[-1], generator=torch_generator(self._seed, "attention-control"))
             order = torch.empty_like(drawn)
             order[drawn] = drawn.roll(-1)
             self._order = order.to(maps.device)
         return self._order
 
     def values(self) -> tuple[Float[Tensor, "*heads"], Float[Tensor, "*heads"]]:
-        """Returns the mean cosine over pairs of different images, and its control.
-
-        Raises:
-            DitlabError: fewer than two images were added.
-        """
-        if self._sum is None or self._itself is None or self._images < 2:
+        """Returns the mean cosine over pairs of different images, of which there must be two, and its control."""
+        if self._images < 2:
             raise DitlabError(f"consistency of attention maps: expected at least 2 images, found {self._images}")
         pairs = self._images * (self._images - 1)
         together = self._sum.square().sum((-2, -1)) - self._images
@@ -191,30 +171,23 @@ class MapConsistency:
 def consistency(maps: Float[Tensor, "b *heads T T"]) -> Float[Tensor, "*heads"]:
     """Returns the mean cosine between maps of different images, for each head: 1 if the image does not matter.
 
-    Args:
-        maps: one map for each of at least two images.
-
-    Raises:
-        DitlabError: fewer than two images.
+    Raises DitlabError for the maps of fewer than two images.
     """
-    consistency_of = MapConsistency()
-    consistency_of.add(maps)
-    return consistency_of.values()[0]
+    return _consistencies(maps, 0)[0]
 
 
 def consistency_control(maps: Float[Tensor, "b *heads T T"], *, seed: int = 0) -> Float[Tensor, "*heads"]:
     """Returns `consistency` with the rows of one map of each pair permuted: similarity without the query's place.
 
-    Args:
-        maps: one map for each of at least two images.
-        seed: of the permutation, which leaves no row in its place.
-
-    Raises:
-        DitlabError: fewer than two images.
+    No row stays in its place in the permutation, which is drawn from `seed`.
     """
-    consistency_of = MapConsistency(seed)
-    consistency_of.add(maps)
-    return consistency_of.values()[1]
+    return _consistencies(maps, seed)[1]
+
+
+def _consistencies(maps: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    gathered = MapConsistency(seed)
+    gathered.add(maps)
+    return gathered.values()
 
 
 def _check(weights: Tensor, grid: Grid) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditlab.analyses.attention.config import AttentionConfig
 from ditlab.analyses.attention.locality import grid_part
@@ -24,19 +24,7 @@ from ditlab.metrics.denoising_errors import chosen_levels, level_noise
 from ditlab.nn.attention import adapted_layers, capture_attention
 from ditlab.nn.patterns import Grid, Pattern
 
-__all__ = [
-    "AttentionLayer",
-    "AttentionMaps",
-    "attention_layers",
-    "attention_maps",
-    "check_heads",
-    "check_layers",
-    "check_token",
-    "forward_with_maps",
-    "has_attention",
-    "noise_levels_of",
-    "uniform_grid_layers",
-]
+__all__ = ["AttentionLayer", "AttentionMaps", "attention_layers", "attention_maps"]
 
 DEFAULT_TIMESTEPS = (100, 300, 500)
 """Steps of the DDPM process (T = 1000, linear) whose noise levels are the default: sigma 0.34, 1.24 and 3.44, where the
@@ -70,11 +58,7 @@ class AttentionMaps:
     sigma: float
 
     def of(self, layer: int, image: int = 0, head: int | None = None) -> Float[Tensor, "T T"]:
-        """Returns one map: the mean over heads, or one head (from 1), of one image.
-
-        Raises:
-            DitlabError: a layer, image or head that does not exist.
-        """
+        """Returns one map: the mean over heads, or one head (from 1), of one image. Raises DitlabError for others."""
         if layer not in self.maps:
             raise DitlabError(f"attention maps: expected a layer of {sorted(self.maps)}, found {layer}")
         maps = self.maps[layer]
@@ -88,16 +72,12 @@ class AttentionMaps:
     def token(
         self, token: tuple[int, int], layer: int, image: int = 0, head: int | None = None
     ) -> Float[Tensor, "rows columns"]:
-        """Returns the weights of the token in this (row, column), from 0, on the grid; they sum to 1.
-
-        Raises:
-            DitlabError: a token, layer, image or head that does not exist.
-        """
+        """Returns the weights of the token in this (row, column), from 0, on the grid; they sum to 1."""
         return self.of(layer, image, head)[check_token(token, self.grid)].reshape(self.grid)
 
 
 def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
-    """Returns the attention layers of a denoiser's network, numbered from 1.
+    """Returns the attention layers of a denoiser's network.
 
     Raises:
         DitlabError: it has none, has layers of another kind that were not given to
@@ -121,29 +101,29 @@ def attention_layers(denoiser: Denoiser) -> tuple[AttentionLayer, ...]:
 
 def has_attention(denoiser: Denoiser) -> bool:
     """Returns whether a denoiser has an attention layer whose map can be read and has more than one token."""
-    if denoiser.module is None:
-        return False
-    return any(adapter.grid != (1, 1) for _, adapter in adapted_layers(denoiser.module))
+    module = denoiser.module
+    return module is not None and any(adapter.grid != (1, 1) for _, adapter in adapted_layers(module))
 
 
 def check_layers(layers: Sequence[int], known: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
     """Returns the layers with these numbers (from 1; all if none is named), ascending.
 
-    Raises:
-        DitlabError: a layer that does not exist, layers of a single token, or layers that differ in grid or heads, so
-            that one table cannot hold them.
+    Raises DitlabError for layers of a single token, and for layers of several grids or heads: no table can hold both.
     """
     for layer in layers:
         if not 1 <= layer <= len(known):
             raise DitlabError(f"attention: expected `layers` from 1 to {len(known)}, found {layer}")
-    chosen = [known[layer - 1] for layer in sorted(set(layers))] if layers else list(known)
-    first = chosen[0]
-    alike = ", ".join(map(str, uniform_grid_layers(known)))
-    for other in chosen[1:]:
+    first, *others = chosen = [known[layer - 1] for layer in sorted(set(layers))] if layers else list(known)
+    for other in others:
         if (other.grid, other.heads) != (first.grid, first.heads):
+            mine, theirs = (
+                f"{layer.grid[0]}x{layer.grid[1]} tokens with {layer.heads} heads in layer {layer.number}"
+                for layer in (first, other)
+            )
+            alike = ", ".join(map(str, uniform_grid_layers(known)))
             raise DitlabError(
-                f"attention: expected `layers` of one grid and number of heads, found {_size(first)} in layer "
-                f"{first.number} and {_size(other)} in layer {other.number}; layers {alike} are alike"
+                f"attention: expected `layers` of one grid and number of heads, found {mine} and {theirs}; layers "
+                f"{alike} are alike"
             )
     if first.grid == (1, 1):
         raise DitlabError("attention: expected layers with at least 2 tokens, found 1x1 tokens, whose maps are all 1")
@@ -183,13 +163,7 @@ def check_token(token: tuple[int, int], grid: Grid) -> int:
 
 
 def noise_levels_of(denoiser: Denoiser, config: AttentionConfig) -> tuple[float, ...]:
-    """Returns the noise levels of a config for this denoiser, ascending.
-
-    By default those of `DEFAULT_TIMESTEPS`; a denoiser with numbered steps gets the nearest of its own.
-
-    Raises:
-        DitlabError: timesteps that it does not have, or levels outside its range.
-    """
+    """Returns the noise levels of a config for this denoiser, ascending (see `chosen_levels`)."""
     return chosen_levels("attention", denoiser, config.sigmas, config.timesteps, DEFAULT_TIMESTEPS)
 
 
@@ -218,8 +192,8 @@ def attention_maps(
         label: class of each image for a class-conditional denoiser.
 
     Raises:
-        DitlabError: no attention, a layer that does not exist, layers of several grids, images or a level that the
-            denoiser does not take, maps that are not finite.
+        DitlabError: no attention, layers that do not exist, are of several grids, or run twice or never in a pass,
+            images or a level that the denoiser does not take, guidance, maps that are not finite.
 
     Example:
         >>> from ditlab.diffusion.denoisers import EDMDenoiser
@@ -229,7 +203,7 @@ def attention_maps(
         >>> attention_maps(EDMDenoiser(network), torch.zeros(1, 3, 8, 8), 0.5).of(layer=2).shape
         torch.Size([64, 64])
     """
-    known = check_layers(tuple(layers or ()), attention_layers(denoiser))
+    known = check_layers(layers or (), attention_layers(denoiser))
     maps: dict[int, Tensor] = {}
 
     def use(layer: AttentionLayer, weights: Tensor) -> None:
@@ -251,22 +225,10 @@ def forward_with_maps(
     place: int = 0,
     label: Tensor | None = None,
 ) -> None:
-    """Runs the denoiser once on noisy images and calls `use` with each layer and its maps as soon as it has run.
+    """Runs the denoiser once on noisy images and calls `use(layer, maps)` for each layer as soon as it has run.
 
-    Args:
-        denoiser: one made of a network with attention.
-        layers: which, from `attention_layers`.
-        images: float32 [B, C, H, W], clean.
-        sigma: noise level.
-        use: called as use(layer, maps); maps are [B, heads, T, T] over the tokens of the grid, on the denoiser's
-            device, and may be dropped after the call.
-        noise_seed: of the noise.
-        place: of the first image among all, on which its noise depends.
-        label: int64 [B].
-
-    Raises:
-        DitlabError: images that the denoiser does not take, a layer that runs twice or never, guidance, maps that are
-            not finite.
+    Maps are [B, heads, T, T] over the tokens of the grid, on the denoiser's device, and may be dropped after the call.
+    The other arguments and the errors are those of `attention_maps`.
     """
     by_index = {layer.number - 1: layer for layer in layers}
     done: set[int] = set()
@@ -294,14 +256,9 @@ def forward_with_maps(
             f"attention: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(x0.shape[1:])}"
         )
     noise = level_noise(noise_seed, sigma, range(place, place + len(x0)), [0] * len(x0), denoiser.shape)
-    module = denoiser.module
-    assert isinstance(module, nn.Module)  # attention_layers has checked it
-    with capture_attention(module, sorted(by_index), use=check):
+    assert denoiser.module is not None  # attention_layers has checked it
+    with capture_attention(denoiser.module, sorted(by_index), use=check):
         denoiser(x0 + sigma * noise.to(x0), sigma, None if label is None else label.to(x0.device))
     missing = sorted(set(by_index) - done)
     if missing:
         raise DitlabError(f"attention: layer {missing[0] + 1} of the network did not run")
-
-
-def _size(layer: AttentionLayer) -> str:
-    return f"{layer.grid[0]}x{layer.grid[1]} tokens with {layer.heads} heads"

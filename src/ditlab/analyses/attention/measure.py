@@ -6,8 +6,9 @@ measured, and takes from the cache what was measured before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,75 +43,61 @@ from ditlab.provenance import Provenance, check_groups
 from ditlab.sampling.draw import draw, with_guidance
 from ditlab.sampling.sampler_choice import quick_sampler
 
+if TYPE_CHECKING:
+    from ditlab.analyses.attention import Attention
+
 __all__ = ["images_of", "measure_attention", "measure_models"]
 
 _DECIMALS = 7
 """Decimals kept of each number: the precision of maps in float32, which keeps the JSON small."""
 
-Cached = Callable[[OpenedModel, AttentionConfig, Callable[[], LocalityResult]], LocalityResult]
-"""Returns the cached result of a model and settings, or calls the function that measures it."""
-
 
 def measure_models(
+    analysis: Attention,
     models: Sequence[OpenedModel],
     config: AttentionConfig,
     options: AttentionOptions,
-    cached: Cached,
     reporter: Reporter = SILENT,
 ) -> list[LocalityResult]:
-    """Measures models on the same number of images each, and returns one result for each model.
+    """Measures models that are not in the cache, all on the same number of images; returns one result for each.
 
-    Args:
-        models: models with attention.
-        config: the settings.
-        options: which images, and what figures show.
-        cached: finds a result that was measured before.
-        reporter: shows progress.
-
-    Raises:
-        DitlabError: a model without attention; models that differ in layers, grid or noise levels; an image, token or
-            head that does not exist.
+    All are checked before the first is measured.
     """
-    models = [_with_source(opened, options.images_from) for opened in models]
+    source = options.images_from
+    models = [_with_source(opened, source) for opened in models]
     _check_models(models, config, options)
-    if options.image >= config.images:
-        raise InvalidConfig(
-            f"attention: `image` must be from 0 to {config.images - 1}, one of the `images`, found {options.image}"
-        )
-    available = [_available(opened, options.images_from, config.images) for opened in models]
+    available = [
+        config.images if source == "samples" else len(opened.model.batch(source, config.images)[0]) for opened in models
+    ]
     count = min(available)
-    if options.image >= count:
-        raise InvalidConfig(f"attention: expected `image` to be one of the {count} images, found {options.image}")
     if count < 2:
         raise DitlabError(f"attention: expected at least 2 images, found {count}")
+    if options.image >= count:
+        raise InvalidConfig(
+            f"attention: `image` must be from 0 to {count - 1}, one of the `images`, found {options.image}"
+        )
     results = []
     for opened, mine in zip(models, available, strict=True):
+        # The one with the fewest images keeps the number that was asked for, so that its result says what is missing.
         settings = config if mine == count else replace(config, images=count)
 
         def measure(opened: OpenedModel = opened, settings: AttentionConfig = settings) -> LocalityResult:
-            images, labels = images_of(opened, options.images_from, range(count), reporter)
+            images, labels = images_of(opened, source, range(count), reporter)
             with reporter.bar(f"attention of {opened.name}") as bar:
                 return measure_attention(
                     opened.denoiser, images, settings, labels=labels, about=opened.provenance, bar=bar
                 )
 
-        results.append(cached(opened, settings, measure))
+        results.append(analysis.cached(opened, settings, measure, reporter))
     return results
 
 
 def images_of(
     opened: OpenedModel, source: ImagesFrom, places: range, reporter: Reporter = SILENT
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the images of a model in these places, and their classes.
+    """Returns the images in these places that exist, float32 [B, C, H, W], and their classes, int64 [B], if any.
 
-    Args:
-        opened: the model.
-        source: held-out or training images, or samples: that in place k has seed k, and class k % classes.
-        places: of the images, from 0; those beyond the last image are left out.
-        reporter: shows how many samples are drawn.
-
-    Returns:
-        float32 [B, C, H, W] as the denoiser sees images; int64 [B], or None where the model takes no classes.
+    Of samples that in place k has seed k, and class k % classes.
     """
     if source != "samples":
         images, labels = opened.model.batch(source, places.stop)
@@ -129,11 +116,6 @@ def _with_source(opened: OpenedModel, source: ImagesFrom) -> OpenedModel:
         settings["sampler"] = asdict(quick_sampler(opened.model))
         settings["guidance"] = asdict(opened.model.guidance)
     return replace(opened, provenance=replace(opened.provenance, settings=settings))
-
-
-def _available(opened: OpenedModel, source: ImagesFrom, count: int) -> int:
-    """Returns how many of the images there are."""
-    return count if source == "samples" else len(opened.model.batch(source, count)[0])
 
 
 def _check_models(models: Sequence[OpenedModel], config: AttentionConfig, options: AttentionOptions) -> None:
@@ -155,16 +137,18 @@ def _check_models(models: Sequence[OpenedModel], config: AttentionConfig, option
                 f"attention: expected models with the same noise levels, found others in {first.name} and "
                 f"{opened.name}; give `sigmas`"
             )
-        if [(layer.number, layer.grid) for layer in layers] != [(layer.number, layer.grid) for layer in first_layers]:
+        mine, theirs = _shape(first_layers), _shape(layers)
+        if mine != theirs:
             raise Incompatible(
-                f"attention: expected models with the same layers and grid, found {_shape(first_layers)} in "
-                f"{first.name} and {_shape(layers)} in {opened.name}; name common `layers`"
+                f"attention: expected models with the same layers and grid, found {mine} in {first.name} and {theirs} "
+                f"in {opened.name}; name common `layers`"
             )
     if options.place is not None:
         check_token(options.place, first_layers[0].grid)
 
 
 def _shape(layers: Sequence[AttentionLayer]) -> str:
+    """Names layers of one grid."""
     numbers = ", ".join(str(layer.number) for layer in layers)
     return f"layers {numbers} over {layers[0].grid[0]}x{layers[0].grid[1]} tokens"
 
@@ -201,7 +185,7 @@ def measure_attention(
     used = images[: config.images]
     if len(used) < 2:
         raise DitlabError(f"attention: expected at least 2 images, found {len(used)}")
-    single: list[dict[str, np.ndarray]] = []
+    by_level: list[dict[str, np.ndarray]] = []
     together: list[tuple[np.ndarray, np.ndarray]] = []
     for sigma in sigmas:
         consistencies = {layer.number: MapConsistency() for layer in layers}
@@ -211,11 +195,11 @@ def measure_attention(
             label = None if labels is None else labels[batch]
             parts.append(_numbers(denoiser, layers, used[batch], sigma, config.noise_seed, start, label, consistencies))
             if bar is not None:
-                bar(len(single) * len(used) + batch.stop, len(sigmas) * len(used))
-        single.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+                bar(len(by_level) * len(used) + batch.stop, len(sigmas) * len(used))
+        by_level.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
         same, permuted = zip(*(consistency.values() for consistency in consistencies.values()), strict=True)
         together.append((_stack(same), _stack(permuted)))
-    by_image = {name: np.stack([values[name] for values in single], axis=1) for name in single[0]}
+    by_image = {name: np.stack([values[name] for values in by_level], axis=1) for name in by_level[0]}
     means = {name: values.mean(0).round(_DECIMALS) for name, values in by_image.items()}
     return LocalityResult(
         about=about or Provenance(name="denoiser"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,13 +21,12 @@ from ditlab.analyses.attention.locality import (
     pattern_weights,
     uniform_distance,
 )
-from ditlab.analyses.stored import config_from_json, stored_config
-from ditlab.errors import DitlabError, unknown_name
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
+from ditlab.errors import Damaged, DitlabError, unknown_name
 from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
 from ditlab.provenance import Provenance
 
-__all__ = ["BY_IMAGE", "QUANTITIES", "RADII", "LocalityResult", "Quantity", "pattern_from_json", "pattern_to_json"]
+__all__ = ["BY_IMAGE", "QUANTITIES", "RADII", "LocalityResult", "Quantity", "quantity_name"]
 
 Quantity = Literal[
     "distance", "entropy", "normalized_entropy", "position_invariance", "consistency", "consistency_control"
@@ -39,6 +37,7 @@ RADII = (0, 1, 2, 3, 4, 5, 6)
 
 BY_IMAGE = ("distance", "entropy", "position_invariance")
 """The values that are stored of each image."""
+_FACTS = ("levels", "timesteps", "layers", "depth", "heads", "grid", "patch")
 
 
 @lru_cache(maxsize=256)  # layers share patterns, and every result that is written or drawn asks again
@@ -47,7 +46,7 @@ def _mass_of_pattern(pattern: Pattern, grid: Grid, radius: int) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class LocalityResult:
+class LocalityResult(StoredResult):
     """Locality of a denoiser's attention by noise level, layer and head. Arrays are float64 [levels, layers, heads]."""
 
     about: Provenance
@@ -90,22 +89,21 @@ class LocalityResult:
     there is only the JSON."""
 
     kind = "attention-locality"
-    version = 1
+    file = "attention"
 
     @property
     def uniform_distance(self) -> float:
-        """Returns the mean distance of uniform attention over the grid, in tokens."""
+        """The mean distance of uniform attention over the grid, in tokens."""
         return uniform_distance(self.grid)
 
     @property
     def pattern_distance(self) -> np.ndarray:
-        """Returns the mean distance of uniform attention within each layer's pattern, in tokens, float64 [layers]."""
+        """The mean distance of uniform attention within each layer's pattern, in tokens, float64 [layers]."""
         return np.array([pattern_distance(pattern, self.grid) for pattern in self.patterns])
 
     def uniform_mass(self) -> np.ndarray:
         """Returns the mass of uniform attention over the grid, at the measured radii ascending, float64 [radii]."""
-        weights = pattern_weights(Global(), self.grid)
-        return masses_within(weights, self.grid, sorted(self.mass)).numpy()
+        return masses_within(pattern_weights(Global(), self.grid), self.grid, sorted(self.mass)).numpy()
 
     def pattern_mass(self, radius: int) -> np.ndarray:
         """Returns the mass within a radius of uniform attention within each layer's pattern, float64 [layers]."""
@@ -149,116 +147,69 @@ class LocalityResult:
 
     def sentences(self) -> tuple[str, ...]:
         """Returns what was measured, one sentence each."""
-        name = self.about.group if self.about.n is None else f"{self.about.group}, N = {self.about.n}"
-        by_layer = self.by_layer("distance")
+        by_layer, average = self.by_layer("distance"), self.average
         near, far = int(by_layer.argmin()), int(by_layer.argmax())
         over = f"{len(self.layers)} layers, {self.heads} heads, {len(self.levels)} levels and {self.images} images"
         uniform, allowed = self.uniform_distance, self.pattern_distance.mean()
         lines = [
-            f"{name}: mean attention distance {self.average('distance'):.2f} tokens, over {over}.",
-            f"{name}: uniform attention would have {uniform:.2f} over the grid, {allowed:.2f} over what they may see.",
+            f"mean attention distance {average('distance'):.2f} tokens, over {over}.",
+            f"uniform attention would have {uniform:.2f} over the grid, {allowed:.2f} over what they may see.",
         ]
         if near != far:
-            nearest = (
-                f"layer {self.layers[near]} ({self.patterns[near].name}) looks nearest, {by_layer[near]:.2f} tokens"
+            lines.append(
+                f"layer {self.layers[near]} ({self.patterns[near].name}) looks nearest, {by_layer[near]:.2f} tokens, "
+                f"layer {self.layers[far]} ({self.patterns[far].name}) farthest, {by_layer[far]:.2f}."
             )
-            farthest = f"layer {self.layers[far]} ({self.patterns[far].name}) farthest, {by_layer[far]:.2f}"
-            lines.append(f"{name}: {nearest}, {farthest}.")
-        mass = f"{self.average(1):.0%} of attention stays within 3x3 tokens, {self.average(3):.0%} within 7x7"
-        lines.append(f"{name}: {mass}.")
-        same, permuted = self.average("consistency"), self.average("consistency_control")
-        lines.append(
-            f"{name}: maps of different images have a mean cosine of {same:.2f} (rows permuted: {permuted:.2f})."
-        )
-        lines.append(
-            f"{name}: rows of different queries have a mean cosine of {self.average('position_invariance'):.2f}."
-        )
-        return tuple(lines)
+        same, permuted = average("consistency"), average("consistency_control")
+        lines += [
+            f"{average(1):.0%} of attention stays within 3x3 tokens, {average(3):.0%} within 7x7.",
+            f"maps of different images have a mean cosine of {same:.2f} (rows permuted: {permuted:.2f}).",
+            f"rows of different queries have a mean cosine of {average('position_invariance'):.2f}.",
+        ]
+        return tuple(f"{self.about.title}: {line}" for line in lines)
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything but the values of single images."""
-        names = [*QUANTITIES, *sorted(self.mass)]
+    def numbers(self) -> dict[str, Any]:
+        radii = sorted(self.mass)
+        quantities: dict[str, Quantity | int] = {quantity_name(what): what for what in (*QUANTITIES, *radii)}
+        facts = {name: getattr(self, name) for name in _FACTS}
         return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
-            "levels": list(self.levels),
-            "timesteps": None if self.timesteps is None else list(self.timesteps),
-            "layers": list(self.layers),
-            "depth": self.depth,
-            "heads": self.heads,
-            "grid": list(self.grid),
-            "patch": self.patch,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
             "patterns": [pattern_to_json(pattern) for pattern in self.patterns],
             "images": self.images,
             "extra": self.extra,
             "notes": list(self.notes),
             "uniform_distance": self.uniform_distance,
             "pattern_distance": self.pattern_distance.tolist(),
-            "pattern_mass": {str(radius): self.pattern_mass(radius).tolist() for radius in sorted(self.mass)},
-            "averages": {_name(what): self.average(what) for what in names},
-            "by_layer": {_name(what): self.by_layer(what).tolist() for what in names},
-            "values": {_name(what): self.values(what).tolist() for what in names},
+            "pattern_mass": {str(radius): self.pattern_mass(radius).tolist() for radius in radii},
+            "averages": {name: self.average(what) for name, what in quantities.items()},
+            "by_layer": {name: self.by_layer(what).tolist() for name, what in quantities.items()},
+            "values": {name: self.values(what).tolist() for name, what in quantities.items()},
         }
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any], by_image: Mapping[str, np.ndarray] | None = None) -> LocalityResult:
-        """Returns the result of what `to_json()` gave.
-
-        Raises:
-            DitlabError: a field is missing or unknown, or a value does not belong to the levels, layers and heads.
-        """
-        try:
-            values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
-            shape = (len(record["levels"]), len(record["layers"]), record["heads"])
-            for name, array in values.items():
-                if array.shape != shape:
-                    raise DitlabError(f"attention result: expected {name} of shape {shape}, found {array.shape}")
-            steps = record["timesteps"]
-            return cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(AttentionConfig, record["config"]),
-                levels=tuple(record["levels"]),
-                timesteps=None if steps is None else tuple(steps),
-                layers=tuple(record["layers"]),
-                depth=record["depth"],
-                heads=record["heads"],
-                grid=(record["grid"][0], record["grid"][1]),
-                patch=record["patch"],
-                patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
-                images=record["images"],
-                **{name: values[name] for name in QUANTITIES},
-                mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
-                extra=record["extra"],
-                by_image=by_image,
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DitlabError(f"attention result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "attention") -> Path:
-        """Writes NAME.npz (if there are values of single images) and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        if self.by_image is not None:
-            write_arrays(folder / f"{name}.npz", self.by_image)
-        return write_json(folder / f"{name}.json", self.to_json())
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        return self.by_image or {}
 
     @classmethod
-    def load(cls, path: Path | str) -> LocalityResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz may be missing.
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> LocalityResult:
+        values = {name: np.asarray(v, dtype=np.float64) for name, v in record["values"].items()}
+        shape = (len(record["levels"]), len(record["layers"]), record["heads"])
+        for name, array in values.items():
+            if array.shape != shape:
+                raise Damaged(f"attention result: expected {name} of shape {shape}, found {array.shape}")
+        facts: dict[str, Any] = {name: tuples(record[name]) for name in (*_FACTS, "images", "extra")}
+        facts |= {name: values[name] for name in QUANTITIES}
+        return cls(
+            about=Provenance(**record["about"]),
+            config=config_from_json(AttentionConfig, record["config"]),
+            **facts,
+            patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
+            mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
+            by_image={name: arrays[name] for name in BY_IMAGE} if arrays else None,
+        )
 
-        Raises:
-            DitlabError: a file is damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        beside = path.with_suffix(".npz")
-        return cls.from_json(record, read_arrays(beside, BY_IMAGE) if beside.exists() else None)
 
-
-def _name(what: Quantity | int) -> str:
+def quantity_name(what: Quantity | int) -> str:
+    """Returns what files call a quantity, or the mass within a radius."""
     return f"mass {what}" if isinstance(what, int) else what
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.attention.comparison import LocalityComparison
 from ditlab.analyses.attention.config import AttentionOptions
-from ditlab.analyses.attention.entries import AttentionEntry, MapRow, Samples, page_rows, picture_of, verb_rows
+from ditlab.analyses.attention.entries import (
+    AttentionEntry,
+    MapRow,
+    Samples,
+    page_rows,
+    picture_of,
+    token_pickers,
+    verb_rows,
+)
 from ditlab.analyses.attention.figures import (
     attention_map_figure,
     layers_shown,
@@ -17,8 +25,6 @@ from ditlab.analyses.attention.figures import (
     patterns_figure,
 )
 from ditlab.analyses.attention.maps import attention_layers
-from ditlab.analyses.attention.picker import token_pickers
-from ditlab.metrics.paired import PairedDifference
 from ditlab.nn.patterns import Grid, Pattern
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import Section, Table, ThemedFigure
@@ -78,20 +84,16 @@ def attention_tables(locality: LocalityComparison) -> list[Table]:
         f"{first.uniform_distance:.2f} tokens"
     )
     tables = [Table(columns, rows, caption)]
-    if len(locality.differences()) > MAX_SENTENCES:
-        tables.append(_differences(locality))
+    differences = [(None, d) for _, d in locality.between_counts()] + [*locality.between_labels()]
+    if len(differences) > MAX_SENTENCES:
+        rows = []
+        for n, d in differences:
+            interval = None if d.low is None else f"{d.low:+.2f} to {d.high:+.2f}"
+            between = f"{d.second} minus {d.first}"
+            rows.append((between, n, len(d.seeds), f"{d.mean:+.2f}", interval, d.verdict("tokens")))
+        columns = ("difference", "N", "paired seeds", "tokens", "95 % interval", "what it shows")
+        tables.append(Table(columns, rows, "Differences of the mean attention distance"))
     return tables
-
-
-def _differences(locality: LocalityComparison) -> Table:
-    def row(n: int | None, d: PairedDifference) -> tuple[Any, ...]:
-        interval = None if d.low is None else f"{d.low:+.2f} to {d.high:+.2f}"
-        return (f"{d.second} minus {d.first}", n, len(d.seeds), f"{d.mean:+.2f}", interval, d.verdict("tokens"))
-
-    rows = [row(None, difference) for _, difference in locality.between_counts()]
-    rows += [row(n, difference) for n, difference in locality.between_labels()]
-    columns = ("difference", "N", "paired seeds", "tokens", "95 % interval", "what it shows")
-    return Table(columns, rows, "Differences of the mean attention distance")
 
 
 def attention_drawings(comparison: Comparison) -> dict[str, Drawing]:
@@ -107,17 +109,16 @@ def attention_drawings(comparison: Comparison) -> dict[str, Drawing]:
     if not entries:
         return drawings
     if number:
-        rows = cache(lambda: page_rows(entries, _samples(comparison.context)))
-        if rows():
+        rows = page_rows(entries, _samples(comparison.context))
+        if rows:
             sigma = locality.first.levels[len(locality.first.levels) // 2]
             name = "attention-maps" + (ending if number > 1 else "")
             drawings = {name: _maps(rows, sigma, AttentionOptions(), every=False)} | drawings
         return drawings
-    rows = cache(lambda: verb_rows(entries, comparison.options))
+    rows, every = verb_rows(entries, comparison.options), bool(comparison.config.layers)
     for sigma in locality.first.levels:
-        every = bool(comparison.config.layers)
         drawings[f"attention-maps-sigma{sigma:.3g}"] = _maps(rows, sigma, comparison.options, every=every)
-    return drawings | _patterns(rows())
+    return drawings | _patterns(rows)
 
 
 def _samples(context: ReportContext) -> Samples | None:
@@ -145,34 +146,22 @@ def _curves(comparison: Comparison, ending: str) -> dict[str, Drawing]:
     return drawings
 
 
-def _maps(rows: Callable[[], list[MapRow]], sigma: float, options: AttentionOptions, *, every: bool) -> Drawing:
-    """Returns the figure of maps at a noise level, of every layer or of a few; `rows()` returns its rows."""
-
-    @cache
-    def shown() -> tuple[list[Any], list[int], Any]:
-        chosen = rows()
-        common = sorted(set.intersection(*({*row.entry.result.layers} for row in chosen)))
-        # Maps are large, so those that are not shown are not made.
-        layers = common if every else layers_shown(common)
-        maps = [(row.name, row.entry.maps(row.image, sigma, layers)) for row in chosen]
-        return maps, layers, picture_of(chosen)
+def _maps(rows: Sequence[MapRow], sigma: float, options: AttentionOptions, *, every: bool) -> Drawing:
+    """Returns the figure of maps at a noise level, of every layer or of a few."""
+    layers = sorted(set.intersection(*({*row.entry.result.layers} for row in rows)))
+    # Maps are large, so those that are not shown are not made.
+    layers = layers if every else layers_shown(layers)
+    shown = cache(lambda: ([(row.name, row.entry.maps(row.image, sigma, layers)) for row in rows], picture_of(rows)))
+    settings: Any = {"token": options.place, "heads": options.heads, "scale": options.map_scale}
 
     def draw(theme: Theme) -> Figure:
-        maps, layers, picture = shown()
-        return attention_map_figure(
-            maps,
-            layers=layers,
-            token=options.place,
-            heads=options.heads,
-            picture=picture,
-            scale=options.map_scale,
-            theme=theme,
-        )
+        maps, picture = shown()
+        return attention_map_figure(maps, layers=layers, picture=picture, theme=theme, **settings)
 
     token = "the middle token" if options.place is None else f"the token {options.place}"
     return Drawing(
         draw,
-        f"Attention maps of {', '.join(row.name for row in rows())}, layer by layer, with those of {token}.",
+        f"Attention maps of {', '.join(row.name for row in rows)}, layer by layer, with those of {token}.",
         f"Above: the map of each layer, queries downwards, with its centre enlarged. Below: the attention of {token}. "
         f"{_SCALES[options.map_scale]}",
     )
@@ -199,29 +188,13 @@ def _patterns(rows: Sequence[MapRow]) -> dict[str, Drawing]:
     return drawings
 
 
-def attention_section(
-    comparison: Comparison,
-    figures: Mapping[str, ThemedFigure],
-    number: int,
-    *,
-    sentences: Sequence[str],
-    notes: Sequence[str],
-) -> Section:
+def attention_section(comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int) -> Section:
     """Returns the section "attention": token pickers and maps, and within it "locality": table, curves, numbers.
 
     Token pickers are made where the context has bytes for them, shared equally by the comparisons of the page.
-
-    Args:
-        comparison: of the page.
-        figures: those of `attention_drawings`.
-        number: which section of attention this is on the page.
-        sentences: what was found, the most important first.
-        notes: what a reader must know about how it was measured.
     """
     locality: LocalityComparison = comparison.detail
     context, number = comparison.context, max(number, comparison.number)
-    ending = "" if number == 1 else f"-{number}"
-    heading = "" if number == 1 else f" ({number})"
     samples, pickers, paragraphs = _samples(context), [], []
     if samples is not None and not any(len(images) for images, _ in samples.values()):
         paragraphs = [_NO_IMAGE]
@@ -232,11 +205,15 @@ def attention_section(
     maps = [figure for name, figure in figures.items() if name.startswith("attention-maps")]
     curves = [figure for name, figure in figures.items() if not name.startswith("attention-maps")]
     files = {f"{r.about.name}-attention.json": r.to_json() for g in locality.groups for r in g.results}
-    part = locality_section(locality, curves, number=number, sentences=sentences[1:], notes=notes, data=files)
-    title = f"Where a token attends{heading}"
-    verdict = sentences[0] if sentences else ""
+    verdict, *points = comparison.sentences() or ("",)
     return Section(
-        f"attention{ending}", title, paragraphs, pickers=pickers, pictures=maps, parts=[part], verdict=verdict
+        "attention" + ("" if number == 1 else f"-{number}"),
+        "Where a token attends" + ("" if number == 1 else f" ({number})"),
+        paragraphs,
+        pickers=pickers,
+        pictures=maps,
+        parts=[locality_section(locality, curves, number=number, sentences=points, notes=comparison.notes, data=files)],
+        verdict=verdict,
     )
 
 
@@ -249,15 +226,9 @@ def locality_section(
     notes: Sequence[str] = (),
     data: Mapping[str, Any] | None = None,
 ) -> Section:
-    """Returns the section "locality": the table, the curves, the numbers.
+    """Returns the section "locality" of models that were measured alike: the table, the curves, the numbers.
 
-    Args:
-        locality: models that were measured alike.
-        pictures: the curves.
-        number: which section of attention this is on the page.
-        sentences: what was found.
-        notes: what a reader must know about how it was measured.
-        data: file name -> what is behind it, beside the comparison itself.
+    `number` is its place among such sections of a page, `data` what there is behind it beside the comparison itself.
     """
     name = "locality" if number == 1 else f"locality-{number}"
     return Section(

@@ -39,7 +39,6 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
     def measure(
         self, models: ModelSet, config: JacobianConfig, options: JacobianOptions, reporter: Reporter = SILENT
     ) -> list[JacobianResult]:
-        """Returns the result of each model; all are checked before the first is measured."""
         from ditlab.analyses.jacobian.job import JacobianJob, check_jobs
 
         if options.right and config.decomposition != "svd":
@@ -52,13 +51,11 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
         return [job.run(reporter) for job in jobs]
 
     def compare(self, results: Sequence[JacobianResult]) -> JacobianComparison:
-        """Groups results by kind and N, over seeds."""
         from ditlab.analyses.jacobian.comparison import compare_jacobians
 
         return compare_jacobians(results)
 
     def group_key(self, result: JacobianResult) -> Hashable:
-        """Returns the settings, image size, noise levels and images that results must share to be compared."""
         from ditlab.analyses.jacobian.comparison import comparison_key
 
         return tuple(comparison_key(result).items())
@@ -77,19 +74,16 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
         return super().report_result(models, place, config, context, reporter)
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns one row for each kind of model, N and noise level, in one table for each topic."""
-        from ditlab.analyses.jacobian.tables import jacobian_tables
+        from ditlab.analyses.jacobian.section import jacobian_tables
 
         return jacobian_tables(comparison.detail)
 
     def legend(self, comparison: Comparison) -> str:
-        """Returns the definition of each column that is shown."""
-        from ditlab.analyses.jacobian.tables import legend
+        from ditlab.analyses.jacobian.section import definitions
 
-        return legend(comparison.detail)
+        return "\n".join(definitions(comparison.detail))
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
-        """Returns vectors, spectra, measures by vector, and sensitivities of the first seed of each kind of model."""
         from ditlab.analyses.jacobian.section import jacobian_drawings
 
         options: JacobianOptions | None = comparison.options
@@ -102,8 +96,6 @@ class Jacobian(Analysis[JacobianConfig, JacobianOptions]):
         )
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
-        """Returns the section: what r_hom and r_lin allow, the tables with their definitions, the figures."""
         from ditlab.analyses.jacobian.section import jacobian_section
 
-        files = {f"{result.about.name}-{self.name}.json": result.to_json() for result in comparison.results}
-        return jacobian_section(comparison.detail, list(figures.values()), number=number, data=files)
+        return jacobian_section(comparison.detail, list(figures.values()), number=number, data=self.data(comparison))

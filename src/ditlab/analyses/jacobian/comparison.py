@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
 from ditlab.analyses.jacobian.measure import noise_level
 from ditlab.analyses.jacobian.measures import LEADING, spectral_distance
 from ditlab.analyses.jacobian.result import SHARES, JacobianPoint, JacobianResult
 from ditlab.errors import Incompatible, InvalidConfig
-from ditlab.provenance import check_groups
 
 FAR_FROM_HOMOGENEOUS = 0.1
 """From this r_hom on the sentences say that the vectors do not describe the computation. A bias-free network has 1e-6;
@@ -37,19 +37,8 @@ _SIDES = {"test": "held-out image", "train": "training image", "files": "picture
 """Where images come from in results -> what a title calls them."""
 
 
-@dataclass(frozen=True, eq=False)
-class JacobianGroup:
-    """Results that differ only in their seed: one kind of model at one N."""
-
-    label: str
-    n: int | None
-    results: tuple[JacobianResult, ...]
-    """One for each seed, seeds ascending."""
-
-    @property
-    def name(self) -> str:
-        """Label and N."""
-        return self.label if self.n is None else f"{self.label}, N = {self.n}"
+class JacobianGroup(SeedGroup):
+    """Results that differ only in their seed; levels are never averaged."""
 
     def points(self, level: int) -> list[JacobianPoint]:
         """Returns the points of all seeds and images at the noise level in this place, seed after seed."""
@@ -65,12 +54,12 @@ class JacobianGroup:
                 means.append(float(np.mean(known)))
         return means
 
-    def mean(self, what: str, level: int) -> float | None:
+    def mean(self, what: str, level: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the mean over seeds and images; None if it was not measured."""
         means = self.numbers(what, level)
         return float(np.mean(means)) if means else None
 
-    def std(self, what: str, level: int) -> float | None:
+    def std(self, what: str, level: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the standard deviation over seeds (n - 1) of the means over images; None with one seed."""
         means = self.numbers(what, level)
         return float(np.std(means, ddof=1)) if len(means) > 1 else None
@@ -99,13 +88,10 @@ BEST_OF = 8
 def measure_value(point: JacobianPoint, what: str) -> float | None:
     """Returns a number of a point; None if it was not measured.
 
-    Args:
-        point: the Jacobian.
-        what: one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share;
-            "leading edges" and the like, the mean of that measure over the leading vectors; "best nearest", the largest
-            |correlation| of the leading vectors with the nearest other training image; "best others", the mean
-            |correlation| of that vector with further training images, its control; "best image", the largest one with
-            the clean image itself.
+    `what` is one of `JacobianPoint.numbers`; "locality 0.5" or "Wiener locality 0.5" (pixels), for each share; "leading
+    edges" and the like, the mean of that measure over the leading vectors; "best nearest", the largest |correlation| of
+    the leading vectors with the nearest other training image; "best others", the mean |correlation| of that vector with
+    further training images, its control; "best image", the largest one with the clean image itself.
     """
     kind, _, which = what.rpartition(" ")
     if kind in ("locality", "Wiener locality"):
@@ -137,30 +123,20 @@ class SpectraApart:
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianComparison:
-    """Groups in the order in which their labels were first given, N ascending within a label."""
+class JacobianComparison(GroupedResults):
+    """Groups of models that were measured with the same settings."""
 
     groups: tuple[JacobianGroup, ...]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The kinds of models, each once."""
-        return tuple(dict.fromkeys(group.label for group in self.groups))
-
-    @property
-    def first(self) -> JacobianResult:
-        """The first result, for what all have in common: settings, image size."""
-        return self.groups[0].results[0]
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """The noise levels, ascending."""
-        return levels_of(self.first)
 
     @property
     def results(self) -> list[JacobianResult]:
         """All results, group after group."""
         return [result for group in self.groups for result in group.results]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise levels, ascending."""
+        return levels_of(self.first)
 
     @property
     def dimension(self) -> int:
@@ -177,12 +153,12 @@ class JacobianComparison:
         distances = []
         for level, sigma in enumerate(self.levels):
             for first, second in combinations(self.groups, 2):
-                others = {result.about.seed: result for result in second.results}
+                others = {result.about.seed: at_level(result, level) for result in second.results}
                 by_image = [
                     spectral_distance(a.values, b.values)
                     for result in first.results
                     if result.about.seed in others
-                    for a, b in zip(at_level(result, level), at_level(others[result.about.seed], level), strict=True)
+                    for a, b in zip(at_level(result, level), others[result.about.seed], strict=True)
                 ]
                 if by_image:
                     distances.append(SpectraApart(first.name, second.name, sigma, float(np.mean(by_image))))
@@ -200,10 +176,8 @@ class JacobianComparison:
 
     def sentences(self) -> tuple[str, ...]:
         """Returns sentences on each group and level, then the distances of spectra, then the caution."""
-        lines = []
-        for group in self.groups:
-            for level in range(len(self.levels)):
-                lines += _sentences(self, group, level)
+        levels = range(len(self.levels))
+        lines = [line for group in self.groups for level in levels for line in _sentences(self, group, level)]
         return (*lines, *self.between(), CAUTION)
 
     def between(self) -> tuple[str, ...]:
@@ -266,55 +240,55 @@ class JacobianComparison:
 
 
 def _sentences(comparison: JacobianComparison, group: JacobianGroup, level: int) -> list[str]:
-    """Returns the sentences on one group at one noise level."""
-    config = comparison.first.config
-    name = f"{group.name}, σ = {comparison.levels[level]:.3g}"
+    """Returns the sentences on one group at one noise level, each of numbers that were measured."""
+    target, vectors = comparison.first.config.target, comparison.vectors
 
-    def value(what: str) -> float | None:
-        return group.mean(what, level)
+    def values(*names: str) -> list[Any]:
+        return [group.mean(name, level) for name in names]
 
     lines = []
-    trace, squares, ratio = (value(what) for what in ("trace", "sum_of_squares", "participation_ratio"))
-    if trace is not None and squares is not None and ratio is not None:
-        sizes = f"trace {trace:.4g}, sum of squares {squares:.4g}, participation ratio {ratio:.4g}"
-        what = "effective dimensionality of the denoised image" if config.target == "x0" else "size of the Jacobian"
-        lines.append(f"{name}: {what}: {sizes}, of {comparison.dimension} dimensions.")
-    harmonic, shuffled, leading = (
-        value(what) for what in ("harmonicity", "harmonicity_shuffled", "harmonicity_leading")
-    )
-    if harmonic is not None and shuffled is not None:
-        many = leading is not None and comparison.vectors > LEADING
+    sizes = values("trace", "sum_of_squares", "participation_ratio")
+    if None not in sizes:
+        trace, squares, ratio = sizes
+        what = "effective dimensionality of the denoised image" if target == "x0" else "size of the Jacobian"
+        lines.append(
+            f"{what}: trace {trace:.4g}, sum of squares {squares:.4g}, participation ratio {ratio:.4g}, of "
+            f"{comparison.dimension} dimensions."
+        )
+    harmonic, shuffled, leading = values("harmonicity", "harmonicity_shuffled", "harmonicity_leading")
+    if None not in (harmonic, shuffled):
+        many = leading is not None and vectors > LEADING
         first = f", {leading:.2f} among the first {LEADING}" if many else ""
         lines.append(
-            f"{name}: the rank correlation of the vectors' frequency with their index is {harmonic:.2f}{first} "
-            f"(control with shuffled pixels: {shuffled:.2f})."
+            f"the rank correlation of the vectors' frequency with their index is {harmonic:.2f}{first} (control with "
+            f"shuffled pixels: {shuffled:.2f})."
         )
-    spread, edges = value("leading participation"), value("leading edges")
-    if spread is not None and edges is not None:
+    spread, edges = values("leading participation", "leading edges")
+    if None not in (spread, edges):
         lines.append(
-            f"{name}: the {min(LEADING, comparison.vectors)} leading vectors cover {spread:.0%} of the pixels on "
-            f"average, with {edges:.2f} times as much energy on edges of the image as an even spread has."
+            f"the {min(LEADING, vectors)} leading vectors cover {spread:.0%} of the pixels on average, with "
+            f"{edges:.2f} times as much energy on edges of the image as an even spread has."
         )
-    asymmetry, aligned = value("asymmetry"), value("alignment_weighted")
+    asymmetry, aligned = values("asymmetry", "alignment_weighted")
     if asymmetry is not None:
         pairs = "" if aligned is None else f"; left and right singular vectors: |u.v| {aligned:.2f}, weighted by s²"
-        lines.append(f"{name}: asymmetry |J - Jᵀ| / |J| {asymmetry:.2f}{pairs}.")
-    half, most, wiener = value("locality 0.5"), value("locality 0.95"), value("Wiener locality 0.5")
-    if half is not None and most is not None:
+        lines.append(f"asymmetry |J - Jᵀ| / |J| {asymmetry:.2f}{pairs}.")
+    half, most, wiener = values("locality 0.5", "locality 0.95", "Wiener locality 0.5")
+    if None not in (half, most):
         beside = "" if wiener is None else f" (Wiener denoiser of its training images: {wiener:.1f})"
         lines.append(
-            f"{name}: a square with a side of {half:.1f} pixels holds half of what an output pixel depends on{beside}, "
-            f"a square of {most:.1f} pixels 95 %."
+            f"a square with a side of {half:.1f} pixels holds half of what an output pixel depends on{beside}, a "
+            f"square of {most:.1f} pixels 95 %."
         )
-    nearest, others, image = (value(f"best {which}") for which in ("nearest", "others", "image"))
-    if nearest is not None and image is not None and config.target == "x0":
+    nearest, others, image = values("best nearest", "best others", "best image")
+    if None not in (nearest, image) and target == "x0":
         control = "" if others is None else f" (mean of that vector with further training images: {others:.2f})"
         lines.append(
-            f"{name}: the largest |correlation| of the {min(BEST_OF, comparison.vectors)} leading vectors is "
-            f"{nearest:.2f} with the nearest other training image{control} and {image:.2f} with the image itself."
+            f"the largest |correlation| of the {min(BEST_OF, vectors)} leading vectors is {nearest:.2f} with the "
+            f"nearest other training image{control} and {image:.2f} with the image itself."
         )
-    lines.append(f"{name}: {gap_sentence(value('r_hom'), value('r_lin'))}")
-    return lines
+    lines.append(gap_sentence(*values("r_hom", "r_lin")))
+    return [f"{group.name}, σ = {comparison.levels[level]:.3g}: {line}" for line in lines]
 
 
 def gap_sentence(r_hom: float | None, r_lin: float | None) -> str:
@@ -340,18 +314,7 @@ def compare_jacobians(results: Sequence[JacobianResult]) -> JacobianComparison:
         if (difference := differs(results[0], other)) is not None:
             names = f"'{results[0].about.name}' and '{other.about.name}'"
             raise Incompatible(f"jacobian: {names} were measured with different {difference}")
-    check_groups([result.about for result in results], "jacobian")
-    groups: dict[tuple[str, int | None], dict[int, JacobianResult]] = {}
-    for result in results:
-        groups.setdefault((result.about.group, result.about.n), {})[result.about.seed] = result
-    labels = list(dict.fromkeys(label for label, _ in groups))
-    ordered = sorted(groups, key=lambda key: (labels.index(key[0]), -1 if key[1] is None else key[1]))
-    return JacobianComparison(
-        tuple(
-            JacobianGroup(label, n, tuple(groups[label, n][seed] for seed in sorted(groups[label, n])))
-            for label, n in ordered
-        )
-    )
+    return JacobianComparison(grouped(results, JacobianGroup, "jacobian"))
 
 
 def same_noise(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -362,20 +325,22 @@ def same_noise(first: Sequence[float], second: Sequence[float]) -> bool:
 def comparison_key(result: JacobianResult) -> dict[str, Any]:
     """Returns what results must share to be compared, by the words of an error; the values are hashable."""
     settings = ("target", "decomposition", "top", "images", "noise_seed", "step_size")
+    about = result.about.settings
+    images = [about.get("images_from", "test"), *(sha256[:8] for sha256 in about.get("pictures", ()))]
     return {
         **{name: getattr(result.config, name) for name in settings},
         "image sizes": result.points[0].clean.shape,
         "noise levels": _drawn(levels_of(result)),
-        "sides or pictures": _images(result),
+        "sides or pictures": " ".join([*images, *(["shuffled"] if about.get("shuffled") else [])]),
     }
 
 
 def differs(first: JacobianResult, second: JacobianResult) -> str | None:
     """Returns the first difference that forbids a comparison of two results, with both values; None without any."""
     keys = [comparison_key(result) for result in (first, second)]
-    for name, value in keys[0].items():
-        if value != keys[1][name]:
-            texts = (", ".join(v) if name == "noise levels" else str(v) for v in (value, keys[1][name]))
+    for name in keys[0]:
+        if keys[0][name] != keys[1][name]:
+            texts = (", ".join(key[name]) if name == "noise levels" else str(key[name]) for key in keys)
             return f"{name} ({' and '.join(texts)})"
     return None
 
@@ -383,10 +348,3 @@ def differs(first: JacobianResult, second: JacobianResult) -> str | None:
 def _drawn(levels: Sequence[float]) -> tuple[str, ...]:
     """Returns the levels whose noise is drawn."""
     return tuple(f"{noise_level(sigma):.6g}" for sigma in levels)
-
-
-def _images(result: JacobianResult) -> str:
-    """Returns the side of the images, or the first digits of the pictures' hashes."""
-    about = result.about.settings
-    parts = [about.get("images_from", "test"), *(sha256[:8] for sha256 in about.get("pictures", ()))]
-    return " ".join([*parts, *(["shuffled"] if about.get("shuffled") else [])])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ditlab.analyses.sigmas import check_sigmas
+from ditlab.analyses.sigmas import check_levels
 from ditlab.errors import InvalidConfig, unknown_name
 
 __all__ = ["DecompositionKind", "JacobianConfig", "JacobianOptions", "Mode", "Side", "Target"]
@@ -54,18 +54,10 @@ class JacobianConfig:
     """Seed of the noise. Equal seeds give every denoiser the same noise."""
 
     def __post_init__(self) -> None:
-        """Refuses values without meaning."""
         for name, choices in (("target", Target), ("decomposition", DecompositionKind), ("mode", Mode)):
             if getattr(self, name) not in get_args(choices):
                 raise unknown_name(f"jacobian `{name}`", str(getattr(self, name)), get_args(choices))
-        if self.sigmas is not None and self.timesteps is not None:
-            raise InvalidConfig("jacobian: expected `sigmas` or `timesteps`, found both")
-        if self.sigmas is not None:
-            check_sigmas(self.sigmas, "jacobian")
-        if self.timesteps is not None:
-            steps = list(self.timesteps)
-            if not steps or steps != sorted(set(steps)):
-                raise InvalidConfig(f"jacobian: `timesteps` must be ascending without repeats, found {steps}")
+        check_levels(self.sigmas, self.timesteps, "jacobian")
         for name, places in (("images", self.images), ("show", self.show)):
             if not places or len(set(places)) < len(places) or min(places) < 0:
                 raise InvalidConfig(

@@ -52,42 +52,30 @@ def spectra(
     """Draws spectra of several models on one axis: linear (An et al. Figs. 1-3), and logarithmic in both directions.
 
     One column for each noise level, one line for each image. The logarithmic axis leaves out values that are not
-    positive.
-
-    Args:
-        points: (label, Jacobian) pairs.
-        target: whose Jacobian.
-        decomposition: which values they are.
-        slots: colours of the labels.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian.
+    positive. Raises DitlabError for no Jacobian.
     """
     slots, levels = _prepared("spectra", points, slots)
     with canvas(max(5.4, 3.3 * len(levels) + 0.8), 6.2, theme) as figure:
         axes = figure.subplots(2, len(levels), squeeze=False, sharey="row")
-        for column, sigma in enumerate(levels):
+        for (above, below), sigma in zip(axes.T, levels, strict=True):
             for label, point in points:
                 if point.sigma == sigma:
                     values = _real(point)
                     k = np.arange(len(values))
                     style: Any = {"color": theme.run(slots[label]), "ls": theme.dashes(slots[label]), "lw": 1.4}
-                    axes[0, column].plot(k, values, **style)
+                    above.plot(k, values, **style)
                     positive = values > 0
-                    axes[1, column].plot(k[positive] + 1, values[positive], **style)
-            axes[0, column].set_title(f"σ = {sigma:.3g}", pad=8)
-            axes[0, column].axhline(0, color=theme.muted, lw=0.8)
-            axes[0, column].set_xlabel(f"index k ({_LEADING[target]})", fontsize=9)
-            axes[1, column].set_xlabel("k + 1", fontsize=9)
-            axes[1, column].set(xscale="log", yscale="log")
-            ends = (1.0, max(float(axes[1, column].dataLim.x1), 2.0))
-            plain_log(axes[1, column].xaxis, ends)
-            if not np.isfinite(axes[1, column].dataLim.y0):
-                axes[1, column].set_xlim(ends)
-                axes[1, column].text(
-                    0.5, 0.5, "no value above 0", transform=axes[1, column].transAxes, ha="center", color=theme.muted
-                )
+                    below.plot(k[positive] + 1, values[positive], **style)
+            above.set_title(f"σ = {sigma:.3g}", pad=8)
+            above.axhline(0, color=theme.muted, lw=0.8)
+            above.set_xlabel(f"index k ({_LEADING[target]})", fontsize=9)
+            below.set_xlabel("k + 1", fontsize=9)
+            below.set(xscale="log", yscale="log")
+            ends = (1.0, max(float(below.dataLim.x1), 2.0))
+            plain_log(below.xaxis, ends)
+            if not np.isfinite(below.dataLim.y0):
+                below.set_xlim(ends)
+                below.text(0.5, 0.5, "no value above 0", transform=below.transAxes, ha="center", color=theme.muted)
         low, high = min(a.dataLim.y0 for a in axes[1]), max(a.dataLim.y1 for a in axes[1])
         low, high = (max(low, high / 10**_DECADES), high) if np.isfinite(low) else (0.1, 1.0)
         axes[1, 0].set_ylim(low / 1.5, high * 1.5)
@@ -111,50 +99,43 @@ def _real(point: JacobianPoint) -> np.ndarray:
     return np.abs(point.values) if np.iscomplexobj(point.values) else point.values
 
 
-def _legend(figure: Figure, slots: Slots, theme: Theme, more: Sequence[Any] = ()) -> None:
+def _legend(figure: Figure, slots: Slots, theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=theme.run(slot), ls=theme.dashes(slot), label=label) for label, slot in slots.items()
     ]
-    handles += more
     figure.legend(handles=handles, loc="outside lower left", ncols=2 if figure.get_figwidth() > 6 else 1)
 
 
+def _cells(figure: Figure, count: int) -> list[Axes]:
+    """Returns so many panels, in lines of three."""
+    grid = figure.subplots(-(-count // 3), min(3, count), squeeze=False)
+    for axes in list(grid.flat)[count:]:
+        axes.axis("off")
+    return list(grid.flat)[:count]
+
+
 def by_vector_curves(
-    points: Sequence[Point],
-    measures: Mapping[str, str],
-    *,
-    slots: Slots | None = None,
-    theme: Theme = LIGHT,
+    points: Sequence[Point], measures: Mapping[str, str], *, slots: Slots | None = None, theme: Theme = LIGHT
 ) -> Figure:
     """Draws measures of each vector against its index: dots are vectors, lines a running median of a tenth of all.
 
-    Args:
-        points: (label, Jacobian) pairs at one noise level.
-        measures: name in `JacobianPoint.by_vector` -> the title of its axis; those that no Jacobian has are left out.
-        slots: colours of the labels.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian, or none of the measures.
+    The Jacobians are of one noise level. `measures` maps names in `JacobianPoint.by_vector` to titles; those that no
+    Jacobian has are left out. Raises DitlabError for no Jacobian, or none of the measures.
     """
     slots, _ = _prepared("measures by vector", points, slots)
     drawn = {name: words for name, words in measures.items() if any(name in point.by_vector for _, point in points)}
     if not drawn:
         raise DitlabError(f"measures by vector: expected one of {', '.join(measures)}, found none of them")
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
-    with canvas(max(5.4, 3.1 * columns + 0.3), 2.9 * rows + 0.6, theme) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, (name, words) in zip(grid.flat, drawn.items(), strict=False):
+    width, height = max(5.4, 3.1 * min(3, len(drawn)) + 0.3), 2.9 * -(-len(drawn) // 3) + 0.6
+    with canvas(width, height, theme) as figure:
+        for axes, (name, words) in zip(_cells(figure, len(drawn)), drawn.items(), strict=True):
             for label, point in points:
                 if name in point.by_vector:
                     _draw_measure(axes, point.by_vector[name], theme.run(slots[label]), theme.dashes(slots[label]))
             axes.set_title(words, fontsize=9.5, pad=6)
             axes.set_xlabel("index k", fontsize=9)
-        for axes in list(grid.flat)[len(drawn) :]:
-            axes.axis("off")
         _legend(figure, slots, theme)
     return figure
 
@@ -176,39 +157,19 @@ def _running_median(values: np.ndarray) -> np.ndarray:
     return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def shrinkage_and_image(
-    points: Sequence[Point],
-    projection: str,
-    target: Target,
-    *,
-    theme: Theme = LIGHT,
-) -> Figure:
+def shrinkage_and_image(points: Sequence[Point], projection: str, target: Target, *, theme: Theme = LIGHT) -> Figure:
     """Draws how much of each direction the clean image has, |<u, x>|, and how much is kept, λ (Kadkhodaie et al.).
 
-    One panel for each model. If a denoiser keeps exactly the directions of the image, both fall together. The dashed
-    line is the noise level: smaller coefficients are hidden by noise.
-
-    Args:
-        points: (label, Jacobian) pairs at one noise level.
-        projection: the name of |<u, x>| in `JacobianPoint.by_vector`.
-        target: whose Jacobian.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian with that measure.
+    One panel for each model, at one noise level. If a denoiser keeps exactly the directions of the image, both fall
+    together. The dashed line is the noise level: smaller coefficients are hidden by noise. `projection` is the name of
+    |<u, x>| in `JacobianPoint.by_vector`. Raises DitlabError for no Jacobian that has it.
     """
     have = [(label, point) for label, point in points if projection in point.by_vector]
     if not have:
         raise DitlabError(f"shrinkage and image: expected Jacobians with '{projection}' by vector, found none")
     columns = min(3, len(have))
-    rows = -(-len(have) // columns)
-    with canvas(max(5.0, 3.3 * columns + 0.6), 3.2 * rows + 0.4, theme) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(have):
-                axes.axis("off")
-                continue
-            label, point = have[place]
+    with canvas(max(5.0, 3.3 * columns + 0.6), 3.2 * -(-len(have) // columns) + 0.4, theme) as figure:
+        for place, (axes, (label, point)) in enumerate(zip(_cells(figure, len(have)), have, strict=True)):
             twin = _draw_shrinkage(axes, point, np.abs(point.by_vector[projection]), theme)
             axes.set_title(wrapped(label, 34), fontsize=10, pad=8)
             if place % columns == 0:

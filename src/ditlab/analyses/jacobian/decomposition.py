@@ -50,13 +50,9 @@ class Decomposition:
 
 
 def check_memory(size: int, itemsize: int, kind: DecompositionKind, available: int | None) -> None:
-    """Raises DitlabError if a D x D matrix and its decomposition would not fit in memory.
+    """Raises DitlabError if a D x D matrix (D = size) and its decomposition would not fit in memory.
 
-    Args:
-        size: D.
-        itemsize: bytes of an entry of the network's output (4 or 8).
-        kind: the decomposition.
-        available: bytes that are free; None if unknown, which is no error.
+    `itemsize` is the bytes of an entry of the network's output, `available` those that are free, None if unknown.
     """
     matrix = size * size * itemsize
     needed = matrix + _COPIES[kind] * size * size * 8
@@ -77,12 +73,7 @@ def check_count(count: int, size: int) -> None:
 
 
 def decompose(matrix: Float[np.ndarray, "d d"], kind: DecompositionKind) -> Decomposition:
-    """Computes all values and vectors of a real matrix, in float64.
-
-    Args:
-        matrix: any real matrix.
-        kind: which.
-    """
+    """Computes all values and vectors of a real matrix, in float64."""
     matrix = matrix.astype(np.float64, copy=False)
     if kind == "svd":
         left, values, right = np.linalg.svd(matrix)
@@ -109,46 +100,22 @@ def decompose_top(
     count: int,
     *,
     seed: int = 0,
-    tolerance: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Decomposition:
     """Computes the leading values and vectors from products with the Jacobian, which is never stored.
 
-    The number of products is `operator.products`. Memory: a few times `count` vectors. If values are equal to the last
-    digit, as symmetry can make them, some may be missed; the whole matrix gives them all.
+    `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone. `count` is 1 to D - 2; the last value
+    of `eig` or `eig-right` may be half of a complex pair. If values are equal to the last digit, as symmetry can make
+    them, some may be missed; the whole matrix gives them all. Memory: a few times `count` vectors.
 
-    Args:
-        operator: the Jacobian.
-        kind: which. `svd` and `eigh` need J v and J^T u, `eig` J^T u alone, `eig-right` J v alone.
-        count: how many, from 1 to D - 2. The last value of `eig` or `eig-right` may be half of a complex pair.
-        seed: of the first vector.
-        tolerance: of a residual, relative to the value; 1e-5 in float32, 1e-9 in float64 if None.
-        progress: called with the number of products so far.
-
-    Raises:
-        DitlabError: a count that is too small or too large, or no convergence.
+    `seed` draws the first vector. `progress` is called with the number of products so far. Raises DitlabError if the
+    values do not converge.
     """
     from scipy.sparse.linalg import eigs, eigsh
 
     check_count(count, operator.size)
-    if tolerance is None:
-        tolerance = 1e-9 if operator.y.dtype == torch.float64 else 1e-5
-
-    def forward(vectors: np.ndarray, together: bool = False) -> np.ndarray:
-        return _apply(operator, partial(operator.forward, together=together), vectors)
-
-    def reverse(vectors: np.ndarray, together: bool = False) -> np.ndarray:
-        return _apply(operator, partial(operator.reverse, together=together), vectors)
-
-    def solve(solver: Callable[..., Any], product: Callable[[np.ndarray], np.ndarray], which: str) -> Any:
-        def matvec(vector: np.ndarray) -> np.ndarray:
-            image = product(vector.reshape(1, -1))[0]
-            if progress is not None:
-                progress(operator.products)
-            return image
-
-        return _arpack(operator, solver, matvec, which, count, tolerance, seed)
-
+    solve = partial(_arpack, operator, count=count, seed=seed, progress=progress)
+    forward, reverse = partial(_apply, operator, operator.forward), partial(_apply, operator, operator.reverse)
     if kind == "svd":
         _, vectors = solve(eigsh, lambda v: reverse(forward(v)), "LM")
         # The best pairs in the span of these vectors; dividing J v by its length would leave rounding where J v is 0.
@@ -174,24 +141,28 @@ def decompose_top(
 def _arpack(
     operator: JacobianOperator,
     solver: Callable[..., Any],
-    matvec: Callable[[np.ndarray], np.ndarray],
+    product: Callable[[np.ndarray], np.ndarray],
     which: str,
+    *,
     count: int,
-    tolerance: float,
     seed: int,
+    progress: Callable[[int], object] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the leading values [K] and vectors [D, K] of a matrix that is known by its products.
-
-    Raises:
-        DitlabError: no convergence.
-    """
+    """Returns the leading values [K] and vectors [D, K] of a matrix that is known by its products with rows."""
     from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
+
+    def matvec(vector: np.ndarray) -> np.ndarray:
+        image = product(vector.reshape(1, -1))[0]
+        if progress is not None:
+            progress(operator.products)
+        return image
 
     size = operator.size
     start = numpy_generator(seed, "jacobian", "start").standard_normal(size)
     # A basis of 1.5 times the count needed the fewest products for trained networks (the usual factor of 2: 5-10 %
     # more).
     basis = min(size, max(count * 3 // 2, count + 20))
+    tolerance = 1e-9 if operator.y.dtype == torch.float64 else 1e-5  # of a residual, relative to the value
     linear: Any = LinearOperator((size, size), matvec=matvec, dtype=np.dtype(np.float64))  # pyright: ignore[reportCallIssue]
     try:
         return solver(linear, k=count, which=which, v0=start, tol=tolerance, ncv=basis)
@@ -223,9 +194,11 @@ def _complex_images(product: Callable[[np.ndarray], np.ndarray], vectors: np.nda
     return images
 
 
-def _apply(operator: JacobianOperator, product: Callable[[Tensor], Tensor], vectors: np.ndarray) -> np.ndarray:
+def _apply(
+    operator: JacobianOperator, product: Callable[..., Tensor], vectors: np.ndarray, *, together: bool = False
+) -> np.ndarray:
     rows = torch.from_numpy(np.ascontiguousarray(vectors)).to(operator.y)
-    images = product(rows).double().cpu().numpy()
+    images = product(rows, together=together).double().cpu().numpy()
     if not np.isfinite(images).all():
         raise operator.not_finite()
     return images
@@ -261,7 +234,9 @@ def _general(values: np.ndarray, vectors: np.ndarray, images: Rows) -> Decomposi
     values, residuals = values.astype(np.complex128), _residuals(images, values, vectors)
     # In a complex pair, whose moduli are equal to a bit or two, the positive imaginary part comes first.
     moduli = np.abs(values)
-    order = np.lexsort((-np.imag(values), -moduli.round(10 - _digits(moduli))))
+    largest = float(moduli.max(initial=0.0))
+    exponent = int(np.floor(np.log10(largest))) if largest > 0 else 0
+    order = np.lexsort((-np.imag(values), -moduli.round(10 - exponent)))
     real = np.empty(vectors.shape)
     for row, place in enumerate(order):
         # |Re(e^(i t) v)|^2 = (1 + Re(e^(2 i t) v^T v)) / 2 is largest where e^(2 i t) v^T v is real and positive.
@@ -275,9 +250,3 @@ def _signs(vectors: np.ndarray) -> np.ndarray:
     """Returns 1 or -1 for each row, [K, 1], so that its entry of largest modulus becomes positive."""
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1)
     return np.where(largest < 0, -1.0, 1.0)
-
-
-def _digits(moduli: np.ndarray) -> int:
-    """Returns the decimal exponent of the largest modulus."""
-    largest = float(moduli.max(initial=0.0))
-    return int(np.floor(np.log10(largest))) if largest > 0 else 0

@@ -38,35 +38,24 @@ _SQUARE = "#38d3ff"
 
 
 def vector_gallery(
-    points: Sequence[Point],
-    decomposition: DecompositionKind,
-    *,
-    right: bool = False,
-    theme: Theme = LIGHT,
+    points: Sequence[Point], decomposition: DecompositionKind, *, right: bool = False, theme: Theme = LIGHT
 ) -> Figure:
     """Draws the saved vectors (An et al. Figs. 1-3): one row for each vector, one column for each model.
 
-    A single model takes several columns. r_hom and r_lin are above the vectors of each model.
+    A single model takes several columns. r_hom and r_lin are above the vectors of each model; vectors that one of them
+    lacks are left blank. `right` draws the right singular vectors, directions of the input, instead of the left ones.
 
     The colours of a vector go from minus to plus its largest entry over all channels, so that its channels can be
-    compared. The panels of a colour image have red, green and blue frames, in this order.
-
-    Args:
-        points: (label, Jacobian) pairs of one image size; vectors that one of them lacks are left blank.
-        decomposition: which vectors they are.
-        right: the right singular vectors, directions of the input, instead of the left ones, of the output.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian, no saved vector, or images of several sizes.
+    compared. The panels of a colour image have red, green and blue frames, in this order. Raises DitlabError for no
+    saved vector, or images of several sizes.
     """
     shape = _one_shape("vector gallery", points)
     shown = sorted({int(k) for _, point in points for k in point.shown})
     if not shown:
         raise DitlabError("vector gallery: expected a Jacobian with saved vectors, found none")
     panel = 0.74 if shape[0] > 1 else 0.95
-    wide = panel * shape[0] + 0.22
-    lines = [points[start : start + PER_LINE] for start in range(0, len(points), PER_LINE)]
+    wide, high = panel * shape[0] + 0.22, panel * shape[1] / shape[2] + 0.26
+    lines, per_line = -(-len(points) // PER_LINE), min(len(points), PER_LINE)
     # A single model has the page to itself, so its vectors continue in further columns.
     across = 1 if len(points) > 1 else min(len(shown), max(1, int(6.6 / wide)))
     rows = -(-len(shown) // across)
@@ -75,9 +64,8 @@ def vector_gallery(
     gaps = [wrapped(_gaps(point), max(11, int(wide * 14))) for _, point in points]
     rise = 10 * (1 + max(text.count("\n") for text in gaps))
     head = 0.3 + 0.2 * (1 + max(name.count("\n") for name in names)) + rise / 72
-    high = panel * shape[1] / shape[2] + 0.26
-    with canvas(wide * across * len(lines[0]) + 0.2, (high * rows + head + 0.1) * len(lines), theme) as figure:
-        grid = figure.subplots(rows * len(lines), across * len(lines[0]), squeeze=False)
+    with canvas(wide * across * per_line + 0.2, (high * rows + head + 0.1) * lines, theme) as figure:
+        grid = figure.subplots(rows * lines, across * per_line, squeeze=False)
         for cell in grid.flat:
             cell.axis("off")
         for place, (_, point) in enumerate(points):
@@ -97,11 +85,8 @@ def vector_gallery(
 
 def _gaps(point: JacobianPoint) -> str:
     """Returns r_hom and r_lin, which show how far the vectors can be trusted."""
-    return ", ".join(f"{name} {_number(point.numbers.get(name))}" for name in ("r_hom", "r_lin"))
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
+    values = ((name, point.numbers.get(name)) for name in ("r_hom", "r_lin"))
+    return ", ".join(f"{name} {'–' if value is None else f'{value:.2g}'}" for name, value in values)
 
 
 def _one_shape(what: str, points: Sequence[Point]) -> tuple[int, int, int]:
@@ -125,7 +110,7 @@ def _draw_vector(
         return
     vector = (point.right if right else point.left)[places[0]]
     axes.imshow(_panels(vector, theme), interpolation="nearest")
-    words = f"k = {k}, {_symbol(decomposition)} = {value_text(point.values[k])}"
+    words = f"k = {k}, {'s' if decomposition == 'svd' else 'λ'} = {value_text(point.values[k])}"
     axes.set_title(words, fontsize=7.5, fontweight="normal", loc="left", pad=2.5, color=theme.ink)
 
 
@@ -148,10 +133,6 @@ def _panels(vector: np.ndarray, theme: Theme) -> np.ndarray:
     return np.concatenate(panels[:-1], axis=1)
 
 
-def _symbol(decomposition: DecompositionKind) -> str:
-    return "s" if decomposition == "svd" else "λ"
-
-
 def value_text(value: complex | float) -> str:
     """Returns a singular value or eigenvalue with three significant digits: "0.834", "0.71 - 0.02i"."""
     if abs(value.imag) <= 5e-4 * abs(value):
@@ -166,14 +147,8 @@ Pixels = Callable[[np.ndarray], np.ndarray]
 def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = LIGHT) -> Figure:
     """Draws the clean image, the noisy image and the estimate of each model, with PSNR.
 
-    Args:
-        points: (label, Jacobian) pairs of one image size. Models with the same noisy image share a line; others
-            get a line of their own.
-        pixels: how images as the denoisers see them become pictures.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian, or images of several sizes.
+    Models with the same noisy image share a line; others get a line of their own. Raises DitlabError for no Jacobian,
+    or images of several sizes.
     """
     shape = _one_shape("denoising strip", points)
     lines: list[list[Point]] = []
@@ -192,9 +167,9 @@ def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = L
         axes = figure.subplots(len(lines), columns, squeeze=False)
         for line, row in zip(lines, axes, strict=True):
             point = line[0][1]
-            shown = [("clean\n", point.clean)]
-            shown.append((f"noisy, σ = {point.sigma:.3g}\n{psnr_noisy(point):.1f} dB", point.noisy))
-            shown += [(f"{titles[label]}\n{psnr_denoised(at):.1f} dB", at.denoised) for label, at in line]
+            noisy = f"noisy, σ = {point.sigma:.3g}\n{psnr(point.noisy, point.clean):.1f} dB"
+            shown = [("clean\n", point.clean), (noisy, point.noisy)]
+            shown += [(f"{titles[label]}\n{psnr(at.denoised, at.clean):.1f} dB", at.denoised) for label, at in line]
             for cell in row:
                 cell.axis("off")
             for cell, (words, image) in zip(row, shown, strict=False):
@@ -204,17 +179,8 @@ def denoising_strip(points: Sequence[Point], pixels: Pixels, *, theme: Theme = L
     return figure
 
 
-def psnr_noisy(point: JacobianPoint) -> float:
-    """Returns the PSNR of the noisy image in dB, for an intensity range of 2."""
-    return _psnr(point.noisy, point.clean)
-
-
-def psnr_denoised(point: JacobianPoint) -> float:
-    """Returns the PSNR of the denoised image in dB, for an intensity range of 2."""
-    return _psnr(point.denoised, point.clean)
-
-
-def _psnr(image: np.ndarray, clean: np.ndarray) -> float:
+def psnr(image: np.ndarray, clean: np.ndarray) -> float:
+    """Returns the PSNR of an image in dB, for an intensity range of 2."""
     error = np.square(image.astype(np.float64) - clean).mean()
     return float(10 * np.log10(4 / max(error, 1e-10)))
 
@@ -223,15 +189,8 @@ def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure
     """Draws what output pixels depend on: the centred mean map and maps of single pixels, the Wiener denoiser's below.
 
     Colours are logarithmic over three decades below the largest value of a map. Squares hold 50, 75 and 95 % of a map;
-    in the mean map their sides are the means over all output pixels.
-
-    Args:
-        points: (label, Jacobian) pairs of one image size with sensitivities; others are left out. The Wiener denoisers
-            of equal training images are drawn once.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no Jacobian with a sensitivity, or images of several sizes.
+    in the mean map their sides are the means over all output pixels. Jacobians without sensitivities are left out; the
+    Wiener denoisers of equal training images are drawn once. Raises DitlabError for no sensitivity, or several sizes.
     """
     _one_shape("sensitivity maps", points)
     rows = [(label, point.sensitivity) for label, point in points if point.sensitivity is not None]
@@ -240,28 +199,25 @@ def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure
     rows += _wiener_rows(points)
     columns = 1 + max(len(maps.pixels) for _, maps in rows)
     side = 1.75
+    title: Any = {"fontsize": 8.5, "fontweight": "normal", "loc": "left", "pad": 4}
     with canvas(side * columns + 2.3, side * len(rows) + 0.75, theme) as figure:
         axes = figure.subplots(len(rows), columns, squeeze=False)
-        shown: Any = None
         for cell in axes.flat:
             cell.axis("off")
+        shown: Any = None
         for number, (line, (label, maps)) in enumerate(zip(axes, rows, strict=True)):
             shown = _draw_mean(line[0], maps)
             for cell, (row, column), values in zip(line[1:], maps.pixels, maps.maps, strict=False):
-                sizes = [float(size[row, column]) for size in maps.sizes]
-                _draw_sensitivity(cell, values, (row, column), sizes)
+                _draw_sensitivity(cell, values, (row, column), maps.sizes[:, row, column].tolist())
                 if number == 0:
-                    cell.set_title(f"pixel {row}, {column}", fontsize=8.5, fontweight="normal", loc="left", pad=4)
+                    cell.set_title(f"pixel {row}, {column}", **title)
             words = "  ".join(f"{share:.0%}: {size:.1f}" for share, size in zip(SHARES, maps.locality, strict=True))
-            line[0].annotate(
-                words, (0.0, 0.0), (0, -3), "axes fraction", "offset points", ha="left", va="top", fontsize=7.5,
-                color=theme.ink,
-            )  # fmt: skip
-            line[0].annotate(
-                wrapped(label, 15), (0.0, 0.5), (-8, 0), "axes fraction", "offset points",
-                ha="right", va="center", fontsize=9, fontweight="bold", color=theme.ink,
-            )  # fmt: skip
-        axes[0, 0].set_title("mean, centred", fontsize=8.5, fontweight="normal", loc="left", pad=4)
+            name = wrapped(label, 15)
+            below: Any = {"ha": "left", "va": "top", "fontsize": 7.5, "color": theme.ink}
+            beside: Any = {"ha": "right", "va": "center", "fontsize": 9, "fontweight": "bold", "color": theme.ink}
+            line[0].annotate(words, (0.0, 0.0), (0, -3), "axes fraction", "offset points", **below)
+            line[0].annotate(name, (0.0, 0.5), (-8, 0), "axes fraction", "offset points", **beside)
+        axes[0, 0].set_title("mean, centred", **title)
         bar = figure.colorbar(shown, ax=list(axes[:, -1]), shrink=min(0.9, 1.6 / len(rows)), aspect=25, extend="min")
         bar.set_label("share of the largest", fontsize=8, color=theme.ink)
         bar.ax.tick_params(labelsize=7.5)
@@ -269,10 +225,8 @@ def sensitivity_maps(points: Sequence[Point], *, theme: Theme = LIGHT) -> Figure
             "Sensitivity of an output pixel to the input; squares: 50 % solid, 75 % dashed, 95 % dotted; "
             "sides in pixels"
         )
-        figure.suptitle(
-            wrapped(words, int((side * columns + 2.3) * 15)), fontsize=8.5, x=0.01, ha="left",
-            color=theme.ink,
-        )  # fmt: skip
+        words = wrapped(words, int((side * columns + 2.3) * 15))
+        figure.suptitle(words, fontsize=8.5, x=0.01, ha="left", color=theme.ink)
     return figure
 
 

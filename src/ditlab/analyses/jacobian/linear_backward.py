@@ -35,11 +35,9 @@ def lean_layers() -> Iterator[None]:
 class _Lean(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        for layers, lean in ((_CONVOLUTIONS, _convolved), (_NORMS, _normed), (_ACTIVATIONS, _activated)):
-            if func in layers and torch.is_grad_enabled():
-                output = lean(func, args, named)
-                return func(*args, **named) if output is None else output
-        return func(*args, **named)
+        lean = _LEAN.get(func) if torch.is_grad_enabled() else None
+        output = None if lean is None else lean(func, args, named)
+        return func(*args, **named) if output is None else output
 
 
 def _is_constant(weight: Tensor | None) -> bool:
@@ -49,45 +47,19 @@ def _is_constant(weight: Tensor | None) -> bool:
 
 def _convolved(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
     """Returns None if torch must do it: computed weights, padding by name, single images."""
-    bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
-    by_name = any(isinstance(value, str) for value in (*args, *named.values()))
-    if by_name or bound["input"].ndim != 4 or not (_is_constant(bound["weight"]) and _is_constant(bound.get("bias"))):
+    bound = dict(zip(_ARGUMENTS[func], args, strict=False)) | named
+    image, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+    by_name = any(isinstance(value, str) for value in bound.values())
+    if by_name or image.ndim != 4 or not (_is_constant(weight) and _is_constant(bias)):
         return None
-    return _CONVOLUTIONS[func](*args, **named)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    stride, padding, dilation, rest = (_two(bound.get(name, default)) for name, default in defaults.items())
+    settings: Rest = (stride, padding, dilation, func is torch.conv_transpose2d, rest, bound.get("groups", 1))
+    return _Convolution.apply(image, weight.detach(), None if bias is None else bias.detach(), settings)  # pyright: ignore[reportReturnType]
 
 
-def _plain(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """The arguments of `conv2d`."""
-    return _run(input, weight, bias, (_two(stride), _two(padding), _two(dilation), False, [0, 0], groups))
-
-
-def _transposed(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
-    """The arguments of `conv_transpose2d`, in their own order."""
-    return _run(input, weight, bias, (_two(stride), _two(padding), _two(dilation), True, _two(output_padding), groups))
-
-
-def _run(image: Tensor, weight: Tensor, bias: Tensor | None, rest: Rest) -> Tensor:
-    return _Convolution.apply(image, weight.detach(), None if bias is None else bias.detach(), rest)  # pyright: ignore[reportReturnType]
-
-
-_CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: _plain, torch.conv_transpose2d: _transposed}
+def _two(value: Any) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, tuple | list | torch.Size) else [int(value)] * 2
 
 
 class _Convolution(torch.autograd.Function):
@@ -126,10 +98,6 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,) = ctx.saved_tensors
         return torch.convolution(grads[0], weight, None, *ctx.rest), None, None, None
-
-
-def _two(value: Any) -> list[int]:
-    return [int(v) for v in value] if isinstance(value, tuple | list | torch.Size) else [int(value)] * 2
 
 
 def _normed(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | None:
@@ -213,5 +181,12 @@ def _activated(func: Callable[..., Tensor], args: Any, named: Any) -> Tensor | N
     return value.detach() + slope * (x - at.detach())
 
 
-_NORMS: tuple[Any, ...] = (F.layer_norm, F.group_norm)
-_ACTIVATIONS: tuple[Any, ...] = (F.silu, F.gelu)
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    torch.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_LEAN: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys(_ARGUMENTS, _convolved),
+    **dict.fromkeys((F.layer_norm, F.group_norm), _normed),
+    **dict.fromkeys((F.silu, F.gelu), _activated),
+}

@@ -11,39 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ditlab.analyses.jacobian import measures
 from ditlab.analyses.jacobian.config import JacobianConfig
-from ditlab.analyses.jacobian.decomposition import (
-    Decomposition,
-    check_count,
-    check_memory,
-    decompose,
-    decompose_top,
-)
-from ditlab.analyses.jacobian.measures import (
-    LEADING,
-    alignment,
-    channel_shares,
-    edge_energy,
-    edge_pixels,
-    frequencies,
-    harmonicity,
-    homogeneity_gap,
-    image_correlations,
-    linearity_gap,
-    matrix_numbers,
-    oracle_shrinkage,
-    participation,
-    sensitivity,
-    shrinkage_distance,
-    spectrum_numbers,
-)
+from ditlab.analyses.jacobian.decomposition import Decomposition, check_count, check_memory, decompose, decompose_top
+from ditlab.analyses.jacobian.measures import LEADING
 from ditlab.analyses.jacobian.operator import JacobianOperator
 from ditlab.analyses.jacobian.result import JacobianPoint, JacobianResult, Sensitivity
 from ditlab.diffusion.baselines import WienerDenoiser
@@ -55,61 +32,49 @@ from ditlab.metrics.denoising_errors import chosen_levels, level_noise, own_step
 from ditlab.provenance import Provenance
 from ditlab.rng import numpy_generator, torch_generator
 
-__all__ = [
-    "BY_VECTOR",
-    "NUMBERS",
-    "check_differentiable",
-    "check_jacobian",
-    "jacobian_levels",
-    "measure_jacobian",
-    "noise_level",
-]
+__all__ = ["BY_VECTOR", "NUMBERS", "check_jacobian", "jacobian_levels", "measure_jacobian", "noise_level"]
 
 DEFAULT_STEPS = (100,)
 """The step of the DDPM process (T = 1000, linear) that gives the default noise level: sigma 0.34."""
 _DEFAULT_LEVELS = tuple(float(sigma) for sigma in make_schedule("linear", 1000).sigmas[list(DEFAULT_STEPS)])
 
-NUMBERS: Mapping[str, str] = MappingProxyType(
-    {
-        "trace": "sum of the eigenvalues",
-        "sum_of_squares": "sum of squared singular values",
-        "participation_ratio": "participation ratio of the values",
-        "leading_over_median": "leading value over the median one",
-        "asymmetry": "|J - J^T| / |J|",
-        "negative": "share of negative eigenvalues (eigh)",
-        "alignment": "mean |u . v| (svd)",
-        "alignment_weighted": "mean |u . v|, weighted by squared singular values (svd)",
-        "harmonicity": "rank correlation of frequency with index",
-        "harmonicity_leading": f"the same of the {LEADING} leading vectors",
-        "harmonicity_shuffled": "harmonicity with the vectors' pixels shuffled, a control",
-        "shrinkage_distance": "RMS distance of values to the oracle's shrinkage (x0)",
-        "r_hom": "|f - J x| / |f|",
-        "r_lin": "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|",
-        "mse": "mean squared error of the estimate of x0",
-        "sure": "Stein's unbiased estimate of mse, from the trace (x0)",
-        "products": "products with the Jacobian or its transpose",
-    }
-)
+NUMBERS: Mapping[str, str] = {
+    "trace": "sum of the eigenvalues",
+    "sum_of_squares": "sum of squared singular values",
+    "participation_ratio": "participation ratio of the values",
+    "leading_over_median": "leading value over the median one",
+    "asymmetry": "|J - J^T| / |J|",
+    "negative": "share of negative eigenvalues (eigh)",
+    "alignment": "mean |u . v| (svd)",
+    "alignment_weighted": "mean |u . v|, weighted by squared singular values (svd)",
+    "harmonicity": "rank correlation of frequency with index",
+    "harmonicity_leading": f"the same of the {LEADING} leading vectors",
+    "harmonicity_shuffled": "harmonicity with the vectors' pixels shuffled, a control",
+    "shrinkage_distance": "RMS distance of values to the oracle's shrinkage (x0)",
+    "r_hom": "|f - J x| / |f|",
+    "r_lin": "|f(x + d) - f(x) - J d| / |f(x + d) - f(x)|",
+    "mse": "mean squared error of the estimate of x0",
+    "sure": "Stein's unbiased estimate of mse, from the trace (x0)",
+    "products": "products with the Jacobian or its transpose",
+}
 """Name in `JacobianPoint.numbers` -> what it is. Numbers without meaning for the settings are absent; numbers that need
 the whole matrix are None without it.
 
 r_hom and r_lin: for the target x0, f is D and x is y, both minus the denoiser's origin; for eps, f is the estimated
 noise and x is x_t = scale * (y - origin); for I-eps f is x minus that noise."""
 
-BY_VECTOR: Mapping[str, str] = MappingProxyType(
-    {
-        "frequency": "mean radial frequency, as a share of Nyquist's",
-        "participation": "share of the pixels that the vector covers",
-        "edges": "energy on edges of the clean image, over their share of pixels",
-        "alignment": "|u . v| (svd)",
-        "clean_coefficient": "<u, x0 - origin>",
-        "noisy_coefficient": "<v, y - origin>",
-        "oracle_shrinkage": "c^2 / (c^2 + sigma^2), c the clean coefficient (x0)",
-        "image_correlation": "|correlation| with the clean image",
-        "nearest_correlation": "|correlation| with the nearest other training image",
-        "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
-    }
-)
+BY_VECTOR: Mapping[str, str] = {
+    "frequency": "mean radial frequency, as a share of Nyquist's",
+    "participation": "share of the pixels that the vector covers",
+    "edges": "energy on edges of the clean image, over their share of pixels",
+    "alignment": "|u . v| (svd)",
+    "clean_coefficient": "<u, x0 - origin>",
+    "noisy_coefficient": "<v, y - origin>",
+    "oracle_shrinkage": "c^2 / (c^2 + sigma^2), c the clean coefficient (x0)",
+    "image_correlation": "|correlation| with the clean image",
+    "nearest_correlation": "|correlation| with the nearest other training image",
+    "others_correlation": f"mean |correlation| with up to {LEADING} further training images, a control",
+}
 """Name in `JacobianPoint.by_vector` -> what it is, of the left vector u (v is the right one; v = u for all but svd)."""
 
 
@@ -127,17 +92,25 @@ def noise_level(sigma: float) -> float:
     return next((level for level in _DEFAULT_LEVELS if abs(sigma - level) <= 1e-2 * level), sigma)
 
 
-def check_jacobian(denoiser: Denoiser, count: int, config: JacobianConfig) -> None:
-    """Raises DitlabError for settings that do not fit a denoiser and the number of images of a side.
+def check_jacobian(
+    denoiser: Denoiser, images: Tensor, config: JacobianConfig, labels: Tensor | None
+) -> tuple[float, ...]:
+    """Returns the noise levels, after checking that the Jacobians of `measure_jacobian` can be computed.
 
-    That is: images or pixels that do not exist, unknown levels, no vector to save, too many leading vectors, or a
-    matrix that would not fit in memory.
+    Costs two runs of the network and one product, at the first image.
+
+    Raises:
+        DitlabError: images or pixels that do not exist, unknown levels, no vector to save, too many leading vectors, a
+            matrix that would not fit in memory; a denoiser that is not differentiable, not finite or random (dropout in
+            training mode), or that needs a label and gets none.
     """
     channels, height, width = denoiser.shape
     size = channels * height * width
-    jacobian_levels(denoiser, config)
-    if max(config.images) >= count:
-        raise InvalidConfig(f"jacobian: `images` must be places from 0 to {count - 1}, found {max(config.images)}")
+    levels = jacobian_levels(denoiser, config)
+    if max(config.images) >= len(images):
+        raise InvalidConfig(
+            f"jacobian: `images` must be places from 0 to {len(images) - 1}, found {max(config.images)}"
+        )
     for row, column in config.pixels:
         if row >= height or column >= width:
             raise InvalidConfig(
@@ -151,20 +124,8 @@ def check_jacobian(denoiser: Denoiser, count: int, config: JacobianConfig) -> No
         raise InvalidConfig(
             f"jacobian: `show` must have a vector below {config.top or size}, found {list(config.show)}"
         )
-
-
-def check_differentiable(
-    denoiser: Denoiser,
-    images: Float[Tensor, "n c h w"],
-    config: JacobianConfig,
-    labels: Int64[Tensor, " n"] | None = None,
-) -> None:
-    """Raises DitlabError for a denoiser whose Jacobian cannot be computed, tested by one product at the first image.
-
-    That is a denoiser that is not differentiable, not finite or random (dropout in training mode), or one that needs a
-    label and gets none. Arguments as for `measure_jacobian`. Costs two runs of the network and one product.
-    """
-    _operator(denoiser, images, config, labels, config.images[0], jacobian_levels(denoiser, config)[0]).check()
+    _operator(denoiser, images, config, labels, config.images[0], levels[0]).check()
+    return levels
 
 
 def _operator(
@@ -203,8 +164,8 @@ def measure_jacobian(
         progress: called as progress(done, total), in rows of all matrices, or in products, whose total is a guess.
 
     Raises:
-        DitlabError: settings that do not fit (`check_jacobian`), a denoiser whose Jacobian cannot be computed
-            (`check_differentiable`), values that are not finite, leading values that do not converge.
+        DitlabError: settings that do not fit, a denoiser whose Jacobian cannot be computed (`check_jacobian`), values
+            that are not finite, leading values that do not converge.
 
     Example:
         >>> half = Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(1, 4, 4))
@@ -212,18 +173,12 @@ def measure_jacobian(
         8.0
     """
     config = config or JacobianConfig()
-    if tuple(images.shape[1:]) != tuple(denoiser.shape):
-        raise Incompatible(
-            f"jacobian: the denoiser takes images {tuple(denoiser.shape)}, found images {tuple(images.shape[1:])}"
-        )
-    if train is not None and tuple(train.shape[1:]) != tuple(denoiser.shape):
-        raise Incompatible(
-            f"jacobian: the denoiser takes images {tuple(denoiser.shape)}, found training images "
-            f"{tuple(train.shape[1:])}"
-        )
-    check_jacobian(denoiser, len(images), config)
-    check_differentiable(denoiser, images, config, labels)
-    levels = jacobian_levels(denoiser, config)
+    for what, side in (("images", images), ("training images", train)):
+        if side is not None and tuple(side.shape[1:]) != tuple(denoiser.shape):
+            raise Incompatible(
+                f"jacobian: the denoiser takes images {tuple(denoiser.shape)}, found {what} {tuple(side.shape[1:])}"
+            )
+    levels = check_jacobian(denoiser, images, config, labels)
     steps = own_steps(denoiser, levels)
     whole = not config.top
     wiener = _wiener_sensitivities(denoiser, levels, config, train) if whole and config.target == "x0" else {}
@@ -232,7 +187,7 @@ def measure_jacobian(
     # Lanczos' method needed 3 to 5 products for each vector and side in our measurements.
     work = size if whole else (4 if config.decomposition in ("eig", "eig-right") else 8) * config.top + 40
     for place, image in enumerate(config.images):
-        compared = _ComparedImages.of(images[image : image + 1].float(), train)
+        compared = _compared_images(images[image : image + 1].float(), train)
         for level, sigma in enumerate(levels):
             before = work * (place * len(levels) + level)
 
@@ -253,25 +208,25 @@ class _ComparedImages:
     """The images that vectors are compared with, float64 [C, H, W]."""
 
     clean: np.ndarray
-    nearest: np.ndarray | None
+    nearest: np.ndarray | None = None
     """The nearest training image that is not the clean image itself."""
-    others: np.ndarray | None
+    others: np.ndarray | None = None
     """Further training images, [M, C, H, W]."""
 
-    @staticmethod
-    def of(x0: Tensor, train: Tensor | None) -> _ComparedImages:
-        clean = x0[0].double().cpu().numpy()
-        if train is None:
-            return _ComparedImages(clean, None, None)
-        errors = torch.cat([(part - x0.to(part)).double().square().flatten(1).mean(1) for part in train.split(1024)])
-        # Below a tenth of a grey level it is the same 8-bit image.
-        other = errors.sqrt() > 1e-3
-        order = torch.argsort(torch.where(other, errors, torch.inf))[: int(other.sum())]
-        if not len(order):
-            return _ComparedImages(clean, None, None)
-        nearest = train[order[0]].double().cpu().numpy()
-        rest = order[1:].sort().values[:LEADING]
-        return _ComparedImages(clean, nearest, train[rest].double().cpu().numpy() if len(rest) else None)
+
+def _compared_images(x0: Tensor, train: Tensor | None) -> _ComparedImages:
+    clean = x0[0].double().cpu().numpy()
+    if train is None:
+        return _ComparedImages(clean)
+    errors = torch.cat([(part - x0.to(part)).double().square().flatten(1).mean(1) for part in train.split(1024)])
+    # Below a tenth of a grey level it is the same 8-bit image.
+    other = errors.sqrt() > 1e-3
+    order = torch.argsort(torch.where(other, errors, torch.inf))[: int(other.sum())]
+    if not len(order):
+        return _ComparedImages(clean)
+    rest = order[1:].sort().values[:LEADING]
+    nearest, others = (train[places].double().cpu().numpy() for places in (order[0], rest))
+    return _ComparedImages(clean, nearest, others if len(rest) else None)
 
 
 def _decompose(
@@ -283,13 +238,6 @@ def _decompose(
         return decompose_top(operator, config.decomposition, config.top, seed=seed, progress=on_progress), None
     matrix = operator.matrix(config.chunk, config.mode, on_progress).double().numpy()
     return decompose(matrix, config.decomposition), matrix
-
-
-def _product(operator: JacobianOperator, matrix: np.ndarray | None, vector: Tensor) -> np.ndarray:
-    """Returns J v, float64 [D]."""
-    if matrix is not None:
-        return matrix @ vector.double().cpu().numpy().reshape(-1)
-    return operator.forward(vector.reshape(1, -1))[0].double().cpu().numpy()
 
 
 def _point(
@@ -307,9 +255,9 @@ def _point(
         denoised = operator.denoiser(operator.y, sigma, operator.label)[0].double().cpu().numpy()
     noisy = operator.y[0].double().cpu().numpy()
     by_vector = _by_vector(parts, compared, noisy, operator)
-    numbers = spectrum_numbers(parts.values, config.decomposition, whole=matrix is not None)
+    numbers = measures.spectrum_numbers(parts.values, config.decomposition, whole=matrix is not None)
     unknown = dict.fromkeys(("trace", "sum_of_squares", "asymmetry"))
-    numbers |= unknown if matrix is None else matrix_numbers(matrix)
+    numbers |= unknown if matrix is None else measures.matrix_numbers(matrix)
     numbers |= _harmonicities(parts, by_vector["frequency"], shape, config.noise_seed)
     numbers |= _gaps(operator, matrix, config, image)
     numbers["mse"] = float(((denoised - compared.clean) ** 2).mean())
@@ -319,17 +267,16 @@ def _point(
         aligned = by_vector["alignment"]
         numbers["alignment"] = float(aligned[large].mean()) if large.any() else None
         numbers["alignment_weighted"] = float((aligned * weights).sum() / weights.sum()) if large.any() else None
+    by_pixel = None
     if config.target == "x0":
-        numbers["shrinkage_distance"] = shrinkage_distance(parts.values, by_vector["oracle_shrinkage"])
+        numbers["shrinkage_distance"] = measures.shrinkage_distance(parts.values, by_vector["oracle_shrinkage"])
         trace = numbers["trace"]
         # E|D - x0|^2 = E[2 sigma^2 tr(dD/dy) + |y - D|^2] - sigma^2 D.
         error = float(((noisy - denoised) ** 2).mean())
         numbers["sure"] = None if trace is None else error + sigma**2 * (2 * trace / operator.size - 1)
+        by_pixel = None if matrix is None else measures.sensitivity(matrix, shape, config.pixels)
     numbers["products"] = operator.products
     saved = np.array([k for k in config.show if k < len(parts.values)], dtype=np.int64)
-    by_pixel = None
-    if matrix is not None and config.target == "x0":
-        by_pixel = sensitivity(matrix, shape, config.pixels)
     return JacobianPoint(
         image=image,
         sigma=sigma,
@@ -343,7 +290,7 @@ def _point(
         left=parts.left[saved].reshape(-1, *shape).astype(np.float32),
         right=parts.right[saved].reshape(-1, *shape).astype(np.float32),
         by_vector=by_vector,
-        channels=channel_shares(parts.left, shape),
+        channels=measures.channel_shares(parts.left, shape),
         numbers=numbers,
         sensitivity=by_pixel,
         wiener=wiener,
@@ -353,24 +300,25 @@ def _point(
 def _by_vector(
     parts: Decomposition, compared: _ComparedImages, noisy: np.ndarray, operator: JacobianOperator
 ) -> dict[str, np.ndarray]:
+    """Returns the measures of `BY_VECTOR` that have a meaning here."""
     shape, origin, left = operator.denoiser.shape, operator.denoiser.origin, parts.left
     clean = left @ (compared.clean - origin).reshape(-1)
     measured = {
-        "frequency": frequencies(left, shape),
-        "participation": participation(left, shape),
-        "edges": edge_energy(left, edge_pixels(compared.clean), shape),
+        "frequency": measures.frequencies(left, shape),
+        "participation": measures.participation(left, shape),
+        "edges": measures.edge_energy(left, measures.edge_pixels(compared.clean), shape),
         "clean_coefficient": clean,
         "noisy_coefficient": parts.right @ (noisy - origin).reshape(-1),
-        "image_correlation": image_correlations(left, compared.clean),
+        "image_correlation": measures.image_correlations(left, compared.clean),
     }
     if parts.right is not left:
-        measured["alignment"] = alignment(left, parts.right)
+        measured["alignment"] = measures.alignment(left, parts.right)
     if operator.target == "x0":
-        measured["oracle_shrinkage"] = oracle_shrinkage(clean, operator.sigma)
+        measured["oracle_shrinkage"] = measures.oracle_shrinkage(clean, operator.sigma)
     if compared.nearest is not None:
-        measured["nearest_correlation"] = image_correlations(left, compared.nearest)
+        measured["nearest_correlation"] = measures.image_correlations(left, compared.nearest)
     if compared.others is not None:
-        correlations = [image_correlations(left, other) for other in compared.others]
+        correlations = [measures.image_correlations(left, other) for other in compared.others]
         measured["others_correlation"] = np.mean(correlations, axis=0)
     return measured
 
@@ -382,9 +330,9 @@ def _harmonicities(
     order = numpy_generator(seed, "jacobian", "shuffle").permutation(height * width)
     shuffled = parts.left.reshape(-1, channels, height * width)[:, :, order].reshape(len(parts.left), -1)
     return {
-        "harmonicity": harmonicity(parts.values, frequency),
-        "harmonicity_leading": harmonicity(parts.values, frequency, LEADING),
-        "harmonicity_shuffled": harmonicity(parts.values, frequencies(shuffled, shape)),
+        "harmonicity": measures.harmonicity(parts.values, frequency),
+        "harmonicity_leading": measures.harmonicity(parts.values, frequency, LEADING),
+        "harmonicity_shuffled": measures.harmonicity(parts.values, measures.frequencies(shuffled, shape)),
     }
 
 
@@ -400,25 +348,29 @@ def _gaps(
     generator = torch_generator(config.noise_seed, "jacobian", "step", f"{noise_level(operator.sigma):.6g}", image)
     step = torch.randn(y.shape, generator=generator).to(y) * (config.step_size * operator.sigma)
     change = operator.function(y + step).double().cpu().numpy() - value
+
+    def product(vector: Tensor) -> np.ndarray:
+        """J v, float64 [D]."""
+        if matrix is not None:
+            return matrix @ vector.double().cpu().numpy().reshape(-1)
+        return operator.forward(vector.reshape(1, -1))[0].double().cpu().numpy()
+
     return {
-        "r_hom": homogeneity_gap(value - shift, _product(operator, matrix, unit * (y - origin))),
-        "r_lin": linearity_gap(change, _product(operator, matrix, unit * step)),
+        "r_hom": measures.relative_gap(value - shift, product(unit * (y - origin))),
+        "r_lin": measures.relative_gap(change, product(unit * step)),
     }
 
 
 def _wiener_sensitivities(
     denoiser: Denoiser, levels: tuple[float, ...], config: JacobianConfig, train: Tensor | None
 ) -> dict[float, Sensitivity]:
-    """Returns level -> sensitivity of the Wiener denoiser of the training images.
-
-    Its Jacobian is U diag(l / (l + sigma^2)) U^T.
-    """
+    """Returns level -> sensitivity of the Wiener denoiser of the training images: J = U diag(l / (l + sigma^2)) U^T."""
     if train is None:
         return {}
     wiener = WienerDenoiser(train)
     basis, variances = wiener.basis, wiener.variances
     return {
-        sigma: sensitivity(
+        sigma: measures.sensitivity(
             ((basis * (variances / (variances + sigma**2))) @ basis.T).cpu().numpy(), denoiser.shape, config.pixels
         )
         for sigma in levels

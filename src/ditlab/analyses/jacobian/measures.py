@@ -37,11 +37,6 @@ def spectrum_numbers(values: np.ndarray, kind: DecompositionKind, *, whole: bool
     participation_ratio: (sum l)^2 / sum l^2 of the moduli, how many values count (D if all are equal).
     leading_over_median: largest modulus over the median; None if the median is negligible (`NEGLIGIBLE`).
     negative: share of values below zero, for `eigh`.
-
-    Args:
-        values: [K].
-        kind: what they are.
-        whole: whether these are all values.
     """
     moduli = np.abs(values)
     numbers: dict[str, float | None] = dict.fromkeys(("participation_ratio", "leading_over_median"))
@@ -95,26 +90,21 @@ def rank_correlation(first: Float[np.ndarray, " k"], second: Float[np.ndarray, "
     constant, or has fewer than three values."""
     if len(first) < 3:
         return None
-    return correlation(_ranks(first), _ranks(second))
-
-
-def correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float | None:
-    """Returns Pearson's correlation; None if a side is constant."""
-    first, second = first - first.mean(), second - second.mean()
-    lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / lengths if lengths > 1e-12 else None
+    ranks = []
+    for values in (first, second):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ranks.append(rank - rank.mean())
+    lengths = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
+    return float(ranks[0] @ ranks[1]) / lengths if lengths > 1e-12 else None
 
 
 def harmonicity(values: np.ndarray, frequency: Float[np.ndarray, " k"], leading: int | None = None) -> float | None:
     """Returns the rank correlation of the vectors' frequency with their index: 1 if frequencies rise as values fall.
 
     Vectors with a negligible value (`NEGLIGIBLE`) are arbitrary and left out. The order of vectors with equal values is
-    arbitrary too, which lowers the correlation. None if fewer than three vectors remain.
-
-    Args:
-        values: [K], in the order of the vectors.
-        frequency: of each vector (`frequencies`).
-        leading: use only this many of the leading vectors.
+    arbitrary too, which lowers the correlation. None if fewer than three vectors remain, of the `leading` ones if that
+    is given.
     """
     moduli = np.abs(values)
     places = np.flatnonzero(moduli > NEGLIGIBLE * moduli.max(initial=0.0))[:leading]
@@ -150,12 +140,7 @@ def edge_pixels(image: Float[np.ndarray, "c h w"], share: float = EDGE_SHARE) ->
 def edge_energy(vectors: Float[np.ndarray, "k d"], edges: np.ndarray, shape: Shape) -> Float[np.ndarray, " k"]:
     """Returns the share of each vector's energy on the marked pixels over their share of all pixels, float64 [K].
 
-    1 if edges are not preferred, more if they are; at most 1 / share.
-
-    Args:
-        vectors: rows.
-        edges: `edge_pixels`.
-        shape: of an image.
+    1 if edges (`edge_pixels`) are not preferred, more if they are; at most 1 / share.
     """
     energy = _energy(vectors, shape)
     return _ratio(energy[:, edges].sum(1), energy.sum(1)) / edges.mean()
@@ -197,25 +182,21 @@ def alignment(left: Float[np.ndarray, "k d"], right: Float[np.ndarray, "k d"]) -
     return np.abs((left * right).sum(1))
 
 
-def homogeneity_gap(output: Float[np.ndarray, " d"], product: Float[np.ndarray, " d"]) -> float | None:
-    """Returns r_hom = |f - J x| / |f|: 0 if f(x) = J x, so that vectors describe the computation; None for f = 0."""
-    return _relative(output - product, output)
+def relative_gap(exact: Float[np.ndarray, " d"], product: Float[np.ndarray, " d"]) -> float | None:
+    """Returns |f - J x| / |f|; None for f = 0.
 
-
-def linearity_gap(change: Float[np.ndarray, " d"], product: Float[np.ndarray, " d"]) -> float | None:
-    """Returns r_lin = |f(x + d) - f(x) - J d| / |f(x + d) - f(x)|: 0 if f is linear as far as d reaches."""
-    return _relative(change - product, change)
+    With f = f(x) it is r_hom: 0 if f(x) = J x, so that vectors describe the computation. With f = f(x + d) - f(x) and
+    the product J d it is r_lin: 0 if f is linear as far as d reaches.
+    """
+    length = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(exact - product)) / length if length else None
 
 
 def sensitivity(matrix: Float[np.ndarray, "d d"], shape: Shape, pixels: Sequence[tuple[int, int]] = ()) -> Sensitivity:
     """Measures how much each output pixel depends on each input pixel, and how near those are (Niedoba et al.).
 
-    A pixel that depends on nothing has a map of zeros and the size 0. It does not count in the centred mean.
-
-    Args:
-        matrix: rows output values, columns input values.
-        shape: (C, H, W).
-        pixels: output pixels (row, column) whose maps are saved; the middle one if there are none.
+    A pixel that depends on nothing has a map of zeros and the size 0. It does not count in the centred mean. The maps
+    of `pixels`, (row, column) each, are saved; the middle one's if there are none. Rows of the matrix are outputs.
     """
     channels, height, width = shape
     count = height * width
@@ -269,16 +250,6 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
 def _energy(vectors: np.ndarray, shape: Shape) -> np.ndarray:
     """Returns squares summed over channels, [K, pixels]."""
     return (vectors.reshape(len(vectors), shape[0], -1) ** 2).sum(1)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
-def _relative(difference: np.ndarray, whole: np.ndarray) -> float | None:
-    length = float(np.linalg.norm(whole))
-    return float(np.linalg.norm(difference)) / length if length else None
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

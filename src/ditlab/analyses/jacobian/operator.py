@@ -41,7 +41,6 @@ _UNSEEN = (
     "torch can see (computed outside torch, detached, or without gradients)"
 )
 
-
 _EQUAL = 1e-3
 """The relative difference that an estimate, or a product, may have from the same one computed again."""
 _COPIES = 8
@@ -59,16 +58,9 @@ class JacobianOperator:
     With a = 1 / (sigma * scale(sigma)) and J_D = dD/dy the targets are J_D ("x0"), a (I - J_D) ("eps", by x_t) and
     I - a (I - J_D) ("I-eps"). The estimate of the target is differentiated directly.
 
-    The network's weights, their requires_grad, gradients, buffers and mode do not change. It works under
-    `torch.no_grad` and `torch.inference_mode`. Compiled networks run uncompiled, because compiled ones have no second
-    derivative.
-
-    Args:
-        denoiser: a denoiser in evaluation mode.
-        y: the noisy image [1, C, H, W], float32 or float64; products have its dtype.
-        sigma: noise level.
-        label: class of the image, int64 [1], or None.
-        target: whose Jacobian.
+    Products have the dtype of y, float32 or float64, and are on its device. The network's weights, their requires_grad,
+    gradients, buffers and mode do not change. It works under `torch.no_grad` and `torch.inference_mode`. Compiled
+    networks run uncompiled, because compiled ones have no second derivative.
 
     Raises:
         DitlabError: an image, a level or a label that the denoiser does not take, a network in training mode, an
@@ -107,20 +99,15 @@ class JacobianOperator:
         self._vmap = self.y.is_cuda
 
     def forward(self, vectors: Float[Tensor, "k d"], *, together: bool = False) -> Float[Tensor, "k d"]:
-        """Returns J v for each of the rows v, on the device and in the dtype of y.
+        """Returns J v for each of the rows v.
 
-        Args:
-            vectors: the rows v.
-            together: several at once if that is faster, timed on the first rows. Results then differ from call to call
-                by float rounding.
-
-        Raises:
-            DitlabError: an operation of the network has no second derivative.
+        `together`: several at once if that is faster, timed on the first rows. Results then differ from call to call by
+        float rounding.
         """
         return self._affine(self._products("forward", vectors, together), vectors)
 
     def reverse(self, vectors: Float[Tensor, "k d"], *, together: bool = False) -> Float[Tensor, "k d"]:
-        """Returns J^T u for each of the rows u, on the device and in the dtype of y. `together` as in `forward`."""
+        """Returns J^T u for each of the rows u; `together` as in `forward`."""
         return self._affine(self._products("reverse", vectors, together), vectors)
 
     def function(self, y: Float[Tensor, "1 c h w"]) -> Float[Tensor, " d"]:
@@ -167,15 +154,10 @@ class JacobianOperator:
     def matrix(
         self, chunk: int = 16, mode: Mode = "auto", progress: Callable[[int], object] | None = None
     ) -> Float[Tensor, "d d"]:
-        """Returns the whole Jacobian on the CPU, rows output values, columns input values, in the dtype of y.
+        """Returns the whole Jacobian on the CPU, rows output values, columns input values.
 
-        Args:
-            chunk: rows or columns at once, at most.
-            mode: "forward" for columns, "reverse" for rows, "auto" for the faster one.
-            progress: called with the number of rows or columns that are done.
-
-        Raises:
-            DitlabError: an entry that is not finite.
+        It is made of at most `chunk` columns ("forward") or rows ("reverse") at once; `progress` is called with the
+        number that is done.
         """
         which: Pass = self.fastest(chunk) if mode == "auto" else mode
         product = self.forward if which == "forward" else self.reverse
@@ -208,39 +190,40 @@ class JacobianOperator:
         return products if self.target == "eps" else vectors.to(products) - products
 
     def _products(self, which: Pass, vectors: Tensor, together: bool = False) -> Tensor:
+        """Returns products of rows with the estimate's derivative by y."""
         try:
-            return self._differentiate(which, vectors, together)
+            with _gradients():
+                output, by = self._graph(which)
+                vectors = vectors.detach().to(output).clone()
+                self.products += len(vectors)
+                with self._explained(which):
+                    if not self._vmap:
+                        return self._one_by_one(which, vectors, together)
+                    shaped = vectors.reshape(len(vectors), *output.shape)
+                    (batch,) = torch.autograd.grad(output, by, shaped, retain_graph=True, is_grads_batched=True)
+                    return batch.detach().reshape(len(vectors), self.size)
         except torch.OutOfMemoryError as error:
             raise DitlabError(
                 f"jacobian: the memory of {self.y.device} does not hold the network's graph and {len(vectors)} vectors "
                 "at once; a smaller `chunk` needs less"
             ) from error
 
-    def _differentiate(self, which: Pass, vectors: Tensor, together: bool) -> Tensor:
-        with _gradients():
-            output, by = self._graph(which)
-            vectors = vectors.detach().to(output).clone()
-            self.products += len(vectors)
-            try:
-                if self._vmap:
-                    shaped = vectors.reshape(len(vectors), *output.shape)
-                    (batch,) = torch.autograd.grad(output, by, shaped, retain_graph=True, is_grads_batched=True)
-                    return batch.detach().reshape(len(vectors), self.size)
-                products = []
-                if together and which not in self._copies:
-                    products = [self._try_copies(which, vectors)]
-                copies = self._copies.get(which, 1) if together else 1
-                done = sum(map(len, products))
-                while done < len(vectors):
-                    # A graph for the remaining vectors would cost more than it saves.
-                    count = copies if done + copies <= len(vectors) else 1
-                    products.append(self._pass(which, vectors[done : done + count]))
-                    done += count
-                return torch.cat(products)
-            except (RuntimeError, NotImplementedError) as error:
-                raise self._no_derivative(which, error) from error
+    def _one_by_one(self, which: Pass, vectors: Tensor, together: bool) -> Tensor:
+        """Returns the products of one vector after the other, or of several on copies of the image."""
+        products = []
+        if together and which not in self._copies:
+            products = [self._try_copies(which, vectors)]
+        copies = self._copies.get(which, 1) if together else 1
+        done = sum(map(len, products))
+        while done < len(vectors):
+            # A graph for the remaining vectors would cost more than it saves.
+            count = copies if done + copies <= len(vectors) else 1
+            products.append(self._pass(which, vectors[done : done + count]))
+            done += count
+        return torch.cat(products)
 
     def _graph(self, which: Pass, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """Returns an output and its input; products are the output's gradients by it."""
         if (which, copies) not in self._graphs:
             make = self._reverse_graph if which == "reverse" else self._forward_graph
             self._graphs[which, copies] = make(copies)
@@ -316,20 +299,16 @@ class JacobianOperator:
             with lean_layers():
                 output, y = self._run(copies)
             u = first.requires_grad_()
-            try:
+            with self._explained("reverse"):
                 (product,) = torch.autograd.grad(output, y, u, create_graph=True)
-            except (RuntimeError, NotImplementedError) as error:
-                raise self._no_derivative("reverse", error) from error
-            try:
+            with self._explained("forward"):
                 (other,) = torch.autograd.grad(product, u, second, retain_graph=True)
-            except (RuntimeError, NotImplementedError) as error:
-                raise self._no_derivative("forward", error) from error
         # <J v, u> = <v, J^T u>. An operation whose backward pass torch does not see would drop out of J v in silence.
         with torch.no_grad():
             apart = abs(float((other * u).sum() - (second * product).sum()))
             lengths = float(torch.maximum(other.norm(), product.norm()) * u.norm())
         if apart > 1e-3 * lengths:
-            raise self._no_derivative("forward", "products with J and with its transpose do not agree")
+            raise _no_derivative("forward", "products with J and with its transpose do not agree")
         return product, u
 
     def _run(self, copies: int = 1) -> tuple[Tensor, Tensor]:
@@ -348,17 +327,26 @@ class JacobianOperator:
             raise DitlabError(_UNSEEN)
         return output, y
 
-    def _no_derivative(self, which: Pass, error: object) -> Exception:
-        if isinstance(error, torch.OutOfMemoryError):
-            return error
-        if which == "reverse" and "not have been used" in str(error):
-            return DitlabError(_UNSEEN)
-        order = "first" if which == "reverse" else "second"
-        instead = "" if which == "reverse" else "; the whole matrix in reverse mode needs none"
-        return DitlabError(
-            f"jacobian: expected a denoiser whose operations all have a {order} derivative, found one without "
-            f"({str(error).splitlines()[0]}){instead}"
-        )
+    @contextmanager
+    def _explained(self, which: Pass) -> Iterator[None]:
+        """Turns torch's error about a derivative of this pass into a sentence."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            unused = which == "reverse" and "not have been used" in str(error)
+            raise DitlabError(_UNSEEN) if unused else _no_derivative(which, str(error)) from error
+
+
+def _no_derivative(which: Pass, error: str) -> DitlabError:
+    order, instead = (
+        ("first", "") if which == "reverse" else ("second", "; the whole matrix in reverse mode needs none")
+    )
+    return DitlabError(
+        f"jacobian: expected a denoiser whose operations all have a {order} derivative, found one without "
+        f"({error.splitlines()[0]}){instead}"
+    )
 
 
 @contextmanager

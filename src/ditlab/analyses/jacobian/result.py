@@ -17,16 +17,13 @@ Niedoba et al. 2411.19339 (sensitivity, locality sizes).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ditlab.analyses.jacobian.config import JacobianConfig
-from ditlab.analyses.stored import config_from_json, stored_config
-from ditlab.errors import DitlabError
-from ditlab.files import read_arrays, read_json, write_arrays, write_json
+from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.provenance import Provenance
 
 __all__ = ["SHARES", "JacobianPoint", "JacobianResult", "Sensitivity"]
@@ -75,17 +72,14 @@ class JacobianPoint:
     """float64 [K], complex128 for `eig` and `eig-right`: singular values or eigenvalues, largest first (for these two
     by modulus, and of a complex pair the one with the positive imaginary part comes first)."""
     residuals: np.ndarray
-    """float64 [K]: the larger of |J^T u - s v| and |J v - s u| (svd), |S v - l v| (eigh), |J^T w - l w| (eig),
-    |J v - l v| (eig-right), for vectors of length 1, from products computed again."""
+    """float64 [K], of vectors of length 1, from products computed again (see `Decomposition.residuals`)."""
     shown: np.ndarray
     """int64 [G]: which vectors are saved."""
     left: np.ndarray
-    """float32 [G, C, H, W]: left singular vectors (directions of the output); the eigenvectors for eigh; for eig and
-    eig-right the real part of the left or right eigenvectors, rotated to have the largest possible length. Length 1,
-    sign: largest entry > 0."""
+    """float32 [G, C, H, W]: left singular vectors (directions of the output) or eigenvectors, as in
+    `Decomposition.left`."""
     right: np.ndarray
-    """float32 [G, C, H, W]: right singular vectors (directions of the input), signed as J pairs them; otherwise the
-    same as `left`."""
+    """float32 [G, C, H, W]: right singular vectors (directions of the input); otherwise the same as `left`."""
     by_vector: Mapping[str, np.ndarray]
     """Measure -> float64 [K], one value a vector (`ditlab.analyses.jacobian.measures`)."""
     channels: np.ndarray
@@ -99,7 +93,7 @@ class JacobianPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianResult:
+class JacobianResult(StoredResult):
     """The Jacobians of one denoiser."""
 
     about: Provenance
@@ -107,95 +101,43 @@ class JacobianResult:
     points: tuple[JacobianPoint, ...]
     """Image after image, each at all levels ascending."""
 
-    kind = "jacobian"
+    kind = file = "jacobian"
     version = 2
+    needs_arrays = True
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader must know about how this was measured."""
-        notes = []
-        if self.config.top:
-            notes.append(
-                f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix. "
-                "Numbers that need the whole matrix are not given."
-            )
-        return tuple(notes)
+        note = (
+            f"Only the {self.config.top} leading values and vectors were computed, from products with the matrix. "
+            "Numbers that need the whole matrix are not given."
+        )
+        return (note,) if self.config.top else ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything but the arrays, of which it has the leading values."""
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "about": asdict(self.about) | {"settings": dict(self.about.settings)},
-            "config": stored_config(self.config),
-            "notes": list(self.notes),
-            "points": [_point_to_json(point) for point in self.points],
-        }
+    def numbers(self) -> dict[str, Any]:
+        return {"notes": list(self.notes), "points": [_point_to_json(point) for point in self.points]}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of all points by "POINT/NAME", as they are saved beside the JSON."""
-        return {
-            f"{place}/{name}": array
-            for place, point in enumerate(self.points)
-            for name, array in _point_arrays(point).items()
-        }
+        return {f"{i}/{name}": a for i, point in enumerate(self.points) for name, a in _point_arrays(point).items()}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
-        """Makes the result again from `to_json()` and `arrays()`.
-
-        Raises:
-            DitlabError: a field or an array is missing or unknown.
-        """
-        try:
-            config = dict(record["config"])
-            if record["version"] < 2 and config.get("decomposition") == "eig":
-                # In version 1 this was the name of the right eigenvectors.
-                config["decomposition"] = "eig-right"
-            return cls(
-                about=Provenance(**record["about"]),
-                config=config_from_json(JacobianConfig, config),
-                points=tuple(
-                    _point_from_json(point, {n: arrays[f"{place}/{n}"] for n in _array_names(point)})
-                    for place, point in enumerate(record["points"])
-                ),
-            )
-        except DitlabError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DitlabError(f"jacobian result: a field is missing or unknown ({error})") from error
-
-    def save(self, folder: Path | str, name: str = "jacobian") -> Path:
-        """Writes NAME.npz and then NAME.json; returns the JSON's path."""
-        folder = Path(folder)
-        write_arrays(folder / f"{name}.npz", self.arrays())
-        return write_json(folder / f"{name}.json", self.to_json())
-
-    @classmethod
-    def load(cls, path: Path | str) -> JacobianResult:
-        """Reads what `save` wrote, from the JSON's path; the .npz must be beside it.
-
-        Raises:
-            DitlabError: a file is absent or damaged, or is another kind of result.
-        """
-        path = Path(path)
-        record = read_json(path, cls.kind, cls.version)
-        try:
-            names = [f"{i}/{n}" for i, point in enumerate(record["points"]) for n in _array_names(point)]
-        except (KeyError, TypeError) as error:
-            raise DitlabError(f"{path}: a field is missing ({error})") from error
-        return cls.from_json(record, read_arrays(path.with_suffix(".npz"), tuple(names)))
+    def read(cls, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianResult:
+        config = dict(record["config"])
+        if record["version"] < 2 and config.get("decomposition") == "eig":
+            # In version 1 this was the name of the right eigenvectors.
+            config["decomposition"] = "eig-right"
+        by_point = [{} for _ in record["points"]]
+        for key, array in arrays.items():
+            place, _, name = key.partition("/")
+            by_point[int(place)][name] = array
+        points = map(_point_from_json, record["points"], by_point)
+        return cls(Provenance(**record["about"]), config_from_json(JacobianConfig, config), tuple(points))
 
 
 _ARRAYS = ("clean", "noisy", "denoised", "values", "residuals", "shown", "left", "right", "channels")
 _MAPS = ("maps", "centred", "sizes")
 _SIDES = ("sensitivity", "wiener")
 _LEADING = 16
-
-
-def _array_names(point: Mapping[str, Any]) -> list[str]:
-    sides = [f"{side}/{name}" for side in _SIDES if point[side] is not None for name in _MAPS]
-    return [*_ARRAYS, *(f"by_vector/{name}" for name in point["by_vector"]), *sides]
 
 
 def _point_arrays(point: JacobianPoint) -> dict[str, np.ndarray]:
@@ -212,7 +154,7 @@ def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
     leading = point.values[:_LEADING].tolist()
     if point.values.dtype.kind == "c":
         leading = [[value.real, value.imag] for value in leading]
-    return {
+    record = {
         "image": point.image,
         "sigma": point.sigma,
         "timestep": point.timestep,
@@ -221,31 +163,25 @@ def _point_to_json(point: JacobianPoint) -> dict[str, Any]:
         "largest_residual": float(point.residuals.max()),
         "numbers": dict(point.numbers),
         "by_vector": {name: values[:_LEADING].tolist() for name, values in point.by_vector.items()},
-        **{side: _sensitivity_to_json(getattr(point, side)) for side in _SIDES},
     }
-
-
-def _sensitivity_to_json(sensitivity: Sensitivity | None) -> dict[str, Any] | None:
-    if sensitivity is None:
-        return None
-    sides = {f"{share:g}": side for share, side in zip(SHARES, sensitivity.locality, strict=True)}
-    return {"pixels": [list(pixel) for pixel in sensitivity.pixels], "locality": sides}
+    for name, side in (("sensitivity", point.sensitivity), ("wiener", point.wiener)):
+        if side is not None:
+            sizes = {f"{share:g}": size for share, size in zip(SHARES, side.locality, strict=True)}
+            side = {"pixels": [list(pixel) for pixel in side.pixels], "locality": sizes}
+        record[name] = side
+    return record
 
 
 def _point_from_json(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> JacobianPoint:
-    def side(name: str) -> Sensitivity | None:
-        if record[name] is None:
-            return None
-        pixels = tuple((row, column) for row, column in record[name]["pixels"])
-        return Sensitivity(pixels=pixels, **{m: arrays[f"{name}/{m}"] for m in _MAPS})
-
+    sides = {}
+    for side in _SIDES:
+        if record[side] is not None:
+            maps = {name: arrays[f"{side}/{name}"] for name in _MAPS}
+            sides[side] = Sensitivity(pixels=tuples(record[side]["pixels"]), **maps)
     return JacobianPoint(
-        image=record["image"],
-        sigma=record["sigma"],
-        timestep=record["timestep"],
+        **{name: record[name] for name in ("image", "sigma", "timestep")},
         **{name: arrays[name] for name in _ARRAYS},
         by_vector={name: arrays[f"by_vector/{name}"] for name in record["by_vector"]},
         numbers=dict(record["numbers"]),
-        sensitivity=side("sensitivity"),
-        wiener=side("wiener"),
+        **sides,
     )
