@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.networks.base import NetworkConfig
+from ditlab.nn import Spacing
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.nn.patterns import Pattern, check_fits
-from ditlab.nn.spacing import Spacing
 
 BlockKind = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 

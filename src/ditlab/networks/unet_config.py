@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.networks.base import NetworkConfig
-from ditlab.nn.spacing import Spacing
+from ditlab.nn import Spacing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ditlab.nn.spacing import Spacing
+from ditlab.nn import Spacing
 
 
 def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "original") -> Float[Tensor, " k"]:
