@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +66,26 @@ class ScalingPoint:
 def scaling_points(
     about: ScalingPoint, log: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()
 ) -> list[ScalingPoint]:
-    """The points of one run.
+    """The points of one run: its parts of the log with their mean loss, lines with measurements, and evaluations.
 
     Args:
         about: the run, with any step.
         log: lines of log.jsonl.
         evaluations: of `read_evaluations`.
-
-    Returns:
-        One point for each part of the log with its mean loss, for each line with measurements, and each evaluation.
     """
     points = []
     losses = [(int(line["step"]), float(line["loss"])) for line in log if line.get("loss") is not None]
     for part in np.array_split(np.array(losses, float).reshape(-1, 2), min(_PARTS, len(losses)) or 1):
         if len(part) and np.isfinite(part[:, 1]).all():
-            points.append(_at(about, int(part[-1, 0]), {"loss": float(part[:, 1].mean())}))
+            points.append(replace(about, step=int(part[-1, 0]), metrics={"loss": float(part[:, 1].mean())}))
     for line in log:
         metrics = {name: float(line[name]) for name in ("test_loss", "test_psnr") if line.get(name) is not None}
         if metrics:
-            points.append(_at(about, int(line["step"]), metrics))
+            points.append(replace(about, step=int(line["step"]), metrics=metrics))
     for record in evaluations:
         metrics = {name: float(record["metrics"][name]) for name in METRICS if record["metrics"].get(name) is not None}
-        points.append(_at(about, int(record["step"]), metrics, record.get("nfe")))
+        points.append(replace(about, step=int(record["step"]), metrics=metrics, nfe=record.get("nfe")))
     return [point for point in points if point.step > 0 and point.metrics]
-
-
-def _at(about: ScalingPoint, step: int, metrics: Mapping[str, float], nfe: int | None = None) -> ScalingPoint:
-    return ScalingPoint(about.run, about.label, about.parameters, about.gmacs, about.batch_size, step, metrics, nfe=nfe)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -56,10 +56,13 @@ class Sizes:
         """The points of all N."""
         return [point for points in self.by_n.values() for point in points]
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The kinds of runs."""
-        return tuple(dict.fromkeys(point.label for point in self.points))
+    def sentences(self) -> list[str]:
+        """Returns which network reached most."""
+        return list(filter(None, [best_sentence(self.points)]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all points."""
+        return {"points": [point.to_json() for point in self.points]}
 
 
 def _cost(run: Run) -> tuple[int, float]:
