@@ -183,11 +183,9 @@ class SplitRecord:
     """The train and test images of a run: the fields of `ditlab.data.splits.Split.to_json`."""
 
     seed: int
-    """Seed of the split."""
     train: int
     """Number of training images."""
     test: int
-    """Number of test images."""
     imageset: str
     """Hash of the image set."""
     family: str
@@ -203,9 +201,7 @@ class RunRecord:
     """The content of config.json."""
 
     config: RunConfig
-    """The resolved configuration."""
     split: SplitRecord
-    """The resulting split."""
     command: str = ""
     """The command that started the run."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -271,11 +267,7 @@ def _booleans_read_as_numbers(values: Any, read: Any, place: str = "") -> Iterat
 
 
 def read_record(path: Path) -> RunRecord:
-    """Reads a run's config.json.
-
-    Raises:
-        DitlabError: the file is missing, not JSON, of a newer format, or has unknown keys.
-    """
+    """Reads a run's config.json; a DitlabError says if it is missing, damaged or of a newer format."""
     if not path.is_file():
         raise NotFound(f"{path}: expected a run's config.json, found nothing")
     try:

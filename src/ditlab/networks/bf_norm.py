@@ -30,10 +30,7 @@ def initial_gamma(width: int) -> nn.Parameter:
 
 
 def bias_free_norm(
-    x: Float[Tensor, "b c h w"],
-    gamma: Float[Tensor, "1 c 1 1"],
-    running: Float[Tensor, "1 c 1 1"],
-    training: bool,
+    x: Float[Tensor, "b c h w"], gamma: Float[Tensor, "1 c 1 1"], running: Float[Tensor, "1 c 1 1"], training: bool
 ) -> Float[Tensor, "b c h w"]:
     """Returns x / deviation * gamma, channel by channel; in training, updates the running deviation in place.
 

@@ -110,9 +110,8 @@ class AdaLNZeroBlock(AdaLNBlock):
     def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b k d"]) -> Float[Tensor, "b n d"]:
         """Maps tokens `[B, T, D]` and the condition's tokens `[B, K, D]` to tokens."""
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = self.regress(c)
-        x = x + attention_gate[:, None] * self.attention(
-            modulate(self.attention_norm(x), attention_shift, attention_scale)
-        )
+        attended = self.attention(modulate(self.attention_norm(x), attention_shift, attention_scale))
+        x = x + attention_gate[:, None] * attended
         return x + mlp_gate[:, None] * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale))
 
 

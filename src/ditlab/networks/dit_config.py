@@ -68,11 +68,9 @@ class DiTConfig(NetworkConfig):
         self.check_counts(where, "channels", "patch", "width", "depth", "heads")
         if self.mlp_norm_eps <= 0:
             raise DitlabError(f"{where}: mlp_norm_eps must be above 0, found {self.mlp_norm_eps}")
-        for side in self.image_size if self.sized else ():
-            if side < 1 or side % self.patch:
-                raise DitlabError(
-                    f"{where}: image_size must be multiples of the patch {self.patch}, found {tuple(self.image_size)}"
-                )
+        size = tuple(self.image_size)
+        if self.sized and any(side < 1 or side % self.patch for side in size):
+            raise DitlabError(f"{where}: image_size must be multiples of the patch {self.patch}, found {size}")
         if self.width % 4:
             raise DitlabError(f"{where}: width must be a multiple of 4 (position table), found {self.width}")
         if self.width % self.heads:

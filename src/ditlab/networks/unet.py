@@ -55,10 +55,7 @@ class UNet(ConditionedNetwork[UNetConfig]):
         self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
         encoder, skips = self._encoder()
         last = len(config.widths) - 1
-        middle = [
-            self._stage(config.widths[last], last, heads=config.heads),
-            self._stage(config.widths[last], last, heads=0),
-        ]
+        middle = [self._stage(config.widths[last], last, heads=heads) for heads in (config.heads, 0)]
         self.blocks = nn.ModuleList([*encoder, *middle, *self._decoder(skips)])
         self.skips = len(encoder)
         """Number of blocks of the encoder; their outputs are skip connections, as is the first convolution's."""
@@ -101,12 +98,10 @@ class UNet(ConditionedNetwork[UNetConfig]):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.Embedding):
                 module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                _zero(module.out_conv)
-            elif isinstance(module, MapAttention):
-                _zero(module.attention.proj)
-        _zero(self.out)
+        ends = [module.out_conv for module in self.modules() if isinstance(module, ResidualBlock)]
+        ends += [module.attention.proj for module in self.modules() if isinstance(module, MapAttention)]
+        for parameter in nn.ModuleList([*ends, self.out]).parameters():
+            nn.init.zeros_(parameter)
 
     def _output(self, x: Float[Tensor, "b c h w"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
         x = self.stem(x)
@@ -122,12 +117,6 @@ class UNet(ConditionedNetwork[UNetConfig]):
     def _condition(self, t: Tensor, label: Tensor | None) -> Float[Tensor, "b d"]:
         """Returns the condition `[B, 4 width]`: the time's vector, plus the label's if the network has classes."""
         return self.time(t) if self.label is None else self.time(t) + self.label(label)
-
-
-def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 __all__ = ["UNet"]

@@ -73,13 +73,10 @@ class UNetConfig(NetworkConfig):
             )
         if not self.sized:
             return
-        step = 2 ** (len(self.multipliers) - 1)
-        for side in self.image_size:
-            if side < 1 or side % step:
-                raise DitlabError(
-                    f"{where}: with {len(self.multipliers)} levels image_size must be multiples of {step}, found "
-                    f"{tuple(self.image_size)}"
-                )
+        step, size = 2 ** (len(self.multipliers) - 1), tuple(self.image_size)
+        if any(side < 1 or side % step for side in size):
+            levels = len(self.multipliers)
+            raise DitlabError(f"{where}: with {levels} levels image_size must be multiples of {step}, found {size}")
         for place, level, heads in self._attentions():
             if self.widths[level] % heads:
                 raise DitlabError(

@@ -148,10 +148,7 @@ def adapted_layers(network: nn.Module) -> list[tuple[nn.Module, AttentionAdapter
 
 @contextmanager
 def capture_attention(
-    network: nn.Module,
-    layers: Sequence[int] | None = None,
-    *,
-    use: Callable[[int, Tensor], object] | None = None,
+    network: nn.Module, layers: Sequence[int] | None = None, *, use: Callable[[int, Tensor], object] | None = None
 ) -> Iterator[dict[int, list[Float[Tensor, "b heads n n"]]]]:
     """Collects the attention maps of chosen layers from every forward pass inside the context.
 

@@ -103,10 +103,8 @@ def _multihead(layer: nn.MultiheadAttention, args: tuple[Any, ...], named: Mappi
         )
     if arguments.get("key_padding_mask") is not None:
         raise DitlabError("attention maps: expected a MultiheadAttention without key_padding_mask, found one")
-    if layer.in_proj_weight is not None:
-        weights = layer.in_proj_weight.chunk(3)[:2]
-    else:
-        weights = layer.q_proj_weight, layer.k_proj_weight
+    separate = layer.q_proj_weight, layer.k_proj_weight
+    weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)[:2]
     biases = (None, None) if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)[:2]
     q, k = (F.linear(x, w, b) for x, w, b in zip((query, key), weights, biases, strict=True))
     if not layer.batch_first:

@@ -67,8 +67,7 @@ def parse_plan(plan: str, depth: int, border: Border = "clip") -> tuple[Pattern,
         plan: one of
             a list with one entry for each layer, a window size or `g` for global, with repeats: `"3,5,7,g*9"`, `"3*4"`;
             a list of windows with a placement: `"3,5,7@mix"`; the other layers are global;
-            a name, placed at the head by default: `"global"`, `"local"`, `"local-star"`, `"same-a"`, `"same-b"`,
-            `"local-small"`, `"local-star-large"`, `"local@mix"`, `"local-star@tail"`.
+            a name of `NAMED_WINDOWS`, placed at the head by default: `"local"`, `"local@mix"`, `"local-star@tail"`.
         depth: number of layers of the network.
         border: border rule of every window.
 

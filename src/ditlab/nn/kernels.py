@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,11 +145,9 @@ def attention_weights(
         return scores.softmax(-1)
 
 
-def math_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
-) -> Tensor:
+def math_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, **options: Any) -> Tensor:
     """Computes the reference in plain operations, half precisions in float32. Arguments as for `attention`."""
-    weights = attention_weights(q, k, pattern, grid, bias=bias, extra=extra)
+    weights = attention_weights(q, k, pattern, grid, **options)
     with torch.autocast(q.device.type, enabled=False):
         return (weights @ v.to(weights.dtype)).to(q.dtype)
 
@@ -188,19 +186,17 @@ def _resolve(
         if choice.kernel == "tiles" and biased:
             choice = Choice("sdpa")
             if isinstance(pattern, Window):
-                _warn_once(f"attention: {pattern.name} with a bias runs as masked sdpa, since tiles take no bias")
+                _warn_once(f"{pattern.name} with a bias runs as masked sdpa, since tiles take no bias")
     elif name == "tiles":
         if device == "cpu" and dtype in TILE_DTYPES and not biased and not isinstance(pattern, Partition):
             choice = tiles_choice(grid, dtype)
         else:
-            _warn_once(
-                "attention: tiles need float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over"
-            )
+            _warn_once("tiles need float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over")
     elif name == "flex":
         if device == "cuda" or not needs_grad:
             choice = Choice("flex")
         else:
-            _warn_once("attention: flex has no backward pass on this device; sdpa takes over")
+            _warn_once("flex has no backward pass on this device; sdpa takes over")
     if not (choice.forward and choice.backward) or isinstance(pattern, Partition):
         return choice.kernel, ""
     # A window that covers the grid is global: the tiles then need no masks.
@@ -217,7 +213,7 @@ def _warn_once(message: str) -> None:
     """Logs a warning about a fallback, once in each process."""
     if message not in _warned:
         _warned.add(message)
-        _log.warning(message)
+        _log.warning("attention: %s", message)
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: str) -> Tensor:
@@ -237,15 +233,12 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: s
 def _mask(
     pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype
 ) -> Bool[Tensor, "n n"] | Float[Tensor, "n n"]:
-    """Returns the pattern's mask, off-grid tokens included, as bool or additive; cached.
-
-    A compiled graph makes its own mask: it must not hold tensors of a cache that outlives it.
-    """
-    if torch.compiler.is_compiling():
+    """Returns the pattern's mask, off-grid tokens included, as bool or additive; cached."""
+    if torch.compiler.is_compiling():  # the graph must not hold tensors of a cache that outlives it
         return _make_mask(pattern, grid, extra, device, dtype)
     key = (pattern, grid, extra, device, dtype)
     if key not in _masks:
-        _masks[key] = _make_mask(pattern, grid, extra, device, dtype)
+        _masks[key] = _make_mask(*key)
     return _masks[key]
 
 

@@ -10,8 +10,7 @@ tile as wide as the grid are contiguous in memory. Two engines compute a tile:
   dQ = dS K / sqrt(d), dK = dS^T Q / sqrt(d).
 
 Global attention is the case of tiles that reach all keys, or of one tile, which needs no sums: "plain" then replaces
-torch's bfloat16 kernels, which are slow for short sequences. `ditlab.nn.kernel_choice` chooses engine and tile by
-processor. The operators are registered with torch, so a compiled graph contains each as one node.
+torch's bfloat16 kernels, which are slow for short sequences. A compiled graph contains each operator as one node.
 
 `packed_attention` reads queries, keys and values from one tensor, as a layer's projection computes them. If they were
 split, their gradient would be concatenated from three tensors, a copy that compiled code makes number by number
@@ -216,7 +215,7 @@ class _Job(NamedTuple):
         return x.contiguous() if self.tiles[0] is not None and self.tiles[0].key_shape == self.grid else x
 
 
-def empty_tokens(q: Tensor) -> Tensor:
+def _empty_tokens(q: Tensor) -> Tensor:
     """Returns an empty `[b, heads, n, d]` stored as `[b, n, heads, d]`, so that merging the heads copies nothing."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
@@ -259,7 +258,7 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, encoded: str, scale: float) -> tup
 def _empty_results(q: Tensor, encoded: str) -> tuple[Tensor, Tensor]:
     """Returns empty tensors with the shapes and memory layout of the results of `tiled_attention`."""
     shape = q.shape[:3] if Tiling.decode(encoded).keeps_norms else (0,)
-    return empty_tokens(q), q.new_empty(shape, dtype=torch.float32)
+    return _empty_tokens(q), q.new_empty(shape, dtype=torch.float32)
 
 
 def _write_gradients(
@@ -319,9 +318,7 @@ def _plain_shares(
 
 # The schemas are explicit, because a type-checking wrapper of a function hides its annotations from torch.
 @torch.library.custom_op(
-    "ditlab::tiled_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, str tiling) -> (Tensor, Tensor)",
+    "ditlab::tiled_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str tiling) -> (Tensor, Tensor)"
 )
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiling: str) -> tuple[Tensor, Tensor]:
     """Computes attention under a window, by tiles; differentiable once.
@@ -347,7 +344,7 @@ def tiled_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norms: Tensor, tiling: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of `tiled_attention` from that of its output; not differentiable again."""
-    gradients = empty_tokens(q), empty_tokens(q), empty_tokens(q)
+    gradients = _empty_tokens(q), _empty_tokens(q), _empty_tokens(q)
     _write_gradients(gradients, grad, (q, k, v), out, norms, tiling, q.shape[-1] ** -0.5)
     return gradients
 
@@ -359,9 +356,7 @@ def unpack_qkv(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "ditlab::packed_attention",
-    mutates_args=(),
-    schema="(Tensor qkv, int head_dim, str tiling) -> (Tensor, Tensor)",
+    "ditlab::packed_attention", mutates_args=(), schema="(Tensor qkv, int head_dim, str tiling) -> (Tensor, Tensor)"
 )
 def packed_attention(qkv: Tensor, head_dim: int, tiling: str) -> tuple[Tensor, Tensor]:
     """Computes `tiled_attention` of packed tensors, with scores scaled by `head_dim ** -0.5`; differentiable once.
@@ -392,7 +387,7 @@ def packed_attention_backward(
 
 
 tiled_attention.register_fake(lambda q, k, v, tiling: _empty_results(q, tiling))
-tiled_attention_backward.register_fake(lambda grad, q, *others: (empty_tokens(q), empty_tokens(q), empty_tokens(q)))
+tiled_attention_backward.register_fake(lambda grad, q, *others: (_empty_tokens(q), _empty_tokens(q), _empty_tokens(q)))
 packed_attention.register_fake(lambda qkv, head_dim, tiling: _empty_results(unpack_qkv(qkv)[0], tiling))
 packed_attention_backward.register_fake(lambda grad, qkv, *others: qkv.new_empty(qkv.shape))
 

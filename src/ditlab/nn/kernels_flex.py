@@ -74,14 +74,11 @@ def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Cal
         F.pad(axis.flatten(), (0, extra), value=-1).to(device)
         for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     )
-    spans = [pattern.spans(length, range(length)) for length in grid]
+    rows, columns = (pattern.spans(length, range(length)) for length in grid)
     # An off-grid query sees the whole grid, so its range is the whole axis.
-    first_row, end_row = (
-        F.pad(spans[0][:, side].repeat_interleave(grid[1]), (0, extra), value=side * grid[0]).to(device)
-        for side in range(2)
-    )
-    first_column, end_column = (
-        F.pad(spans[1][:, side].repeat(grid[0]), (0, extra), value=side * grid[1]).to(device) for side in range(2)
+    (first_row, end_row), (first_column, end_column) = (
+        [F.pad(spans[:, side], (0, extra), value=side * length).to(device) for side in range(2)]
+        for spans, length in ((rows.repeat_interleave(grid[1], 0), grid[0]), (columns.repeat(grid[0], 1), grid[1]))
     )
 
     # FlexAttention counts arguments to tell masks from score functions; a type-checking wrapper would hide them.

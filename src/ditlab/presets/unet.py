@@ -29,11 +29,7 @@ _UNETS: dict[str, tuple[UNetConfig, VPObjectiveConfig, TrainingConfig]] = {
         TRAINING["micro"],
     ),
     # An et al., Fig. 3: the only network of improved-diffusion's flags with its 109.55 M parameters and operations.
-    "unet-an2024": (
-        UNetConfig(res_blocks=3, multipliers=(1, 2, 3, 4), attention_at=()),
-        DDPM,
-        TRAINING["an2024"],
-    ),
+    "unet-an2024": (UNetConfig(res_blocks=3, multipliers=(1, 2, 3, 4), attention_at=()), DDPM, TRAINING["an2024"]),
     # The following: Nichol & Dhariwal's flags.
     "unet-cifar10": (
         UNetConfig(res_blocks=3, dropout=0.3, learn_sigma=True),

@@ -31,14 +31,14 @@ class Scaling(Analysis[NoOptions, NoOptions]):
 
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
         """Returns one comparison where networks of several sizes were trained on as many images; else none."""
-        from ditlab.analyses.scaling.sizes import Sizes
+        from ditlab.analyses.scaling.points import Sizes
 
         sizes = Sizes.of(models)
         return [Comparison(self, sizes, sizes.points, models, NoOptions(), NoOptions(), context)] if sizes.by_n else []
 
     def tables(self, comparison: Comparison) -> list[Table]:
         """Returns a row for each run, with its last values."""
-        from ditlab.analyses.scaling.sizes import sizes_table
+        from ditlab.analyses.scaling.points import sizes_table
 
         return [sizes_table(comparison.detail.points)]
 

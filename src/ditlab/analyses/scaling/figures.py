@@ -5,10 +5,10 @@ After Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), figur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.scaling.points import ScalingPoint, along_training, by_sampling, measured
+from ditlab.analyses.scaling.points import WORDS, ScalingPoint, along_training, by_sampling, measured
 from ditlab.errors import DitlabError
 from ditlab.pages.theme import LIGHT, Slots, Theme, assign, canvas, plain_log
 
@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WORDS: Mapping[str, str] = {
-    "loss": "loss of batches",
-    "test_loss": "loss on test images",
-    "test_psnr": "test PSNR (dB)",
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception score",
-    "precision": "precision",
-    "recall": "recall",
-}
-"""Metrics as axes name them."""
 _LOG = ("loss", "test_loss", "fid", "sfid")
 """Metrics that are drawn on a logarithmic axis: those that go down by factors."""
 _TRAINING: tuple[tuple[str, str, Callable[[ScalingPoint], float]], ...] = (
