@@ -218,8 +218,8 @@ for _part in (*_PARTS, *get_args(ObjectiveConfig), *get_args(SamplerConfig)):
     _part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def to_json(record: RunRecord | RunConfig) -> dict[str, Any]:
-    """Returns a record or a config as JSON values."""
+def to_json(record: Any) -> dict[str, Any]:
+    """Returns a record or a config (RunRecord, RunConfig, or another dataclass of configs) as JSON values."""
     return _adapter(type(record), tuple(NETWORKS)).dump_python(record, mode="json")
 
 
@@ -230,7 +230,7 @@ def _adapter(kind: type, networks: tuple[type, ...]) -> Any:
 
 
 def from_json(kind: type, values: Any, where: str) -> Any:
-    """Returns a RunRecord or a RunConfig from JSON values; `where` is named in errors, usually a path.
+    """Returns a record or a config of a kind from JSON values; `where` is named in errors, usually a path.
 
     Raises:
         DitlabError: for an unknown or missing key, a value of the wrong type, or values that do not fit together.
