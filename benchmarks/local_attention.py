@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditlab.nn.attention import Global, Grid, Pattern, Window, attention
+from ditlab.nn.attention import Global, Grid, Window, attention
 from ditlab.nn.kernel_choice import processor
-from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.kernels_cpu import TilePass, Tiling, tiled_attention
 
 WINDOWS = (3, 5, 7, 9, 11, 13)
 TARGETS = {
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     heads: int
     grid: Grid
     head_dim: int
-    pattern: Pattern
+    pattern: Global | Window
     backward: bool
 
 
@@ -118,7 +118,6 @@ def candidates(case: Case, ways: list[str], device: torch.device) -> dict[str, C
     q, k, v, grad = inputs(case, device)
     leaves = [x.detach().requires_grad_(case.backward) for x in (q, k, v)]
     pattern, grid = case.pattern, case.grid
-    size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
 
     def passes(forward: Callable[..., Tensor]) -> Callable[[], object]:
         if case.backward:
@@ -132,7 +131,10 @@ def candidates(case: Case, ways: list[str], device: torch.device) -> dict[str, C
     if isinstance(pattern, Window):
         runs["masked"] = passes(lambda q, k, v: attention(q, k, v, pattern, grid, kernel="sdpa"))
     for way in ways:
-        runs[way] = passes(lambda q, k, v, way=way: tiled_attention(q, k, v, list(grid), size, shift, way, way)[0])
+        engine, rows, columns = way.split(":")
+        tile_pass = TilePass("flash" if engine == "flash" else "plain", (int(rows), int(columns)))
+        tiling = Tiling(pattern, grid, tile_pass, tile_pass).encode()
+        runs[way] = passes(lambda q, k, v, tiling=tiling: tiled_attention(q, k, v, tiling)[0])
     return runs
 
 

@@ -126,6 +126,11 @@ def test_a_record_is_written_and_read(tmp_path):
         ({"config": {"network": {"kind": "ditto"}}}, "'config.network': Input tag 'ditto'"),
         ({"config": {"training": {"betas": [0.9]}}}, "'config.training.betas.1': Field required"),
         ({"config": {"data": {"n": 0}}}, "data: n must be at least 1, found 0"),
+        ({"config": {"training": {"steps": True}}}, "'config.training.steps': expected a number, found True"),
+        (
+            {"config": {"training": {"betas": [0.9, False]}}},
+            "'config.training.betas.1': expected a number, found False",
+        ),
     ],
 )
 def test_records_that_cannot_be_read(tmp_path, change, says):

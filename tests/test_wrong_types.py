@@ -40,6 +40,10 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     ("`preset`: expected text, found None", lambda m: ditlab.train(None, "photos")),  # pyright: ignore
     ("`images`: expected an ImageSet, text or a path, found 5", lambda m: ditlab.train("dit-nano/2", 5)),  # pyright: ignore
     ("`n`: ", lambda m: ditlab.train("dit-nano/2", "photos", n="x")),  # pyright: ignore
+    (
+        "preset dit-nano/2: 'training.steps': expected a number, found True",
+        lambda m: ditlab.train("dit-nano/2", "photos", steps=True),
+    ),
     ("`test`: ", lambda m: ditlab.train("dit-nano/2", "photos", test="x")),  # pyright: ignore
     ("`samples`: ", lambda m: ditlab.report(m, samples="x")),  # pyright: ignore
     ("`sampler`: expected one of 'run', 'ddpm'", lambda m: m.sample(sampler=5)),

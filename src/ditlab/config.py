@@ -7,7 +7,7 @@ arguments of the library, so each default is written once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -142,33 +142,19 @@ class RunConfig:
                 f"network.null_class True, found {dropout}"
             )
         if self.guidance.on and fitted:
-            check_guidance(self)
-
-
-def check_guidance(config: RunConfig) -> None:
-    """Refuses guidance for a network that was not trained both with and without labels.
-
-    Raises:
-        DitlabError: the network is unconditional, has no null class, or was trained without label dropout.
-    """
-    network = config.network
-    if not network.classes:
-        raise InvalidConfig("guidance: expected a class-conditional network, found an unconditional one")
-    if not network.label_optional or not getattr(config.objective, "label_dropout", 0.0):
-        raise InvalidConfig(
-            "guidance: expected a network that was trained with label dropout, found one that has no estimate without "
-            "a class (network.null_class False or objective.label_dropout 0)"
-        )
+            if not network.classes:
+                raise InvalidConfig("guidance: expected a class-conditional network, found an unconditional one")
+            if not network.label_optional or not dropout:
+                raise InvalidConfig(
+                    "guidance: expected a network that was trained with label dropout, found one that has no estimate "
+                    "without a class (network.null_class False or objective.label_dropout 0)"
+                )
 
 
 def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> RunConfig:
-    """Returns the config with the network's image size and channels set to those of an image set.
+    """Returns the config with the network's image size and channels set to those of images of a shape (C, H, W).
 
-    Args:
-        config: usually a preset, possibly changed.
-        shape: (C, H, W) of the images.
-        num_classes: classes of the image set. The network stays unconditional unless `network.num_classes` is set;
-            then both must be equal.
+    The network stays unconditional unless `network.num_classes` is set; then it must be the images' number of classes.
 
     Raises:
         DitlabError: the numbers of classes differ, or the network cannot have this size.
@@ -180,13 +166,9 @@ def fit_to_images(config: RunConfig, shape: tuple[int, int, int], num_classes: i
 
 
 def fit_to_latents(config: RunConfig, std: float) -> RunConfig:
-    """Returns the config with EDM's sigma_data set to the standard deviation of latents, rounded to three digits.
+    """Returns the config with EDM's sigma_data set to the deviation of scaled latents, rounded to three digits.
 
     Other objectives stay unchanged, as does a sigma_data other than the default, which is for pixels.
-
-    Args:
-        config: usually a preset, possibly changed.
-        std: standard deviation of the scaled latents (`LatentRecord.overall_std`).
     """
     objective, rounded = config.objective, float(f"{std:.3g}")
     default = EDMObjectiveConfig.sigma_data
@@ -201,11 +183,9 @@ class SplitRecord:
     """The train and test images of a run: the fields of `ditlab.data.splits.Split.to_json`."""
 
     seed: int
-    """Seed of the split."""
     train: int
     """Number of training images."""
     test: int
-    """Number of test images."""
     imageset: str
     """Hash of the image set."""
     family: str
@@ -221,9 +201,7 @@ class RunRecord:
     """The content of config.json."""
 
     config: RunConfig
-    """The resolved configuration."""
     split: SplitRecord
-    """The resulting split."""
     command: str = ""
     """The command that started the run."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -240,8 +218,8 @@ for _part in (*_PARTS, *get_args(ObjectiveConfig), *get_args(SamplerConfig)):
     _part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def to_json(record: RunRecord | RunConfig) -> dict[str, Any]:
-    """Returns a record or a config as JSON values."""
+def to_json(record: Any) -> dict[str, Any]:
+    """Returns a record or a config (RunRecord, RunConfig, or another dataclass of configs) as JSON values."""
     return _adapter(type(record), tuple(NETWORKS)).dump_python(record, mode="json")
 
 
@@ -252,18 +230,13 @@ def _adapter(kind: type, networks: tuple[type, ...]) -> Any:
 
 
 def from_json(kind: type, values: Any, where: str) -> Any:
-    """Returns a record or a config from JSON values.
-
-    Args:
-        kind: RunRecord or RunConfig.
-        values: the result of `to_json`.
-        where: named in errors, usually a path.
+    """Returns a record or a config of a kind from JSON values; `where` is named in errors, usually a path.
 
     Raises:
         DitlabError: for an unknown or missing key, a value of the wrong type, or values that do not fit together.
     """
     try:
-        return _adapter(kind, tuple(NETWORKS)).validate_python(values)
+        record = _adapter(kind, tuple(NETWORKS)).validate_python(values)
     except DitlabError as error:
         raise InvalidConfig(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
@@ -276,14 +249,25 @@ def from_json(kind: type, values: Any, where: str) -> Any:
         if first["type"] == "unexpected_keyword_argument":
             raise InvalidConfig(f"{where}: unknown key '{place}'") from None
         raise InvalidConfig(f"{where}: '{place}': {first['msg']}, found {first['input']!r:.60}") from None
+    for place, value in _booleans_read_as_numbers(values, to_json(record)):
+        raise InvalidConfig(f"{where}: '{place}': expected a number, found {value}")
+    return record
+
+
+def _booleans_read_as_numbers(values: Any, read: Any, place: str = "") -> Iterator[tuple[str, bool]]:
+    """Yields dotted name and value of each boolean that pydantic took for 0 or 1."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _booleans_read_as_numbers(value, read[name], f"{place}.{name}" if place else name)
+    elif isinstance(values, list | tuple):
+        for number, (value, other) in enumerate(zip(values, read, strict=True)):
+            yield from _booleans_read_as_numbers(value, other, f"{place}.{number}")
+    elif isinstance(values, bool) and not isinstance(read, bool):
+        yield place, values
 
 
 def read_record(path: Path) -> RunRecord:
-    """Reads a run's config.json.
-
-    Raises:
-        DitlabError: the file is missing, not JSON, of a newer format, or has unknown keys.
-    """
+    """Reads a run's config.json; a DitlabError says if it is missing, damaged or of a newer format."""
     if not path.is_file():
         raise NotFound(f"{path}: expected a run's config.json, found nothing")
     try:
@@ -336,7 +320,6 @@ __all__ = [
     "RunRecord",
     "Sampler",
     "SplitRecord",
-    "check_guidance",
     "differences",
     "differing_settings",
     "fit_to_images",

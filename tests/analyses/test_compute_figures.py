@@ -8,8 +8,7 @@ from matplotlib.colors import to_hex
 
 from ditlab.analyses.complexity.figures import complexity_figure
 from ditlab.analyses.scaling.figures import sampling_figure, scaling_figure
-from ditlab.analyses.scaling.points import ScalingPoint, scaling_points
-from ditlab.analyses.scaling.sizes import best_sentence, sizes_table
+from ditlab.analyses.scaling.points import ScalingPoint, best_sentence, scaling_points, sizes_table
 from ditlab.errors import DitlabError
 from ditlab.metrics.complexity import Complexity
 from ditlab.pages.theme import DARK, LIGHT, assign, plain_log, png

@@ -44,9 +44,9 @@ GOOD = DiTConfig(
 def same_exp(monkeypatch):
     """The library's frequencies, in float32, so that the last bit of `exp` needs no slack in tolerances."""
 
-    def theirs(count, max_period=10_000.0, spacing="original"):
+    def theirs(count, spacing="original"):
         assert spacing == "diffusers"
-        exponents = -torch.log(torch.tensor(max_period, dtype=torch.float64)).item() * torch.arange(count).float()
+        exponents = -torch.log(torch.tensor(10_000.0, dtype=torch.float64)).item() * torch.arange(count).float()
         return torch.exp(exponents / (count - 1))
 
     monkeypatch.setattr(embeddings, "frequencies", theirs)

@@ -39,8 +39,11 @@ def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def block(kind: BlockKind, *, extra: int = 0) -> Block:
-    made = stirred(BLOCKS[kind](WIDTH, HEADS, HIDDEN, GRID, Global(), extra=extra).double())
+def block(kind: BlockKind) -> Block:
+    config = DiTConfig(
+        image_size=GRID, width=WIDTH, depth=1, heads=HEADS, mlp_ratio=HIDDEN / WIDTH, num_classes=3, block=kind
+    )
+    made = stirred(BLOCKS[kind](config, Global()).double())
     assert isinstance(made, Block)
     return made
 
@@ -85,7 +88,7 @@ def of_torch(kind: type[nn.Module]) -> nn.Module:
 
 
 def test_in_context_is_a_plain_transformer_block():
-    one, encoder = block("in-context", extra=2), of_torch(nn.TransformerEncoderLayer)
+    one, encoder = block("in-context"), of_torch(nn.TransformerEncoderLayer)
     set_rest(encoder, one)
     set_to(encoder.norm1, one.attention_norm)
     set_to(encoder.norm2, one.mlp_norm)

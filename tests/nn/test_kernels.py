@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ditlab.errors import DitlabError
 from ditlab.nn import kernels
 from ditlab.nn.kernels import attention, attention_kernel, attention_weights
-from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.kernels_cpu import TilePass, Tiling, tiled_attention
 from ditlab.nn.patterns import Global, Partition, Window
 
 KERNELS = ("auto", "sdpa", "tiles")
@@ -76,19 +76,22 @@ def test_every_kernel_equals_math(pattern, grid, kernel, dtype, extra, width):
 @given(
     st.one_of(st.just(Global()), st.builds(Window, st.sampled_from([3, 5, 9]), st.sampled_from(["clip", "shift"]))),
     st.tuples(st.integers(3, 9), st.integers(3, 9)),
-    st.sampled_from(["flash:2:3", "flash:4:99", "plain:2:3", "plain:4:99", "plain:99:99"]),
-    st.sampled_from(["flash:2:3", "plain:3:4"]),
+    st.sampled_from(
+        [("flash", (2, 3)), ("flash", (4, 99)), ("plain", (2, 3)), ("plain", (4, 99)), ("plain", (99, 99))]
+    ),
+    st.sampled_from([("flash", (2, 3)), ("plain", (3, 4))]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from([0, 2]),
 )
 def test_every_way_of_tiling_equals_math(pattern, grid, forward, backward, dtype, extra):
-    if forward.startswith("plain"):
-        backward = backward.replace("flash", "plain")
+    if forward[0] == "plain":
+        backward = "plain", backward[1]
     q, k, v, grad = tensors(grid, dtype, extra=extra, width=7)
     expected = in_float64(q, k, v, grad, pattern, grid, extra=extra)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
-    out = tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
+    tiling = Tiling(pattern, grid, TilePass(*forward), TilePass(*backward))
+    assert Tiling.decode(tiling.encode()) == tiling
+    out = tiled_attention(q, k, v, tiling.encode())[0]
     assert_close([out.detach(), *torch.autograd.grad(out, (q, k, v), grad)], expected, dtype)
 
 
@@ -195,12 +198,13 @@ def test_math_takes_functional_transforms():
     assert (pulled[1] - 2 * pulled[0]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("way", ["plain:2:3", "flash:2:3"])
-def test_the_operator_is_well_registered(way):
+@pytest.mark.parametrize("engine", ["plain", "flash"])
+def test_the_operator_is_well_registered(engine):
+    way = TilePass(engine, (2, 3))
     q, k, v = (x.detach().requires_grad_() for x in tensors((4, 5), torch.float32)[:3])
     torch.library.opcheck(
         tiled_attention,
-        (q, k, v, [4, 5], 3, False, way, way),
+        (q, k, v, Tiling(Window(3), (4, 5), way, way).encode()),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from ditlab.nn import kernels_cpu
 from ditlab.nn.attention import Global, Partition, SelfAttention, Window, attention, attention_kernel
-from ditlab.nn.kernels_cpu import tiled_attention
-from ditlab.nn.kernels_packed import packed_attention, unpack_qkv
+from ditlab.nn.kernels_cpu import TilePass, Tiling, packed_attention, tiled_attention, unpack_qkv
 
-WAYS = ("flash:2:3", "plain:2:3", "plain:99:99")
+WAYS = (TilePass("flash", (2, 3)), TilePass("plain", (2, 3)), TilePass("plain", (99, 99)))
 
 
 def leaves(grid, dtype, *, extra=0, heads=2, width=7, images=2):
@@ -37,9 +36,8 @@ def test_heads_padded_with_zeros_equal_math(pattern, grid, way, dtype, extra, wi
     wide = packed.detach().double().requires_grad_()
     expected = attention(*unpack_qkv(wide), pattern, grid, extra=extra, kernel="math")
     (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
-    size, shift = (pattern.size, pattern.border == "shift") if isinstance(pattern, Window) else (0, False)
     spare = -width % 8
-    out = packed_attention(F.pad(packed, (0, spare)), width, list(grid), size, shift, way, way)[0]
+    out = packed_attention(F.pad(packed, (0, spare)), width, Tiling(pattern, grid, way, way).encode())[0]
     (found,) = torch.autograd.grad(out, packed, F.pad(grad, (0, spare)))
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     assert (out[..., width:] == 0).all()
@@ -52,8 +50,8 @@ def test_heads_padded_with_zeros_equal_math(pattern, grid, way, dtype, extra, wi
 def test_one_tensor_gives_what_three_give(way, dtype):
     packed, grad = leaves((5, 6), dtype, width=8, extra=1)
     q, k, v = (x.detach().requires_grad_() for x in unpack_qkv(packed))
-    given = [5, 6], 3, False, way, way
-    out, expected = packed_attention(packed, 8, *given)[0], tiled_attention(q, k, v, *given)[0]
+    tiling = Tiling(Window(3), (5, 6), way, way).encode()
+    out, expected = packed_attention(packed, 8, tiling)[0], tiled_attention(q, k, v, tiling)[0]
     assert torch.equal(out, expected)
     (found,) = torch.autograd.grad(out, packed, grad)
     for ours, theirs in zip(unpack_qkv(found), torch.autograd.grad(expected, (q, k, v), grad), strict=True):
@@ -66,7 +64,7 @@ def test_the_room_for_scores_changes_nothing(way, room, monkeypatch):
     packed, grad = leaves((5, 6), torch.float32, heads=3, images=3, width=8)
 
     def run():
-        out = packed_attention(packed, 8, [5, 6], 3, False, way, way)[0]
+        out = packed_attention(packed, 8, Tiling(Window(3), (5, 6), way, way).encode())[0]
         return [out, *torch.autograd.grad(out, packed, grad)]
 
     expected = run()
@@ -81,7 +79,7 @@ def test_the_operator_is_well_registered(way):
     packed, _ = leaves((4, 5), torch.float32, width=8)
     torch.library.opcheck(
         packed_attention,
-        (packed, 7, [4, 5], 3, False, way, way),
+        (packed, 7, Tiling(Window(3), (4, 5), way, way).encode()),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -26,7 +26,8 @@ from ditlab.errors import DitlabError, unknown_name
 from ditlab.interop.formats import UNetFile
 from ditlab.interop.imported import ImportedModel, freeze, state_on_cpu
 from ditlab.interop.original_files import load_weights, model_of_file, original_name, setting, tensor_of, write_state
-from ditlab.networks.unet import CONDITION, UNet
+from ditlab.networks.unet import UNet
+from ditlab.networks.unet_blocks import CONDITION
 from ditlab.networks.unet_config import UNetConfig
 
 _SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 2, 4, 4): 256}

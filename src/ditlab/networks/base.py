@@ -37,7 +37,7 @@ class NetworkConfig:
     """Whether its config has `attention`, an attention plan (`ditlab.nn.attention_plan`)."""
 
     kind: str
-    """Name of the network in config.json."""
+    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the image or latent. 0 0 means not known yet: such a config can be changed, not built."""
     channels: int = 3
@@ -74,12 +74,17 @@ class NetworkConfig:
         return 1
 
     def training_bytes(self, images: int) -> int:
-        """Returns a rough estimate of the memory that a training step takes; 0 where nothing is known.
-
-        Args:
-            images: batch size.
-        """
+        """Returns a rough estimate of the memory that a training step on so many images takes; 0 if unknown."""
         return 0
+
+    def check_counts(self, where: str, *names: str) -> None:
+        """Raises a DitlabError if one of these settings is below 1 (None may be), or `num_classes` below 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DitlabError(f"{where}: {name} must be at least 1, found {value}")
+        if self.classes < 0:
+            raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.classes}")
 
 
 NETWORKS: dict[type[NetworkConfig], Any] = {}

@@ -13,15 +13,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
 from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.networks.bf_norm import bias_free_norm, initial_gamma
+from ditlab.networks.module import BlindNetwork
 
 
-class BFCNN(nn.Module):
+class BFCNN(BlindNetwork[BFCNNConfig]):
     """The bias-free CNN: noisy image -> noise, in the units of the image.
 
     Example:
@@ -31,12 +30,10 @@ class BFCNN(nn.Module):
         True
     """
 
-    num_classes = 0
-    """The network takes no label."""
+    title = "BF-CNN"
 
     def __init__(self, config: BFCNNConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = [config.channels, *[config.width] * (config.depth - 1), config.channels]
         self.conv_layers = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)
@@ -51,32 +48,7 @@ class BFCNN(nn.Module):
             assert isinstance(conv, nn.Conv2d)
             nn.init.kaiming_normal_(conv.weight)
 
-    @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the input."""
-        return self.config.channels, *self.config.image_size
-
-    def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        t: Tensor | None = None,
-        label: Tensor | None = None,
-        *,
-        augment: Tensor | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Runs the network.
-
-        Args:
-            x: noisy images `[B, C, H, W]`; values are scaled about zero.
-            t: ignored: the network is blind.
-            label: ignored.
-            augment: not supported; must be None.
-
-        Raises:
-            DitlabError: when `augment` is given.
-        """
-        if augment is not None:
-            raise DitlabError(f"BF-CNN: expected no `augment`, found labels of shape {list(augment.shape)}")
+    def _noise(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv_layers[0](x))
         for layer, conv in enumerate(self.conv_layers[1:-1]):
             running = self.running_sd.get_buffer(str(layer))

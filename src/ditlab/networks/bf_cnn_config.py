@@ -16,7 +16,6 @@ class BFCNNConfig(NetworkConfig):
     takes_noise_level: ClassVar[bool] = False
 
     kind: Literal["bf-cnn"] = "bf-cnn"
-    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the image; the network also runs at any other size."""
     channels: int = 3

@@ -30,22 +30,13 @@ def initial_gamma(width: int) -> nn.Parameter:
 
 
 def bias_free_norm(
-    x: Float[Tensor, "b c h w"],
-    gamma: Float[Tensor, "1 c 1 1"],
-    running: Float[Tensor, "1 c 1 1"],
-    training: bool,
+    x: Float[Tensor, "b c h w"], gamma: Float[Tensor, "1 c 1 1"], running: Float[Tensor, "1 c 1 1"], training: bool
 ) -> Float[Tensor, "b c h w"]:
-    """Returns x / deviation * gamma, channel by channel.
+    """Returns x / deviation * gamma, channel by channel; in training, updates the running deviation in place.
 
     With several processes the deviation is that of the global batch (all have equal shares), and gradients flow through
     the reduction: N processes train as one does. With gradient accumulation each micro-batch has its own deviation, and
     the micro-batches of several processes hold other images than those of one.
-
-    Args:
-        x: features `[B, C, H, W]`.
-        gamma: learned factors `[1, C, 1, 1]`.
-        running: running standard deviation `[1, C, 1, 1]`; updated in place in training.
-        training: divide by the batch's deviation and update `running`; else divide by `running`.
     """
     if not training:
         return x / running * gamma
@@ -73,15 +64,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, value: Tensor) -> Tensor:
-        total = value.clone()
+        total = value.contiguous().clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return _Sum.forward(ctx, *gradients)
 
 
 class BiasFreeNorm(nn.Module):

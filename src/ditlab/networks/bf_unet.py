@@ -12,16 +12,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from ditlab.errors import DitlabError
 from ditlab.networks.bf_norm import BiasFreeNorm
 from ditlab.networks.bf_unet_config import BFUNetConfig
+from ditlab.networks.module import BlindNetwork
 
 
-class BFUNet(nn.Module):
+class BFUNet(BlindNetwork[BFUNetConfig]):
     """The bias-free UNet: noisy image -> noise, in the units of the image.
 
     Example:
@@ -31,12 +30,10 @@ class BFUNet(nn.Module):
         True
     """
 
-    num_classes = 0
-    """The network takes no label."""
+    title = "bias-free UNet"
 
     def __init__(self, config: BFUNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = [config.width * 2**block for block in range(config.blocks + 1)]
         before = [config.channels, *widths[:-2]]
         self.encoder = nn.ModuleList(
@@ -66,10 +63,7 @@ class BFUNet(nn.Module):
     def _stage(self, widths: list[int], *, bare_first: bool = False, bare_last: bool = False) -> nn.Sequential:
         """Returns convolutions from each width to the next, each with a norm and a ReLU.
 
-        Args:
-            widths: channels of the input and after each convolution.
-            bare_first: the first convolution has no norm.
-            bare_last: the last convolution has neither norm nor ReLU.
+        A bare first convolution has no norm, a bare last one neither norm nor ReLU.
         """
         kernel, last = self.config.kernel, len(widths) - 2
         parts: list[nn.Module] = []
@@ -82,32 +76,7 @@ class BFUNet(nn.Module):
             parts.append(nn.ReLU())
         return nn.Sequential(*parts)
 
-    @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the input."""
-        return self.config.channels, *self.config.image_size
-
-    def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        t: Tensor | None = None,
-        label: Tensor | None = None,
-        *,
-        augment: Tensor | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Runs the network.
-
-        Args:
-            x: noisy images `[B, C, H, W]`; values are scaled about zero.
-            t: ignored: the network is blind.
-            label: ignored.
-            augment: not supported; must be None.
-
-        Raises:
-            DitlabError: when `augment` is given, or the image's sides are no multiples of 2^blocks.
-        """
-        if augment is not None:
-            raise DitlabError(f"bias-free UNet: expected no `augment`, found labels of shape {list(augment.shape)}")
+    def _noise(self, x: Tensor) -> Tensor:
         self.config.check_sides(x.shape[2], x.shape[3])
         window, skips = self.config.pool_window, []
         for stage in self.encoder:

@@ -16,7 +16,6 @@ class BFUNetConfig(NetworkConfig):
     takes_noise_level: ClassVar[bool] = False
 
     kind: Literal["bf-unet"] = "bf-unet"
-    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the image, multiples of 2^blocks; the network also runs at any other such size."""
     channels: int = 3
@@ -38,15 +37,14 @@ class BFUNetConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         """Refuses sizes that cannot be built."""
-        counts = ("channels", "width", "blocks", "encoder_convs", "middle_convs", "decoder_convs", "pool_window")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise DitlabError(f"bias-free UNet config: {name} must be at least 1, found {getattr(self, name)}")
+        where = "bias-free UNet config"
+        convs = ("encoder_convs", "middle_convs", "decoder_convs")
+        self.check_counts(where, "channels", "width", "blocks", *convs, "pool_window")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise DitlabError(f"bias-free UNet config: kernel must be odd, found {self.kernel}")
-        if self.sized and min(self.image_size) < 1:
-            raise DitlabError(f"bias-free UNet config: expected image sides of at least 1, found {self.image_size}")
+            raise DitlabError(f"{where}: kernel must be odd, found {self.kernel}")
         if self.sized:
+            if min(self.image_size) < 1:
+                raise DitlabError(f"{where}: expected image sides of at least 1, found {self.image_size}")
             self.check_sides(*self.image_size)
 
     def check_sides(self, height: int, width: int) -> None:

@@ -20,8 +20,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ditlab.networks.dit_config import BlockKind
-from ditlab.nn.attention import Grid, Pattern, SelfAttention
+from ditlab.networks.dit_config import BlockKind, DiTConfig
+from ditlab.nn.attention import Pattern, SelfAttention
 from ditlab.nn.layers import MLP, CrossAttention, modulate
 
 
@@ -30,26 +30,21 @@ def _norm(width: int, *, affine: bool) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Base of the four kinds: self-attention and an MLP on normalized tokens, each with a residual connection.
+    """Base of the four kinds: self-attention and an MLP on normalized tokens, each with a residual connection."""
 
-    Args:
-        width: channels of a token.
-        heads: attention heads.
-        hidden: hidden channels of the MLP.
-        grid: (rows, columns) of the image's tokens.
-        pattern: attention pattern: which tokens each token sees.
-        extra: number of condition tokens after the image's.
-        affine: whether norms that the condition does not modulate have a gain and a bias.
-    """
+    parts = 0
+    """Vectors regressed from the condition, which then replace gain and bias of the norms."""
 
-    def __init__(
-        self, width: int, heads: int, hidden: int, grid: Grid, pattern: Pattern, *, extra: int = 0, affine: bool = True
-    ) -> None:
+    def __init__(self, config: DiTConfig, pattern: Pattern) -> None:
         super().__init__()
+        width, affine = config.width, config.affine and not self.parts
         self.attention_norm = _norm(width, affine=affine)
-        self.attention = SelfAttention(width, heads, grid, pattern, extra=extra)
+        self.attention = SelfAttention(width, config.heads, config.grid, pattern, extra=config.appended_tokens)
         self.mlp_norm = _norm(width, affine=affine)
-        self.mlp = MLP(width, hidden)
+        self.mlp_norm.eps = config.mlp_norm_eps
+        self.mlp = MLP(width, int(width * config.mlp_ratio))
+        if self.parts:
+            self.modulation = nn.Linear(width, self.parts * width)
 
     def reset(self) -> None:
         """Sets initial values that differ from DiT's Xavier-uniform Linears; none by default."""
@@ -71,12 +66,10 @@ class CrossAttentionBlock(Block):
     linear in that token, to all tokens of the image; its queries and keys have no effect.
     """
 
-    def __init__(
-        self, width: int, heads: int, hidden: int, grid: Grid, pattern: Pattern, *, extra: int = 0, affine: bool = True
-    ) -> None:
-        super().__init__(width, heads, hidden, grid, pattern, extra=extra, affine=affine)
-        self.cross_norm = _norm(width, affine=affine)
-        self.cross = CrossAttention(width, heads)
+    def __init__(self, config: DiTConfig, pattern: Pattern) -> None:
+        super().__init__(config, pattern)
+        self.cross_norm = _norm(config.width, affine=config.affine)
+        self.cross = CrossAttention(config.width, config.heads)
 
     def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b k d"]) -> Float[Tensor, "b n d"]:
         """Maps tokens `[B, T, D]` and the condition's tokens `[B, K, D]` to tokens."""
@@ -89,14 +82,7 @@ class AdaLNBlock(Block):
     """Norms whose shift and scale are regressed from the condition (adaptive layer norm)."""
 
     parts = 4
-    """Vectors regressed: a shift and a scale for each of the two norms."""
-
-    def __init__(
-        self, width: int, heads: int, hidden: int, grid: Grid, pattern: Pattern, *, extra: int = 0, affine: bool = True
-    ) -> None:
-        # The condition replaces gain and bias, so `affine` has no effect here.
-        super().__init__(width, heads, hidden, grid, pattern, extra=extra, affine=False)
-        self.modulation = nn.Linear(width, self.parts * width)
+    """A shift and a scale for each of the two norms."""
 
     def regress(self, c: Float[Tensor, "b k d"]) -> tuple[Tensor, ...]:
         """Returns the vectors `[B, D]` regressed from the sum of the condition's tokens."""
@@ -124,9 +110,8 @@ class AdaLNZeroBlock(AdaLNBlock):
     def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b k d"]) -> Float[Tensor, "b n d"]:
         """Maps tokens `[B, T, D]` and the condition's tokens `[B, K, D]` to tokens."""
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = self.regress(c)
-        x = x + attention_gate[:, None] * self.attention(
-            modulate(self.attention_norm(x), attention_shift, attention_scale)
-        )
+        attended = self.attention(modulate(self.attention_norm(x), attention_shift, attention_scale))
+        x = x + attention_gate[:, None] * attended
         return x + mlp_gate[:, None] * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale))
 
 
@@ -139,24 +124,13 @@ BLOCKS: dict[BlockKind, type[Block]] = {
 """Kind -> class of the block."""
 
 
-def is_modulated(kind: BlockKind) -> bool:
-    """Whether the condition modulates the norms of blocks of this kind, and the norm of the last layer after them."""
-    return issubclass(BLOCKS[kind], AdaLNBlock)
-
-
 class FinalLayer(nn.Module):
-    """A norm, modulated if the blocks' norms are, and a Linear from each token to its patch of output pixels.
+    """A norm, modulated if the blocks' norms are, and a Linear from each token to the `outputs` values of its patch."""
 
-    Args:
-        width: channels of a token.
-        outputs: output values of a patch.
-        modulated: whether the condition sets shift and scale of the norm.
-        affine: whether a norm that is not modulated has a gain and a bias.
-    """
-
-    def __init__(self, width: int, outputs: int, *, modulated: bool = True, affine: bool = True) -> None:
+    def __init__(self, config: DiTConfig, outputs: int) -> None:
         super().__init__()
-        self.norm = _norm(width, affine=affine and not modulated)
+        width, modulated = config.width, bool(BLOCKS[config.block].parts)
+        self.norm = _norm(width, affine=config.affine and not modulated)
         self.modulation = nn.Linear(width, 2 * width) if modulated else None
         self.out = nn.Linear(width, outputs)
 
@@ -175,4 +149,4 @@ class FinalLayer(nn.Module):
         return self.out(x)
 
 
-__all__ = ["BLOCKS", "Block", "FinalLayer", "is_modulated"]
+__all__ = ["BLOCKS", "Block", "FinalLayer"]

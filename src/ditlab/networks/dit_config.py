@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.networks.base import NetworkConfig
+from ditlab.nn import Spacing
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.nn.patterns import Pattern, check_fits
-from ditlab.nn.spacing import Spacing
 
 BlockKind = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 
@@ -24,12 +24,9 @@ class DiTConfig(NetworkConfig):
     takes_attention_plan: ClassVar[bool] = True
 
     kind: Literal["dit"] = "dit"
-    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the image or latent in pixels, multiples of the patch. 0 0 means not known yet: such a config
     can be changed, not built."""
-    channels: int = 3
-    """Channels of the image or latent."""
     patch: int = 1
     """Side of a square patch in pixels; each patch is one token."""
     width: int = 384
@@ -68,18 +65,12 @@ class DiTConfig(NetworkConfig):
         for name, known in (("block", get_args(BlockKind)), ("time_frequencies", get_args(Spacing))):
             if getattr(self, name) not in known:
                 raise unknown_name(f"{where} {name}", getattr(self, name), known)
-        for name in ("channels", "patch", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise DitlabError(f"{where}: {name} must be at least 1, found {getattr(self, name)}")
+        self.check_counts(where, "channels", "patch", "width", "depth", "heads")
         if self.mlp_norm_eps <= 0:
             raise DitlabError(f"{where}: mlp_norm_eps must be above 0, found {self.mlp_norm_eps}")
-        if self.num_classes < 0:
-            raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.num_classes}")
-        for side in self.image_size if self.sized else ():
-            if side < 1 or side % self.patch:
-                raise DitlabError(
-                    f"{where}: image_size must be multiples of the patch {self.patch}, found {tuple(self.image_size)}"
-                )
+        size = tuple(self.image_size)
+        if self.sized and any(side < 1 or side % self.patch for side in size):
+            raise DitlabError(f"{where}: image_size must be multiples of the patch {self.patch}, found {size}")
         if self.width % 4:
             raise DitlabError(f"{where}: width must be a multiple of 4 (position table), found {self.width}")
         if self.width % self.heads:
@@ -107,6 +98,11 @@ class DiTConfig(NetworkConfig):
     def condition_tokens(self) -> int:
         """Number of tokens of the condition: time and label, or time only without classes."""
         return 2 if self.num_classes else 1
+
+    @property
+    def appended_tokens(self) -> int:
+        """Number of the condition's tokens that follow the image's: all with in-context conditioning, else none."""
+        return self.condition_tokens if self.block == "in-context" else 0
 
     def training_bytes(self, images: int) -> int:
         """See `NetworkConfig.training_bytes`: activations, and weights with gradients, average and optimizer."""

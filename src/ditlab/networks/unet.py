@@ -20,19 +20,16 @@ The original can also be built for one- and three-dimensional signals; this netw
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ditlab.errors import DitlabError
-from ditlab.networks.unet_blocks import Downsample, MapAttention, ResidualBlock, Stage, Upsample
+from ditlab.networks.module import ConditionedNetwork
+from ditlab.networks.unet_blocks import CONDITION, Downsample, MapAttention, ResidualBlock, Stage, Upsample
 from ditlab.networks.unet_config import UNetConfig
 from ditlab.nn.embeddings import LabelEmbedding, TimeEmbedding
 
-CONDITION = 4
-"""Channels of the condition, as a multiple of the network's width."""
 
-
-class UNet(nn.Module):
+class UNet(ConditionedNetwork[UNetConfig]):
     """improved-diffusion's UNet.
 
     `blocks` holds everything between the first convolution and the last norm in the order of computation: the stages
@@ -46,13 +43,11 @@ class UNet(nn.Module):
         torch.Size([1, 3, 8, 8])
     """
 
+    title = "UNet"
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        if not config.sized:
-            raise DitlabError("UNet: expected a config with an image_size, found (0, 0), which means not known yet")
-        self.config = config
+        super().__init__(config)
         condition = CONDITION * config.width
-        self.outputs = config.channels * (2 if config.learn_sigma else 1)
         self.time = TimeEmbedding(condition, sinusoid_width=config.width, spacing=config.time_frequencies)
         self.label = (
             LabelEmbedding(config.num_classes, condition, null=config.null_class) if config.num_classes else None
@@ -60,10 +55,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
         encoder, skips = self._encoder()
         last = len(config.widths) - 1
-        middle = [
-            self._stage(config.widths[last], last, heads=config.heads),
-            self._stage(config.widths[last], last, heads=0),
-        ]
+        middle = [self._stage(config.widths[last], last, heads=heads) for heads in (config.heads, 0)]
         self.blocks = nn.ModuleList([*encoder, *middle, *self._decoder(skips)])
         self.skips = len(encoder)
         """Number of blocks of the encoder; their outputs are skip connections, as is the first convolution's."""
@@ -74,14 +66,7 @@ class UNet(nn.Module):
     def _stage(self, before: int, level: int, *, heads: int, up: bool = False) -> Stage:
         """Returns a stage of a level, without attention if `heads` is 0."""
         config, after = self.config, self.config.widths[level]
-        residual = ResidualBlock(
-            before,
-            after,
-            CONDITION * config.width,
-            groups=config.groups,
-            dropout=config.dropout,
-            scale_shift=config.scale_shift,
-        )
+        residual = ResidualBlock(before, after, config)
         attention = MapAttention(after, heads, config.grid(level), groups=config.groups) if heads else None
         return Stage(residual, attention, Upsample(after, learned=config.conv_resample) if up else None)
 
@@ -108,55 +93,17 @@ class UNet(nn.Module):
                 before = width
         return blocks
 
-    @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the input."""
-        return self.config.channels, *self.config.image_size
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 if unconditional. With a null class, the label `num_classes` means "no class"."""
-        return self.config.num_classes
-
     def reset(self) -> None:
         """Sets torch's default initial values, and zero for the last layer of each branch and of the network."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.Embedding):
                 module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                _zero(module.out_conv)
-            elif isinstance(module, MapAttention):
-                _zero(module.attention.proj)
-        _zero(self.out)
+        ends = [module.out_conv for module in self.modules() if isinstance(module, ResidualBlock)]
+        ends += [module.attention.proj for module in self.modules() if isinstance(module, MapAttention)]
+        for parameter in nn.ModuleList([*ends, self.out]).parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        t: Shaped[Tensor, " b"],
-        label: Int[Tensor, " b"] | None = None,
-        *,
-        augment: Tensor | None = None,
-    ) -> Float[Tensor, "b o h w"]:
-        """Runs the network.
-
-        Args:
-            x: noisy images `[B, C, H, W]`.
-            t: time steps `[B]`, whole or fractional.
-            label: classes `[B]`, or None for "no class". Ignored by an unconditional network.
-            augment: not supported by this network; must be None.
-
-        Returns:
-            `[B, C, H, W]`, or `[B, 2C, H, W]` with learn_sigma: the prediction first, then v.
-
-        Raises:
-            DitlabError: for images of another shape than the config's, or a missing label without a null class.
-        """
-        if tuple(x.shape[1:]) != self.in_shape:
-            raise DitlabError(f"UNet: expected images of shape {self.in_shape}, found {tuple(x.shape[1:])}")
-        if augment is not None:
-            raise DitlabError("UNet: augmentation labels are not supported by this network")
-        c = self.condition(t, label)
+    def _output(self, x: Float[Tensor, "b c h w"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
         x = self.stem(x)
         skips = [x]
         for number, block in enumerate(self.blocks):
@@ -167,24 +114,9 @@ class UNet(nn.Module):
                 skips.append(x)
         return self.out(nn.functional.silu(self.norm(x)))
 
-    def condition(self, t: Shaped[Tensor, " b"], label: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
-        """Returns the condition `[B, 4 width]`: the time's vector, plus the label's if the network has classes.
-
-        Raises:
-            DitlabError: a missing label without a null class.
-        """
-        time = self.time(t)
-        if self.label is None:
-            return time
-        if label is None and not self.config.null_class:
-            raise DitlabError("UNet: this network has no null class, so every image needs a label; found none")
-        return time + self.label(torch.full_like(t, self.num_classes, dtype=torch.long) if label is None else label)
+    def _condition(self, t: Tensor, label: Tensor | None) -> Float[Tensor, "b d"]:
+        """Returns the condition `[B, 4 width]`: the time's vector, plus the label's if the network has classes."""
+        return self.time(t) if self.label is None else self.time(t) + self.label(label)
 
 
-def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-__all__ = ["CONDITION", "UNet"]
+__all__ = ["UNet"]

@@ -10,32 +10,28 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ditlab.networks.unet_config import UNetConfig
 from ditlab.nn.attention import Grid, SelfAttention
+
+CONDITION = 4
+"""Channels of the condition, as a multiple of the network's width."""
 
 
 class ResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, added to the input; the condition enters between the two.
 
-    Args:
-        before: channels of the input.
-        after: channels of the output; if they differ, a 1x1 convolution maps the input before it is added.
-        condition: channels D of the condition.
-        groups: number of groups of the group norms; divides both numbers of channels.
-        dropout: dropout probability before the second convolution.
-        scale_shift: whether the condition sets scale and shift of the second norm, (1 + scale) norm(h) + shift, instead
-            of being added before that norm.
+    With `scale_shift` the condition sets scale and shift of the second norm, (1 + scale) norm(h) + shift, instead of
+    being added before that norm. Where the number of channels changes, a 1x1 convolution maps the input first.
     """
 
-    def __init__(
-        self, before: int, after: int, condition: int, *, groups: int, dropout: float, scale_shift: bool
-    ) -> None:
+    def __init__(self, before: int, after: int, config: UNetConfig) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
-        self.norm = nn.GroupNorm(groups, before)
+        self.scale_shift = config.scale_shift
+        self.norm = nn.GroupNorm(config.groups, before)
         self.conv = nn.Conv2d(before, after, 3, padding=1)
-        self.condition = nn.Linear(condition, 2 * after if scale_shift else after)
-        self.out_norm = nn.GroupNorm(groups, after)
-        self.dropout = nn.Dropout(dropout)
+        self.condition = nn.Linear(CONDITION * config.width, 2 * after if config.scale_shift else after)
+        self.out_norm = nn.GroupNorm(config.groups, after)
+        self.dropout = nn.Dropout(config.dropout)
         self.out_conv = nn.Conv2d(after, after, 3, padding=1)
         self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
@@ -53,14 +49,7 @@ class ResidualBlock(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it.
-
-    Args:
-        channels: channels of the feature map.
-        heads: number of attention heads; divides the channels.
-        grid: (height, width) of the feature map.
-        groups: number of groups of the group norm.
-    """
+    """Self-attention over the pixels of a feature map, whose (height, width) is `grid`, added to it."""
 
     def __init__(self, channels: int, heads: int, grid: Grid, *, groups: int) -> None:
         super().__init__()
@@ -76,12 +65,7 @@ class MapAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width, by a convolution with stride 2 or by the mean of 2x2 pixels.
-
-    Args:
-        channels: channels of the feature map.
-        learned: whether to use a convolution.
-    """
+    """Halves height and width, by a convolution with stride 2 if `learned`, else by the mean of 2x2 pixels."""
 
     def __init__(self, channels: int, *, learned: bool) -> None:
         super().__init__()
@@ -106,13 +90,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, then attention if any, then upsampling if it ends a level of the decoder.
-
-    Args:
-        residual: the residual block.
-        attention: applied to the block's output; None for none.
-        up: applied last; None for none.
-    """
+    """A residual block, then attention if any, then upsampling if it ends a level of the decoder."""
 
     def __init__(
         self, residual: ResidualBlock, attention: MapAttention | None = None, up: Upsample | None = None
@@ -130,4 +108,4 @@ class Stage(nn.Module):
         return x if self.up is None else self.up(x)
 
 
-__all__ = ["Downsample", "MapAttention", "ResidualBlock", "Stage", "Upsample"]
+__all__ = ["CONDITION", "Downsample", "MapAttention", "ResidualBlock", "Stage", "Upsample"]

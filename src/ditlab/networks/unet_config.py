@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 from ditlab.networks.base import NetworkConfig
-from ditlab.nn.spacing import Spacing
+from ditlab.nn import Spacing
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,9 @@ class UNetConfig(NetworkConfig):
     can_learn_variance: ClassVar[bool] = True
 
     kind: Literal["unet"] = "unet"
-    """Name of this network in config.json."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the image or latent, multiples of 2^(levels - 1), since each level but the last halves them.
     0 0 means not known yet: such a config can be changed, not built."""
-    channels: int = 3
-    """Channels of the image or latent."""
     width: int = 128
     """Channels at full size, even and a multiple of the groups."""
     res_blocks: int = 2
@@ -63,32 +60,23 @@ class UNetConfig(NetworkConfig):
         where = "UNet config"
         if self.time_frequencies not in get_args(Spacing):
             raise unknown_name(f"{where} time_frequencies", self.time_frequencies, get_args(Spacing))
-        for name in ("channels", "width", "res_blocks", "heads", "groups"):
-            if getattr(self, name) < 1:
-                raise DitlabError(f"{where}: {name} must be at least 1, found {getattr(self, name)}")
+        self.check_counts(where, "channels", "width", "res_blocks", "heads", "heads_up", "groups")
         if not self.multipliers or min(self.multipliers) < 1:
             raise DitlabError(f"{where}: expected multipliers of at least 1, one a level, found {self.multipliers}")
-        if self.heads_up is not None and self.heads_up < 1:
-            raise DitlabError(f"{where}: heads_up must be at least 1, found {self.heads_up}")
         if min(self.attention_at, default=1) < 1:
             raise DitlabError(f"{where}: attention_at must be heights of at least 1, found {self.attention_at}")
         if not 0 <= self.dropout < 1:
             raise DitlabError(f"{where}: expected dropout in [0, 1), found {self.dropout}")
-        if self.num_classes < 0:
-            raise DitlabError(f"{where}: num_classes must be 0 (unconditional) or more, found {self.num_classes}")
         if self.width % self.groups or self.width % 2:
             raise DitlabError(
                 f"{where}: width must be even and a multiple of the {self.groups} groups, found {self.width}"
             )
         if not self.sized:
             return
-        step = 2 ** (len(self.multipliers) - 1)
-        for side in self.image_size:
-            if side < 1 or side % step:
-                raise DitlabError(
-                    f"{where}: with {len(self.multipliers)} levels image_size must be multiples of {step}, found "
-                    f"{tuple(self.image_size)}"
-                )
+        step, size = 2 ** (len(self.multipliers) - 1), tuple(self.image_size)
+        if any(side < 1 or side % step for side in size):
+            levels = len(self.multipliers)
+            raise DitlabError(f"{where}: with {levels} levels image_size must be multiples of {step}, found {size}")
         for place, level, heads in self._attentions():
             if self.widths[level] % heads:
                 raise DitlabError(

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
 from ditlab.nn.attention_adapters import AttentionAdapter, QKBias, adapter_of, register_attention
-from ditlab.nn.attention_plan import NAMED_WINDOWS, Scheme, parse_plan, place_windows
-from ditlab.nn.kernels import Kernel, TileSettings, attention, attention_kernel, attention_weights, packed_tiles
+from ditlab.nn.attention_plan import parse_plan
+from ditlab.nn.kernels import attention, attention_kernel, attention_weights, packed_tiling
+from ditlab.nn.kernels_cpu import packed_attention, unpack_qkv
 from ditlab.nn.kernels_flex import prepare_flex
-from ditlab.nn.kernels_packed import packed_attention, unpack_qkv
-from ditlab.nn.patterns import Border, Global, Grid, Partition, Pattern, Window, check_fits
+from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window, check_fits
 
 
 class SelfAttention(nn.Module):
@@ -81,20 +81,20 @@ class SelfAttention(nn.Module):
         Returns:
             Tokens of the same shape.
         """
-        settings = self._tile_settings(x) if bias is None else None
-        if settings is not None:
-            return self._by_tiles(x, settings)
+        tiling = self._tiling(x) if bias is None else None
+        if tiling is not None:
+            return self._by_tiles(x, tiling)
         out = attention(*self.split(x), self.pattern, self.grid, bias=bias, extra=self.extra)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def _tile_settings(self, x: Tensor) -> TileSettings | None:
+    def _tiling(self, x: Tensor) -> str | None:
         """Returns how the tiles kernel computes this layer; None for another kernel, or if a projection has hooks."""
         plain = _is_plain_linear(self.qkv) and _is_plain_linear(self.proj)
         if not plain or x.device.type != "cpu" or x.shape[1] != self.grid[0] * self.grid[1] + self.extra:
             return None
         # Autocast leaves float64 unchanged.
         autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-        return packed_tiles(
+        return packed_tiling(
             self.pattern,
             self.grid,
             device=x.device,
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
             needs_grad=torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad),
         )
 
-    def _by_tiles(self, x: Tensor, settings: TileSettings) -> Tensor:
+    def _by_tiles(self, x: Tensor, tiling: str) -> Tensor:
         """Computes `forward` with queries, keys and values in one tensor and heads padded to multiples of 8."""
         batch, tokens, _ = x.shape
         head_dim = self.qkv.in_features // self.heads
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
             bias = bias if bias is None else F.pad(bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
             back = F.pad(back.unflatten(1, (-1, head_dim)), (0, padding)).flatten(1)
         qkv = F.linear(x, weight, bias).view(batch, tokens, 3, self.heads, head_dim + padding)
-        out, _ = packed_attention(qkv, head_dim, list(self.grid), *settings)
+        out, _ = packed_attention(qkv, head_dim, tiling)
         return F.linear(out.transpose(1, 2).flatten(2), back, self.proj.bias)
 
     def adapter(self) -> AttentionAdapter:
@@ -148,10 +148,7 @@ def adapted_layers(network: nn.Module) -> list[tuple[nn.Module, AttentionAdapter
 
 @contextmanager
 def capture_attention(
-    network: nn.Module,
-    layers: Sequence[int] | None = None,
-    *,
-    use: Callable[[int, Tensor], object] | None = None,
+    network: nn.Module, layers: Sequence[int] | None = None, *, use: Callable[[int, Tensor], object] | None = None
 ) -> Iterator[dict[int, list[Float[Tensor, "b heads n n"]]]]:
     """Collects the attention maps of chosen layers from every forward pass inside the context.
 
@@ -208,23 +205,16 @@ def capture_attention(
 
 
 __all__ = [
-    "NAMED_WINDOWS",
-    "Border",
     "Global",
     "Grid",
-    "Kernel",
     "Partition",
     "Pattern",
-    "Scheme",
     "SelfAttention",
     "Window",
     "adapted_layers",
     "attention",
     "attention_kernel",
-    "attention_weights",
     "capture_attention",
-    "check_fits",
     "parse_plan",
-    "place_windows",
     "register_attention",
 ]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ditlab.errors import DitlabError
-from ditlab.nn.patterns import Global, Grid, Pattern, check_fits
+from ditlab.nn.patterns import Global, Grid, Pattern, additive, check_fits
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _ADAPTER = "_ditlab_attention_adapter"
@@ -103,25 +103,17 @@ def _multihead(layer: nn.MultiheadAttention, args: tuple[Any, ...], named: Mappi
         )
     if arguments.get("key_padding_mask") is not None:
         raise DitlabError("attention maps: expected a MultiheadAttention without key_padding_mask, found one")
-    if layer.in_proj_weight is not None:
-        weights = layer.in_proj_weight.chunk(3)[:2]
-    else:
-        weights = layer.q_proj_weight, layer.k_proj_weight
+    separate = layer.q_proj_weight, layer.k_proj_weight
+    weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)[:2]
     biases = (None, None) if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)[:2]
     q, k = (F.linear(x, w, b) for x, w, b in zip((query, key), weights, biases, strict=True))
     if not layer.batch_first:
         q, k = q.transpose(0, 1), k.transpose(0, 1)
     q, k = (x.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x in (q, k))
-    return QKBias(q, k, _additive(arguments.get("attn_mask"), layer.num_heads, q))
-
-
-def _additive(mask: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
-    """Returns torch's attention mask as a bias; True in a boolean mask hides a key."""
-    if mask is None:
-        return None
-    if not mask.is_floating_point():
-        mask = like.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
-    return mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask
+    mask = arguments.get("attn_mask")
+    if mask is not None and not mask.is_floating_point():  # True hides a key
+        mask = additive(~mask, q.dtype)
+    return QKBias(q, k, mask.unflatten(0, (-1, layer.num_heads)) if mask is not None and mask.ndim == 3 else mask)
 
 
 __all__ = ["AttentionAdapter", "QKBias", "Read", "adapter_of", "register_attention"]

@@ -12,63 +12,48 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ditlab.nn.spacing import Spacing
+from ditlab.nn import Spacing
+
+_MAX_PERIOD = 10_000.0
+"""The longest period of a sinusoid, divided by 2 pi."""
 
 
-def frequencies(count: int, max_period: float = 10_000.0, spacing: Spacing = "original") -> Float[Tensor, " k"]:
-    """Returns the angular frequencies f_k = max_period^(-k / count), k < count, in float32.
+def frequencies(count: int, spacing: Spacing = "original") -> Float[Tensor, " k"]:
+    """Returns the angular frequencies f_k = 10000^(-k / count), k < count, in float32.
 
-    With the spacing of diffusers' DiT, f_k = max_period^(-k / (count - 1)). Weights trained with one spacing give
+    With the spacing of diffusers' DiT, f_k = 10000^(-k / (count - 1)). Weights trained with one spacing give
     slightly different outputs with the other.
 
     The exponent is rounded to float32 as in the originals; its exponential is computed in float64, because torch's
     float32 `exp` differs in the last bit between processors, which changes an angle at t = 999 by up to 6e-5.
     """
-    exponents = -math.log(max_period) * torch.arange(count, dtype=torch.float32)
+    exponents = -math.log(_MAX_PERIOD) * torch.arange(count, dtype=torch.float32)
     exponents = exponents / (count if spacing == "original" else count - 1)
     return exponents.double().exp().float()
 
 
-def sinusoid(
-    t: Shaped[Tensor, " b"], width: int, *, max_period: float = 10_000.0, spacing: Spacing = "original"
-) -> Float[Tensor, "b w"]:
-    """Returns sinusoids of a timestep at geometrically spaced frequencies: cosines first, then sines.
+def sinusoid(t: Shaped[Tensor, " b"], width: int, *, spacing: Spacing = "original") -> Float[Tensor, "b w"]:
+    """Returns sinusoids of timesteps, usually 0..999, whole or fractional: `width` / 2 cosines, then as many sines.
 
     With half = width / 2, channel k < half is cos(t f_k) and channel half + k is sin(t f_k); f_k as in `frequencies`.
     Computed in float32 for any dtype of `t`, as in the originals.
-
-    Args:
-        t: timesteps `[B]`, whole or fractional, usually 0..999.
-        width: even number of channels.
-        max_period: the longest period divided by 2 pi.
-        spacing: spacing of the frequencies.
     """
-    angles = t.float()[:, None] * frequencies(width // 2, max_period, spacing).to(t.device)
+    angles = t.float()[:, None] * frequencies(width // 2, spacing).to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def _sin_cos_1d(positions: Tensor, width: int) -> Tensor:
     """`[n] -> [n, width]`: sines first, then cosines, w_k = 10000^(-k / (width/2)), in float64."""
-    angles = positions[:, None] * 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = positions[:, None] * _MAX_PERIOD ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def position_table(grid: tuple[int, int], width: int) -> Float[Tensor, "t d"]:
-    """Returns the fixed two-dimensional sin-cos table, one row for each token of the row-major grid.
+    """Returns the fixed two-dimensional sin-cos table `[rows * columns, width]`; `width` is a multiple of 4.
 
     The first half of the channels encodes the column, the second half the row (the order of MAE's code, kept by DiT).
-
-    Args:
-        grid: (rows, columns).
-        width: number of channels, a multiple of 4.
-
-    Returns:
-        `[rows * columns, width]`, float32.
     """
-    rows, columns = grid
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     half = width // 2
     return torch.cat([_sin_cos_1d(column.flatten(), half), _sin_cos_1d(row.flatten(), half)], dim=1).float()
 
@@ -100,8 +85,6 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, width: int, *, null: bool = True) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.null = null
         self.table = nn.Embedding(num_classes + int(null), width)
 
     def forward(self, label: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:

@@ -12,7 +12,7 @@ docs/attention.md (`benchmarks/local_attention.py`):
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ditlab.nn.kernels_cpu import TilePass
 from ditlab.nn.patterns import Grid, Partition, Pattern, Window
 
 Processor = Literal["amx", "avx512-bf16", "other"]
+TILE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Choice(NamedTuple):
@@ -31,7 +32,15 @@ class Choice(NamedTuple):
     backward: TilePass | None = None
 
 
-@lru_cache(maxsize=1)
+_SDPA = Choice("sdpa")
+
+
+def _tiles(forward: TilePass, backward: TilePass | None = None, *, worth: bool = True) -> Choice:
+    """Returns the choice of tiles where they are worth it; by default both passes are computed alike."""
+    return Choice("tiles", forward, backward or forward) if worth else _SDPA
+
+
+@cache
 def processor() -> Processor:
     """Returns the class of this machine's CPU, as far as kernels depend on it."""
     capabilities = torch.cpu.get_capabilities()
@@ -74,46 +83,36 @@ def choose_kernel(
         needs_grad: whether a backward pass follows.
         on: the processor; that of this machine by default.
     """
-    tokens = grid[0] * grid[1]
-    local = isinstance(pattern, Window) and not pattern.covers(grid)
+    window = pattern if isinstance(pattern, Window) and not pattern.covers(grid) else None
     if device == "cuda":
         # FlexAttention skips blocks of 128 x 128 scores; with few blocks there is nothing to skip.
-        return Choice("flex" if local and tokens >= 512 and dtype != torch.float64 else "sdpa")
-    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or isinstance(pattern, Partition):
-        return Choice("sdpa")
+        return Choice("flex") if window and grid[0] * grid[1] >= 512 and dtype != torch.float64 else _SDPA
+    if device != "cpu" or dtype not in TILE_DTYPES or isinstance(pattern, Partition):
+        return _SDPA
     on = processor() if on is None else on
     if dtype == torch.bfloat16 and on != "other":
-        if local and isinstance(pattern, Window):
-            return _bfloat16_window(pattern, grid, needs_grad, on)
+        if window:
+            return _bfloat16_window(window, grid, needs_grad, on)
         return _bfloat16_global(grid, head_dim, needs_grad, on)
-    if not (local and isinstance(pattern, Window)):
-        return Choice("sdpa")
-    return _same_kernel_on_fewer_keys(pattern, grid, dtype, on)
+    return _same_kernel_on_fewer_keys(window, grid, dtype, on) if window else _SDPA
 
 
 def tiles_choice(grid: Grid, dtype: torch.dtype) -> Choice:
     """Returns how "tiles" is computed if it was requested by name."""
-    tile_pass = TilePass("plain" if dtype == torch.bfloat16 else "flash", (4, min(grid[1], 16)))
-    return Choice("tiles", tile_pass, tile_pass)
+    return _tiles(TilePass("plain" if dtype == torch.bfloat16 else "flash", (4, min(grid[1], 16))))
 
 
 def _same_kernel_on_fewer_keys(pattern: Window, grid: Grid, dtype: torch.dtype, on: Processor) -> Choice:
     """Chooses torch's flash kernel by tiles: for float32, and for bfloat16 where plain products would be emulated."""
     tokens = grid[0] * grid[1]
     tile_pass = TilePass("flash", _flash_tile(grid, on))
-    if tokens < 100:
-        limit = 0.0  # tiles of an 8 x 8 grid are too small: masked SDPA costs 1.0 to 1.1 of full attention
-    elif tokens < 256:
-        limit = 0.35
-    else:
-        limit = 0.65
     if dtype == torch.bfloat16:
         limit = 0.5 if tokens >= 512 else 0.0
-    return (
-        Choice("tiles", tile_pass, tile_pass)
-        if reached_share(pattern, grid, tile_pass.tile) <= limit
-        else Choice("sdpa")
-    )
+    elif tokens < 100:
+        limit = 0.0  # tiles of an 8 x 8 grid are too small: masked SDPA costs 1.0 to 1.1 of full attention
+    else:
+        limit = 0.35 if tokens < 256 else 0.65
+    return _tiles(tile_pass, worth=reached_share(pattern, grid, tile_pass.tile) <= limit)
 
 
 def _flash_tile(grid: Grid, on: Processor) -> Grid:
@@ -130,29 +129,24 @@ def _bfloat16_window(pattern: Window, grid: Grid, needs_grad: bool, on: Processo
     tokens = grid[0] * grid[1]
     narrow = TilePass("plain", grid if tokens <= 64 else (4, grid[1] if grid[1] <= 16 else 8))
     if on == "avx512-bf16":
-        return Choice("tiles", narrow, narrow)
+        return _tiles(narrow)
     flash = TilePass("flash", _flash_tile(grid, on))
     if not needs_grad:
-        worth = tokens >= 256 and reached_share(pattern, grid, flash.tile) <= 0.65
-        return Choice("tiles", flash, flash) if worth else Choice("sdpa")
+        return _tiles(flash, worth=tokens >= 256 and reached_share(pattern, grid, flash.tile) <= 0.65)
     if tokens <= 256:
         # Here torch's bfloat16 backward pass takes 3 to 10 times as long as plain products.
-        return Choice("tiles", narrow, narrow)
+        return _tiles(narrow)
     square = TilePass("plain", (8, 8))
     # On 32 x 32 tokens: up to window 9. For larger windows nothing measured is faster than the dense mask.
-    return Choice("tiles", flash, square) if reached_share(pattern, grid, square.tile) <= 0.22 else Choice("sdpa")
+    return _tiles(flash, square, worth=reached_share(pattern, grid, square.tile) <= 0.22)
 
 
 def _bfloat16_global(grid: Grid, head_dim: int, needs_grad: bool, on: Processor) -> Choice:
     tokens = grid[0] * grid[1]
     # Up to a million scores of one head at once: 2 MiB, which stay in the cache for the next product.
     tile = grid if tokens <= 1024 else (max(1, (1 << 20) // (tokens * grid[1])), grid[1])
-    tile_pass = TilePass("plain", tile)
-    if on == "amx":
-        worth = needs_grad and tokens <= 256
-    else:
-        worth = needs_grad or head_dim >= 32
-    return Choice("tiles", tile_pass, tile_pass) if worth else Choice("sdpa")
+    worth = needs_grad and tokens <= 256 if on == "amx" else needs_grad or head_dim >= 32
+    return _tiles(TilePass("plain", tile), worth=worth)
 
 
-__all__ = ["Choice", "Processor", "choose_kernel", "processor", "reached_share", "tiles_choice"]
+__all__ = ["TILE_DTYPES", "Choice", "Processor", "choose_kernel", "processor", "reached_share", "tiles_choice"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ditlab.errors import DitlabError, unknown_name
-from ditlab.nn.kernel_choice import Choice, choose_kernel, tiles_choice
-from ditlab.nn.kernels_cpu import tiled_attention
+from ditlab.nn.kernel_choice import TILE_DTYPES, Choice, choose_kernel, tiles_choice
+from ditlab.nn.kernels_cpu import Tiling, tiled_attention
 from ditlab.nn.kernels_flex import masked_flex_attention
-from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window
+from ditlab.nn.patterns import Global, Grid, Partition, Pattern, Window, additive
 
 Kernel = Literal["auto", "math", "sdpa", "tiles", "flex"]
-
-_TILE_DTYPES = (torch.float32, torch.bfloat16)
 
 _active: str = "auto"
 _masks: dict[tuple[Pattern, Grid, int, torch.device, torch.dtype], Tensor] = {}
@@ -106,31 +104,21 @@ def attention(
         return _by_window(q, k, v, pattern.size, grid, name)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     case = (pattern, grid, q.device.type, q.dtype, q.shape[-1], needs_grad, bias is not None)
-    resolved, forward, backward = _resolve(name, *case)
+    resolved, tiling = _resolve(name, *case)
     if resolved == "tiles":
-        size, shift = _window_of(pattern, grid)
-        return tiled_attention(q, k, v, list(grid), size, shift, forward, backward)[0]
+        return tiled_attention(q, k, v, tiling)[0]
     run = masked_flex_attention if resolved == "flex" else sdpa_attention
     return run(q, k, v, pattern, grid, bias=bias, extra=extra)
 
 
-class TileSettings(NamedTuple):
-    """How the tiles kernel computes an attention: arguments of `ditlab.nn.kernels_packed.packed_attention`."""
-
-    window: int
-    shift: bool
-    forward: str
-    backward: str
-
-
-def packed_tiles(
+def packed_tiling(
     pattern: Pattern, grid: Grid, *, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
-) -> TileSettings | None:
-    """Returns how the tiles kernel computes attention without a bias; None if another kernel is chosen."""
+) -> str | None:
+    """Returns how `packed_attention` computes attention without a bias; None if another kernel is chosen."""
     if _active not in ("auto", "tiles") or isinstance(pattern, Partition):
         return None
-    kernel, forward, backward = _resolve(_active, pattern, grid, device.type, dtype, head_dim, needs_grad, False)
-    return TileSettings(*_window_of(pattern, grid), forward, backward) if kernel == "tiles" else None
+    kernel, tiling = _resolve(_active, pattern, grid, device.type, dtype, head_dim, needs_grad, False)
+    return tiling if kernel == "tiles" else None
 
 
 def attention_weights(
@@ -157,11 +145,9 @@ def attention_weights(
         return scores.softmax(-1)
 
 
-def math_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, *, bias: Tensor | None = None, extra: int = 0
-) -> Tensor:
+def math_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, grid: Grid, **options: Any) -> Tensor:
     """Computes the reference in plain operations, half precisions in float32. Arguments as for `attention`."""
-    weights = attention_weights(q, k, pattern, grid, bias=bias, extra=extra)
+    weights = attention_weights(q, k, pattern, grid, **options)
     with torch.autocast(q.device.type, enabled=False):
         return (weights @ v.to(weights.dtype)).to(q.dtype)
 
@@ -192,29 +178,30 @@ def _resolve(
     head_dim: int,
     needs_grad: bool,
     biased: bool,
-) -> tuple[str, str, str]:
-    """Returns the kernel that will run, and for tiles its forward and backward passes; warns of a fallback."""
+) -> tuple[str, str]:
+    """Returns the kernel that will run, and for tiles an encoded `Tiling`; warns of a fallback."""
     choice = Choice("sdpa")
     if name == "auto":
         choice = choose_kernel(pattern, grid, device=device, dtype=dtype, head_dim=head_dim, needs_grad=needs_grad)
         if choice.kernel == "tiles" and biased:
             choice = Choice("sdpa")
             if isinstance(pattern, Window):
-                _warn_once(f"attention: {pattern.name} with a bias runs as masked sdpa, since tiles take no bias")
+                _warn_once(f"{pattern.name} with a bias runs as masked sdpa, since tiles take no bias")
     elif name == "tiles":
-        if device == "cpu" and dtype in _TILE_DTYPES and not biased and not isinstance(pattern, Partition):
+        if device == "cpu" and dtype in TILE_DTYPES and not biased and not isinstance(pattern, Partition):
             choice = tiles_choice(grid, dtype)
         else:
-            _warn_once(
-                "attention: tiles need float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over"
-            )
+            _warn_once("tiles need float32 or bfloat16 on the CPU, no bias, no ragged partition; sdpa takes over")
     elif name == "flex":
         if device == "cuda" or not needs_grad:
             choice = Choice("flex")
         else:
-            _warn_once("attention: flex has no backward pass on this device; sdpa takes over")
-    forward, backward = (tile_pass.encode() if tile_pass else "" for tile_pass in (choice.forward, choice.backward))
-    return choice.kernel, forward, backward
+            _warn_once("flex has no backward pass on this device; sdpa takes over")
+    if not (choice.forward and choice.backward) or isinstance(pattern, Partition):
+        return choice.kernel, ""
+    # A window that covers the grid is global: the tiles then need no masks.
+    effective = Global() if pattern.covers(grid) else pattern
+    return choice.kernel, Tiling(effective, grid, choice.forward, choice.backward).encode()
 
 
 # While torch compiles, the choice is executed and its result, therefore only strings, becomes a constant of the graph.
@@ -226,14 +213,7 @@ def _warn_once(message: str) -> None:
     """Logs a warning about a fallback, once in each process."""
     if message not in _warned:
         _warned.add(message)
-        _log.warning(message)
-
-
-def _window_of(pattern: Pattern, grid: Grid) -> tuple[int, bool]:
-    """Returns `window` and `shift` of `tiled_attention`: the window's size, 0 for global; whether it is shifted."""
-    if isinstance(pattern, Window) and not pattern.covers(grid):
-        return pattern.size, pattern.border == "shift"
-    return 0, False
+        _log.warning("attention: %s", message)
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: str) -> Tensor:
@@ -253,15 +233,12 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, size: int, grid: Grid, kernel: s
 def _mask(
     pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype
 ) -> Bool[Tensor, "n n"] | Float[Tensor, "n n"]:
-    """Returns the pattern's mask, off-grid tokens included, as bool or additive; cached.
-
-    A compiled graph makes its own mask: it must not hold tensors of a cache that outlives it.
-    """
-    if torch.compiler.is_compiling():
+    """Returns the pattern's mask, off-grid tokens included, as bool or additive; cached."""
+    if torch.compiler.is_compiling():  # the graph must not hold tensors of a cache that outlives it
         return _make_mask(pattern, grid, extra, device, dtype)
     key = (pattern, grid, extra, device, dtype)
     if key not in _masks:
-        _masks[key] = _make_mask(pattern, grid, extra, device, dtype)
+        _masks[key] = _make_mask(*key)
     return _masks[key]
 
 
@@ -269,9 +246,7 @@ def _mask(
 @torch.inference_mode(False)
 def _make_mask(pattern: Pattern, grid: Grid, extra: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     visible = F.pad(pattern.mask(grid), (0, extra, 0, extra), value=True)
-    if dtype != torch.bool:
-        visible = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
-    return visible.to(device)
+    return (visible if dtype == torch.bool else additive(visible, dtype)).to(device)
 
 
 def _check_name(name: str) -> None:
@@ -279,4 +254,4 @@ def _check_name(name: str) -> None:
         raise unknown_name("attention kernel", name, get_args(Kernel))
 
 
-__all__ = ["Kernel", "TileSettings", "attention", "attention_kernel", "attention_weights", "packed_tiles"]
+__all__ = ["Kernel", "attention", "attention_kernel", "attention_weights", "packed_tiling"]

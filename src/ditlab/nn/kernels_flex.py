@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditlab.nn.patterns import Global, Grid, Partition, Pattern
+from ditlab.nn.patterns import Grid, Pattern
 
 # torch.nn.attention.flex_attention imports the compiler, which takes over a second: hence inside functions only.
 _block_masks: dict[tuple[Pattern, Grid, int, str], Any] = {}
@@ -74,14 +74,11 @@ def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Cal
         F.pad(axis.flatten(), (0, extra), value=-1).to(device)
         for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     )
-    spans = [_spans(pattern, length) for length in grid]
+    rows, columns = (pattern.spans(length, range(length)) for length in grid)
     # An off-grid query sees the whole grid, so its range is the whole axis.
-    first_row, end_row = (
-        F.pad(spans[0][:, side].repeat_interleave(grid[1]), (0, extra), value=side * grid[0]).to(device)
-        for side in range(2)
-    )
-    first_column, end_column = (
-        F.pad(spans[1][:, side].repeat(grid[0]), (0, extra), value=side * grid[1]).to(device) for side in range(2)
+    (first_row, end_row), (first_column, end_column) = (
+        [F.pad(spans[:, side], (0, extra), value=side * length).to(device) for side in range(2)]
+        for spans, length in ((rows.repeat_interleave(grid[1], 0), grid[0]), (columns.repeat(grid[0], 1), grid[1]))
     )
 
     # FlexAttention counts arguments to tell masks from score functions; a type-checking wrapper would hide them.
@@ -93,17 +90,6 @@ def _rule(pattern: Pattern, grid: Grid, extra: int, device: torch.device) -> Cal
         return (in_rows & in_columns) | (row < 0)
 
     return sees
-
-
-def _spans(pattern: Pattern, length: int) -> Tensor:
-    """Returns `[length, 2]`: for each position of an axis, the first position that it sees and the end of its range."""
-    positions = torch.arange(length)
-    if isinstance(pattern, Global):
-        return torch.stack((torch.zeros_like(positions), torch.full_like(positions, length)), 1)
-    if isinstance(pattern, Partition):
-        first = positions // pattern.size * pattern.size
-        return torch.stack((first, (first + pattern.size).clamp(max=length)), 1)
-    return torch.tensor([pattern.span(position, length) for position in range(length)])
 
 
 __all__ = ["masked_flex_attention", "prepare_flex"]

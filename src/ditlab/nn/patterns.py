@@ -11,40 +11,65 @@ the clipped window; Hassani et al., "Neighborhood Attention Transformer" (2204.0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from ditlab.errors import DitlabError, unknown_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Grid = tuple[int, int]
 Border = Literal["clip", "shift"]
 
 
-@dataclass(frozen=True)
-class Global:
-    """Every token sees every token."""
+class _Rule:
+    """Base of the patterns: a query sees a range of rows and a range of columns, functions of its own position."""
 
-    @property
-    def name(self) -> str:
-        """Name in tables and figures."""
-        return "global"
+    def span(self, position: int, length: int) -> tuple[int, int]:
+        """Returns the range `[start, end)` of cells that a position sees along an axis of `length` cells."""
+        raise NotImplementedError
 
-    def covers(self, grid: Grid) -> bool:
-        """Whether every token sees every token on this grid: always true."""
-        return True
-
-    def mask(self, grid: Grid) -> Tensor:
-        """Returns an all-true matrix `[rows * columns, rows * columns]`."""
+    def spans(self, length: int, positions: range) -> Tensor:
+        """Returns the `span` of each position, `[positions, 2]`."""
         import torch
 
-        tokens = grid[0] * grid[1]
-        return torch.ones(tokens, tokens, dtype=torch.bool)
+        return torch.tensor([self.span(position, length) for position in positions])
+
+    def axis_mask(self, length: int, queries: range, keys: range) -> Tensor:
+        """Returns which of the keys each query sees along one axis, `[queries, keys]`."""
+        import torch
+
+        start, end = self.spans(length, queries)[:, :, None].unbind(1)
+        positions = torch.arange(keys.start, keys.stop)
+        return (positions >= start) & (positions < end)
+
+    def covers(self, grid: Grid) -> bool:
+        """Whether every token sees every token on this grid: the outermost tokens see all."""
+        return all(self.span(0, length) == (0, length) == self.span(length - 1, length) for length in grid)
+
+    def mask(self, grid: Grid) -> Tensor:
+        """Returns a matrix `[rows * columns, rows * columns]` whose entry `[i, j]` says whether query i sees key j.
+
+        A pattern larger than the grid is allowed here and sees the whole grid.
+        """
+        return combine_axes(*(self.axis_mask(length, range(length), range(length)) for length in grid))
 
 
 @dataclass(frozen=True)
-class Window:
+class Global(_Rule):
+    """Every token sees every token."""
+
+    name: ClassVar[str] = "global"
+    """Name in tables and figures."""
+
+    def span(self, position: int, length: int) -> tuple[int, int]:
+        """Returns the whole axis."""
+        return 0, length
+
+
+@dataclass(frozen=True)
+class Window(_Rule):
     """A token sees the tokens of a `size` x `size` square around it (An et al. Fig. 5b).
 
     Raises:
@@ -68,7 +93,7 @@ class Window:
         return f"window {self.size}" + (" shifted" if self.border == "shift" else "")
 
     def span(self, position: int, length: int) -> tuple[int, int]:
-        """Returns the range `[start, end)` of cells that a position sees along an axis of `length` cells."""
+        """Returns the square's side around the position, clipped or shifted at the ends of the axis."""
         radius = self.size // 2
         if self.border == "clip":
             return max(0, position - radius), min(length, position + radius + 1)
@@ -76,23 +101,12 @@ class Window:
         start = min(max(position - radius, 0), length - size)
         return start, start + size
 
-    def covers(self, grid: Grid) -> bool:
-        """Whether every token sees every token on this grid: the outermost tokens see all."""
-        return all(self.span(0, length) == (0, length) == self.span(length - 1, length) for length in grid)
-
-    def mask(self, grid: Grid) -> Tensor:
-        """Returns a matrix whose entry `[i, j]` says whether query i sees key j; the axes are independent.
-
-        Args:
-            grid: `(rows, columns)`. A window larger than the grid is allowed here and sees the whole grid.
-        """
-        rows, columns = (_axis_mask(self, length) for length in grid)
-        return _of_axes(rows, columns)
-
 
 @dataclass(frozen=True)
-class Partition:
+class Partition(_Rule):
     """Non-overlapping `size` x `size` windows from the top left corner; a token sees its own window (Swin, DiffiT).
+
+    Windows at the far borders are smaller if `size` does not divide the grid.
 
     Raises:
         DitlabError: for a size below 1.
@@ -109,33 +123,17 @@ class Partition:
         """Name in tables and figures."""
         return f"partition {self.size}"
 
-    def covers(self, grid: Grid) -> bool:
-        """Whether there is only one window on this grid."""
-        return self.size >= max(grid)
-
-    def mask(self, grid: Grid) -> Tensor:
-        """Returns a matrix whose entry `[i, j]` says whether query i sees key j.
-
-        Args:
-            grid: `(rows, columns)`. Windows at the far borders are smaller if `size` does not divide them.
-        """
-        import torch
-
-        rows, columns = (torch.arange(length) // self.size for length in grid)
-        return _of_axes(rows[:, None] == rows[None], columns[:, None] == columns[None])
+    def span(self, position: int, length: int) -> tuple[int, int]:
+        """Returns the position's window."""
+        start = position // self.size * self.size
+        return start, min(start + self.size, length)
 
 
 Pattern = Global | Window | Partition
 
 
 def check_fits(pattern: Pattern, grid: Grid) -> None:
-    """Refuses a pattern that is larger than its grid.
-
-    Kernels accept such patterns; in a network's plan they are a mistake.
-
-    Raises:
-        DitlabError: the side of the window or partition is larger than the longer side of the grid.
-    """
+    """Refuses a pattern whose side is larger than the longer side of the grid: in a network's plan it is a mistake."""
     if not isinstance(pattern, Global) and pattern.size > max(grid):
         raise DitlabError(
             f"attention {pattern.name}: expected a size of at most {max(grid)} on a grid of "
@@ -143,20 +141,16 @@ def check_fits(pattern: Pattern, grid: Grid) -> None:
         )
 
 
-def _axis_mask(window: Window, length: int) -> Tensor:
-    """Returns which positions see which along one axis."""
+def combine_axes(rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the mask `[queries, keys]` of a rectangle from those of its rows and of its columns: both must hold."""
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a boolean mask as numbers to add to the scores: 0 where it is true, else minus infinity."""
     import torch
 
-    spans = [window.span(position, length) for position in range(length)]
-    start, end = torch.tensor(spans).unbind(1)
-    other = torch.arange(length)
-    return (other >= start[:, None]) & (other < end[:, None])
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
 
-def _of_axes(rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns the mask over the grid's tokens for which both the row rule and the column rule hold."""
-    tokens = rows.shape[0] * columns.shape[0]
-    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tokens, tokens)
-
-
-__all__ = ["Border", "Global", "Grid", "Partition", "Pattern", "Window", "check_fits"]
+__all__ = ["Border", "Global", "Grid", "Partition", "Pattern", "Window", "additive", "check_fits", "combine_axes"]

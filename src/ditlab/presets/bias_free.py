@@ -10,7 +10,7 @@ from ditlab.diffusion.sampler_configs import HeunConfig
 from ditlab.networks.base import NetworkConfig
 from ditlab.networks.bf_cnn_config import BFCNNConfig
 from ditlab.networks.bf_unet_config import BFUNetConfig
-from ditlab.presets.recipes import DDPM, LONG, TRAINING, in_edm
+from ditlab.presets.recipes import DDPM, LONG, TRAINING, with_edm
 from ditlab.training.config import TrainingConfig
 
 # Kadkhodaie et al.: 1,000 epochs of 250,000 images (the training images repeated) in batches of 512; learning rate
@@ -36,8 +36,7 @@ def _presets() -> dict[str, RunConfig]:
         blind = BlindObjectiveConfig(max_level=highest)
         vp = RunConfig(preset=f"{name}-vp", network=network, objective=DDPM, training=training)
         presets[name] = replace(vp, preset=name, objective=blind, sampler=HeunConfig())
-        presets[vp.preset] = vp
-        presets[f"{name}-edm"] = in_edm(replace(vp, preset=f"{name}-edm"))
+        presets |= with_edm(vp, name)
     return presets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ditlab.config import RunConfig
 from ditlab.networks.dit_config import DiTConfig
-from ditlab.presets.recipes import TRAINING, in_edm
+from ditlab.presets.recipes import TRAINING, with_edm
 
 _SIZES = {  # depth, width, heads
     "nano": (4, 64, 2),
@@ -30,9 +30,8 @@ def _presets() -> dict[str, RunConfig]:
         for patch in _PATCHES[size]:
             name = f"dit-{size}/{patch}"
             network = DiTConfig(patch=patch, depth=depth, width=width, heads=heads)
-            training = TRAINING[_training(size, patch)]
-            presets[name] = RunConfig(preset=name, network=network, training=training)
-            presets[f"{name}-edm"] = in_edm(RunConfig(preset=f"{name}-edm", network=network, training=training))
+            recipe = RunConfig(preset=name, network=network, training=TRAINING[_training(size, patch)])
+            presets |= with_edm(recipe, name)
     return presets
 
 

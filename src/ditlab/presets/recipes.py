@@ -25,13 +25,14 @@ DDPM = VPObjectiveConfig(variance="fixed-large", label_dropout=0.0)
 """DDPM's objective, of unconditional networks without a learned variance."""
 
 
-def in_edm(recipe: RunConfig) -> RunConfig:
-    """Returns the recipe with the same network in EDM's framework, sampled by Heun's method."""
+def with_edm(recipe: RunConfig, name: str) -> dict[str, RunConfig]:
+    """Returns by name the recipe, and as NAME-edm the same network in EDM's framework, sampled by Heun's method."""
     network = recipe.network
     if network.can_learn_variance:
         network = replace(network, learn_sigma=False)
     objective = EDMObjectiveConfig(label_dropout=getattr(recipe.objective, "label_dropout", 0.0))
-    return replace(recipe, network=network, objective=objective, sampler=HeunConfig())
+    edm = replace(recipe, preset=f"{name}-edm", network=network, objective=objective, sampler=HeunConfig())
+    return {recipe.preset: recipe, edm.preset: edm}
 
 
-__all__ = ["DDPM", "LONG", "TRAINING", "in_edm"]
+__all__ = ["DDPM", "LONG", "TRAINING", "with_edm"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ditlab.config import RunConfig
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.networks.unet_config import UNetConfig
-from ditlab.presets.recipes import DDPM, LONG, TRAINING, in_edm
+from ditlab.presets.recipes import DDPM, LONG, TRAINING, with_edm
 from ditlab.training.config import TrainingConfig
 
 _IDDPM = VPObjectiveConfig(
@@ -29,11 +29,7 @@ _UNETS: dict[str, tuple[UNetConfig, VPObjectiveConfig, TrainingConfig]] = {
         TRAINING["micro"],
     ),
     # An et al., Fig. 3: the only network of improved-diffusion's flags with its 109.55 M parameters and operations.
-    "unet-an2024": (
-        UNetConfig(res_blocks=3, multipliers=(1, 2, 3, 4), attention_at=()),
-        DDPM,
-        TRAINING["an2024"],
-    ),
+    "unet-an2024": (UNetConfig(res_blocks=3, multipliers=(1, 2, 3, 4), attention_at=()), DDPM, TRAINING["an2024"]),
     # The following: Nichol & Dhariwal's flags.
     "unet-cifar10": (
         UNetConfig(res_blocks=3, dropout=0.3, learn_sigma=True),
@@ -55,8 +51,7 @@ def _presets() -> dict[str, RunConfig]:
     presets = {}
     for name, (network, objective, training) in _UNETS.items():
         recipe = RunConfig(preset=name, network=network, objective=objective, training=training)
-        presets[name] = recipe
-        presets[f"{name}-edm"] = in_edm(replace(recipe, preset=f"{name}-edm"))
+        presets |= with_edm(recipe, name)
     for name in ("unet-cifar10", "unet-imagenet64"):
         presets[f"{name}-vlb"] = replace(presets[name], preset=f"{name}-vlb", objective=_VLB)
     return presets

@@ -24,31 +24,21 @@ _DOT = 70.0
 
 
 def complexity_figure(
-    networks: Sequence[tuple[str, Complexity]],
-    *,
-    published: Mapping[str, float] | None = None,
-    theme: Theme = LIGHT,
+    networks: Sequence[tuple[str, Complexity]], *, published: Mapping[str, float] | None = None, theme: Theme = LIGHT
 ) -> Figure:
     """Parameters against GMACs; a bubble's area is the memory of its backward pass where that was measured.
 
-    Args:
-        networks: (name, cost) pairs; names that are alike up to the last "/" have one colour.
-        published: name -> FID; where there is one, a second panel draws it against GMACs.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no network.
+    Networks whose names are alike up to the last "/" have one colour. Where a FID was published of one (by name), a
+    second panel draws it against GMACs.
     """
     if not networks:
         raise DitlabError("figure: expected at least one network, found none")
-    named = [name for name in published or {} if name in dict(networks)]
+    published = published or {}
+    named = [name for name, _ in networks if name in published]
     slots = assign(_family(name) for name, _ in networks)
-    activation_bytes = [cost.activation_bytes for _, cost in networks]
-    largest = max((bytes_ for bytes_ in activation_bytes if bytes_ is not None), default=None)
-    areas = [
-        _DOT if bytes_ is None or largest is None else max(_AREA * bytes_ / largest, 14.0)
-        for bytes_ in activation_bytes
-    ]
+    stored = [cost.activation_bytes for _, cost in networks]
+    largest = max(filter(None, stored), default=0)
+    areas = [_DOT if size is None or not largest else max(_AREA * size / largest, 14.0) for size in stored]
     with canvas(5.6 * (2 if named else 1), 4.4, theme) as figure:
         panels = figure.subplots(1, 2 if named else 1, squeeze=False)[0]
         points: list[Point] = [
@@ -58,9 +48,9 @@ def complexity_figure(
         _scatter(panels[0], points, theme)
         drawn = {panels[0]: points}
         panels[0].set(ylabel="parameters (millions)")
-        panels[0].set_title("Parameters" if largest is None else "Parameters (area: memory for backward)", pad=10)
+        panels[0].set_title("Parameters" if not largest else "Parameters (area: memory for backward)", pad=10)
         if named:
-            drawn[panels[1]] = [(p[0], p[1], (published or {})[p[0]], _DOT, p[4]) for p in points if p[0] in named]
+            drawn[panels[1]] = [(p[0], p[1], published[p[0]], _DOT, p[4]) for p in points if p[0] in named]
             _scatter(panels[1], drawn[panels[1]], theme)
             panels[1].set(ylabel="FID-50K, 400,000 steps, no guidance")
             panels[1].set_title("FID (Peebles & Xie, Table 4)", pad=10)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditlab.analyses.complexity.config import CHANGES, ComplexityConfig
-from ditlab.config import Network, RunConfig
+from ditlab.config import Network
 from ditlab.errors import DitlabError
 from ditlab.files import write_json
 from ditlab.metrics.complexity import Complexity, complexity, match_width
@@ -50,7 +50,7 @@ class NetworkCost:
         """JSON values."""
         return {
             "name": self.name,
-            "network": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
+            "network": asdict(self.config),
             **self.cost.to_json(),
             "batch_size": self.batch_size,
             "steps": self.steps,
@@ -155,12 +155,7 @@ def measure_costs(
     config: ComplexityConfig | None = None,
     published: Callable[[NetworkCost], float | None] = lambda network: None,
 ) -> Costs:
-    """Counts what networks cost.
-
-    Args:
-        presets: their names.
-        config: the images, and changes of the networks.
-        published: network -> its published FID, or None.
+    """Counts what the networks of presets cost; `published` gives the published FID of one, or None.
 
     Raises:
         DitlabError: no preset or an unknown one, settings that a network does not have, presets of different sizes.
@@ -170,7 +165,7 @@ def measure_costs(
     counting = _Counting(tuple(dict.fromkeys(presets)), config or ComplexityConfig())
     networks = counting.networks()
     fids = {network.name: fid for network in networks if (fid := published(network)) is not None}
-    return Costs(networks, counting.config, counting._image_size, fids)
+    return Costs(networks, counting.config, counting.image_size, fids)
 
 
 @dataclass(frozen=True)
@@ -180,16 +175,17 @@ class _Counting:
 
     def networks(self) -> list[NetworkCost]:
         """The networks of the presets, after the one that they are matched with."""
-        wanted = [(name, self._changed(name)) for name in self.presets]
-        if self.config.match is None:
-            return [self._entry(self._named(name, config), preset(name), config) for name, config in wanted]
+        changes = {name: getattr(self.config, name) for name in CHANGES if getattr(self.config, name) is not None}
+        networks = [(name, self._fitted(name, changes)) for name in self.presets]
         match = self.config.match
-        target = self._entry(match, preset(match), self._fitted(match, preset(match).network))
-        matched = [(name, self._matched(name, config, target)) for name, config in wanted]
-        return [target, *(self._entry(self._named(name, config), preset(name), config) for name, config in matched)]
+        if match is None:
+            return [self._counted(name, network) for name, network in networks]
+        target = self._counted(match, self._fitted(match, {}))
+        wanted = _compared(target.cost, self.config)
+        return [target, *(self._counted(name, self._matched(name, network, wanted)) for name, network in networks)]
 
     @cached_property
-    def _image_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """Height and width of the images, the same for all networks of the table."""
         if self.config.size:
             return self.config.size[0], self.config.size[-1]
@@ -201,53 +197,43 @@ class _Counting:
         rows, columns = next(iter(own.values()))
         return rows, columns
 
-    def _fitted(self, name: str, network: Network, **changes: Any) -> Network:
-        """The network for the images of the config."""
-        images: dict[str, Any] = {"image_size": self._image_size, "channels": self.config.channels}
+    def _fitted(self, name: str, changes: Mapping[str, Any]) -> Network:
+        """The preset's network with these changes, for the images of the config."""
+        network = preset(name).network
+        images: dict[str, Any] = {"image_size": self.image_size, "channels": self.config.channels}
         if self.config.classes and network.takes_labels:
             images["num_classes"] = self.config.classes
         known = {field.name for field in fields(network)}
-        missing = [setting for setting in changes if setting not in known]
-        if missing:
-            raise DitlabError(f"{name}: expected settings of a {network.kind} network, found `{missing[0]}`")
+        for setting in changes:
+            if setting not in known:
+                raise DitlabError(f"{name}: expected settings of a {network.kind} network, found `{setting}`")
         try:
             return replace(network, **images, **changes)
         except DitlabError as error:
             raise DitlabError(f"{name}: {error}") from None
 
-    def _changed(self, name: str) -> Network:
-        """The preset's network with the changes of the config."""
-        changes = {name: getattr(self.config, name) for name in CHANGES if getattr(self.config, name) is not None}
-        return self._fitted(name, preset(name).network, **changes)
-
-    def _matched(self, name: str, config: Network, target: NetworkCost) -> Network:
-        """The network with the width at which it costs what the target costs."""
-        shape = (config.channels, *config.image_size)
-        multiple = config.width_step
+    def _matched(self, name: str, network: Network, wanted: int) -> Network:
+        """The network with the width at which it costs the wanted number of operations."""
+        shape = (network.channels, *network.image_size)
 
         def build(width: int) -> torch.nn.Module:
-            return _weightless(replace(config, width=width))
+            return _weightless(replace(network, width=width))
 
         try:
-            wanted = _compared(target.cost, self.config)
-            return replace(config, width=match_width(build, shape, wanted, multiple, attention=not self.config.linear))
+            width = match_width(build, shape, wanted, network.width_step, attention=not self.config.linear)
+            return replace(network, width=width)
         except DitlabError as error:
             raise DitlabError(f"{name}: {error}") from None
 
-    def _named(self, name: str, config: Network) -> str:
-        """The preset's name and the settings in which the network differs from it."""
-        own, now = asdict(preset(name).network), asdict(config)
-        changed = [f"{name} {now[name]}" for name in CHANGES if name in now and now[name] != own[name]]
-        return ", ".join([name, *changed])
-
-    def _entry(self, name: str, recipe: RunConfig, config: Network) -> NetworkCost:
-        shape = (config.channels, *config.image_size)
-        labelled = config.classes > 0
-        cost = complexity(_weightless(config), shape, labelled=labelled, memory=self.config.memory)
-        training = recipe.training
-        return NetworkCost(
-            name, config, cost, self.config.batch or training.batch_size, self.config.steps or training.steps
-        )
+    def _counted(self, name: str, network: Network) -> NetworkCost:
+        """What a network costs, under the preset's name and the settings in which the network differs from it."""
+        recipe = preset(name)
+        own, now = asdict(recipe.network), asdict(network)
+        changed = [f"{key} {now[key]}" for key in CHANGES if key in now and now[key] != own[key]]
+        shape, labelled = (network.channels, *network.image_size), network.classes > 0
+        cost = complexity(_weightless(network), shape, labelled=labelled, memory=self.config.memory)
+        batch, steps = self.config.batch or recipe.training.batch_size, self.config.steps or recipe.training.steps
+        return NetworkCost(", ".join([name, *changed]), network, cost, batch, steps)
 
 
 def _compared(cost: Complexity, config: ComplexityConfig) -> int:

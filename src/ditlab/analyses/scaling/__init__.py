@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ditlab.analyses.base import Analysis, Comparison, NoOptions, ReportContext
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ditlab.analyses.scaling.sizes import Sizes
     from ditlab.models.comparing import ModelSet
     from ditlab.pages.drawing import Drawing
     from ditlab.pages.page import Section, Table, ThemedFigure
@@ -32,14 +31,14 @@ class Scaling(Analysis[NoOptions, NoOptions]):
 
     def for_report(self, models: ModelSet, context: ReportContext, reporter: Reporter = SILENT) -> list[Comparison]:
         """Returns one comparison where networks of several sizes were trained on as many images; else none."""
-        from ditlab.analyses.scaling.sizes import Sizes
+        from ditlab.analyses.scaling.points import Sizes
 
         sizes = Sizes.of(models)
         return [Comparison(self, sizes, sizes.points, models, NoOptions(), NoOptions(), context)] if sizes.by_n else []
 
     def tables(self, comparison: Comparison) -> list[Table]:
         """Returns a row for each run, with its last values."""
-        from ditlab.analyses.scaling.sizes import sizes_table
+        from ditlab.analyses.scaling.points import sizes_table
 
         return [sizes_table(comparison.detail.points)]
 
@@ -68,27 +67,14 @@ class Scaling(Analysis[NoOptions, NoOptions]):
 
     def section(self, comparison: Comparison, figures: Mapping[str, ThemedFigure], number: int = 1) -> Section:
         """Returns the section: which network reached most, the table, the figures."""
-        from ditlab.analyses.scaling.sizes import best_sentence
         from ditlab.pages.page import Section
 
-        sizes: Sizes = comparison.detail
         return Section(
             "scaling",
             "Scaling: quality against compute",
-            verdict=best_sentence(sizes.points),
+            verdict=" ".join(self.sentences(comparison)),
             tables=self.tables(comparison),
             notes=[_NOTE],
             pictures=list(figures.values()),
             data={"scaling.json": self.to_json(comparison)},
         )
-
-    def sentences(self, comparison: Comparison) -> list[str]:
-        """Returns which network reached most."""
-        from ditlab.analyses.scaling.sizes import best_sentence
-
-        sentence = best_sentence(comparison.detail.points)
-        return [sentence] if sentence else []
-
-    def to_json(self, comparison: Comparison) -> dict[str, Any]:
-        """Returns all points."""
-        return {"points": [point.to_json() for point in comparison.detail.points]}

@@ -5,10 +5,10 @@ After Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), figur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditlab.analyses.scaling.points import ScalingPoint, along_training, by_sampling, measured
+from ditlab.analyses.scaling.points import WORDS, ScalingPoint, along_training, by_sampling, measured
 from ditlab.errors import DitlabError
 from ditlab.pages.theme import LIGHT, Slots, Theme, assign, canvas, plain_log
 
@@ -16,37 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WORDS: Mapping[str, str] = {
-    "loss": "loss of batches",
-    "test_loss": "loss on test images",
-    "test_psnr": "test PSNR (dB)",
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception score",
-    "precision": "precision",
-    "recall": "recall",
-}
-"""Metrics as axes name them."""
 _LOG = ("loss", "test_loss", "fid", "sfid")
 """Metrics that are drawn on a logarithmic axis: those that go down by factors."""
-_TRAINING: tuple[tuple[str, Callable[[ScalingPoint], float]], ...] = (
-    ("GMACs of a forward pass", lambda point: point.gmacs),
-    ("training steps", lambda point: point.step),
-    ("training compute (GMACs)", lambda point: point.training_gmacs),
+_TRAINING: tuple[tuple[str, str, Callable[[ScalingPoint], float]], ...] = (
+    # title, axis, value
+    ("At the end", "GMACs of a forward pass", lambda point: point.gmacs),
+    ("Along training", "training steps", lambda point: point.step),
+    ("By training compute", "training compute (GMACs)", lambda point: point.training_gmacs),
 )
 
 
 def scaling_figure(points: Sequence[ScalingPoint], *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
-    """A row a metric: its last value of each run against GMACs, and its course against steps and training compute.
-
-    Args:
-        points: of several runs, best of networks that differ in GMACs.
-        slots: colours of the labels.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: nothing was measured.
-    """
+    """A row a metric: its last value of each run against GMACs, and its course against steps and training compute."""
     metrics = measured(points)
     if not metrics:
         raise DitlabError("figure: expected runs with a loss, a PSNR or an evaluation, found none")
@@ -55,33 +36,22 @@ def scaling_figure(points: Sequence[ScalingPoint], *, slots: Slots | None = None
         panels = figure.subplots(len(metrics), 3, squeeze=False, sharex="col")
         for row, metric in zip(panels, metrics, strict=True):
             runs = along_training(points, metric)
-            for column, (axes, (_, of)) in enumerate(zip(row, _TRAINING, strict=True)):
+            for column, (axes, (_, _, of)) in enumerate(zip(row, _TRAINING, strict=True)):
                 for mine in runs.values():
                     drawn = mine if column else mine[-1:]
                     values = [point.metrics[metric] for point in drawn]
                     _draw(axes, [of(point) for point in drawn], values, mine[0].label, slots, theme)
                 _finish(axes, metric)
             row[0].set_ylabel(WORDS[metric])
-        for axes, (words, _) in zip(panels[-1], _TRAINING, strict=True):
-            axes.set_xlabel(words)
-        panels[0][0].set_title("At the end", pad=8)
-        panels[0][1].set_title("Along training", pad=8)
-        panels[0][2].set_title("By training compute", pad=8)
+        for column, (title, words, _) in enumerate(_TRAINING):
+            panels[0][column].set_title(title, pad=8)
+            panels[-1][column].set_xlabel(words)
         _legend(figure, points, slots, theme)
     return figure
 
 
 def sampling_figure(points: Sequence[ScalingPoint], *, slots: Slots | None = None, theme: Theme = LIGHT) -> Figure:
-    """Each metric of samples against the compute of one sample (GMACs times network calls), a line a run.
-
-    Args:
-        points: with evaluations for several numbers of sampling steps.
-        slots: colours of the labels.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: no evaluation of samples.
-    """
+    """Each metric of samples against the compute of one sample (GMACs times network calls), a line a run."""
     metrics = [metric for metric in measured(points) if by_sampling(points, metric)]
     if not metrics:
         raise DitlabError("figure: expected evaluations with a number of network calls, found none")
