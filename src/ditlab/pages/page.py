@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import ditlab
 from ditlab.errors import DitlabError
 from ditlab.files import write_text
+from ditlab.pages.drawing import Drawing
 from ditlab.pages.theme import DARK, DPI, LIGHT, Theme, assign, png
 from ditlab.pages.token_picker import AttentionPicker
 
@@ -85,6 +86,11 @@ class ThemedFigure:
         light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
         exact = exact and len(light) <= EXACT_BYTES
         return cls(light, dark, alt, caption) if exact else cls(_smaller(light), _smaller(dark), alt, caption)
+
+    @classmethod
+    def of(cls, drawing: Drawing) -> ThemedFigure:
+        """Draws a drawing in both themes."""
+        return cls.draw(drawing.draw, drawing.alt, drawing.caption, exact=drawing.exact)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ditlab.pages.theme import assign
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import check_groups
 from ditlab.reporting.figure_files import save_figures
-from ditlab.reporting.first_screen import FirstScreen, title_of
+from ditlab.reporting.first_screen import FirstScreen, rows_of, title_of
 
 __all__ = ["MAX_SAMPLES", "ReportResult", "write_report"]
 
@@ -111,7 +111,8 @@ def write_report(
     comparisons = _comparisons(models, context, reporter)
     shown, files = _drawn(comparisons)
     title = title or title_of(models)
-    first = FirstScreen.of(models, comparisons, title)
+    overviews = [comparison.analysis.overview(comparison) for comparison in comparisons]
+    first = FirstScreen.of(rows_of(models), overviews, title)
     notes = [f"{name}: {note}" for name, model in zip(models.names, models, strict=True) for note in model.notes]
     names = zip(models.names, models.kinds, models, strict=True)
     data = PageData(
@@ -162,8 +163,7 @@ def _drawn(comparisons: Sequence[Comparison]) -> tuple[list[_Shown], dict[str, T
     """The comparisons with their figures, and all figures by the names of their files."""
     shown = []
     for comparison in comparisons:
-        drawings = comparison.drawings().items()
-        figures = {name: ThemedFigure.draw(d.draw, d.alt, d.caption, exact=d.exact) for name, d in drawings}
+        figures = {name: ThemedFigure.of(drawing) for name, drawing in comparison.drawings().items()}
         shown.append(_Shown(comparison, figures))
     count = Counter(name for part in shown for name in part.figures)
     files = {

@@ -36,6 +36,19 @@ class Published:
         """Returns the first value with these fields, or None."""
         return next((v for v in self.values if all(v[k] == w for k, w in wanted.items())), None)
 
+    def gaps(self) -> list[tuple[Any, ...]]:
+        """Returns (images, network, N, gap of global, gap of local, difference, source) of what Fig. 6 has of both."""
+        rows = []
+        shown = [v for v in self.values if v["quantity"] == "gap"]
+        for images, network, n in dict.fromkeys((v["images"], v["network"], v["n"]) for v in shown):
+            of = {"images": images, "network": network, "n": n, "quantity": "gap", "source": "Fig. 6"}
+            a, b = (self.value(**of, attention=kind) for kind in ("global", "local"))
+            if a is not None and b is not None:
+                difference = b["value"] - a["value"]
+                source = f"{a['source']}, {a['certainty']}"
+                rows.append((images, network, n, a["value"], b["value"], difference, source))
+        return rows
+
 
 def published(study: str) -> Published | None:
     """Returns what is published about a study ("an2024/fig6"); None if nothing is on file."""
