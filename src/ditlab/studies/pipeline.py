@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,14 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {"psnr-gap": {"baselines": False}}
 
 
 def trial_jobs(trials: Sequence[Trial], plan: Plan, store: Store, images: Mapping[str, ImageSet]) -> list[Job]:
-    """Returns one job for each trial.
-
-    Args:
-        trials: of `resolve`.
-        plan: of `resolve`.
-        store: where results and runs are.
-        images: name on the data axis -> image set.
-    """
+    """Returns one job for each trial; `images` are the sets by their names on the data axis."""
     return [_job(trial, plan, store, images[trial.data]) for trial in trials]
 
 
 def train_job(
     config: RunConfig, images: ImageSet, out: Path, *, device: str | None, threads: int, command: str
 ) -> dict[str, Any]:
-    """Returns what a worker needs to train a run (`ditlab.studies.worker`).
-
-    Args:
-        config: the settings, fitted to the images.
-        images: the image set.
-        out: the run's folder.
-        device: where it computes.
-        threads: CPU threads.
-        command: what repeats it, for its config.json.
-    """
+    """Returns what a worker needs to train a run in the folder `out` (`ditlab.studies.worker`)."""
     job = {"call": "train", "config": to_json(config), "images": str(images.path), "out": str(out)}
     return {**job, "device": device, "threads": threads, "command": command}
 
@@ -65,8 +50,8 @@ def _job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
     return Job(
         name=trial.name,
         output=store.output(trial.hash),
-        stages=lambda slot: _stages(trial, plan, store, images, slot),
-        lock=lambda: store.lock(trial.hash),
+        stages=partial(_stages, trial, plan, store, images),
+        lock=partial(store.lock, trial.hash),
         ended=ended,
     )
 
@@ -83,19 +68,19 @@ def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot
         # The runner was killed after training and before recording it.
         store.record_training(trial, facts, None)
     if not finished:
-        file = store.job(trial.hash, "train")
         job = train_job(trial.config, images, folder, device=slot.device, threads=slot.threads, command=plan.command)
 
         def record(use: ResourceUse) -> None:
             store.record_training(trial, facts, None if begun else use)
 
         progress = training_progress(folder, trial.config.training.steps)
-        stages.append(Stage("train", job, file, record, progress))
+        stages.append(Stage("train", job, store.job(trial.hash, "train"), record, progress))
     for name in plan.analyses:
+        record = partial(store.record_analysis, trial, plan, name)
         if finished and not store.measured(trial.hash, plan, name):
             # The same after a measurement; what is missing or was measured with other settings is refused.
             with suppress(DitlabError):
-                store.record_analysis(trial, plan, name, None)
+                record(None)
         if not store.measured(trial.hash, plan, name):
             job = {
                 "call": "analyze",
@@ -108,21 +93,12 @@ def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot
                 "device": slot.device,
                 "threads": slot.threads,
             }
-            stages.append(Stage(name, job, store.job(trial.hash, name), _recorder(store, trial, plan, name)))
+            stages.append(Stage(name, job, store.job(trial.hash, name), record))
     return stages
 
 
-def _recorder(store: Store, trial: Trial, plan: Plan, name: str) -> Callable[[ResourceUse], None]:
-    return lambda use: store.record_analysis(trial, plan, name, use)
-
-
 def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
-    """Returns a function that tells how far the training of a run is, by its log.
-
-    Args:
-        run: the run's folder; it need not exist yet.
-        steps: its last step.
-    """
+    """Returns a function that tells by its log how far the training of a run, which need not exist yet, is."""
 
     def progress() -> Progress | None:
         try:
@@ -142,8 +118,5 @@ def training_progress(run: Path, steps: int) -> Callable[[], Progress | None]:
 
 def memory_estimate(trials: Sequence[Trial]) -> int:
     """Returns roughly how many bytes training the largest trial takes on the CPU: process, weights, activations."""
-    largest = 0
-    for trial in trials:
-        training = trial.config.training
-        largest = max(largest, trial.config.network.training_bytes(training.batch_size // training.accumulate))
-    return _PROCESS_BYTES + largest
+    runs = [(trial.config.network, trial.config.training) for trial in trials]
+    return _PROCESS_BYTES + max(network.training_bytes(t.batch_size // t.accumulate) for network, t in runs)

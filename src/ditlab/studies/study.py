@@ -238,8 +238,7 @@ def study_report(
     Raises:
         DitlabError: an unknown study or scale, or a recorded result that is damaged.
     """
-    from ditlab.studies.attention_map_figures import attention_map_figures
-    from ditlab.studies.pickers import study_pickers
+    from ditlab.studies.attention_pictures import attention_map_figures, study_pickers
     from ditlab.studies.study_page import StudyPage
 
     study, store = find_study(study), Store(out)
