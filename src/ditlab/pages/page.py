@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,10 @@ class Table:
         )
 
     def _repr_html_(self) -> str:
-        from ditlab.pages.notebook import table_html
-
-        return table_html(self)
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.texts)
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     @property
     def texts(self) -> list[list[str]]:

@@ -29,6 +29,7 @@ Images = str | Path | ImageSet
 
 _AXES = {"data": "images", "network": "network", "attention": "attention", "n": "N", "seed": "seed"}
 """Axis -> its heading in tables."""
+_AVERAGES = ("train", "test", "gap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,9 @@ class StudyResult:
         for place in self.plan.trials:
             status = self.store.status(place["hash"], self.plan)
             record = {**place, "state": status.state, "note": status.note, "averages": self._averages(place["hash"])}
-            failure = self.store.record_failure(place["hash"]) if status.state == "failed" else None
-            records.append(record if failure is None else {**record, "command": failure["command"]})
+            if status.state == "failed" and (failure := self.store.record_failure(place["hash"])):
+                record["command"] = failure["command"]
+            records.append(record)
         return records
 
     def _averages(self, name: str) -> dict[str, Any] | None:
@@ -86,8 +88,7 @@ class StudyResult:
         if "psnr-gap" not in self.plan.analyses or not self.store.measured(name, self.plan, "psnr-gap"):
             return None
         averages = (self.store.record(name, "psnr-gap") or {}).get("averages", {}).get("mse_mean")
-        numbers = ("train", "test", "gap")
-        whole = isinstance(averages, dict) and all(isinstance(averages.get(k), float | int) for k in numbers)
+        whole = isinstance(averages, dict) and all(isinstance(averages.get(k), float | int) for k in _AVERAGES)
         return averages if whole else None
 
     def table(self) -> Table:
@@ -99,9 +100,8 @@ class StudyResult:
         for trial in self.status():
             averages = trial["averages"] or {}
             note = "see below" if "command" in trial else trial["note"]
-            numbers = [averages.get(key) for key in ("train", "test", "gap")]
             places = [trial[axis] for axis in axes]
-            rows.append((f"`{trial['hash'][:8]}`", *places, trial["state"], *numbers, note))
+            rows.append((f"`{trial['hash'][:8]}`", *places, trial["state"], *map(averages.get, _AVERAGES), note))
         columns = ("trial", *(_AXES[axis] for axis in axes), "state", "train, dB", "test, dB", "gap, dB", "note")
         return Table(columns, rows, f"{self.plan.study} at scale {self.plan.scale}")
 
@@ -112,27 +112,18 @@ class StudyResult:
 
     def report(self, *, hide_training_images: bool = False, reporter: Reporter = SILENT) -> StudyReport:
         """Writes the page of the study at this scale (`study_report`)."""
-        return study_report(
-            self.study,
-            (self.plan.scale,),
-            out=self.store.root,
-            hide_training_images=hide_training_images,
-            reporter=reporter,
-        )
+        scales, hidden = (self.plan.scale,), hide_training_images
+        return study_report(self.study, scales, out=self.store.root, hide_training_images=hidden, reporter=reporter)
 
     def _repr_html_(self) -> str:
-        from ditlab.pages.notebook import table_html
-
-        return table_html(self.table())
+        return self.table()._repr_html_()
 
 
 def find_study(study: str | Study) -> Study:
     """Returns the study of a name, or the study itself; raises NotFound for an unknown name."""
-    if isinstance(study, Study):
-        return study
-    if study not in STUDIES:
+    if isinstance(study, str) and study not in STUDIES:
         raise unknown_name("study", study, STUDIES)
-    return STUDIES[study]
+    return STUDIES[study] if isinstance(study, str) else study
 
 
 def study_list() -> list[dict[str, Any]]:
@@ -164,20 +155,7 @@ def run_study(
 ) -> StudyResult:
     """Trains and measures every trial that is not yet on record, as many at a time as fit; the same call resumes.
 
-    Every trial is checked before anything is trained. A trial that fails does not stop the others.
-
-    Args:
-        study: its name, or the study itself.
-        scale: "smoke" (minutes), "small" (two CPU cores) or "paper" (the paper's own settings).
-        overrides: other values of the axes, and settings.
-        images: image sets of sources that are already open.
-        out: the folder of trials, runs and pages; studies in one folder share their trials.
-        plan_only: only check and plan; an existing plan.json stays as it is.
-        parallel: processes at a time; as many as cores, free memory and GPUs allow if None.
-        device: "cpu", "cuda" (all GPUs) or "cuda:N"; CUDA if there is one and None is given.
-        command: how the user asked for it, for plan.json and the runs' config.json.
-        show: called with a snapshot at each change and twice a second; None draws a bar of the reporter.
-        reporter: takes notes and progress.
+    The rest is as in `ditlab.study`; `images` are sets of sources that are already open.
 
     Raises:
         DitlabError: the study cannot be run as it is asked for. A trial that fails later is in the result.
@@ -211,9 +189,7 @@ def open_study(study: str | Study, scale: str = "small", *, out: Path = Path("st
     study, store = find_study(study), Store(out)
     study.scale(scale)
     path = store.plan(study.name, scale) / "plan.json"
-    if not path.exists():
-        raise _not_planned(study, path)
-    return StudyResult(study, Plan.load(path), store)
+    return StudyResult(study, Plan.load(_planned(study, path)), store)
 
 
 def study_report(
@@ -245,11 +221,10 @@ def study_report(
     if not scales or len(set(scales)) != len(scales):
         raise InvalidConfig(f"study report: expected different values of `scale`, found {list(scales)}")
     plans = [_recorded_plan(study, name, store, reporter) for name in scales]
-    folder = store.plan(study.name, scales[0])
-    maps = attention_map_figures(plans, store, folder / "figures", hide_images=hide_training_images, reporter=reporter)
-    pickers = partial(study_pickers, plans, store, hide_images=hide_training_images, reporter=reporter)
-    path, sentences = StudyPage(study, plans, store, maps).save(folder, pickers)
-    return StudyReport(path, sentences)
+    folder, hidden = store.plan(study.name, scales[0]), hide_training_images
+    maps = attention_map_figures(plans, store, folder / "figures", hide_images=hidden, reporter=reporter)
+    pickers = partial(study_pickers, plans, store, hide_images=hidden, reporter=reporter)
+    return StudyReport(*StudyPage(study, plans, store, maps).save(folder, pickers))
 
 
 def _resolve(
@@ -276,11 +251,11 @@ def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> N
     if keep:
         reporter.note(f"{path} stays as it is; without `plan` this call would change it or add to it")
         return
+    both = None
     try:
         both = merge_plans(Plan.load(path), plan)
     except DitlabError as error:
         reporter.note(str(error))
-        both = None
     if both is None:
         previous = write_bytes(folder / "plan-previous.json", path.read_bytes())
         reporter.note(
@@ -293,15 +268,15 @@ def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> N
     (both or plan).save(folder)
 
 
-def _not_planned(study: Study, path: Path) -> NotFound:
-    return NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+def _planned(study: Study, path: Path) -> Path:
+    if not path.exists():
+        raise NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+    return path
 
 
 def _recorded_plan(study: Study, name: str, store: Store, reporter: Reporter) -> Plan:
     """The plan on record, or else that of the scale itself, with every trial possibly empty."""
     scale, path = study.scale(name), store.plan(study.name, name) / "plan.json"
-    if path.exists():
-        return Plan.load(path)
-    if not scale.data:
-        raise _not_planned(study, path)
+    if path.exists() or not scale.data:
+        return Plan.load(_planned(study, path))
     return _resolve(study, name, apply_overrides(study, name, Overrides()), "", {}, reporter)[0]
