@@ -18,15 +18,7 @@ def verb_of(analysis: Any) -> type[Any]:
     def run(self: Any, output: Output) -> dict[str, Any]:
         from ditlab import api
 
-        comparison = api.analyze(
-            analysis.name,
-            self.models,
-            config=self.settings,
-            options=self.options,
-            out=self.out,
-            reporter=output.reporter,
-            **keywords(self.model, self.compute),
-        )
+        comparison = api.analyze(analysis.name, **keywords(self), reporter=output.reporter)
         for table in comparison.tables():
             output.table(table)
         if legend := analysis.legend(comparison):

@@ -41,17 +41,8 @@ class Report:
         """Measures what is missing and writes the page."""
         from ditlab import api
 
-        result = api.report(
-            self.models,
-            out=self.out,
-            title=self.title,
-            samples=self.samples,
-            hide_training_images=self.hide_training_images,
-            jacobian=self.jacobian,
-            commands=[("this page", command_line("report"))],
-            reporter=output.reporter,
-            **keywords(self.model, self.compute),
-        )
+        commands = [("this page", command_line("report"))]
+        result = api.report(**keywords(self), commands=commands, reporter=output.reporter)
         output.line(result.sentences[0])
         output.wrote([result.path])
         return {"report": str(result.path), "sentences": list(result.sentences)}

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from ditlab.cli.console import Output
+from ditlab.cli.options import keywords
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,8 @@ class Report:
         """Writes report.html, table.csv, table.json and figures."""
         from ditlab.studies import study_report
 
-        page = study_report(
-            self.study,
-            self.scale,
-            out=self.out,
-            hide_training_images=self.hide_training_images,
-            reporter=output.reporter,
-        )
+        flags = keywords(self)
+        page = study_report(flags.pop("study"), flags.pop("scale"), **flags, reporter=output.reporter)
         for sentence in page.sentences:
             output.line(f"  {sentence}")
         output.wrote([page.path])

@@ -59,13 +59,8 @@ def published(study: str) -> Published | None:
     mine = record["studies"].get(study)
     if mine is None:
         return None
-    return Published(
-        record["paper"],
-        record["certainty"],
-        tuple(record["settings"]),
-        tuple(mine["claims"]),
-        tuple(mine["values"]),
-    )
+    lists = (tuple(record["settings"]), tuple(mine["claims"]), tuple(mine["values"]))
+    return Published(record["paper"], record["certainty"], *lists)
 
 
 def settings_here(plan: Plan, network: str) -> dict[str, Any]:
@@ -118,11 +113,7 @@ def _text(value: Any) -> str:
 
 
 def published_fid(network: Any) -> float | None:
-    """Returns the published FID of a network of Peebles & Xie, on the images that it was published for; else None.
-
-    Args:
-        network: a `ditlab.analyses.complexity.measure.NetworkCost`.
-    """
+    """Returns the published FID of a `NetworkCost` of Peebles & Xie, on the images it was published for; else None."""
     paper = published("dit/table4")
     assert paper is not None  # it comes with ditlab
     record = paper.value(network=network.name, quantity="fid")

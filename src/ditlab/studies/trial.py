@@ -133,6 +133,6 @@ def trial_config(
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     group, _, name = dotted.rpartition(".")
     known = {f"{top}.{inner}" for top, fields in values.items() if isinstance(fields, dict) for inner in fields}
-    if dotted not in known or isinstance(values[group][name], dict):
+    if dotted not in known:
         raise unknown_name("study setting", dotted, known)
     values[group][name] = value
