@@ -12,7 +12,6 @@ from ditlab.cli.console import Output
 from ditlab.cli.data_summary import print_summary
 from ditlab.cli.options import keywords
 
-
 _OF_SOURCES = (
     "stride",
     "scales",
