@@ -40,7 +40,7 @@ _AFTER: dict[str, tuple[str, str]] = {
     "study list": ("study:List", "show the studies: their questions, scales and costs"),
     "study run": ("study:Run", "train and measure the trials of a study, as many at a time as fit"),
     "study status": ("study:Status", "show the progress of each trial of a study"),
-    "study report": ("study_report:Report", "write the page of a study from its recorded trials"),
+    "study report": ("report:StudyReport", "write the page of a study from its recorded trials"),
 }
 
 
