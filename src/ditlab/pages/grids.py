@@ -24,15 +24,7 @@ def labelled_grid(
     inches: float = 0.84,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Images in a table, each pixel enlarged so that it stays sharp.
-
-    Args:
-        images: uint8 [R, K, C, H, W], C 1 or 3.
-        rows: a word before each row.
-        columns: a word above each column.
-        title: above all of it.
-        inches: width of one image.
-        theme: light or dark.
+    """Draws images uint8 [R, K, C, H, W] (C 1 or 3) in a table, with a word before each row and above each column.
 
     Raises:
         DitlabError: no images, or not as many words as there are rows and columns.

@@ -37,14 +37,7 @@ class ImageRow:
 def image_rows(
     rows: Sequence[ImageRow], *, titles: Sequence[str] = (), title: str = "", inches: float = 0.9, theme: Theme = LIGHT
 ) -> Figure:
-    """Draws rows of images.
-
-    Args:
-        rows: with images of one shape and number.
-        titles: one above each column; or none.
-        title: above all of it.
-        inches: width of an image.
-        theme: light or dark.
+    """Draws rows of images of one shape and number, with `titles` above columns and `title` above all.
 
     Raises:
         DitlabError: no rows, or rows of different shapes.

@@ -78,11 +78,6 @@ class ThemedFigure:
 
         A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
         photographs, up to `EXACT_BYTES`.
-
-        Example:
-            >>> picture = ThemedFigure.draw(
-            ...     lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ..."
-            ... )
         """
         light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
         exact = exact and len(light) <= EXACT_BYTES

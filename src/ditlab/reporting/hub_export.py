@@ -49,7 +49,7 @@ def export_run(
         out: a folder that does not exist yet; it appears whole or not at all.
         repo: ORG/NAME, for the sentences on how to load it.
         step: of which checkpoint; the newest whole one if None.
-        licence: the weights' licence, by the hub's short name such as apache-2.0.
+        licence: by the hub's short name such as apache-2.0.
         samples: take along the grid of the newest samples.
 
     Raises:

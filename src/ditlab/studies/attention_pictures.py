@@ -55,14 +55,9 @@ def attention_map_figures(
 ) -> list[ThemedFigure]:
     """Returns a figure for each image set, network and kind of attention of the first seed, with two rows for each N.
 
-    The image is the first held-out one, which all N share, at the middle one of the measured noise levels.
-
-    Args:
-        plans: one or several scales of a study.
-        store: where the runs are.
-        folder: where pictures are saved, and read from if runs are missing.
-        hide_images: do not show the image itself; saved pictures that show one are deleted.
-        reporter: told which maps could not be drawn again, and why.
+    The image is the first held-out one, which all N share, at the middle one of the measured noise levels. Pictures are
+    saved into `folder`, and read from it if runs are missing. With `hide_images` the image itself is not shown, and
+    saved pictures that show one are deleted.
     """
     axes, figures = ("data", "network", "attention"), []
     for plan in plans:
@@ -143,14 +138,9 @@ def study_pickers(
 ) -> list[AttentionPicker]:
     """Returns pickers of the first seed's runs of the first image set and network, at the smallest and the largest N.
 
-    All show the same image. N between are left out, so that layers, heads and noise levels fit.
-
-    Args:
-        plans: one or several scales of a study; the first with measured attention is shown.
-        store: where runs and results are.
-        room: bytes that are left on the page.
-        hide_images: show a sample that the run of the largest N drew, and that is no copy, not a held-out image.
-        reporter: told why there is nothing to show.
+    All show the same image. N between are left out, so that layers, heads and noise levels fit into `room` bytes. Of
+    several scales the first with measured attention is shown. With `hide_images` the image is not a held-out one, but a
+    sample that the run of the largest N drew, and that is no copy.
     """
     for plan in plans:
         try:

@@ -20,12 +20,7 @@ def differences_figure(
 ) -> Figure:
     """Draws differences against N, one plot for each way of comparing, with intervals over paired seeds.
 
-    A filled mark is a difference whose interval excludes zero; small dots are the seeds.
-
-    Args:
-        ways: title -> N -> difference, or None where there is none.
-        ylabel: what is subtracted from what, and the unit.
-        theme: light or dark.
+    `ways` is title -> N -> difference. A filled mark is one whose interval excludes zero; small dots are the seeds.
     """
     from matplotlib.lines import Line2D
 

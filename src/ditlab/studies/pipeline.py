@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ditlab.config import RunConfig, to_json
-from ditlab.data.imageset import ImageSet
-from ditlab.errors import DitlabError
+from ditlab.data import ImageSet, is_source, prepare
+from ditlab.errors import DitlabError, InvalidConfig
 from ditlab.models.run import Run
+from ditlab.progress import Reporter
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import Job, Outcome, Progress, ResourceUse, Slot, Stage
 from ditlab.studies.store import Store
 from ditlab.studies.trial import Trial
 from ditlab.training.log import read_log
 
-__all__ = ["memory_estimate", "train_job", "training_progress", "trial_jobs"]
+__all__ = ["image_set", "memory_estimate", "train_job", "training_progress", "trial_job"]
 
 _PROCESS_BYTES = 700 * 2**20
 """Memory of a process before it trains anything: Python, torch and its libraries."""
@@ -27,9 +28,11 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {"psnr-gap": {"baselines": False}}
 """Analysis -> options that differ from its defaults: baselines are no trials."""
 
 
-def trial_jobs(trials: Sequence[Trial], plan: Plan, store: Store, images: Mapping[str, ImageSet]) -> list[Job]:
-    """Returns one job for each trial; `images` are the sets by their names on the data axis."""
-    return [_job(trial, plan, store, images[trial.data]) for trial in trials]
+def image_set(source: str, size: int, reporter: Reporter) -> ImageSet:
+    """Opens an image set's folder, or prepares the set of a source."""
+    if not source:
+        raise InvalidConfig("study: expected `data` with an image set's folder or a source of images, found nothing")
+    return prepare(source, size=size, reporter=reporter) if is_source(source) else ImageSet.open(source)
 
 
 def train_job(
@@ -40,7 +43,9 @@ def train_job(
     return {**job, "device": device, "threads": threads, "command": command}
 
 
-def _job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
+def trial_job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
+    """Returns the job that trains and measures a trial, as far as that is not on record."""
+
     def ended(outcome: Outcome) -> None:
         if outcome.state == "failed":
             store.note_failure(trial.hash, outcome.reason, outcome.command)
@@ -49,7 +54,7 @@ def _job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
 
     return Job(
         name=trial.name,
-        output=store.output(trial.hash),
+        output=store.file(trial.hash, "txt"),
         stages=partial(_stages, trial, plan, store, images),
         lock=partial(store.lock, trial.hash),
         ended=ended,
@@ -74,7 +79,7 @@ def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot
             store.record_training(trial, facts, None if begun else use)
 
         progress = training_progress(folder, trial.config.training.steps)
-        stages.append(Stage("train", job, store.job(trial.hash, "train"), record, progress))
+        stages.append(Stage("train", job, store.file(trial.hash, "train.json"), record, progress))
     for name in plan.analyses:
         record = partial(store.record_analysis, trial, plan, name)
         if finished and not store.measured(trial.hash, plan, name):
@@ -93,7 +98,7 @@ def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot
                 "device": slot.device,
                 "threads": slot.threads,
             }
-            stages.append(Stage(name, job, store.job(trial.hash, name), record))
+            stages.append(Stage(name, job, store.file(trial.hash, f"{name}.json"), record))
     return stages
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditlab.config import RunConfig
-from ditlab.data import ImageSet, is_source, prepare
+from ditlab.data import ImageSet, prepare
 from ditlab.errors import DitlabError
 from ditlab.models.comparing import open_models
 from ditlab.models.configuring import fit_run
 from ditlab.progress import SILENT, Reporter
-from ditlab.studies.pipeline import train_job, training_progress
+from ditlab.studies.pipeline import image_set, train_job, training_progress
 from ditlab.studies.quickstart_config import QuickstartConfig
 from ditlab.studies.runner import Job, Slot, Snapshot, Stage, run_jobs
 from ditlab.studies.trial import trial_config
@@ -66,7 +66,12 @@ def run_quickstart(
     The arguments are those of `ditlab.quickstart`; `command` is for the page and the runs' config.json.
     """
     begun, place = time.monotonic(), pick_device(device)
-    images = _images(config, out, reporter)
+    folder = out / f"photos-{config.size}"
+    images = (
+        prepare("photos", folder, size=config.size, reporter=reporter)
+        if config.data == "photos"
+        else image_set(config.data, config.size, reporter)
+    )
     side = f"{images.shape[1]}x{images.shape[2]}"
     reporter.note(
         f"{len(images)} images of {side} pixels in {images.path}; training on {config.n} of them, with global and with "
@@ -117,14 +122,6 @@ def run_config(
     }
     chosen = trial_config(config.preset, settings, images, attention=attention, n=config.n, seed=seed)
     return fit_run(chosen, images, reporter=reporter)
-
-
-def _images(config: QuickstartConfig, out: Path, reporter: Reporter) -> ImageSet:
-    if config.data == "photos":
-        return prepare("photos", out / f"photos-{config.size}", size=config.size, reporter=reporter)
-    if is_source(config.data):
-        return prepare(config.data, size=config.size, reporter=reporter)
-    return ImageSet.open(config.data)
 
 
 def _job(config: RunConfig, images: ImageSet, folder: Path, command: str) -> Job:

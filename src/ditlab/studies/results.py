@@ -97,6 +97,10 @@ class Facet:
         """The numbers of training images, ascending."""
         return list(self.plan.axes["n"])
 
+    def records(self, file: str) -> dict[str, Mapping[str, Any]]:
+        """Returns trial -> its JSON of this name, of those that have it."""
+        return {t.place["hash"]: t.records[file] for t in self.trials if file in t.records}
+
     @cached_property
     def comparison(self) -> PSNRComparison | None:
         """The comparison of PSNR gaps; None if none is on record."""

@@ -56,6 +56,8 @@ class TrialStatus:
     state: State
     note: str = ""
     """Details, for a table."""
+    command: str | None = None
+    """What repeats the process that failed, if one is known to have failed."""
 
 
 class Store:
@@ -76,16 +78,9 @@ class Store:
         """Returns the folder of a trial's run."""
         return self.root / "runs" / name
 
-    def output(self, name: str) -> Path:
-        """Returns the file of the output of a trial's processes."""
-        return self.root / "runs" / f"{name}.txt"
-
-    def job(self, name: str, stage: str) -> Path:
-        """Returns the file that tells a trial's process what to do."""
-        return self.root / "runs" / f"{name}.{stage}.json"
-
-    def _lock(self, name: str) -> Path:
-        return self.root / "runs" / f"{name}.lock"
+    def file(self, name: str, ending: str) -> Path:
+        """Returns a file beside a trial's run: "txt", the output of its processes; "STAGE.json", what one is to do."""
+        return self.root / "runs" / f"{name}.{ending}"
 
     @contextmanager
     def lock(self, name: str) -> Iterator[bool]:
@@ -96,8 +91,9 @@ class Store:
         if fcntl is None:
             yield True
             return
-        self._lock(name).parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(name).open("w") as file:
+        path = self.file(name, "lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
             for probe in range(_PROBES):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +110,7 @@ class Store:
         if fcntl is None:
             return False
         try:
-            with self._lock(name).open() as file:
+            with self.file(name, "lock").open() as file:
                 # Shared, so that several readers do not block each other.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,9 +149,9 @@ class Store:
             return TrialStatus("done", f"{gone}, its results stay valid" if gone else "")
         if self.locked(name):
             return TrialStatus("running")
-        failure = self.record_failure(name)
-        if failure is not None:
-            return TrialStatus("failed", failure["reason"])
+        with suppress(DitlabError):
+            failure = read_json(self.file(name, "failed.json"), "study-failure", 1)
+            return TrialStatus("failed", failure["reason"], failure["command"])
         if self.trained(name):
             todo = f"{' and '.join(a for a in plan.analyses if not self.measured(name, plan, a))} to be measured"
             if gone:
@@ -169,25 +165,15 @@ class Store:
             return TrialStatus("partial", f"step {steps[-1]:,} saved" if steps else "started")
         return TrialStatus("empty")
 
-    def _failure(self, name: str) -> Path:
-        return self.root / "runs" / f"{name}.failed.json"
-
-    def record_failure(self, name: str) -> dict[str, Any] | None:
-        """Returns why a trial failed when it was last tried, and what repeats it; None if it did not fail."""
-        try:
-            return read_json(self._failure(name), "study-failure", 1)
-        except DitlabError:
-            return None
-
     def note_failure(self, name: str, reason: str, command: str) -> None:
         """Records why a trial failed; if the disk is too full for that, only the note is lost."""
         record = {"kind": "study-failure", "version": 1, "reason": reason, "command": command}
         with suppress(DitlabError):
-            write_json(self._failure(name), record)
+            write_json(self.file(name, "failed.json"), record)
 
     def forget_failure(self, name: str) -> None:
         """Removes the note of a failure."""
-        self._failure(name).unlink(missing_ok=True)
+        self.file(name, "failed.json").unlink(missing_ok=True)
 
     def record_training(self, trial: Trial, images: Mapping[str, Any], use: ResourceUse | None) -> None:
         """Writes trajectory.json and then cell.json from a finished run's folder.

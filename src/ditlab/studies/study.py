@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditlab.data import ImageSet, is_source, prepare
+from ditlab.data import ImageSet
 from ditlab.errors import DitlabError, InvalidConfig, NotFound, unknown_name
 from ditlab.files import write_bytes
 from ditlab.progress import SILENT, Reporter
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, apply_overrides, merge_plans, resolve
-from ditlab.studies.pipeline import memory_estimate, trial_jobs
+from ditlab.studies.pipeline import image_set, memory_estimate, trial_job
 from ditlab.studies.runner import Outcome, Snapshot, make_slots, run_jobs
 from ditlab.studies.store import Store
 from ditlab.studies.trial import Trial
@@ -78,8 +78,8 @@ class StudyResult:
         for place in self.plan.trials:
             status = self.store.status(place["hash"], self.plan)
             record = {**place, "state": status.state, "note": status.note, "averages": self._averages(place["hash"])}
-            if status.state == "failed" and (failure := self.store.record_failure(place["hash"])):
-                record["command"] = failure["command"]
+            if status.command is not None:
+                record["command"] = status.command
             records.append(record)
         return records
 
@@ -175,7 +175,7 @@ def run_study(
     if plan_only or not todo:
         return StudyResult(study, plan, store)
     slots = make_slots(len(todo), device=place, parallel=parallel, memory=memory_estimate(todo))
-    jobs = trial_jobs(todo, plan, store, sets)
+    jobs = [trial_job(trial, plan, store, sets[trial.data]) for trial in todo]
     outcomes = run_jobs(jobs, slots, title=f"{study.name} {scale}", show=show, reporter=reporter)
     return StudyResult(study, plan, store, outcomes)
 
@@ -231,15 +231,9 @@ def _resolve(
     study: Study, name: str, scale: Scale, command: str, images: Mapping[str, ImageSet], reporter: Reporter
 ) -> tuple[Plan, list[Trial], Mapping[str, ImageSet]]:
     """The plan, its trials, and the image set of each name on the data axis."""
-    sets = {source: images.get(source) or _image_set(source, scale.size, reporter) for source in scale.data}
+    sets = {source: images.get(source) or image_set(source, scale.size, reporter) for source in scale.data}
     plan, trials = resolve(study, name, scale, sets, command)
     return plan, trials, {label: sets[str(facts["source"])] for label, facts in plan.images.items()}
-
-
-def _image_set(source: str, size: int, reporter: Reporter) -> ImageSet:
-    if not source:
-        raise InvalidConfig("study: expected `data` with an image set's folder or a source of images, found nothing")
-    return prepare(source, size=size, reporter=reporter) if is_source(source) else ImageSet.open(source)
 
 
 def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> None:

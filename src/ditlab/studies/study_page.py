@@ -23,7 +23,7 @@ from ditlab.analyses.differences import differences_table
 from ditlab.analyses.trajectory.course import Course
 from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.files import write_bytes, write_json, write_text
-from ditlab.metrics.paired import mean_interval
+from ditlab.metrics.paired import PairedDifference, mean_interval
 from ditlab.nn.attention_plan import parse_plan
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
@@ -76,23 +76,21 @@ class StudyPage:
     ) -> tuple[Path, list[str]]:
         """Writes report.html, table.csv, table.json and figures/; returns the path of the page and its sentences.
 
-        Args:
-            folder: where they go.
-            pickers: makes token pickers of at most so many bytes, which is what the rest of the page leaves.
+        `pickers` makes token pickers of at most so many bytes, which is what the rest of the page leaves.
         """
         sentences, screens = self.sentences(), self.first_screens()
         rows = [{"scale": f.plan.scale, **trial.row()} for f in self.facets for trial in f.trials]
-        trained = (trial.records["cell"] for f in self.facets for trial in f.trials if "cell" in trial.records)
+        trained = [record for facet in self.facets for record in facet.records("cell").values()]
         data = PageData(
             title=self.study.title,
             summary=[*(line for screen in screens for line in screen.sentences), self.study.question],
             tables=[screen.table for screen in screens],
             pictures=[picture for screen in screens for picture in screen.pictures],
             notes=[note for screen in screens for note in screen.notes],
-            sections=self.sections(),
+            sections=[*self.sections(), _costs(trained, self.plans)],
             labels=list(self.slots),
             commands=[(f"this study, scale {plan.scale}", plan.command) for plan in self.plans if plan.command],
-            environment=next((record["environment"] for record in trained), {}),
+            environment=trained[0]["environment"] if trained else {},
             downloads={"table.json": rows, **{f"plan-{plan.scale}.json": plan.to_json() for plan in self.plans}},
         )
         chosen = pickers(max(0, PAGE_BYTES - page_size(data)))
@@ -156,7 +154,7 @@ class StudyPage:
         sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
             sections += [self._claims(self.paper), self._published(self.paper), self._settings(self.paper)]
-        return [*sections, self._costs()]
+        return sections
 
     def _compared(self, room: str, detail: Any) -> Comparison:
         """The recorded results as a comparison of their analysis, which has its tables and figures."""
@@ -222,7 +220,7 @@ class StudyPage:
             if (difference := facet.trend(label, few, many)) is not None
         ]
         fall = [differences_table(trends, "The gap minus that at the next smaller N")] if trends else []
-        records = {t.place["hash"]: t.records["psnr-gap"] for t in facet.trials if "psnr-gap" in t.records}
+        records = facet.records("psnr-gap")
         notes = list(dict.fromkeys(note for record in records.values() for note in record["notes"]))
         if facet.alone:
             notes.append(f"Not counted, because no other kind has the same seed: {', '.join(facet.alone)}.")
@@ -238,38 +236,27 @@ class StudyPage:
 
     def _ways(self, facet: Facet, tail: str, name: str) -> Section:
         """Two kinds of attention, compared in the full measurement and in three ways along training."""
-        pairs, pictures = list(combinations(facet.labels, 2)), []
-        full, along = [], []
-        for number, (first, second) in enumerate(pairs, 1):
-            ways = facet.contrasts(first, second)
-            known = {
-                way: [(way, c.n, c.difference) for c in cs if c.difference is not None] for way, cs in ways.items()
-            }
-            full += known[FULL]
-            along += [row for way in ALONG for row in known[way]]
-            # The full measurement has bars of its own (`_gap`); here are those that were measured in the same way.
-            shown = {way: {c.n: c.difference for c in ways[way]} for way in ALONG}
-            if any(known[way] for way in ALONG):
-                drawing = Drawing(
-                    lambda theme, shown=shown, label=f"{second} minus {first} (dB)": differences_figure(
-                        shown, label, theme=theme
-                    ),
-                    f"Differences {second} minus {first} against N in three plots: {', '.join(ALONG)}.",
-                    f"{second} minus {first} along training, over paired seeds. A lower gap and a higher test PSNR are "
-                    "better.",
-                )
-                ending = f"-{number}" if len(pairs) > 1 else ""
-                pictures.append(self._picture(f"differences{tail}{ending}", drawing))
-        if not full and not along:
+        contrasts = {pair: facet.contrasts(*pair) for pair in combinations(facet.labels, 2)}
+        tables, pictures = [], []
+        for caption, shown in (("Along training", ALONG), ("Full measurement", (FULL,))):
+            every = [(way, c) for ways in contrasts.values() for way in shown for c in ways[way]]
+            rows = [(way, c.n, c.difference) for way, c in every if c.difference is not None]
+            tables += [differences_table(rows, caption)] if rows else []
+        if not tables:
             return Section(f"ways{tail}", "")
+        for number, (pair, ways) in enumerate(contrasts.items(), 1):
+            # The full measurement has bars of its own (`_gap`); here are those that were measured in the same way.
+            along = {way: {c.n: c.difference for c in ways[way]} for way in ALONG}
+            if any(difference is not None for way in along.values() for difference in way.values()):
+                ending = f"-{number}" if len(contrasts) > 1 else ""
+                pictures.append(self._picture(f"differences{tail}{ending}", _along_drawing(*pair, along)))
         two = f"{' against '.join(reversed(facet.labels)).capitalize()}, three ways"
-        captions = ((along, "Along training"), (full, "Full measurement"))
         return Section(
             f"ways{tail}",
-            (two if len(pairs) == 1 else "The kinds of attention, compared in three ways") + name,
+            (two if len(contrasts) == 1 else "The kinds of attention, compared in three ways") + name,
             [_THREE_WAYS, _instruments(facet)],
             points=[line for question in WAYS for line in answer(facet, question)],
-            tables=[differences_table(rows, caption) for rows, caption in captions if rows],
+            tables=tables,
             notes=[_NOT_CORRECTED],
             pictures=pictures,
             data={f"matched{tail}.json": [m.to_json() for m in facet.matched]},
@@ -304,10 +291,9 @@ class StudyPage:
             return Section(f"locality{tail}", "")
         drawings = self._compared("attention", comparison).drawings().items()
         pictures = [self._picture(file.removeprefix("attention-") + tail, drawing) for file, drawing in drawings]
-        records = {t.place["hash"]: t.records["attention"] for t in facet.trials if "attention" in t.records}
         differences = comparison.differences()
         sentences = differences if len(differences) <= MAX_SENTENCES else ()  # else they are in a table
-        data = {f"attention{tail}.json": records}
+        data = {f"attention{tail}.json": facet.records("attention")}
         section = locality_section(comparison, pictures, number=number, sentences=sentences, data=data)
         return replace(section, title=f"How local attention is{name}")
 
@@ -369,23 +355,27 @@ class StudyPage:
         why = "These settings differ from the paper's. All others are the same, or the paper does not state them."
         return Section("differs", "How the settings differ from the paper's", [why], tables=tables)
 
-    def _costs(self) -> Section:
-        """What each trial took, and a command that repeats one."""
-        stages = ("train", *(self.plans[0].analyses if self.plans else ()))
-        records = [trial.records["cell"] for facet in self.facets for trial in facet.trials if "cell" in trial.records]
-        rows = [
-            (
-                f"`{record['hash']}`",
-                record["name"],
-                *(record["spent"].get(stage, {}).get("cpu_seconds") for stage in stages),
-                record["memory_bytes"] / 2**20,
-            )
-            for record in records
-        ]
-        columns = ("trial", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
-        table = [Table(columns, rows, digits=0, folded=f"Time and memory of each trial ({len(rows)})")] if rows else []
-        code = [("One of the trials", record["command"]) for record in records[:1]]
-        return Section("costs", "What the trials took", tables=table, code=code)
+
+def _costs(trained: Sequence[Mapping[str, Any]], plans: Sequence[Plan]) -> Section:
+    """What each trial took, and a command that repeats one."""
+    stages = ("train", *(plans[0].analyses if plans else ()))
+    rows = []
+    for record in trained:
+        seconds = [record["spent"].get(stage, {}).get("cpu_seconds") for stage in stages]
+        rows.append((f"`{record['hash']}`", record["name"], *seconds, record["memory_bytes"] / 2**20))
+    columns = ("trial", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
+    table = [Table(columns, rows, digits=0, folded=f"Time and memory of each trial ({len(rows)})")] if rows else []
+    code = [("One of the trials", record["command"]) for record in trained[:1]]
+    return Section("costs", "What the trials took", tables=table, code=code)
+
+
+def _along_drawing(first: str, second: str, ways: Mapping[str, Mapping[int, PairedDifference | None]]) -> Drawing:
+    minus = f"{second} minus {first}"
+    return Drawing(
+        lambda theme: differences_figure(ways, f"{minus} (dB)", theme=theme),
+        f"Differences {minus} against N in three plots: {', '.join(ways)}.",
+        f"{minus} along training, over paired seeds. A lower gap and a higher test PSNR are better.",
+    )
 
 
 def _distance_by_n(facet: Facet) -> Drawing:
