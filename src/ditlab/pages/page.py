@@ -135,11 +135,8 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """For each column, whether all that stands in it are numbers (at least one)."""
-        numeric = []
-        for column in range(len(self.columns)):
-            cells = [row[column] for row in self.rows if row[column] is not None]
-            numeric.append(bool(cells) and all(_is_number(cell) for cell in cells))
-        return numeric
+        columns = ([row[i] for row in self.rows if row[i] is not None] for i in range(len(self.columns)))
+        return [bool(cells) and all(map(_is_number, cells)) for cells in columns]
 
 
 @dataclass(frozen=True)
