@@ -53,8 +53,8 @@ class ReportResult:
     path: Path
     sentences: Sequence[str]
     """The verdict, then what each analysis found."""
-    comparisons: Sequence[Comparison] = field(repr=False)
-    """What the sections were made of, in their order."""
+    comparisons: Sequence[Comparison] = field(default=(), repr=False)
+    """What the sections were made of, in their order; none of a study's page."""
 
     def _repr_html_(self) -> str:
         path = escape(self.path.resolve().as_uri())

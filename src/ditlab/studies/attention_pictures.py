@@ -47,7 +47,7 @@ def _measured(plan: Plan, store: Store, **place: Any) -> list[Mapping[str, Any]]
     """The places of the trials there, of the first seed, whose attention is on record; N ascending."""
     place["seed"] = plan.axes["seed"][0]
     trials = (t for t in plan.trials if all(t[axis] == value for axis, value in place.items()))
-    return sorted((t for t in trials if store.measured(t["hash"], plan, "attention")), key=lambda t: t["n"])
+    return sorted((t for t in trials if "attention" in store.records(t["hash"], plan)), key=lambda t: t["n"])
 
 
 def attention_map_figures(

@@ -15,7 +15,7 @@ from ditlab.models.run import Run
 from ditlab.progress import Reporter
 from ditlab.studies.grid import Plan
 from ditlab.studies.runner import Job, Outcome, Progress, ResourceUse, Slot, Stage
-from ditlab.studies.store import Store
+from ditlab.studies.store import TRAINED, Store
 from ditlab.studies.trial import Trial
 from ditlab.training.log import read_log
 
@@ -63,42 +63,45 @@ def trial_job(trial: Trial, plan: Plan, store: Store, images: ImageSet) -> Job:
 
 def _stages(trial: Trial, plan: Plan, store: Store, images: ImageSet, slot: Slot) -> list[Stage]:
     """Returns what is left to do for a trial; one without a run folder is trained again only if a result is missing."""
-    if store.complete(trial.hash, plan):
+    missing = store.missing(trial.hash, plan)
+    if not missing:
         return []
     folder, facts = store.run(trial.hash), plan.images[trial.data]
     begun = (folder / "config.json").is_file()
     finished = begun and Run.open(folder).finished
     stages = []
-    if finished and not store.trained(trial.hash):
-        # The runner was killed after training and before recording it.
-        store.record_training(trial, facts, None)
     if not finished:
         job = train_job(trial.config, images, folder, device=slot.device, threads=slot.threads, command=plan.command)
 
-        def record(use: ResourceUse) -> None:
+        def trained(use: ResourceUse) -> None:
             store.record_training(trial, facts, None if begun else use)
 
         progress = training_progress(folder, trial.config.training.steps)
-        stages.append(Stage("train", job, store.file(trial.hash, "train.json"), record, progress))
+        stages.append(Stage("train", job, store.file(trial.hash, "train.json"), trained, progress))
+    elif {*TRAINED} & {*missing}:
+        # The runner was killed after training and before recording it.
+        store.record_training(trial, facts, None)
     for name in plan.analyses:
-        record = partial(store.record_analysis, trial, plan, name)
-        if finished and not store.measured(trial.hash, plan, name):
+        if name not in missing:
+            continue
+        measured = partial(store.record_analysis, trial, plan, name)
+        if finished:
             # The same after a measurement; what is missing or was measured with other settings is refused.
             with suppress(DitlabError):
-                record(None)
-        if not store.measured(trial.hash, plan, name):
-            job = {
-                "call": "analyze",
-                "analysis": name,
-                "model": str(folder),
-                "images": str(images.path),
-                "config": dict(plan.analyses[name]),
-                "options": dict(_OPTIONS.get(name, {})),
-                "names": [trial.attention],
-                "device": slot.device,
-                "threads": slot.threads,
-            }
-            stages.append(Stage(name, job, store.file(trial.hash, f"{name}.json"), record))
+                measured(None)
+                continue
+        job = {
+            "call": "analyze",
+            "analysis": name,
+            "model": str(folder),
+            "images": str(images.path),
+            "config": dict(plan.analyses[name]),
+            "options": dict(_OPTIONS.get(name, {})),
+            "names": [trial.attention],
+            "device": slot.device,
+            "threads": slot.threads,
+        }
+        stages.append(Stage(name, job, store.file(trial.hash, f"{name}.json"), measured))
     return stages
 
 

@@ -169,8 +169,7 @@ def facets(plan: Plan, store: Store) -> list[Facet]:
 
 def _read(place: Mapping[str, Any], plan: Plan, store: Store) -> TrialResults:
     name = place["hash"]
-    names = ["cell", "trajectory", *(a for a in plan.analyses if store.measured(name, plan, a))]
-    records = {file: record for file in names if (record := store.record(name, file)) is not None}
+    records = store.records(name, plan)
     psnr, locality = records.get("psnr-gap"), records.get("attention")
     try:
         psnr = None if psnr is None else _named(psnr_of_levels(psnr), place)

@@ -34,8 +34,10 @@ try:
 except ImportError:  # Windows has no such lock; there the user must not start two runners on one store
     fcntl = None
 
-__all__ = ["State", "Store", "TrialStatus"]
+__all__ = ["TRAINED", "State", "Store", "TrialStatus"]
 
+TRAINED = ("cell", "trajectory")
+"""The files of a trial's training."""
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "cell": {"name": str, "split": dict, "spent": dict, "environment": dict, "command": str},
     "trajectory": {"points": list},
@@ -121,39 +123,41 @@ class Store:
 
     def record(self, name: str, file: str) -> dict[str, Any] | None:
         """Returns one of a trial's JSON files; None if it is missing or damaged, so that it is made again."""
-        kind, version = (f"study-{file}", 1) if file in ("cell", "trajectory") else _kind(file)
+        kind, version = (f"study-{file}", 1) if file in TRAINED else _kind(file)
         try:
             record = read_json(self.trial(name) / f"{file}.json", kind, version)
         except DitlabError:
             return None
         return record if _whole(record, file) else None
 
-    def trained(self, name: str) -> bool:
-        """Returns whether a trial's training is on record."""
-        return self.record(name, "cell") is not None and self.record(name, "trajectory") is not None
+    def records(self, name: str, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Returns file -> JSON of what is on record of a trial: its training, and analyses with the plan's settings."""
+        records = {}
+        for file in (*TRAINED, *plan.analyses):
+            record = self.record(name, file)
+            if record is not None and (file in TRAINED or _measured_alike(record, plan, file)):
+                records[file] = record
+        return records
 
-    def measured(self, name: str, plan: Plan, analysis: str) -> bool:
-        """Returns whether a trial has an analysis on record that was made with the plan's settings."""
-        record = self.record(name, analysis)
-        return record is not None and _measured_alike(record, plan, analysis)
-
-    def complete(self, name: str, plan: Plan) -> bool:
-        """Returns whether everything that a plan asks of a trial is on record."""
-        return self.trained(name) and all(self.measured(name, plan, analysis) for analysis in plan.analyses)
+    def missing(self, name: str, plan: Plan) -> list[str]:
+        """Returns the files that a plan asks of a trial and that are not on record."""
+        records = self.records(name, plan)
+        return [file for file in (*TRAINED, *plan.analyses) if file not in records]
 
     def status(self, name: str, plan: Plan) -> TrialStatus:
         """Returns how far a trial is, from the files on the disk."""
         folder = self.run(name)
         gone = "" if folder.is_dir() else "run folder deleted"
-        if self.complete(name, plan):
+        missing = self.missing(name, plan)
+        if not missing:
             return TrialStatus("done", f"{gone}, its results stay valid" if gone else "")
         if self.locked(name):
             return TrialStatus("running")
         with suppress(DitlabError):
             failure = read_json(self.file(name, "failed.json"), "study-failure", 1)
             return TrialStatus("failed", failure["reason"], failure["command"])
-        if self.trained(name):
-            todo = f"{' and '.join(a for a in plan.analyses if not self.measured(name, plan, a))} to be measured"
+        if not {*TRAINED} & {*missing}:
+            todo = f"{' and '.join(missing)} to be measured"
             if gone:
                 return TrialStatus("empty", f"{gone}, {todo}: to be trained again")
             return TrialStatus("trained", todo)

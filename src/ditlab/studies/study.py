@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +21,15 @@ from ditlab.studies.trial import Trial
 
 if TYPE_CHECKING:
     from ditlab.pages.page import Table
+    from ditlab.reporting.report import ReportResult
 
-__all__ = ["StudyReport", "StudyResult", "find_study", "open_study", "run_study", "study_list", "study_report"]
+__all__ = ["StudyResult", "find_study", "open_study", "run_study", "study_list", "study_report"]
 
 Images = str | Path | ImageSet
 
 _AXES = {"data": "images", "network": "network", "attention": "attention", "n": "N", "seed": "seed"}
 """Axis -> its heading in tables."""
 _AVERAGES = ("train", "test", "gap")
-
-
-@dataclass(frozen=True, eq=False)
-class StudyReport:
-    """The page of a study that was written, and its first sentences."""
-
-    path: Path
-    sentences: Sequence[str]
-
-    def _repr_html_(self) -> str:
-        lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
-        return f'<a href="{escape(self.path.resolve().as_uri())}">{escape(str(self.path))}</a><ul>{lines}</ul>'
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +73,8 @@ class StudyResult:
 
     def _averages(self, name: str) -> dict[str, Any] | None:
         """Train and test PSNR and the gap of a trial, if they were measured with the plan's settings."""
-        if "psnr-gap" not in self.plan.analyses or not self.store.measured(name, self.plan, "psnr-gap"):
-            return None
-        averages = (self.store.record(name, "psnr-gap") or {}).get("averages", {}).get("mse_mean")
+        record = self.store.records(name, self.plan).get("psnr-gap", {})
+        averages = record.get("averages", {}).get("mse_mean")
         whole = isinstance(averages, dict) and all(isinstance(averages.get(k), float | int) for k in _AVERAGES)
         return averages if whole else None
 
@@ -110,7 +97,7 @@ class StudyResult:
         place = {"study": self.plan.study, "scale": self.plan.scale, "folder": str(self.folder)}
         return {**place, "cells": self.status()}
 
-    def report(self, *, hide_training_images: bool = False, reporter: Reporter = SILENT) -> StudyReport:
+    def report(self, *, hide_training_images: bool = False, reporter: Reporter = SILENT) -> ReportResult:
         """Writes the page of the study at this scale (`study_report`)."""
         scales, hidden = (self.plan.scale,), hide_training_images
         return study_report(self.study, scales, out=self.store.root, hide_training_images=hidden, reporter=reporter)
@@ -169,7 +156,7 @@ def run_study(
     plan, trials, sets = _resolve(study, scale, chosen, command, images or {}, reporter)
     store = Store(out)
     _save_plan(plan, store.plan(study.name, scale), reporter, keep=plan_only)
-    todo = [trial for trial in trials if not store.complete(trial.hash, plan)]
+    todo = [trial for trial in trials if store.missing(trial.hash, plan)]
     counts = f"{len(trials)} trials, {len(trials) - len(todo)} on record, {len(todo)} to do"
     reporter.note(f"{study.name} at scale {scale}: {counts}")
     if plan_only or not todo:
@@ -199,7 +186,7 @@ def study_report(
     out: Path = Path("studies"),
     hide_training_images: bool = False,
     reporter: Reporter = SILENT,
-) -> StudyReport:
+) -> ReportResult:
     """Writes the page of a study from what is on record of its trials; nothing is trained or measured.
 
     It needs plan.json and cells/ alone. Attention maps and token pickers are made if the run folders exist.
@@ -214,6 +201,7 @@ def study_report(
     Raises:
         DitlabError: an unknown study or scale, or a recorded result that is damaged.
     """
+    from ditlab.reporting.report import ReportResult
     from ditlab.studies.attention_pictures import attention_map_figures, study_pickers
     from ditlab.studies.study_page import StudyPage
 
@@ -224,7 +212,7 @@ def study_report(
     folder, hidden = store.plan(study.name, scales[0]), hide_training_images
     maps = attention_map_figures(plans, store, folder / "figures", hide_images=hidden, reporter=reporter)
     pickers = partial(study_pickers, plans, store, hide_images=hidden, reporter=reporter)
-    return StudyReport(*StudyPage(study, plans, store, maps).save(folder, pickers))
+    return ReportResult(*StudyPage(study, plans, store, maps).save(folder, pickers))
 
 
 def _resolve(
