@@ -8,7 +8,7 @@ from itertools import combinations
 from ditlab.metrics.paired import PairedDifference
 from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet
 
-__all__ = ["WAYS", "answer", "findings", "headline", "phrase", "verdict"]
+__all__ = ["WAYS", "answer", "findings", "headline", "verdict"]
 
 WAYS = dict(zip(("full", "lowers", "matched", "best"), CONTRASTS, strict=True))
 """Question -> the way of comparing that answers it."""
@@ -47,7 +47,7 @@ def answer(facet: Facet, question: str) -> list[str]:
         for first, second in combinations(facet.labels, 2):
             contrasts = facet.contrasts(first, second)[way]
             if any(contrast.difference is not None for contrast in contrasts):
-                lines.append(f"{phrase(way)}, {second} against {first}: {verdict(contrasts)}.")
+                lines.append(f"{_phrase(way)}, {second} against {first}: {verdict(contrasts)}.")
         return lines
     if facet.locality is None:
         return []
@@ -72,8 +72,8 @@ def _falls(facet: Facet) -> list[str]:
     return lines
 
 
-def phrase(way: str) -> str:
-    """Returns a way of comparing as a sentence begins with it; it always says which of the two measurements it is."""
+def _phrase(way: str) -> str:
+    """A way of comparing as a sentence begins with it; it always says which of the two measurements it is."""
     return f"{way[0].upper()}{way[1:]}" + (" along training" if way in ALONG else "")
 
 
