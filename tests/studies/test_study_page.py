@@ -333,6 +333,9 @@ def test_the_first_screen_answers_the_question(tmp_path):
     assert [row[:2] for row in screen.table.rows] == [(kind, n) for n in (10, 100) for kind in ("global", "local")]
     assert screen.table.rows[0][2:] == ("22.10\n21.85 to 22.35", "20.00\n20.00 to 20.00", "2.10\n1.85 to 2.35")
     assert len(screen.pictures) == 1
+    (empty,) = StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path / "empty")).first_screens()
+    assert empty.sentences == ["0 of 12 trials are on record (3 paired seeds)."]
+    assert not empty.pictures
 
 
 @pytest.mark.slow

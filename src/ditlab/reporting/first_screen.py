@@ -16,8 +16,6 @@ from ditlab.pages.page import Table, ThemedFigure
 
 __all__ = ["FirstScreen", "rows_of", "title_of"]
 
-_NO_VERDICT = "Nothing was measured that tells whether {title} generalizes or memorizes; the notes below say why."
-
 
 @dataclass(frozen=True)
 class FirstScreen:
@@ -30,8 +28,8 @@ class FirstScreen:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[str, int | None]], overviews: Sequence[Overview], title: str) -> FirstScreen:
-        """Puts together what the analyses say of each (kind, N)."""
+    def of(cls, rows: Sequence[tuple[str, int | None]], overviews: Sequence[Overview], otherwise: str) -> FirstScreen:
+        """Puts together what the analyses say of each (kind, N); `otherwise` stands in place of a verdict."""
         # What has a figure of its own is the answer; the rest stands after it.
         overviews = sorted(overviews, key=lambda overview: overview.figure is None)
         verdicts = [overview.verdict for overview in overviews if overview.verdict]
@@ -40,7 +38,7 @@ class FirstScreen:
         columns = list(dict.fromkeys(name for o in overviews for cells in o.cells.values() for name in cells))
         cells = {row: {name: cell for o in overviews for name, cell in o.cells.get(row, {}).items()} for row in rows}
         return cls(
-            verdicts or [_NO_VERDICT.format(title=title)],
+            verdicts or [otherwise],
             Table(("model", "N", *columns), [(*row, *map(cells[row].get, columns)) for row in rows]),
             [ThemedFigure.of(drawing) for drawing in drawings if drawing is not None],
             [overview.note for overview in overviews if overview.note],

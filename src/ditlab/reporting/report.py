@@ -43,6 +43,8 @@ _EARLIER = re.compile(
 )
 """The names that reports of earlier versions, which kept no list, gave their figures."""
 
+_NO_VERDICT = "Nothing was measured that tells whether {title} generalizes or memorizes; the notes below say why."
+
 _Figures = Mapping[str, ThemedFigure]
 
 
@@ -110,7 +112,7 @@ def write_report(
     figures, files = _drawn(comparisons)
     title = title or title_of(models)
     overviews = [comparison.analysis.overview(comparison) for comparison in comparisons]
-    first = FirstScreen.of(rows_of(models), overviews, title)
+    first = FirstScreen.of(rows_of(models), overviews, _NO_VERDICT.format(title=title))
     notes = [f"{name}: {note}" for name, model in zip(models.names, models, strict=True) for note in model.notes]
     names = zip(models.names, models.kinds, models, strict=True)
     data = PageData(

@@ -120,7 +120,7 @@ class StudyPage:
             overview = self._overview(facet)
             if overview.cells or len(self.facets) == 1:
                 rows = [(label, n) for n in facet.counts for label in facet.labels]
-                screen = FirstScreen.of(rows, [overview], self.study.name)
+                screen = FirstScreen.of(rows, [overview], findings(facet, ())[0])
                 prefix = self._prefix(facet)
                 caption = self._name(facet) if prefix else ""
                 lines = [prefix + line for line in screen.sentences]
@@ -136,7 +136,9 @@ class StudyPage:
                     for g in detail.groups
                 }
                 comparison = self._compared(name, detail)
-                figure = analysis(name).overview(comparison).figure or _distance_by_n(facet)
+                figure = analysis(name).overview(comparison).figure
+                if figure is None and len(facet.counts) > 1:
+                    figure = _distance_by_n(facet)
                 note = f"{self._prefix(facet)}{findings(facet, ())[0]} {_MEANS}"
                 return Overview(cells, headline(facet), figure, note=note)
         return Overview()
