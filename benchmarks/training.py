@@ -27,7 +27,7 @@ import torch
 
 from clocks import clock
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
-from ditlab.models.run import environment
+from ditlab.models.creating import environment
 from ditlab.networks.dit import DiT
 from ditlab.networks.dit_config import DiTConfig
 from ditlab.nn.attention import attention_kernel

@@ -83,6 +83,18 @@ def test_a_damaged_result_is_named_and_stays_here(place, plain, notes):
     assert not Path("export/analysis").exists()
 
 
+def test_the_card_says_on_which_images_attention_was_measured(place, plain):
+    """Beside PSNR on held-out images; a result on held-out images goes before a newer one on others."""
+    run = place.copy(plain)
+    for images_from, words in (("train", "training images"), ("test", "held-out images"), ("train", "held-out images")):
+        ditlab.attention(run, images=2, images_from=images_from, device="cpu")
+        shutil.rmtree("export", ignore_errors=True)
+        ditlab.convert(run, "hub:me/mine", dry_run="export")
+        card = Path("export/README.md").read_text()
+        assert re.search(rf"\| mean attention distance \| [\d.]+ tokens on \d+x\d+, of {words} \|", card)
+        assert f"How far its attention reaches, on {words}." in card
+
+
 @pytest.mark.parametrize("kind", ["raw", "split"])
 def test_numbers_of_raw_weights_and_of_other_splits_are_not_on_the_card(place, plain, kind):
     run = place.copy(plain)

@@ -27,7 +27,7 @@ from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import PAGE_BYTES, Section, ThemedFigure
 from ditlab.pages.theme import canvas
 from ditlab.reporting import report
-from ditlab.reporting.figure_files import LIST
+from ditlab.reporting.report import LIST
 
 PIXEL = b"not looked at"
 

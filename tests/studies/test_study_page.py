@@ -12,10 +12,10 @@ import pytest
 
 from ditlab.metrics.paired import paired_difference
 from ditlab.studies.an2024 import STUDIES
-from ditlab.studies.findings import answer
+from ditlab.studies.findings import answer, verdict
 from ditlab.studies.grid import Plan
 from ditlab.studies.published import differing, published, settings_here
-from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet, facets, verdict
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet, facets
 from ditlab.studies.store import Store
 from ditlab.studies.study_page import StudyPage
 
@@ -122,10 +122,15 @@ def facet_of(made: Plan, store: Store) -> Facet:
     return facet
 
 
+def contrasts(facet: Facet) -> dict[tuple[str, int], Contrast]:
+    """(way, N) -> local against global."""
+    return {(way, c.n): c for way, row in facet.contrasts("global", "local").items() for c in row}
+
+
 def test_the_ways_are_the_paired_differences_of_the_records(tmp_path):
     made = plan()
     facet = facet_of(made, filled(tmp_path, made))
-    found = {(c.what, c.n): c.difference for c in facet.contrasts}
+    found = {place: contrast.difference for place, contrast in contrasts(facet).items()}
     assert found.keys() == {(what, n) for what in CONTRASTS for n in (10, 100)}
     for n in (10, 100):
         rows = np.array([NUMBERS[n, seed] for seed in range(3)])
@@ -158,7 +163,7 @@ def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
     """Seeds that one side lacks are left out; an N where no seed has both sides has no difference, and no error."""
     made = plan()
     facet = facet_of(made, filled(tmp_path, made, ("local10s0", "local10s1", "local10s2", "global100s1")))
-    found = {(c.what, c.n): c.difference for c in facet.contrasts}
+    found = {place: contrast.difference for place, contrast in contrasts(facet).items()}
     for what in CONTRASTS:
         assert found[what, 10] is None
         there = found[what, 100]
@@ -172,7 +177,7 @@ def test_a_partly_filled_grid_compares_what_it_can(tmp_path):
     apart = facet_of(made, filled(tmp_path / "b", made, tuple(c["hash"] for c in made.trials if apart_(c))))
     assert apart.comparison is not None
     assert apart.comparison.labels == ("global",)
-    assert all(c.difference is None for c in apart.contrasts)
+    assert all(c.difference is None for c in contrasts(apart).values())
     # What is on record and not counted is named, here and on the page.
     assert facet.alone == []
     assert sorted(apart.alone) == ["local N=10 seed 2", "local N=100 seed 2"]
@@ -190,7 +195,14 @@ def test_one_seed_says_so(tmp_path):
     for about in ("lowers", "best"):
         (line,) = answer(facet, about)
         assert line.endswith("at N = 10, 100 one seed, so nothing can be said.")
-    assert not any(c.difference.seen for c in facet.contrasts if c.difference is not None)
+    (screen,) = StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path)).first_screens()
+    (sentence,) = screen.sentences
+    assert sentence == (
+        "Average PSNR gap, at N = 100 against N = 10: one seed, so nothing can be said (global, local); local against "
+        "global: at N = 10, 100 one seed, so nothing can be said."
+    )
+    assert screen.table.rows[0] == ("global", 10, "22.00", "20.00", "2.00")
+    assert not any(c.difference.seen for c in contrasts(facet).values() if c.difference is not None)
 
 
 def test_verdicts():
@@ -198,7 +210,7 @@ def test_verdicts():
         return paired_difference("a", "b", dict.fromkeys(range(len(values)), 0.0), dict(enumerate(values)))
 
     found = {10: d(-1.0, -1.1, -0.9), 30: d(-1.0, 1.0, 0.2), 100: d(0.5), 300: None, 600: None, 1000: d(2.0, 2.1)}
-    assert verdict([Contrast("gap", n, "a", "b", difference, n != 600) for n, difference in found.items()]) == (
+    assert verdict([Contrast(n, difference, n != 600) for n, difference in found.items()]) == (
         "at N = 10 lower; at N = 1,000 higher; at N = 30 no difference seen; at N = 100 one seed, so nothing can be "
         "said; at N = 300 cannot be compared; at N = 600 not yet measured"
     )
@@ -230,7 +242,8 @@ def test_a_record_that_lacks_a_field_is_not_on_record(ditlab, tmp_path, file, fi
     assert store.record("local10s0", file) is None
     facet = facet_of(made, store)
     assert next(c for c in facet.trials if c.place["hash"] == "local10s0").status.state != "done"
-    for what, contrast in ((c.what, c) for c in facet.contrasts if c.n == 10):
+    for what in CONTRASTS:
+        contrast = contrasts(facet)[what, 10]
         expected = (1, 2) if (what == FULL) == (file == "psnr-gap") else (0, 1, 2)
         assert contrast.difference is not None
         assert contrast.difference.seeds == expected
@@ -282,8 +295,9 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
         "Local against global, three ways",
         "The full measurement takes up to 50 images of each side at 3 noise levels",
         "Gap at matched train PSNR along training, local against global: ",
-        "gap at equal steps, dB",
-        "-1.25 to -0.75 (3)",
+        "gap at equal steps",
+        "-1.25 to -0.75",
+        "Average PSNR gap, at N = 100 against N = 10: lower (global, local); local against global: at N = 10 lower, at",
         "2.10",
         "read from a figure",
         "7.49",
@@ -305,6 +319,23 @@ def test_the_page_needs_only_the_plan_and_the_cells(ditlab, tmp_path):
     # The same records make the same page.
     assert ditlab(tmp_path, "study", "report", "an2024/fig6").status == 0
     assert (tmp_path / result["report"]).read_text() == page
+
+
+def test_the_first_screen_answers_the_question(tmp_path):
+    """One verdict that follows from the intervals, a row with intervals for each kind at each N, one figure."""
+    made = plan()
+    (screen,) = StudyPage(STUDIES["an2024/fig6"], [made], filled(tmp_path, made)).first_screens()
+    (sentence,) = screen.sentences
+    assert sentence == (
+        "Average PSNR gap, at N = 100 against N = 10: lower (global, local); local against global: at N = 10 lower, at "
+        "N = 100 no difference seen."
+    )
+    assert [row[:2] for row in screen.table.rows] == [(kind, n) for n in (10, 100) for kind in ("global", "local")]
+    assert screen.table.rows[0][2:] == ("22.10\n21.85 to 22.35", "20.00\n20.00 to 20.00", "2.10\n1.85 to 2.35")
+    assert len(screen.pictures) == 1
+    (empty,) = StudyPage(STUDIES["an2024/fig6"], [made], Store(tmp_path / "empty")).first_screens()
+    assert empty.sentences == ["0 of 12 trials are on record (3 paired seeds)."]
+    assert not empty.pictures
 
 
 @pytest.mark.slow

@@ -18,15 +18,7 @@ def verb_of(analysis: Any) -> type[Any]:
     def run(self: Any, output: Output) -> dict[str, Any]:
         from ditlab import api
 
-        comparison = api.analyze(
-            analysis.name,
-            self.models,
-            config=self.settings,
-            options=self.options,
-            out=self.out,
-            reporter=output.reporter,
-            **keywords(self.model, self.compute),
-        )
+        comparison = api.analyze(analysis.name, **keywords(self), reporter=output.reporter)
         for table in comparison.tables():
             output.table(table)
         if legend := analysis.legend(comparison):
@@ -38,9 +30,6 @@ def verb_of(analysis: Any) -> type[Any]:
         output.wrote(comparison.files)
         return {**comparison.to_json(), "files": [str(file) for file in comparison.files]}
 
-    def shared(kind: type[Any], default: Any = None) -> Any:
-        return field(default_factory=kind) if default is None else field(default=default)
-
     settings = Annotated[analysis.Config, tyro.conf.arg(name="")]
     options = Annotated[analysis.Options, tyro.conf.arg(name="")]
     out_help = (
@@ -51,11 +40,11 @@ def verb_of(analysis: Any) -> type[Any]:
         "Verb",
         [
             ("models", Models),
-            ("settings", settings, shared(analysis.Config)),
-            ("options", options, shared(analysis.Options)),
+            ("settings", settings, field(default_factory=analysis.Config)),
+            ("options", options, field(default_factory=analysis.Options)),
             ("out", Annotated[Path | None, tyro.conf.arg(help=out_help)], field(default=None)),
-            ("model", ModelOptions, shared(ModelFlags)),
-            ("compute", ComputeOptions, shared(ComputeFlags)),
+            ("model", ModelOptions, field(default_factory=ModelFlags)),
+            ("compute", ComputeOptions, field(default_factory=ComputeFlags)),
         ],
         frozen=True,
         namespace={"run": run},

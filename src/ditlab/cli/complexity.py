@@ -10,6 +10,7 @@ import tyro
 
 from ditlab.analyses.complexity.config import ComplexityConfig
 from ditlab.cli.console import Output
+from ditlab.cli.options import keywords
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ComplexityOf:
         """Counts, prints a table, and writes it if asked to."""
         from ditlab import api
 
-        costs = api.complexity(self.presets, config=self.settings, out=self.out)
+        costs = api.complexity(**keywords(self))
         output.table(costs.table())
         for line in (costs.legend(), *costs.sentences()):
             output.line(line)

@@ -10,10 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditlab.cli.flags import with_flags
 from ditlab.progress import SILENT, Reporter, RichReporter, SignalStop
+
+if TYPE_CHECKING:
+    from ditlab.pages.page import Table
 
 
 class Output:
@@ -41,8 +44,6 @@ class Output:
 
     def table(self, table: Any) -> None:
         """Prints a table of a page or of rich."""
-        from ditlab.cli.tables import rich_table
-
         self.console.print(rich_table(table) if hasattr(table, "columns") and hasattr(table, "texts") else table)
 
     def wrote(self, files: Sequence[Path]) -> None:
@@ -94,3 +95,18 @@ def stop_on_signal() -> Iterator[SignalStop]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def rich_table(table: Table) -> Any:
+    """Returns a page's table for a terminal; no number is cut off in a narrow one."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.caption or None, title_justify="left", box=box.SIMPLE_HEAD)
+    texts = table.texts
+    for place, (heading, numeric) in enumerate(zip(table.columns, table.numeric, strict=True)):
+        widest = max([len(word) for word in heading.split()] + [len(row[place]) for row in texts if numeric])
+        shown.add_column(heading, justify="right" if numeric else "left", min_width=widest if numeric else None)
+    for row in texts:
+        shown.add_row(*(cell.replace("`", "") for cell in row))
+    return shown

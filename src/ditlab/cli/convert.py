@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from ditlab.cli.console import Output
+from ditlab.cli.options import keywords
 from ditlab.interop.formats import Format, UNetFile
 
 
@@ -49,9 +50,7 @@ class Convert:
         """Converts and says what was made."""
         from ditlab import api
 
-        made = api.convert(
-            **{name: getattr(self, name) for name in self.__dataclass_fields__}, reporter=output.reporter
-        )
+        made = api.convert(**keywords(self), reporter=output.reporter)
         output.line(f"{'sent to' if made.sent else 'wrote'} {made.out}: {made.description}")
         if made.difference is not None:
             output.line(f"outputs of both networks differ by {made.difference:.1g} of their standard deviation at most")

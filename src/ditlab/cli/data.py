@@ -10,6 +10,7 @@ import tyro
 
 from ditlab.cli.console import Output
 from ditlab.cli.data_summary import print_summary
+from ditlab.cli.options import keywords
 
 _OF_SOURCES = (
     "stride",
@@ -22,7 +23,6 @@ _OF_SOURCES = (
     "images_key",
     "labels_key",
 )
-"""Flags that belong to one kind of source."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,11 @@ class Prepare:
         from ditlab import api
         from ditlab.data.summary import describe
 
-        options = {name: getattr(self, name) for name in _OF_SOURCES if getattr(self, name) is not None}
-        images = api.prepare(
-            self.source,
-            out=self.out,
-            held_out=self.held_out,
-            size=self.size,
-            color=self.color,
-            upscale=self.upscale,
-            near_duplicates=self.near_duplicates,
-            near_limit=self.near_limit,
-            overwrite=self.overwrite,
-            reporter=output.reporter,
-            **options,
-        )
+        # Flags that belong to one kind of source are given only if the user set them.
+        flags = keywords(self)
+        for name in [name for name in _OF_SOURCES if flags[name] is None]:
+            del flags[name]
+        images = api.prepare(**flags, reporter=output.reporter)
         summary = describe(images)
         print_summary(output, summary)
         output.line(f"Look at it with: ditlab data info {images.path}")
@@ -125,8 +116,7 @@ class Info:
         images = ImageSet.open(self.path)
         if self.verify:
             images.verify()
-        sheet = self.sheet or self.path / "contact_sheet.png"
-        device = str(pick_device(self.device))
+        sheet, device = self.sheet or self.path / "contact_sheet.png", str(pick_device(self.device))
         psnr = save_contact_sheet(images, sheet, count=self.count, seed=self.seed, codec=self.codec, device=device)
         summary = {**describe(images), "verified": self.verify, "sheet": str(sheet)}
         if psnr is not None:

@@ -44,16 +44,7 @@ class Encode:
         from ditlab import api
         from ditlab.data.summary import describe
 
-        images = api.encode(
-            self.images,
-            self.codec,
-            out=self.out,
-            kind=self.kind,
-            config=self.settings,
-            overwrite=self.overwrite,
-            reporter=output.reporter,
-            **keywords(self.compute),
-        )
+        images = api.encode(**keywords(self), reporter=output.reporter)
         if images is None:
             return {}
         summary = describe(images)

@@ -12,7 +12,7 @@ from ditlab.cli.console import Output
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ditlab.studies.runner import Progress, RunningJob, Snapshot
+    from ditlab.studies.runner import RunningJob, Snapshot
 
 _PLAIN_EVERY = 30.0
 """Seconds between two lines of progress without a terminal."""
@@ -26,31 +26,21 @@ def jobs_display(output: Output) -> Iterator[Callable[[Snapshot], None]]:
     if not output.console.is_terminal:
         yield _PlainLines(output)
         return
-    table = _LiveTable(output)
-    try:
-        yield table
-    finally:
-        table.close()
+    from rich.live import Live
 
+    live = Live(console=output.console, auto_refresh=False, transient=True)
 
-class _LiveTable:
-    """A table that is there while jobs run, so that bars can be drawn before and after it."""
-
-    def __init__(self, output: Output) -> None:
-        from rich.live import Live
-
-        self._live = Live(console=output.console, auto_refresh=False, transient=True)
-
-    def __call__(self, snapshot: Snapshot) -> None:
-        """Draws the table."""
-        self._live.start()
-        self._live.update(jobs_table(snapshot), refresh=True)
+    def draw(snapshot: Snapshot) -> None:
+        """Draws the table while jobs run, so that bars can be drawn before and after it."""
+        live.start()
+        live.update(jobs_table(snapshot), refresh=True)
         if len(snapshot.outcomes) == len(snapshot.states):
-            self.close()
+            live.stop()
 
-    def close(self) -> None:
-        """Takes the table off the screen."""
-        self._live.stop()
+    try:
+        yield draw
+    finally:
+        live.stop()
 
 
 class _PlainLines:
@@ -69,16 +59,10 @@ class _PlainLines:
             return
         self._printed_at = time.monotonic()
         for running in snapshot.running.values():
-            progress = running.progress()
-            if progress is not None:
-                self._output.line(f"{running.name}: {_sentence(progress)}")
-
-
-def _sentence(progress: Progress) -> str:
-    from ditlab.studies.runner import clock
-
-    left = "" if progress.seconds_left is None else f", {clock(progress.seconds_left)} left"
-    return f"step {progress.done:,} of {progress.total:,}{left}" + (f", {progress.detail}" if progress.detail else "")
+            step, left, detail = _columns(running)
+            if step:
+                parts = [f"step {step}", *([f"{left} left"] if left else []), *([detail] if detail else [])]
+                self._output.line(f"{running.name}: {', '.join(parts)}")
 
 
 def jobs_table(snapshot: Snapshot) -> Table:
@@ -102,6 +86,7 @@ def jobs_table(snapshot: Snapshot) -> Table:
 
 
 def _columns(running: RunningJob) -> tuple[str, str, str]:
+    """How far a job's process is, the time left, and details; no step where that is not known."""
     from ditlab.studies.runner import clock
 
     progress = running.progress()

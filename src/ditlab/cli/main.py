@@ -40,14 +40,15 @@ _AFTER: dict[str, tuple[str, str]] = {
     "study list": ("study:List", "show the studies: their questions, scales and costs"),
     "study run": ("study:Run", "train and measure the trials of a study, as many at a time as fit"),
     "study status": ("study:Status", "show the progress of each trial of a study"),
-    "study report": ("study_report:Report", "write the page of a study from its recorded trials"),
+    "study report": ("report:StudyReport", "write the page of a study from its recorded trials"),
 }
 
 
 def verbs() -> dict[str, tuple[str, str]]:
     """Returns verb -> (where its class is; "" for an analysis, what it does), in the order of the help text."""
     rooms = {name: analysis(name) for name in analysis_names()}
-    analyses = {name: ("", _lower(room.question)) for name, room in rooms.items() if room.verb}
+    questions = {name: room.question for name, room in rooms.items() if room.verb}
+    analyses = {name: ("", question[:1].lower() + question[1:]) for name, question in questions.items()}
     return _BEFORE | analyses | _AFTER
 
 
@@ -131,7 +132,3 @@ def _split(words: Sequence[str]) -> tuple[str, list[str]]:
         second = words[1] if len(words) > 1 else "nothing"
         raise DitlabError(f"'{words[0]}' needs one of: {', '.join(inside)}; found {second}")
     raise unknown_name("verb", words[0], verbs())
-
-
-def _lower(question: str) -> str:
-    return question[:1].lower() + question[1:]

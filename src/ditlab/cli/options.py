@@ -53,5 +53,11 @@ Out = Annotated[Path | None, tyro.conf.arg(name="out")]
 
 
 def keywords(*parts: Any) -> dict[str, Any]:
-    """Returns the flags of dataclasses as the keyword arguments of a call, nested ones as they are."""
-    return {name: getattr(part, name) for part in parts for name in part.__dataclass_fields__}
+    """Returns the flags of dataclasses as the keyword arguments of a call.
+
+    The groups that verbs share are taken apart, and `settings` are called `config`; other groups stay as they are.
+    """
+    values: dict[str, Any] = {}
+    for name, value in ((name, getattr(part, name)) for part in parts for name in part.__dataclass_fields__):
+        values |= keywords(value) if isinstance(value, ModelFlags | ComputeFlags) else {name: value}
+    return {("config" if name == "settings" else name): value for name, value in values.items()}

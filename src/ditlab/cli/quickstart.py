@@ -36,20 +36,15 @@ class Quickstart:
         from ditlab import api
 
         with jobs_display(output) as show:
-            result = api.quickstart(
-                self.out,
-                device=self.device,
-                command=command_line("quickstart"),
-                show=show,
-                reporter=output.reporter,
-                **keywords(self.settings),
-            )
+            how = {"command": command_line("quickstart"), "show": show, "reporter": output.reporter}
+            result = api.quickstart(self.out, device=self.device, **keywords(self.settings), **how)
         for sentence in result.report.sentences:
             output.line(f"  {sentence}")
         output.line(f"\nDone in {result.seconds / 60:.1f} minutes. The result: {result.report.path.resolve()}")
+        page = result.report.path
         return {
-            "report": str(result.report.path),
-            "figures": str(result.report.path.parent / "figures"),
+            "report": str(page),
+            "figures": str(page.parent / "figures"),
             "runs": [str(run) for run in result.runs],
             "sentences": list(result.report.sentences),
             "seconds": round(result.seconds, 1),

@@ -1,10 +1,12 @@
-"""`ditlab report`: one HTML page about one or several models."""
+"""`ditlab report` and `ditlab study report`: one HTML page about one or several models, or about a study."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 from ditlab.cli.console import Output, command_line
 from ditlab.cli.options import ComputeFlags, ComputeOptions, ModelFlags, ModelOptions, Models, keywords
@@ -41,17 +43,37 @@ class Report:
         """Measures what is missing and writes the page."""
         from ditlab import api
 
-        result = api.report(
-            self.models,
-            out=self.out,
-            title=self.title,
-            samples=self.samples,
-            hide_training_images=self.hide_training_images,
-            jacobian=self.jacobian,
-            commands=[("this page", command_line("report"))],
-            reporter=output.reporter,
-            **keywords(self.model, self.compute),
-        )
+        commands = [("this page", command_line("report"))]
+        result = api.report(**keywords(self), commands=commands, reporter=output.reporter)
         output.line(result.sentences[0])
         output.wrote([result.path])
         return {"report": str(result.path), "sentences": list(result.sentences)}
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """Write the page of a study from what is on record of its trials; nothing is trained or measured.
+
+    It needs plan.json and cells/ alone. Attention maps and token pickers are made if the run folders exist. Several
+    scales are on one page, in the first one's folder.
+    """
+
+    study: tyro.conf.Positional[str]
+    """Its name, e.g. an2024/fig6."""
+    scale: tuple[str, ...] = ("small",)
+    """smoke, small, paper; one or several."""
+    out: Path = Path("studies")
+    """The folder of trials, runs and pages."""
+    hide_training_images: bool = False
+    """Show no real image beside attention maps (for sets whose terms forbid publishing them)."""
+
+    def run(self, output: Output) -> dict[str, Any]:
+        """Writes report.html, table.csv, table.json and figures."""
+        from ditlab.studies import study_report
+
+        flags = keywords(self)
+        page = study_report(flags.pop("study"), flags.pop("scale"), **flags, reporter=output.reporter)
+        for sentence in page.sentences:
+            output.line(f"  {sentence}")
+        output.wrote([page.path])
+        return {"report": str(page.path), "sentences": list(page.sentences)}

@@ -39,14 +39,9 @@ class Sample:
         """Draws and writes the images."""
         from ditlab import api
 
-        samples = api.sample(
-            self.model,
-            config=self.settings,
-            out=True if self.out is None else self.out,
-            codec=self.codec,
-            reporter=output.reporter,
-            **keywords(self.compute),
-        )
+        flags = keywords(self)
+        flags["out"] = True if self.out is None else self.out
+        samples = api.sample(**flags, reporter=output.reporter)
         if int(os.environ.get("RANK", "0")):
             return {}
         settings = samples.settings

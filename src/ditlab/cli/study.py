@@ -11,6 +11,7 @@ import tyro
 
 from ditlab.cli.console import Output, command_line
 from ditlab.cli.jobs_display import jobs_display
+from ditlab.cli.options import keywords
 from ditlab.errors import DitlabError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ class List:
         records = study_list()
         rows, before = [], ""
         for r in records:
-            first = r["study"] != before
+            about = (r["study"], r["question"]) if r["study"] != before else ("", "")
             before = r["study"]
-            about = (r["study"], r["question"]) if first else ("", "")
             rows.append((*about, r["scale"], r["cells"], r["cost"]))
         output.table(Table(("study", "question", "scale", "trials", "cost"), rows))
         return {"studies": records}
@@ -77,17 +77,11 @@ class Run:
         """Checks, plans, trains and measures."""
         from ditlab import api
 
-        names = ("scale", "data", "size", "network", "attention", "n", "seeds", "steps", "out", "parallel", "plan")
+        flags = keywords(self)
+        name, settings = flags.pop("study"), dict(_setting(text) for text in flags.pop("set"))
+        command = command_line("study run").replace(" --plan", "")
         with jobs_display(output) as show:
-            result = api.study(
-                self.study,
-                **{name: getattr(self, name) for name in names},
-                settings=dict(_setting(text) for text in self.set),
-                device=self.device,
-                command=command_line("study run").replace(" --plan", ""),
-                show=show,
-                reporter=output.reporter,
-            )
+            result = api.study(name, **flags, settings=settings, command=command, show=show, reporter=output.reporter)
         printed = _print_status(result, output)
         if result.failed:
             first = result.failed[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ditlab.errors import DitlabError
+from ditlab.pages.image_rows import ImageRow, image_rows
 from ditlab.pages.theme import LIGHT, Theme, canvas
 
 if TYPE_CHECKING:
@@ -23,15 +24,7 @@ def labelled_grid(
     inches: float = 0.84,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Images in a table, each pixel enlarged so that it stays sharp.
-
-    Args:
-        images: uint8 [R, K, C, H, W], C 1 or 3.
-        rows: a word before each row.
-        columns: a word above each column.
-        title: above all of it.
-        inches: width of one image.
-        theme: light or dark.
+    """Draws images uint8 [R, K, C, H, W] (C 1 or 3) in a table, with a word before each row and above each column.
 
     Raises:
         DitlabError: no images, or not as many words as there are rows and columns.
@@ -41,23 +34,9 @@ def labelled_grid(
             f"image table: expected images of {len(rows)} rows and {len(columns)} columns, "
             f"found shape {list(images.shape)}"
         )
-    sheet = montage("image table", images.reshape(-1, *images.shape[2:]), len(columns))
-    across, down = _centres(sheet.shape[1], len(columns)), _centres(sheet.shape[0], len(rows))
-    height = sheet.shape[0] / sheet.shape[1] * inches * len(columns)
-    # Room for the words, at 8 points.
-    left = 0.085 * max(len(line) for word in rows for line in word.split("\n")) + 0.2
-    above = 0.15 * max(len(word.split("\n")) for word in columns) + 0.2 + (0.3 if title else 0)
-    with canvas(max(inches * len(columns) + left, 3.0), height + above, theme) as figure:
-        axes = figure.subplots()
-        axes.imshow(sheet, interpolation="nearest")
-        axes.set_xticks(across, columns)
-        axes.set_yticks(down, rows)
-        axes.tick_params(length=0, pad=3, labeltop=True, labelbottom=False, labelcolor=theme.ink, labelsize=8)
-        axes.spines[:].set_visible(False)
-        axes.grid(False)
-        if title:
-            axes.set_title(title, fontsize=9, pad=6)
-    return figure
+    _check("image table", images.reshape(-1, *images.shape[2:]))
+    pairs = zip(rows, images, strict=True)
+    return image_rows([ImageRow(*pair) for pair in pairs], titles=columns, title=title, inches=inches, theme=theme)
 
 
 def sample_grid(
@@ -93,10 +72,7 @@ def montage(caption: str, images: np.ndarray, columns: int) -> np.ndarray:
     Raises:
         DitlabError: the images, which the caption names, are not uint8 [N, C, H, W] with C 1 or 3 and N at least 1.
     """
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or not len(images):
-        raise DitlabError(
-            f"sample grid, '{caption}': expected uint8 [N, 1 or 3, H, W], found {images.dtype} {list(images.shape)}"
-        )
+    _check(caption, images)
     count, _, height, width = images.shape
     scale = max(1, round(96 / width))
     h, w, gap = height * scale, width * scale, max(2, 6 * width * scale // 96)
@@ -110,6 +86,8 @@ def montage(caption: str, images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
-def _centres(pixels: int, count: int) -> np.ndarray:
-    """The middles of `count` images in a line of `pixels`, near enough for words: gaps are narrow."""
-    return (np.arange(count) + 0.5) * pixels / count - 0.5
+def _check(caption: str, images: np.ndarray) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or not len(images):
+        raise DitlabError(
+            f"sample grid, '{caption}': expected uint8 [N, 1 or 3, H, W], found {images.dtype} {list(images.shape)}"
+        )

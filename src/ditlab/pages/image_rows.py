@@ -35,15 +35,9 @@ class ImageRow:
 
 
 def image_rows(
-    rows: Sequence[ImageRow], *, titles: Sequence[str] = (), inches: float = 0.9, theme: Theme = LIGHT
+    rows: Sequence[ImageRow], *, titles: Sequence[str] = (), title: str = "", inches: float = 0.9, theme: Theme = LIGHT
 ) -> Figure:
-    """Draws rows of images.
-
-    Args:
-        rows: with images of one shape and number.
-        titles: one above each column; or none.
-        inches: width of an image.
-        theme: light or dark.
+    """Draws rows of images of one shape and number, with `titles` above columns and `title` above all.
 
     Raises:
         DitlabError: no rows, or rows of different shapes.
@@ -59,8 +53,9 @@ def image_rows(
     for row in rows:
         tops.append(bottom)
         bottom += tall + (_CAPTION_ROOM if row.captions else _GAP)
-    left = 0.085 * max(len(line) for row in rows for line in row.name.split("\n")) + 0.15
-    above = 0.22 if titles else 0.05
+    # Room for the words, at 8 points.
+    left = 0.085 * max(len(line) for row in rows for line in row.name.split("\n")) + 0.2
+    above = 0.15 * max((len(word.split("\n")) for word in titles), default=0) + (0.4 if title else 0.1)
     step = 1 + _GAP
     with canvas(max(count * step * inches + left, 3.0), bottom * inches + above, theme) as figure:
         axes = figure.subplots()
@@ -70,10 +65,8 @@ def image_rows(
                 pixels = np.broadcast_to(image.transpose(1, 2, 0), (height, width, 3))
                 axes.imshow(pixels, extent=(start, start + 1, top + tall, top), interpolation="nearest")
                 if row.captions:
-                    axes.text(
-                        start + 0.5, top + tall + 0.03, row.captions[column], ha="center", va="top", fontsize=7,
-                        color=theme.muted,
-                    )  # fmt: skip
+                    words = {"ha": "center", "va": "top", "fontsize": 7, "color": theme.muted}
+                    axes.text(start + 0.5, top + tall + 0.03, row.captions[column], **words)
         axes.set_xlim(0, count * step - _GAP)
         axes.set_ylim(bottom, 0)
         axes.set_aspect("equal")
@@ -82,4 +75,6 @@ def image_rows(
         axes.tick_params(length=0, pad=3, labeltop=True, labelbottom=False, labelcolor=theme.ink, labelsize=8)
         axes.spines[:].set_visible(False)
         axes.grid(False)
+        if title:
+            axes.set_title(title, fontsize=9, pad=6)
     return figure

@@ -6,30 +6,17 @@ import base64
 from html import escape
 from typing import Any
 
-from ditlab.pages.page import Table
-from ditlab.pages.theme import LIGHT, png
+from ditlab.pages.theme import png
 
-__all__ = ["comparison_html", "table_html"]
+__all__ = ["comparison_html"]
 
 
 def comparison_html(comparison: Any) -> str:
-    """Returns the HTML of a comparison: its tables, sentences and notes, then its figures.
-
-    Args:
-        comparison: has `tables()`, `sentences()`, `notes` and `drawings()`.
-    """
-    parts = [table_html(table) for table in comparison.tables()]
+    """Returns the HTML of a comparison: its `tables()`, `sentences()` and `notes`, then its `drawings()`."""
+    parts = [table._repr_html_() for table in comparison.tables()]
     lines = [*comparison.sentences(), *(f"Note: {note}" for note in comparison.notes)]
     parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
     for drawing in comparison.drawings().values():
-        content = base64.b64encode(png(drawing.figure(LIGHT))).decode()
+        content = base64.b64encode(png(drawing.figure())).decode()
         parts.append(f'<img style="max-width:100%" alt="{escape(drawing.alt)}" src="data:image/png;base64,{content}">')
     return "\n".join(parts)
-
-
-def table_html(table: Table) -> str:
-    """Returns a table as HTML."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.texts)
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

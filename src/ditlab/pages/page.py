@@ -19,12 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ditlab
 from ditlab.errors import DitlabError
 from ditlab.files import write_text
+from ditlab.pages.drawing import Drawing
 from ditlab.pages.theme import DARK, DPI, LIGHT, Theme, assign, png
 
 if TYPE_CHECKING:
@@ -77,15 +79,15 @@ class ThemedFigure:
 
         A large PNG is brought to 256 colours, which curves and maps do not show; not so where `exact`, for figures of
         photographs, up to `EXACT_BYTES`.
-
-        Example:
-            >>> picture = ThemedFigure.draw(
-            ...     lambda theme: gap_bars(comparison, theme=theme), "Bars of ...", "The gap ..."
-            ... )
         """
         light, dark = (png(drawing(theme)) for theme in (LIGHT, DARK))
         exact = exact and len(light) <= EXACT_BYTES
         return cls(light, dark, alt, caption) if exact else cls(_smaller(light), _smaller(dark), alt, caption)
+
+    @classmethod
+    def of(cls, drawing: Drawing) -> ThemedFigure:
+        """Draws a drawing in both themes."""
+        return cls.draw(drawing.draw, drawing.alt, drawing.caption, exact=drawing.exact)
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ class Table:
         )
 
     def _repr_html_(self) -> str:
-        from ditlab.pages.notebook import table_html
-
-        return table_html(self)
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.texts)
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     @property
     def texts(self) -> list[list[str]]:
@@ -133,11 +136,8 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """For each column, whether all that stands in it are numbers (at least one)."""
-        numeric = []
-        for column in range(len(self.columns)):
-            cells = [row[column] for row in self.rows if row[column] is not None]
-            numeric.append(bool(cells) and all(_is_number(cell) for cell in cells))
-        return numeric
+        columns = ([row[i] for row in self.rows if row[i] is not None] for i in range(len(self.columns)))
+        return [bool(cells) and all(map(_is_number, cells)) for cells in columns]
 
 
 @dataclass(frozen=True)
@@ -214,12 +214,11 @@ def build_page(data: PageData) -> str:
     """The page as HTML.
 
     Raises:
-        DitlabError: there is nothing to show, two sections have one id, or a file is not
-            JSON.
+        DitlabError: there is nothing to show, two sections have one id, or a file is not JSON.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    sections = page_sections(data)
+    sections = _page_sections(data)
     if not data.summary and not sections:
         raise DitlabError("report: expected at least one sentence or one run to show, found neither")
     ids = Counter(part.id for section in sections for part in _all_parts(section))
@@ -276,17 +275,12 @@ def fit_page(data: PageData, spare: int = 0) -> PageData:
     In this order, as far as needed: the data files of sections are left out, then those of the whole page (a note
     says so); figures, the largest first, get 256 colours, then one theme, then half and a quarter of their resolution.
 
-    Args:
-        data: the page.
-        spare: bytes to keep free for what is still to come.
-
-    Raises:
-        DitlabError: as `build_page`.
+    `spare` bytes are kept free for what is still to come. Raises as `build_page`.
     """
     limit = PAGE_BYTES - spare
     if page_size(data) <= limit:
         return data
-    data = replace(data, sections=[_without_files(section) for section in data.sections])
+    data = replace(data, sections=[_each(section, _without_files) for section in data.sections])
     if data.downloads and page_size(data) > limit:
         data = replace(data, sections=[*data.sections, Section("files", "Results as files", [_NOT_HERE])], downloads={})
     excess = page_size(data) - limit
@@ -298,17 +292,15 @@ def fit_page(data: PageData, spare: int = 0) -> PageData:
                 made = smaller(pictures[key])
                 excess -= pictures[key].size - made.size
                 pictures[key] = made
-    sections = [_with_pictures(section, pictures) for section in data.sections]
-    return replace(data, sections=sections, pictures=[pictures[id(picture)] for picture in data.pictures])
+
+    def changed(of: Any) -> Any:
+        return replace(of, pictures=[pictures[id(picture)] for picture in of.pictures])
+
+    return replace(changed(data), sections=[_each(section, changed) for section in data.sections])
 
 
 def with_pickers(section: Section, made: Section) -> Section:
-    """Returns a section with the pickers of another form of it, and with the words that go with these.
-
-    Args:
-        section: as it is on the page, made smaller where that was needed.
-        made: the same section, made again when it was known how many bytes pickers may take.
-    """
+    """Returns a section as it is on the page, with the pickers and words of `made`: the same, made again with room."""
     parts = {part.id: part for part in made.parts}
     return replace(
         section,
@@ -320,16 +312,13 @@ def with_pickers(section: Section, made: Section) -> Section:
     )
 
 
+def _each(section: Section, change: Callable[[Section], Section]) -> Section:
+    """The section and all of its parts, changed."""
+    return replace(change(section), parts=[_each(part, change) for part in section.parts])
+
+
 def _without_files(section: Section) -> Section:
-    parts = [_without_files(part) for part in section.parts]
-    notes = [*section.notes, _NOT_HERE] if section.data else section.notes
-    return replace(section, data={}, notes=notes, parts=parts)
-
-
-def _with_pictures(section: Section, pictures: Mapping[int, ThemedFigure]) -> Section:
-    """The section with each of its pictures, by its id, in the form that is given."""
-    parts = [_with_pictures(part, pictures) for part in section.parts]
-    return replace(section, pictures=[pictures[id(picture)] for picture in section.pictures], parts=parts)
+    return replace(section, data={}, notes=[*section.notes, _NOT_HERE] if section.data else section.notes)
 
 
 def _few_colours(picture: ThemedFigure) -> ThemedFigure:
@@ -358,8 +347,8 @@ def _shrink(picture: ThemedFigure, by: int) -> ThemedFigure:
     return replace(picture, light=light, dark=dark, shrunk=by)
 
 
-def page_sections(data: PageData) -> list[Section]:
-    """Returns all sections of a page in order: its own, settings, commands, environment, files; none of them empty."""
+def _page_sections(data: PageData) -> list[Section]:
+    """All sections of a page in order: its own, settings, commands, environment, files; none of them empty."""
     sections = [
         *data.sections,
         _settings_section(data.runs),
@@ -387,28 +376,19 @@ def _two_columns(values: Mapping[str, Any], folded: str = "") -> list[Table]:
 
 def _settings_section(runs: Sequence[RunCard]) -> Section:
     """What differs between the runs in a table, and folded away what they share."""
-    differing, shared = _settings(runs)
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: [run.settings.get(name, "") for run in runs] for name in names}
+    shared = {name: of[0] for name, of in values.items() if all(value == of[0] for value in of)}
+    differing = [name for name in names if name not in shared]
     folded = f"All settings ({len(shared)})" if len(runs) == 1 else f"Settings that all runs share ({len(shared)})"
-    tables = _two_columns(shared, folded)
-    if not differing:
-        names = ", ".join(run.name for run in runs)
-        words = [f"No setting differs between the runs: {names}."] if len(runs) > 1 else []
-        return Section("settings", "Settings", words, tables=tables)
-    rows = [(run.name, run.label, *(_value(values[i]) for values in differing.values())) for i, run in enumerate(runs)]
-    table = Table(("run", "kind", *(f"`{name}`" for name in differing)), rows, "What differs between the runs")
-    return Section("settings", "Settings", tables=[table, *tables])
-
-
-def _settings(runs: Sequence[RunCard]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """(name -> its value in each run) for settings that differ, (name -> value) for those that do not."""
-    differing, shared = {}, {}
-    for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = [run.settings.get(name, "") for run in runs]
-        if all(value == values[0] for value in values):
-            shared[name] = values[0]
-        else:
-            differing[name] = values
-    return differing, shared
+    tables, words = _two_columns(shared, folded), []
+    if differing:
+        rows = [(run.name, run.label, *(_value(values[name][i]) for name in differing)) for i, run in enumerate(runs)]
+        columns = ("run", "kind", *(f"`{name}`" for name in differing))
+        tables = [Table(columns, rows, "What differs between the runs"), *tables]
+    elif len(runs) > 1:
+        words = [f"No setting differs between the runs: {', '.join(run.name for run in runs)}."]
+    return Section("settings", "Settings", words, tables=tables)
 
 
 def _smaller(content: bytes, large: int = 30_000) -> bytes:

@@ -130,12 +130,7 @@ def canvas(width: float, height: float, theme: Theme) -> Iterator[Figure]:
 
 
 def plain_log(axis: Axis, limits: tuple[float, float]) -> None:
-    """Readable numbers on a logarithmic axis, which may span less than a decade.
-
-    Args:
-        axis: `axes.xaxis` or `axes.yaxis`.
-        limits: the lowest and the highest value that it shows.
-    """
+    """Readable numbers on a logarithmic axis between these limits, which may be less than a decade apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = limits

@@ -155,9 +155,6 @@ def pack_run(
         maps: (level from 0, layer) -> float [heads, T, T] of one image, rows queries that sum to 1; called for one
             layer at a time, so that not all maps need to be in memory.
         budget: bytes on the page; at least one map is packed.
-
-    Raises:
-        DitlabError: no layer or level, or maps of another shape than the grid's.
     """
     layers = list(patterns)
     if not layers or levels < 1:
@@ -195,13 +192,10 @@ def pack_run(
 
 
 def pack_map(weights: np.ndarray, grid: Grid) -> bytes:
-    """Returns one map [T, T] as deflated bytes.
+    """Returns one map [T, T] as deflated bytes; raises DitlabError if it is not of the grid's tokens.
 
     They are the rows of the tokens that can be picked, uint8 relative to the row's largest weight, then these largest
     weights, float32 little-endian.
-
-    Raises:
-        DitlabError: the map is not of the grid's tokens.
     """
     tokens = grid[0] * grid[1]
     if weights.shape != (tokens, tokens):

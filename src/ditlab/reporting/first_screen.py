@@ -1,4 +1,4 @@
-"""The first screen of a report: a verdict, a table with a row for each kind of model, a figure, small images.
+"""The first screen of a page: a verdict, a table with a row for each kind of model at each N, a figure, small images.
 
 Each analysis says what it puts there (`Analysis.overview`); nothing here knows which analyses there are.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ditlab.analyses.base import Comparison, Overview
+from ditlab.analyses.base import Overview
 from ditlab.errors import DitlabError
 from ditlab.models.comparing import ModelSet
+from ditlab.models.model import Model
 from ditlab.pages.page import Table, ThemedFigure
 
-__all__ = ["FirstScreen", "title_of"]
-
-_NO_VERDICT = "Nothing was measured that tells whether {title} generalizes or memorizes; the notes below say why."
+__all__ = ["FirstScreen", "rows_of", "title_of"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,26 @@ class FirstScreen:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, models: ModelSet, comparisons: Sequence[Comparison], title: str) -> FirstScreen:
-        """Puts together what the analyses say."""
-        overviews = [comparison.analysis.overview(comparison) for comparison in comparisons]
+    def of(cls, rows: Sequence[tuple[str, int | None]], overviews: Sequence[Overview], otherwise: str) -> FirstScreen:
+        """Puts together what the analyses say of each (kind, N); `otherwise` stands in place of a verdict."""
         # What has a figure of its own is the answer; the rest stands after it.
-        overviews.sort(key=lambda overview: overview.figure is None)
+        overviews = sorted(overviews, key=lambda overview: overview.figure is None)
         verdicts = [overview.verdict for overview in overviews if overview.verdict]
         drawings = [next((o.figure for o in overviews if o.figure), None)]
         drawings.append(next((o.images for o in overviews if o.images), None))
+        columns = list(dict.fromkeys(name for o in overviews for cells in o.cells.values() for name in cells))
+        cells = {row: {name: cell for o in overviews for name, cell in o.cells.get(row, {}).items()} for row in rows}
         return cls(
-            verdicts or [_NO_VERDICT.format(title=title)],
-            _table(models, overviews),
-            [ThemedFigure.draw(d.draw, d.alt, d.caption, exact=d.exact) for d in drawings if d is not None],
+            verdicts or [otherwise],
+            Table(("model", "N", *columns), [(*row, *map(cells[row].get, columns)) for row in rows]),
+            [ThemedFigure.of(drawing) for drawing in drawings if drawing is not None],
             [overview.note for overview in overviews if overview.note],
         )
+
+
+def rows_of(models: ModelSet) -> list[tuple[str, int | None]]:
+    """Returns each kind of model at each N, once."""
+    return list(dict.fromkeys((kind, _count(model)) for kind, model in zip(models.kinds, models, strict=True)))
 
 
 def title_of(models: ModelSet) -> str:
@@ -58,18 +62,7 @@ def title_of(models: ModelSet) -> str:
     return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
 
 
-def _table(models: ModelSet, overviews: Sequence[Overview]) -> Table:
-    """A row for each kind at each N."""
-    keys = list(dict.fromkeys((kind, _count(model)) for kind, model in zip(models.kinds, models, strict=True)))
-    columns = list(dict.fromkeys(name for o in overviews for cells in o.cells.values() for name in cells))
-    rows: list[tuple[Any, ...]] = []
-    for key in keys:
-        cells = {name: cell for o in overviews for name, cell in o.cells.get(key, {}).items()}
-        rows.append((*key, *(cells.get(name) for name in columns)))
-    return Table(("model", "N", *columns), rows)
-
-
-def _count(model: Any) -> int | None:
+def _count(model: Model) -> int | None:
     try:
         return model.split_record.train
     except DitlabError:

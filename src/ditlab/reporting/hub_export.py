@@ -6,7 +6,6 @@ where they are asked for, since those of a model that memorizes are training ima
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,23 +17,26 @@ from typing import Any
 import ditlab
 from ditlab.analyses import analysis as find_analysis
 from ditlab.analyses.attention.result import LocalityResult
-from ditlab.analyses.cache import find_current
+from ditlab.analyses.cache import find_results
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import trajectory_of
 from ditlab.config import to_json
 from ditlab.errors import DitlabError, Incompatible, InvalidConfig
-from ditlab.files import atomic_folder
+from ditlab.files import new_folder, write_json
 from ditlab.interop.hub import upload
 from ditlab.models.comparing import Source
 from ditlab.models.converting import Converted
 from ditlab.models.opening import open_model
 from ditlab.models.run import Run
 from ditlab.progress import SILENT, Reporter
+from ditlab.provenance import Provenance
 
 FIGURES = "figures"
 _RESULTS = ("psnr-gap", "attention")
 """Results that are exported: numbers alone, and no image."""
+_IMAGES = {"test": "held-out images", "train": "training images", "samples": "its own samples"}
+"""What attention was measured on, in words."""
 
 
 def export_run(
@@ -54,7 +56,7 @@ def export_run(
         out: a folder that does not exist yet; it appears whole or not at all.
         repo: ORG/NAME, for the sentences on how to load it.
         step: of which checkpoint; the newest whole one if None.
-        licence: the weights' licence, by the hub's short name such as apache-2.0.
+        licence: by the hub's short name such as apache-2.0.
         samples: take along the grid of the newest samples.
         reporter: told of damaged checkpoints and results, which are passed over.
 
@@ -65,28 +67,23 @@ def export_run(
     grid = _newest_grid(run) if samples else None
     # Results of other weights or images than the exported ones belong to another model.
     about = replace(run.provenance(checkpoint.step), weights=checkpoint.weights_hash())
-    stored = {name: find_current(find_analysis(name), run, about, reporter) for name in _RESULTS}
+    stored = {name: _stored(name, run, about, reporter) for name in _RESULTS}
     results = {name: result for name, result in stored.items() if result is not None}
     parameters = sum(value.numel() for value in checkpoint.ema.values())
-    try:
-        with atomic_folder(out) as folder:
-            _write_config(run, folder)
-            shutil.copytree(checkpoint.path, folder / "checkpoints" / checkpoint.path.name)
-            if run.log:
-                shutil.copy(run.home / "log.jsonl", folder / "log.jsonl")
-            for name, result in results.items():
-                result.save(folder / "analysis", name)
-            figures = _save_figures(run, results, folder / FIGURES)
-            if grid is not None:
-                (folder / FIGURES).mkdir(exist_ok=True)
-                shutil.copy(grid, folder / FIGURES / "samples.png")
-                figures["samples.png"] = "Samples that it drew."
-            card = model_card(run, checkpoint.step, parameters, results, figures, repo, licence)
-            (folder / "README.md").write_text(card)
-    except FileExistsError:
-        raise DitlabError(f"{out}: expected a new folder, found something there") from None
-    except OSError as error:
-        raise DitlabError(f"{out}: could not be written ({error.strerror or error}); nothing was written") from None
+    with new_folder(out) as folder:
+        _write_config(run, folder)
+        shutil.copytree(checkpoint.path, folder / "checkpoints" / checkpoint.path.name)
+        if run.log:
+            shutil.copy(run.home / "log.jsonl", folder / "log.jsonl")
+        for name, result in results.items():
+            result.save(folder / "analysis", name)
+        figures = _save_figures(run, results, folder / FIGURES)
+        if grid is not None:
+            (folder / FIGURES).mkdir(exist_ok=True)
+            shutil.copy(grid, folder / FIGURES / "samples.png")
+            figures["samples.png"] = "Samples that it drew."
+        card = _model_card(run, checkpoint.step, parameters, results, figures, repo, licence)
+        (folder / "README.md").write_text(card)
     return out
 
 
@@ -100,16 +97,7 @@ def send_run(
     dry_run: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Converted:
-    """Exports a run and sends it to the hub.
-
-    Args:
-        source: a run, or its folder.
-        out: `hub:ORG/NAME`.
-        checkpoint: the step of the checkpoint; the newest whole one if None.
-        licence: see `export_run`.
-        samples: see `export_run`.
-        dry_run: a new folder to write what would be sent into; nothing is sent then.
-        reporter: takes notes.
+    """Exports a run (`export_run`) and sends it to `out`, hub:ORG/NAME; or writes it into `dry_run` and sends nothing.
 
     Raises:
         DitlabError: the source is not a run, `out` is no repository's name, or as `export_run`.
@@ -130,31 +118,74 @@ def send_run(
     return Converted(address, "hub", "the run with a model card", sent=True)
 
 
-def model_card(
+def _stored(name: str, run: Run, about: Provenance, reporter: Reporter) -> Any | None:
+    """The newest result of these weights, on held-out images if there is one."""
+    results = [result for result in find_results(find_analysis(name), run, reporter) if result.about.same_model(about)]
+    return min(results, key=lambda result: _images_of(result) != "test", default=None)
+
+
+def _images_of(result: Any) -> str:
+    return result.about.settings.get("images_from", "test")
+
+
+_CARD = """\
+---
+library_name: ditlab
+{head}tags:
+- diffusion
+- {network}
+- {kind}-image-generation
+---
+
+# {name}
+
+{summary}
+
+## Use it
+
+```python
+import ditlab
+
+denoiser = ditlab.load("hub:{repo}")  # x0 = denoiser(y, sigma)
+```
+
+```sh
+ditlab sample hub:{repo}
+ditlab psnr-gap hub:{repo} --data SET
+```
+
+SET is the image set with the hash {imageset}, which does not come with it.
+
+## Numbers
+
+| | |
+|---|---|
+{numbers}
+
+{figures}## Training
+
+{command}All settings are in config.json; the environment was:
+
+{environment}
+
+## Licence
+
+{terms}
+"""
+
+
+def _model_card(
     run: Run,
     step: int,
     parameters: int,
     results: Mapping[str, Any],
     figures: Mapping[str, str],
     repo: str,
-    licence: str = "",
+    licence: str,
 ) -> str:
-    """Returns README.md of an exported run: what it is, its numbers and figures, how it was trained, how to load it.
-
-    Args:
-        run: the run.
-        step: training steps of the weights.
-        parameters: number of weights.
-        results: "psnr-gap" and "attention", as far as they were measured on these weights.
-        figures: file in figures/ -> what it shows.
-        repo: ORG/NAME.
-        licence: see `export_run`.
-    """
+    """README.md of an exported run; `figures` are the files in figures/ and what they show."""
     config, split = run.config, run.record.split
     kind = "class-conditional" if run.conditional else "unconditional"
-    head = ["library_name: ditlab", *([f"license: {licence}"] if licence else [])]
-    head += ["tags:", "- diffusion", f"- {config.network.kind}", f"- {kind}-image-generation"]
-    lines = ["---", *head, "---", "", f"# {repo.rpartition('/')[2]}", ""]
     side = "x".join(map(str, config.network.image_size))
     version = run.environment.get("ditlab", ditlab.__version__)
     summary = (
@@ -162,41 +193,20 @@ def model_card(
         f"{'latents' if run.record.codec else 'pixels'}, trained with ditlab {version} on {split.train:,} images "
         f"(preset {config.preset or 'none'}, {parameters:,} parameters)."
     )
-    lines += [
-        summary,
-        "",
-        "## Use it",
-        "",
-        "```python",
-        "import ditlab",
-        "",
-        f'denoiser = ditlab.load("hub:{repo}")  # x0 = denoiser(y, sigma)',
-        "```",
-        "",
-        "```sh",
-        f"ditlab sample hub:{repo}",
-        f"ditlab psnr-gap hub:{repo} --data SET",
-        "```",
-        "",
-        f"SET is the image set with the hash {split.imageset[:12]}, which does not come with it.",
-        "",
-        "## Numbers",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _numbers(run, step, results).items()),
-        "",
-    ]
-    for file, caption in figures.items():
-        lines += [f"![{caption}]({FIGURES}/{file})", "", caption, ""]
-    lines += ["## Training", ""]
-    if run.command:
-        lines += ["```sh", run.command, "```", ""]
-    lines += ["All settings are in config.json; the environment was:", ""]
-    lines += [f"- {name}: {value}" for name, value in run.environment.items()]
-    terms = f"The weights are under the licence {licence}." if licence else "The exporter named no licence."
-    lines += ["", "## Licence", "", terms, ""]
-    return "\n".join(lines)
+    return _CARD.format(
+        head=f"license: {licence}\n" if licence else "",
+        network=config.network.kind,
+        kind=kind,
+        name=repo.rpartition("/")[2],
+        summary=summary,
+        repo=repo,
+        imageset=split.imageset[:12],
+        numbers="\n".join(f"| {name} | {value} |" for name, value in _numbers(run, step, results).items()),
+        figures="".join(f"![{shows}]({FIGURES}/{file})\n\n{shows}\n\n" for file, shows in figures.items()),
+        command=f"```sh\n{run.command}\n```\n\n" if run.command else "",
+        environment="\n".join(f"- {name}: {value}" for name, value in run.environment.items()),
+        terms=f"The weights are under the licence {licence}." if licence else "The exporter named no licence.",
+    )
 
 
 def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
@@ -215,7 +225,8 @@ def _numbers(run: Run, step: int, results: Mapping[str, Any]) -> dict[str, str]:
     attention: LocalityResult | None = results.get("attention")
     if attention is not None:
         distance = float(attention.values("distance").mean())
-        numbers["mean attention distance"] = f"{distance:.2f} tokens on {attention.grid[0]}x{attention.grid[1]}"
+        where = f"on {attention.grid[0]}x{attention.grid[1]}, of {_IMAGES[_images_of(attention)]}"
+        numbers["mean attention distance"] = f"{distance:.2f} tokens {where}"
     return numbers
 
 
@@ -236,9 +247,9 @@ def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[st
     if any("loss" in line or "train_loss" in line for line in run.log):
         drawn["losses.png"] = loss_curves({run.name: run.log}), "Losses along its training."
     if "attention" in results:
-        drawn["attention-locality.png"] = locality_curves([results["attention"]]), "How far its attention reaches."
-    if drawn:
-        folder.mkdir()
+        attention = results["attention"]
+        shows = f"How far its attention reaches, on {_IMAGES[_images_of(attention)]}."
+        drawn["attention-locality.png"] = locality_curves([attention]), shows
     for file, (figure, _) in drawn.items():
         save(figure, folder / file)
     return {file: caption for file, (_, caption) in drawn.items()}
@@ -247,8 +258,7 @@ def _save_figures(run: Run, results: Mapping[str, Any], folder: Path) -> dict[st
 def _write_config(run: Run, folder: Path) -> None:
     """config.json without the place of the image set, which is another one wherever the run goes."""
     config = replace(run.config, data=replace(run.config.data, path=""))
-    record = to_json(replace(run.record, config=config))
-    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(folder / "config.json", to_json(replace(run.record, config=config)))
 
 
 def _newest_grid(run: Run) -> Path:

@@ -6,6 +6,8 @@ to show. What one of them cannot show is a note on the page; it never keeps the 
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ from typing import Any
 from ditlab.analyses import analysis, analysis_names, unusable_analyses
 from ditlab.analyses.base import Comparison, ReportContext
 from ditlab.errors import DitlabError, InvalidConfig
+from ditlab.files import write_bytes, write_json
 from ditlab.models.comparing import ModelSet
 from ditlab.pages import page as pages
 from ditlab.pages import token_picker
@@ -23,8 +26,7 @@ from ditlab.pages.page import PageData, RunCard, Section, ThemedFigure, fit_page
 from ditlab.pages.theme import assign
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import check_groups
-from ditlab.reporting.figure_files import save_figures
-from ditlab.reporting.first_screen import FirstScreen, title_of
+from ditlab.reporting.first_screen import FirstScreen, rows_of, title_of
 
 __all__ = ["MAX_SAMPLES", "ReportResult", "write_report"]
 
@@ -32,6 +34,18 @@ MAX_SAMPLES = 64
 """Samples of each kind, at most, so that the page stays small."""
 PICKER_ROOM = 1_000_000
 """Bytes of the page that are kept for token pickers, where an analysis has any."""
+LIST = "figures.json"
+"""The names of the figures that the last report wrote."""
+_EARLIER = re.compile(
+    r"samples|psnr-curves|gap-bars|(gap-along-training|matched-psnr|losses|scaling|sampling-compute)(-n\w+)?"
+    r"|attention-maps|attention-locality(-by-n)?-\d+|agreement(-images)?-\d+|two-subsets(-pairs)?-\d+"
+    r"|jacobian-(denoised|spectra|vectors|right-vectors|measures|shrinkage|sensitivity)[\w.+-]*"
+)
+"""The names that reports of earlier versions, which kept no list, gave their figures."""
+
+_NO_VERDICT = "Nothing was measured that tells whether {title} generalizes or memorizes; the notes below say why."
+
+_Figures = Mapping[str, ThemedFigure]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +55,13 @@ class ReportResult:
     path: Path
     sentences: Sequence[str]
     """The verdict, then what each analysis found."""
-    comparisons: Sequence[Comparison] = field(repr=False)
-    """What the sections were made of, in their order."""
+    comparisons: Sequence[Comparison] = field(default=(), repr=False)
+    """What the sections were made of, in their order; none of a study's page."""
 
     def _repr_html_(self) -> str:
         path = escape(self.path.resolve().as_uri())
         lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences[:3])
         return f'<a href="{path}">{escape(str(self.path))}</a><ul>{lines}</ul>'
-
-
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    """A comparison on the page."""
-
-    comparison: Comparison
-    figures: Mapping[str, ThemedFigure]
-    """By the names that the analysis gave them."""
-
-    def section(self, context: ReportContext) -> Section:
-        """The section, as the context wants it."""
-        self.comparison.context = context
-        return self.comparison.section(self.figures, self.comparison.number)
 
 
 def write_report(
@@ -109,9 +109,10 @@ def write_report(
         slots=assign(models.kinds),
     )
     comparisons = _comparisons(models, context, reporter)
-    shown, files = _drawn(comparisons)
+    figures, files = _drawn(comparisons)
     title = title or title_of(models)
-    first = FirstScreen.of(models, comparisons, title)
+    overviews = [comparison.analysis.overview(comparison) for comparison in comparisons]
+    first = FirstScreen.of(rows_of(models), overviews, _NO_VERDICT.format(title=title))
     notes = [f"{name}: {note}" for name, model in zip(models.names, models, strict=True) for note in model.notes]
     names = zip(models.names, models.kinds, models, strict=True)
     data = PageData(
@@ -120,7 +121,7 @@ def write_report(
         tables=[first.table],
         pictures=first.pictures,
         notes=[*first.notes, *notes, *context.notes],
-        sections=[part.section(context) for part in shown],
+        sections=[_section(*of, context) for of in zip(comparisons, figures, strict=True)],
         runs=[RunCard(name, kind, dict(model.settings)) for name, kind, model in names],
         labels=list(context.slots),
         commands=[
@@ -129,8 +130,8 @@ def write_report(
         ],
         environment=models[0].environment,
     )
-    save_page(_with_pickers(data, shown, context), out)
-    save_figures(files, out.parent / "figures")
+    save_page(_with_pickers(data, comparisons, figures, context), out)
+    _save_figures(files, out.parent / "figures")
     sentences = [*first.sentences, *(sentence for comparison in comparisons for sentence in comparison.sentences())]
     return ReportResult(out, list(dict.fromkeys(sentences)), comparisons)
 
@@ -158,30 +159,50 @@ def _comparisons(models: ModelSet, context: ReportContext, reporter: Reporter) -
     return comparisons
 
 
-def _drawn(comparisons: Sequence[Comparison]) -> tuple[list[_Shown], dict[str, ThemedFigure]]:
-    """The comparisons with their figures, and all figures by the names of their files."""
-    shown = []
-    for comparison in comparisons:
-        drawings = comparison.drawings().items()
-        figures = {name: ThemedFigure.draw(d.draw, d.alt, d.caption, exact=d.exact) for name, d in drawings}
-        shown.append(_Shown(comparison, figures))
-    count = Counter(name for part in shown for name in part.figures)
+def _drawn(comparisons: Sequence[Comparison]) -> tuple[Sequence[_Figures], _Figures]:
+    """The figures of each comparison, and all figures by the names of their files."""
+    figures = [{name: ThemedFigure.of(drawing) for name, drawing in c.drawings().items()} for c in comparisons]
+    count = Counter(name for of in figures for name in of)
     files = {
-        name if count[name] == 1 else f"{name}-{part.comparison.number}": figure
-        for part in shown
-        for name, figure in part.figures.items()
+        name if count[name] == 1 else f"{name}-{comparison.number}": figure
+        for comparison, of in zip(comparisons, figures, strict=True)
+        for name, figure in of.items()
     }
-    return shown, files
+    return figures, files
 
 
-def _with_pickers(data: PageData, shown: Sequence[_Shown], context: ReportContext) -> PageData:
+def _section(comparison: Comparison, figures: _Figures, context: ReportContext) -> Section:
+    """The section of a comparison, as the context wants it."""
+    comparison.context = context
+    return comparison.section(figures, comparison.number)
+
+
+def _with_pickers(
+    data: PageData, comparisons: Sequence[Comparison], figures: Sequence[_Figures], context: ReportContext
+) -> PageData:
     """The page, small enough, with the token pickers that the rest of it leaves room for."""
-    wanted = [part.comparison.analysis.pickers for part in shown]
-    fitted = fit_page(data, PICKER_ROOM if any(wanted) else 0)
+    fitted = fit_page(data, PICKER_ROOM if any(comparison.analysis.pickers for comparison in comparisons) else 0)
     room = max(0, min(token_picker.BUDGET, pages.PAGE_BYTES - page_size(fitted)))
     context = replace(context, picker_bytes=room)
     sections = [
-        with_pickers(section, part.section(context)) if has else section
-        for section, part, has in zip(fitted.sections, shown, wanted, strict=False)
+        with_pickers(section, _section(comparison, of, context)) if comparison.analysis.pickers else section
+        for section, comparison, of in zip(fitted.sections, comparisons, figures, strict=False)
     ]
-    return replace(fitted, sections=[*sections, *fitted.sections[len(shown) :]])
+    return replace(fitted, sections=[*sections, *fitted.sections[len(comparisons) :]])
+
+
+def _save_figures(figures: _Figures, folder: Path) -> None:
+    """Writes each figure as NAME.png, as it is on a light page.
+
+    An earlier report's figures that this one lacks are deleted: they may show images that this one hides.
+    """
+    names = {file.stem for file in folder.glob("*.png")}
+    try:
+        earlier = names & set(json.loads((folder / LIST).read_text(encoding="utf-8"))["names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = {name for name in names if _EARLIER.fullmatch(name)}
+    for name in earlier - figures.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for name, figure in figures.items():
+        write_bytes(folder / f"{name}.png", figure.light)
+    write_json(folder / LIST, {"kind": "report-figures", "version": 1, "names": sorted(figures)})

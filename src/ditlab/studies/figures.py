@@ -1,11 +1,10 @@
-"""Figures of a study: how two kinds of runs differ at each number of training images, compared in several ways."""
+"""Figures of a study: differences over paired seeds by the number of training images, one plot a way of comparing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ditlab.errors import DitlabError
 from ditlab.metrics.paired import PairedDifference
 from ditlab.pages.theme import LIGHT, Theme, canvas
 
@@ -13,32 +12,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["differences_figure"]
+
 
 def differences_figure(
-    ways: Sequence[tuple[str, Mapping[int, PairedDifference | None]]], *, unit: str = "dB", theme: Theme = LIGHT
+    ways: Mapping[str, Mapping[int, PairedDifference | None]], ylabel: str, *, theme: Theme = LIGHT
 ) -> Figure:
-    """Draws differences second - first against N, one plot for each way of comparing, with intervals over paired seeds.
+    """Draws differences against N, one plot for each way of comparing, with intervals over paired seeds.
 
-    A filled mark is a difference whose interval excludes zero; small dots are the seeds. N without a difference, and
-    intervals of a single seed, are left out.
-
-    Args:
-        ways: (title, N -> difference) pairs.
-        unit: of the differences.
-        theme: light or dark.
-
-    Raises:
-        DitlabError: there is no difference at all.
+    `ways` is title -> N -> difference. A filled mark is one whose interval excludes zero; small dots are the seeds.
     """
-    if not any(d is not None for _, way in ways for d in way.values()):
-        raise DitlabError("figure: expected at least one difference, found none")
+    from matplotlib.lines import Line2D
+
+    color = theme.run(0)
     with canvas(max(4.2, 3.1 * len(ways)), 3.7, theme) as figure:
-        for axes, (title, way) in zip(figure.subplots(1, len(ways), squeeze=False)[0], ways, strict=True):
+        for axes, (title, way) in zip(figure.subplots(1, len(ways), squeeze=False)[0], ways.items(), strict=True):
             _draw(axes, way, theme)
             axes.set_title(title, pad=8, fontsize=10)
-        first = next(d for _, way in ways for d in way.values() if d is not None)
-        figure.axes[0].set_ylabel(f"{first.second} minus {first.first} ({unit})")
-        _legend(figure, theme)
+        figure.axes[0].set_ylabel(ylabel)
+        mark = {"color": color, "marker": "o", "ms": 6.5, "mec": color, "mew": 1.6, "lw": 1.8}
+        handles = [
+            Line2D([], [], **mark, mfc=color, label="mean and 95 % interval that excludes zero"),
+            Line2D([], [], **mark, mfc=theme.background, label="the interval includes zero, or one seed"),
+            Line2D([], [], color=theme.muted, marker="o", ms=3.5, lw=0, label="a seed"),
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=3 if len(ways) > 1 else 1)
     return figure
 
 
@@ -47,9 +45,8 @@ def _draw(axes: Axes, way: Mapping[int, PairedDifference | None], theme: Theme) 
     color = theme.run(0)
     for x, d in enumerate(way.values()):
         if d is None:
-            axes.annotate(
-                "none", (x, 0), (0, 5), textcoords="offset points", ha="center", fontsize=8, color=theme.muted
-            )
+            offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axes.annotate("none", (x, 0), fontsize=8, color=theme.muted, **offset)
             continue
         if d.low is not None and d.high is not None:
             axes.plot([x, x], [d.low, d.high], color=color, lw=1.8, solid_capstyle="butt", zorder=2)
@@ -61,19 +58,3 @@ def _draw(axes: Axes, way: Mapping[int, PairedDifference | None], theme: Theme) 
     axes.set_xlim(-0.5, len(way) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("training images N")
-
-
-def _legend(figure: Figure, theme: Theme) -> None:
-    from matplotlib.lines import Line2D
-
-    color = theme.run(0)
-
-    def mark(inside: str, label: str) -> Line2D:
-        return Line2D([], [], color=color, marker="o", ms=6.5, mfc=inside, mec=color, mew=1.6, lw=1.8, label=label)
-
-    handles = [
-        mark(color, "mean and 95 % interval that excludes zero"),
-        mark(theme.background, "the interval includes zero, or one seed"),
-        Line2D([], [], color=theme.muted, marker="o", ms=3.5, lw=0, label="a seed"),
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3)

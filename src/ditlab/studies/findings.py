@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
-from ditlab.studies.results import ALONG, CONTRASTS, Contrast, Facet, verdict
+from ditlab.metrics.paired import PairedDifference
+from ditlab.studies.results import ALONG, CONTRASTS, FULL, Contrast, Facet
 
-__all__ = ["answer", "contrasts", "findings", "phrase"]
+__all__ = ["WAYS", "answer", "findings", "headline", "verdict"]
 
-_WAYS = dict(zip(("full", "lowers", "matched", "best"), CONTRASTS, strict=True))
+WAYS = dict(zip(("full", "lowers", "matched", "best"), CONTRASTS, strict=True))
 """Question -> the way of comparing that answers it."""
 
 
@@ -19,21 +20,34 @@ def findings(facet: Facet, asks: Sequence[str]) -> list[str]:
     seeds = len(facet.plan.axes["seed"])
     over = "one seed, so the spread is unknown" if seeds == 1 else f"{seeds} paired seeds"
     lines = [f"{done} of {len(facet.trials)} trials are on record ({over})."]
-    for question in asks:
-        lines += answer(facet, question)
-    return lines
+    return lines + [line for question in asks for line in answer(facet, question)]
+
+
+def headline(facet: Facet) -> str:
+    """Returns the verdict of a page in one sentence: of the gap, or of attention where no gap was measured."""
+    if facet.comparison is None:
+        return " ".join(answer(facet, "locality"))
+    few, many = facet.counts[0], facet.counts[-1]
+    trends = [(label, d) for label in facet.labels if few != many and (d := facet.trend(label, few, many)) is not None]
+    falls = [f"{claim} ({labels})" for claim, labels in _by_claim((label, _claim(d)) for label, d in trends)]
+    parts = [f"at N = {many:,} against N = {few:,}: {', '.join(falls)}"] if falls else []
+    for first, second in combinations(facet.labels, 2):
+        contrasts = facet.contrasts(first, second)[FULL]
+        if any(contrast.difference is not None for contrast in contrasts):
+            parts.append(f"{second} against {first}: {verdict(contrasts).replace('; ', ', ')}")
+    return f"Average PSNR gap, {'; '.join(parts)}." if parts else ""
 
 
 def answer(facet: Facet, question: str) -> list[str]:
-    """Returns what a facet answers to one of the questions "falls", "locality", "consistency" and those of `_WAYS`."""
+    """Returns what a facet answers to one of the questions "falls", "locality", "consistency" and those of `WAYS`."""
     if question == "falls":
         return _falls(facet)
-    if question in _WAYS:
-        lines = []
+    if question in WAYS:
+        lines, way = [], WAYS[question]
         for first, second in combinations(facet.labels, 2):
-            way = contrasts(facet, first, second)[_WAYS[question]]
-            if any(contrast.difference is not None for contrast in way):
-                lines.append(f"{phrase(_WAYS[question])}, {second} against {first}: {verdict(way)}.")
+            contrasts = facet.contrasts(first, second)[way]
+            if any(contrast.difference is not None for contrast in contrasts):
+                lines.append(f"{_phrase(way)}, {second} against {first}: {verdict(contrasts)}.")
         return lines
     if facet.locality is None:
         return []
@@ -58,12 +72,32 @@ def _falls(facet: Facet) -> list[str]:
     return lines
 
 
-def phrase(way: str) -> str:
-    """Returns a way of comparing as a sentence begins with it; it always says which of the two measurements it is."""
+def _phrase(way: str) -> str:
+    """A way of comparing as a sentence begins with it; it always says which of the two measurements it is."""
     return f"{way[0].upper()}{way[1:]}" + (" along training" if way in ALONG else "")
 
 
-def contrasts(facet: Facet, first: str, second: str) -> dict[str, list[Contrast]]:
-    """Returns for each way of comparing two kinds the contrasts, one for each N."""
-    mine = [c for c in facet.contrasts if (c.first, c.second) == (first, second)]
-    return {way: [c for c in mine if c.what == way] for way in CONTRASTS}
+def verdict(contrasts: Iterable[Contrast]) -> str:
+    """Returns where a difference was seen, by N: "at N = 10, 30 lower; at N = 100 no difference seen"."""
+    claims = [(f"{c.n:,}", _claim(c.difference, c.measured)) for c in contrasts]
+    return "; ".join(f"at N = {counts} {claim}" for claim, counts in _by_claim(claims))
+
+
+def _by_claim(claims: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns (claim, the places where it holds) of (place, claim) pairs, what was seen first."""
+    places: dict[str, list[str]] = {}
+    for place, claim in claims:
+        places.setdefault(claim, []).append(place)
+    order = ("lower", "higher", "similar", "no difference", "one seed", "cannot", "not yet")
+    claimed = sorted(places, key=lambda claim: next(i for i, start in enumerate(order) if claim.startswith(start)))
+    return [(claim, ", ".join(places[claim])) for claim in claimed]
+
+
+def _claim(d: PairedDifference | None, measured: bool = True) -> str:
+    if d is None:
+        return "cannot be compared" if measured else "not yet measured"
+    if d.low is None:
+        return "one seed, so nothing can be said"
+    if not d.seen:
+        return f"similar (within {d.margin:g} dB)" if d.similar else "no difference seen"
+    return ("higher" if d.mean > 0 else "lower") + (f" (by less than {d.margin:g} dB)" if d.similar else "")

@@ -20,7 +20,7 @@ from ditlab.data.splits import make_split
 from ditlab.errors import Damaged, Incompatible, InvalidConfig, unknown_name
 from ditlab.files import read_json, write_json
 from ditlab.presets import PRESETS
-from ditlab.studies.trial import Trial, trial_config, trial_hash
+from ditlab.studies.trial import PLACE, Trial, trial_config, trial_hash
 
 __all__ = ["SCALES", "Overrides", "Plan", "Scale", "Study", "apply_overrides", "data_name", "merge_plans", "resolve"]
 
@@ -110,14 +110,17 @@ def apply_overrides(study: Study, scale: str, overrides: Overrides) -> Scale:
     """
     base = study.scale(scale)
     where = f"study {study.name}, scale {scale}"
-    data = base.data if overrides.data is None else overrides.data
+
+    def chosen(axis: str, own: Sequence[Any]) -> tuple[Any, ...]:
+        values = getattr(overrides, axis)
+        return tuple(own if values is None else values)
+
+    data = chosen("data", base.data)
     if overrides.data is None and not data:
         raise InvalidConfig(f"{where}: expected `data` with a source of images (folder:PATH, hub:ID, ...), found none")
-    networks = base.networks if overrides.networks is None else overrides.networks
-    attention = base.attention if overrides.attention is None else overrides.attention
-    n = base.n if overrides.n is None else overrides.n
-    seeds = base.seeds if overrides.seeds is None else overrides.seeds
-    axes = {"data": data, "network": tuple(networks), "attention": tuple(attention), "n": n, "seeds": seeds}
+    networks, attention = chosen("networks", tuple(base.networks)), chosen("attention", tuple(base.attention))
+    n, seeds = chosen("n", base.n), chosen("seeds", base.seeds)
+    axes = {"data": data, "network": networks, "attention": attention, "n": n, "seeds": seeds}
     for name, values in axes.items():
         if not values:
             raise InvalidConfig(f"{where}: expected at least one value of `{name}`, found none: the study is empty")
@@ -174,7 +177,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns everything, as JSON values."""
         values = {("cells" if name == "trials" else name): value for name, value in asdict(self).items()}
-        return {"kind": self.kind, "version": self.version, **values, "cells": [dict(place) for place in self.trials]}
+        return {"kind": self.kind, "version": self.version, **values, "cells": list(map(dict, self.trials))}
 
     def save(self, folder: Path) -> Path:
         """Writes plan.json, whole or not at all."""
@@ -184,15 +187,14 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Reads what `save` wrote; raises DitlabError if it is missing, damaged or something else."""
         record = read_json(path, cls.kind, cls.version)
-        values = {name: value for name, value in record.items() if name not in ("kind", "version", "cells")}
         try:
-            plan = cls(**values, trials=tuple(record["cells"]))
-            for place in plan.trials:
-                for name in ("hash", "data", "network", "attention", "n", "seed"):
+            trials = tuple(record.pop("cells"))
+            for place in trials:
+                for name in PLACE:
                     place[name]
+            return cls(**{k: v for k, v in record.items() if k not in ("kind", "version")}, trials=trials)
         except (KeyError, TypeError) as error:
             raise Damaged(f"{path}: a field of the plan is missing or unknown ({error})") from error
-        return plan
 
 
 def merge_plans(old: Plan, new: Plan) -> Plan | None:
@@ -202,14 +204,14 @@ def merge_plans(old: Plan, new: Plan) -> Plan | None:
     both name is the same in both. Trials that neither asked for are not in it.
     """
 
+    first, second = (json.loads(json.dumps(plan.to_json())) for plan in (old, new))
+
     def agree(name: str) -> bool:
         """Whether a mapping has the same values in both plans, for the keys that both have."""
-        first, second = _json(getattr(old, name)), _json(getattr(new, name))
-        return all(first[key] == second[key] for key in first.keys() & second.keys())
+        mine, theirs = first[name], second[name]
+        return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
 
-    same = all(
-        _json(getattr(old, name)) == _json(getattr(new, name)) for name in ("study", "scale", "analyses", "margin")
-    )
+    same = all(first[name] == second[name] for name in ("study", "scale", "analyses", "margin"))
     same_images = all(old.images[name]["hash"] == new.images[name]["hash"] for name in old.images.keys() & new.images)
     if not (same and same_images and agree("plans") and agree("settings")):
         return None
@@ -217,7 +219,6 @@ def merge_plans(old: Plan, new: Plan) -> Plan | None:
     axes |= {name: sorted(axes[name]) for name in ("n", "seed")}
     places = {place["hash"]: dict(place) for plan in (old, new) for place in plan.trials}
     order = ("seed", "data", "network", "n", "attention")
-    known = {place["hash"] for place in old.trials}
     commands = "\n".join(dict.fromkeys([old.command, new.command])).strip()
     return replace(
         new,
@@ -226,7 +227,7 @@ def merge_plans(old: Plan, new: Plan) -> Plan | None:
         images={**old.images, **new.images},
         settings={**old.settings, **new.settings},
         trials=tuple(sorted(places.values(), key=lambda place: [axes[name].index(place[name]) for name in order])),
-        command=old.command if places.keys() == known else commands,
+        command=old.command if len(places) == len(old.trials) else commands,
     )
 
 
@@ -236,23 +237,12 @@ def _join(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys([*first, *second]))
 
 
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
 def resolve(
     study: Study, scale_name: str, scale: Scale, images: Mapping[str, ImageSet], command: str = ""
 ) -> tuple[Plan, list[Trial]]:
-    """Returns every trial of a study, checked, and the plan that lists them.
+    """Returns every trial of a study, checked, and the plan that lists them; `images` are made at the scale's size.
 
     Trials are ordered so that a study that is cut short has whole seeds: by seed, then data, network, N and attention.
-
-    Args:
-        study: the study.
-        scale_name: the scale's name.
-        scale: the scale, with a user's changes (`apply_overrides`).
-        images: source -> the image set made of it at the scale's size.
-        command: how the user asked for it, kept in the plan.
 
     Raises:
         DitlabError: a setting is unknown or impossible, or a set has too few images for the largest N and the test set.
@@ -268,9 +258,9 @@ def resolve(
         config = trial_config(network, settings, image_set, attention=attention, n=n, seed=seed)
         hashed = trial_hash(config, image_set.hash)
         trials.append(Trial(hashed, config, image_set.hash, names[source], network, label, n, seed))
-    for image_set in images.values():
-        for seed in scale.seeds:
-            make_split(image_set, max(scale.n), trials[0].config.data.test, seed, trials[0].config.data.skip)
+    split = trials[0].config.data
+    for image_set, seed in product(images.values(), scale.seeds):
+        make_split(image_set, max(scale.n), split.test, seed, split.skip)
     hashes: dict[str, Trial] = {}
     for trial in trials:
         twin = hashes.setdefault(trial.hash, trial)

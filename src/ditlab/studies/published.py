@@ -36,6 +36,19 @@ class Published:
         """Returns the first value with these fields, or None."""
         return next((v for v in self.values if all(v[k] == w for k, w in wanted.items())), None)
 
+    def gaps(self) -> list[tuple[Any, ...]]:
+        """Returns (images, network, N, gap of global, gap of local, difference, source) of what Fig. 6 has of both."""
+        rows = []
+        shown = [v for v in self.values if v["quantity"] == "gap"]
+        for images, network, n in dict.fromkeys((v["images"], v["network"], v["n"]) for v in shown):
+            of = {"images": images, "network": network, "n": n, "quantity": "gap", "source": "Fig. 6"}
+            a, b = (self.value(**of, attention=kind) for kind in ("global", "local"))
+            if a is not None and b is not None:
+                difference = b["value"] - a["value"]
+                source = f"{a['source']}, {a['certainty']}"
+                rows.append((images, network, n, a["value"], b["value"], difference, source))
+        return rows
+
 
 def published(study: str) -> Published | None:
     """Returns what is published about a study ("an2024/fig6"); None if nothing is on file."""
@@ -46,13 +59,8 @@ def published(study: str) -> Published | None:
     mine = record["studies"].get(study)
     if mine is None:
         return None
-    return Published(
-        record["paper"],
-        record["certainty"],
-        tuple(record["settings"]),
-        tuple(mine["claims"]),
-        tuple(mine["values"]),
-    )
+    lists = (tuple(record["settings"]), tuple(mine["claims"]), tuple(mine["values"]))
+    return Published(record["paper"], record["certainty"], *lists)
 
 
 def settings_here(plan: Plan, network: str) -> dict[str, Any]:
@@ -105,11 +113,7 @@ def _text(value: Any) -> str:
 
 
 def published_fid(network: Any) -> float | None:
-    """Returns the published FID of a network of Peebles & Xie, on the images that it was published for; else None.
-
-    Args:
-        network: a `ditlab.analyses.complexity.measure.NetworkCost`.
-    """
+    """Returns the published FID of a `NetworkCost` of Peebles & Xie, on the images it was published for; else None."""
     paper = published("dit/table4")
     assert paper is not None  # it comes with ditlab
     record = paper.value(network=network.name, quantity="fid")

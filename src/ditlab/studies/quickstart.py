@@ -9,16 +9,17 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditlab.config import RunConfig
-from ditlab.data import ImageSet, is_source, prepare
+from ditlab.data import ImageSet, prepare
 from ditlab.errors import DitlabError
 from ditlab.models.comparing import open_models
 from ditlab.models.configuring import fit_run
 from ditlab.progress import SILENT, Reporter
-from ditlab.studies.pipeline import train_job, training_progress
+from ditlab.studies.pipeline import image_set, train_job, training_progress
 from ditlab.studies.quickstart_config import QuickstartConfig
 from ditlab.studies.runner import Job, Slot, Snapshot, Stage, run_jobs
 from ditlab.studies.trial import trial_config
@@ -62,30 +63,24 @@ def run_quickstart(
 ) -> QuickstartResult:
     """Prepares the images, trains both kinds of networks for each seed, and writes the report; the same call resumes.
 
-    Args:
-        config: what is trained, on what.
-        out: the folder of the image set, the runs and the report.
-        device: "cpu", "cuda" or "cuda:N"; CUDA if there is one and None is given.
-        command: how the user asked for it, for the page and the runs' config.json.
-        show: called with a snapshot at each change and twice a second; None draws a bar of the reporter.
-        reporter: takes notes and progress.
-
-    Raises:
-        DitlabError: images or settings that cannot be used, or a training that failed.
+    The arguments are those of `ditlab.quickstart`; `command` is for the page and the runs' config.json.
     """
     begun, place = time.monotonic(), pick_device(device)
-    images = _images(config, out, reporter)
+    folder = out / f"photos-{config.size}"
+    images = (
+        prepare("photos", folder, size=config.size, reporter=reporter)
+        if config.data == "photos"
+        else image_set(config.data, config.size, reporter)
+    )
     side = f"{images.shape[1]}x{images.shape[2]}"
     reporter.note(
         f"{len(images)} images of {side} pixels in {images.path}; training on {config.n} of them, with global and with "
         f"local attention, {config.steps:,} steps each"
     )
-    jobs, kinds = [], []
-    for seed in config.seeds:
-        for kind, plan in PLANS.items():
-            folder = out / "runs" / f"{kind.split()[0]}-seed{seed}"
-            kinds.append(kind)
-            jobs.append(_job(run_config(config, images, plan, seed, reporter), images, folder, command))
+    jobs, kinds = [], list(PLANS) * len(config.seeds)
+    for seed, (kind, plan) in product(config.seeds, PLANS.items()):
+        folder = out / "runs" / f"{kind.split()[0]}-seed{seed}"
+        jobs.append(_job(run_config(config, images, plan, seed, reporter), images, folder, command))
     cores = os.cpu_count() or 1
     parallel = min(len(jobs), cores) if place.type == "cpu" else 1
     slots = [Slot(max(cores // parallel, 1), str(place))] * parallel
@@ -116,15 +111,7 @@ def run_quickstart(
 def run_config(
     config: QuickstartConfig, images: ImageSet, attention: str, seed: int, reporter: Reporter = SILENT
 ) -> RunConfig:
-    """Returns the settings of one run.
-
-    Args:
-        config: of the quickstart.
-        images: the image set.
-        attention: the attention plan.
-        seed: of split and training.
-        reporter: told what follows from the images.
-    """
+    """Returns the settings of one run, of an attention plan and a seed of split and training."""
     every = max(config.steps // _POINTS, 1)
     settings = {
         "training.steps": config.steps,
@@ -135,14 +122,6 @@ def run_config(
     }
     chosen = trial_config(config.preset, settings, images, attention=attention, n=config.n, seed=seed)
     return fit_run(chosen, images, reporter=reporter)
-
-
-def _images(config: QuickstartConfig, out: Path, reporter: Reporter) -> ImageSet:
-    if config.data == "photos":
-        return prepare("photos", out / f"photos-{config.size}", size=config.size, reporter=reporter)
-    if is_source(config.data):
-        return prepare(config.data, size=config.size, reporter=reporter)
-    return ImageSet.open(config.data)
 
 
 def _job(config: RunConfig, images: ImageSet, folder: Path, command: str) -> Job:

@@ -1,9 +1,9 @@
 """The recorded results of a study's trials, compared; from plan.json and cells/ alone.
 
-A facet is one image set and one network. Within it, kinds of attention are compared at each N, paired by seed. The full
-measurement (psnr-gap.json) gives one comparison. The measurements during training (trajectory.json) give three, all
-made in the same coarser way, so that they can be compared with each other (`ditlab.analyses.trajectory.comparison`
-explains why three). A grid that is partly empty gives the comparisons that its trials allow.
+A facet is one image set and one network. Within it, kinds of attention are compared at each N, paired by seed: by the
+full measurement (psnr-gap.json), and in three ways by the measurements during training (trajectory.json), all made in
+the same coarser way (`ditlab.analyses.trajectory.comparison` explains why three). A grid that is partly empty gives the
+comparisons that its trials allow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,6 @@ from ditlab.analyses.psnr_gap.result import PSNRResult
 from ditlab.analyses.trajectory.comparison import MatchedComparison, Trajectory, compare_kinds
 from ditlab.errors import Damaged, DitlabError, Incompatible
 from ditlab.metrics.paired import PairedDifference, paired_difference
-from ditlab.provenance import Provenance
 from ditlab.studies.grid import Plan
 from ditlab.studies.store import Store, TrialStatus
 
@@ -44,13 +43,11 @@ class TrialResults:
     place: Mapping[str, Any]
     """`Trial.place`."""
     status: TrialStatus
-    record: Mapping[str, Any] | None
-    """cell.json."""
+    records: Mapping[str, Mapping[str, Any]]
+    """Name of a file ("cell", "psnr-gap") -> its JSON, of those on record with the plan's settings."""
     psnr: PSNRResult | None
-    psnr_record: Mapping[str, Any] | None
     trajectory: Trajectory | None
     locality: LocalityResult | None
-    locality_record: Mapping[str, Any] | None
 
     def row(self) -> dict[str, Any]:
         """Returns its numbers, for a table: dB, tokens, shares."""
@@ -68,10 +65,7 @@ class TrialResults:
 class Contrast:
     """Two kinds of attention at one N, compared in one way."""
 
-    what: str
     n: int
-    first: str
-    second: str
     difference: PairedDifference | None
     """None if no seed allows it."""
     measured: bool
@@ -103,6 +97,10 @@ class Facet:
         """The numbers of training images, ascending."""
         return list(self.plan.axes["n"])
 
+    def records(self, file: str) -> dict[str, Mapping[str, Any]]:
+        """Returns trial -> its JSON of this name, of those that have it."""
+        return {t.place["hash"]: t.records[file] for t in self.trials if file in t.records}
+
     @cached_property
     def comparison(self) -> PSNRComparison | None:
         """The comparison of PSNR gaps; None if none is on record."""
@@ -121,46 +119,39 @@ class Facet:
         results = _pairable([t.locality for t in self.trials if t.locality is not None])
         return compare_locality(results) if results else None
 
-    def trajectories(self, n: int) -> list[Trajectory]:
-        """Returns PSNR along training of the trials of one N."""
-        return [t.trajectory for t in self.trials if t.trajectory is not None and t.trajectory.n == n]
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """PSNR along training of each trial that has it."""
+        return [t.trajectory for t in self.trials if t.trajectory is not None]
 
     @cached_property
     def matched(self) -> list[MatchedComparison]:
         """Each two kinds of attention at each N, along training; those without a common seed are left out."""
-        runs = [t.trajectory for t in self.trials if t.trajectory is not None]
-        return compare_kinds(runs, margin=self.plan.margin)
+        return compare_kinds(self.trajectories, margin=self.plan.margin)
 
-    @cached_property
-    def contrasts(self) -> list[Contrast]:
-        """Every two kinds of attention at every N, in each way of `CONTRASTS`."""
-        full = {} if self.comparison is None else {(n, d.first, d.second): d for n, d in self.comparison.differences}
-        along = {(m.n, m.first, m.second): m for m in self.matched}
-        contrasts = []
+    def contrasts(self, first: str, second: str) -> dict[str, list[Contrast]]:
+        """Returns for each way of `CONTRASTS` how two kinds of attention compare, at every N."""
+        differences = self.comparison.differences if self.comparison else ()
+        full = {n: d for n, d in differences if (d.first, d.second) == (first, second)}
+        along = {m.n: m for m in self.matched if (m.first, m.second) == (first, second)}
+        ways: dict[str, list[Contrast]] = {way: [] for way in CONTRASTS}
         for n in self.counts:
-            for first, second in combinations(self.labels, 2):
-                d, m = full.get((n, first, second)), along.get((n, first, second))
-                contrasts.append(Contrast(FULL, n, first, second, d, d is not None))
-                ways = (None,) * len(ALONG) if m is None else (m.gap_at_step, m.gap_matched, m.best_test)
-                contrasts += [
-                    Contrast(way, n, first, second, d, m is not None) for way, d in zip(ALONG, ways, strict=True)
-                ]
-        return contrasts
+            m = along.get(n)
+            ways[FULL].append(Contrast(n, full.get(n), n in full))
+            three = (None, None, None) if m is None else (m.gap_at_step, m.gap_matched, m.best_test)
+            for way, difference in zip(ALONG, three, strict=True):
+                ways[way].append(Contrast(n, difference, m is not None))
+        return ways
 
-    def trend(self, label: str, few: int, many: int) -> PairedDifference | None:
-        """Returns the gap at a larger N minus that at a smaller one, over common seeds; None if there are none."""
-        if self.comparison is None:
+    def trend(self, label: str, few: int, many: int, what: str = "gap") -> PairedDifference | None:
+        """Returns the "gap" or "distance" at a larger N minus that at a smaller one; None without a common seed."""
+        comparison: Any = self.comparison if what == "gap" else self.locality
+        averages = {g.n: g.averages(what) for g in comparison.groups if g.label == label} if comparison else {}
+        less, more = averages.get(few, {}), averages.get(many, {})
+        if not less.keys() & more.keys():
             return None
-        groups = [self.comparison.group(label, n) for n in (few, many)]
-        if groups[0] is None or groups[1] is None or not set(groups[0].seeds) & set(groups[1].seeds):
-            return None
-        less, more = groups[0].averages(), groups[1].averages()
-        return paired_difference(f"N = {few:,}", f"N = {many:,}", less, more, margin=self.plan.margin)
-
-    def trends(self, label: str) -> list[PairedDifference]:
-        """Returns the gap of a kind of attention at each N minus that at the next smaller one, where seeds allow it."""
-        trends = [self.trend(label, few, many) for few, many in pairwise(self.counts)]
-        return [difference for difference in trends if difference is not None]
+        margin = self.plan.margin if what == "gap" else None
+        return paired_difference(f"N = {few:,}", f"N = {many:,}", less, more, margin=margin)
 
 
 def facets(plan: Plan, store: Store) -> list[Facet]:
@@ -169,49 +160,32 @@ def facets(plan: Plan, store: Store) -> list[Facet]:
     Raises:
         DitlabError: a recorded result cannot be read as what it says it is.
     """
-    trials = [_checked(place, plan, store) for place in plan.trials]
-    parts = []
-    for data in plan.axes["data"]:
-        for network in plan.axes["network"]:
-            mine = tuple(t for t in trials if (t.place["data"], t.place["network"]) == (data, network))
-            parts.append(Facet(plan, data, network, mine))
-    return parts
-
-
-def _checked(place: Mapping[str, Any], plan: Plan, store: Store) -> TrialResults:
-    try:
-        return _read(place, plan, store)
-    except DitlabError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        folder = store.trial(place["hash"])
-        raise Damaged(f"{folder}: a recorded result is damaged ({type(error).__name__}: {error})") from error
+    trials = [_read(place, plan, store) for place in plan.trials]
+    return [
+        Facet(plan, *of, tuple(t for t in trials if (t.place["data"], t.place["network"]) == of))
+        for of in product(plan.axes["data"], plan.axes["network"])
+    ]
 
 
 def _read(place: Mapping[str, Any], plan: Plan, store: Store) -> TrialResults:
     name = place["hash"]
-    records = {
-        analysis: store.record(name, analysis) if store.measured(name, plan, analysis) else None
-        for analysis in plan.analyses
-    }
-    psnr, locality, trained = records.get("psnr-gap"), records.get("attention"), store.record(name, "cell")
-    return TrialResults(
-        place=place,
-        status=store.status(name, plan),
-        record=trained,
-        psnr=None if psnr is None else _named(psnr_of_levels(psnr), place),
-        psnr_record=psnr,
-        trajectory=_trajectory(place, trained, store.record(name, "trajectory")),
-        locality=None if locality is None else _named(LocalityResult.from_json(locality), place),
-        locality_record=locality,
-    )
+    records = store.records(name, plan)
+    psnr, locality = records.get("psnr-gap"), records.get("attention")
+    try:
+        psnr = None if psnr is None else _named(psnr_of_levels(psnr), place)
+        locality = None if locality is None else _named(LocalityResult.from_json(locality), place)
+        return TrialResults(place, store.status(name, plan), records, psnr, _trajectory(place, records), locality)
+    except DitlabError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        where = f"{store.trial(name)}: a recorded result is damaged"
+        raise Damaged(f"{where} ({type(error).__name__}: {error})") from error
 
 
 def _named(result: _Result, place: Mapping[str, Any]) -> _Result:
     """Returns the result under the plan's name for its kind; studies that share a trial may name it differently."""
     name = f"{place['attention']} N={place['n']} seed {place['seed']}"
-    about: Provenance = replace(result.about, name=name, label=place["attention"])
-    return replace(result, about=about)
+    return replace(result, about=replace(result.about, name=name, label=place["attention"]))
 
 
 def psnr_of_levels(record: Mapping[str, Any]) -> PSNRResult:
@@ -235,13 +209,12 @@ def psnr_of_levels(record: Mapping[str, Any]) -> PSNRResult:
     return PSNRResult.from_json({**record, **changed}, errors)
 
 
-def _trajectory(
-    place: Mapping[str, Any], trained: Mapping[str, Any] | None, record: Mapping[str, Any] | None
-) -> Trajectory | None:
-    if trained is None or record is None or not any("psnr_gap" in point for point in record["points"]):
+def _trajectory(place: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> Trajectory | None:
+    points = records["trajectory"]["points"] if "trajectory" in records else []
+    if "cell" not in records or not any("psnr_gap" in point for point in points):
         return None
-    family = trained["split"]["family"]
-    return Trajectory.from_log(place["attention"], place["seed"], record["points"], n=place["n"], split_family=family)
+    family = records["cell"]["split"]["family"]
+    return Trajectory.from_log(place["attention"], place["seed"], points, n=place["n"], split_family=family)
 
 
 def _pairable(results: Sequence[_Result]) -> list[_Result]:
@@ -250,40 +223,11 @@ def _pairable(results: Sequence[_Result]) -> list[_Result]:
     for label in dict.fromkeys(r.about.group for r in results):
         mine = [r for r in results if r.about.group == label]
         for other in dict.fromkeys(r.about.group for r in chosen):
-            seeds = {r.about.seed for r in chosen if r.about.group == other}
-            at: dict[int | None, set[int]] = {}
-            for r in chosen:
-                if r.about.group == other:
-                    at.setdefault(r.about.n, set()).add(r.about.seed)
-            if not seeds & {r.about.seed for r in mine}:
-                mine = []
-            apart = {n for n, there in at.items() if not there & {r.about.seed for r in mine if r.about.n == n}}
+            theirs = {(r.about.n, r.about.seed) for r in chosen if r.about.group == other}
+            shared = {r.about.n for r in mine if (r.about.n, r.about.seed) in theirs}
+            apart = {n for n, _ in theirs} - shared
             mine = [r for r in mine if r.about.n not in apart]
-            if not seeds & {r.about.seed for r in mine}:
+            if not {r.about.seed for r in mine} & {seed for _, seed in theirs}:
                 mine = []
         chosen += mine
     return chosen
-
-
-def verdict(contrasts: Sequence[Contrast]) -> str:
-    """Returns where a difference was seen, by N: "at N = 10, 30 lower; at N = 100 no difference seen".
-
-    Args:
-        contrasts: of two kinds, in one way, one for each N.
-    """
-    kinds: dict[str, list[str]] = {}
-    for contrast in contrasts:
-        d = contrast.difference
-        if d is None:
-            kind = "cannot be compared" if contrast.measured else "not yet measured"
-        elif d.low is None:
-            kind = "one seed, so nothing can be said"
-        elif not d.seen:
-            kind = f"similar (within {d.margin:g} dB)" if d.similar else "no difference seen"
-        else:
-            kind = "higher" if d.mean > 0 else "lower"
-            kind += f" (by less than {d.margin:g} dB)" if d.similar else ""
-        kinds.setdefault(kind, []).append(f"{contrast.n:,}")
-    order = ("lower", "higher", "similar", "no difference", "one seed", "cannot", "not yet")
-    places = sorted(kinds, key=lambda kind: next(i for i, start in enumerate(order) if kind.startswith(start)))
-    return "; ".join(f"at N = {', '.join(kinds[kind])} {kind}" for kind in places)

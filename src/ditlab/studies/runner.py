@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,11 +140,11 @@ class RunningJob:
     lock: ExitStack
     begun: float
     """When the job started, like `stage_begun` of the clock `time.monotonic`."""
-    stages: list[Stage]
-    """Those that are left, the present one first."""
+    stage: Stage | None = None
     process: subprocess.Popen[bytes] | None = None
     stage_begun: float = 0.0
-    cpu_seconds: float | None = None
+    work: Iterator[None] = field(init=False)
+    """Does the job step by step (`_Runner._work`)."""
 
     @property
     def name(self) -> str:
@@ -158,7 +158,7 @@ class RunningJob:
 
     def progress(self) -> Progress | None:
         """Returns how far its present process is; None where that is not known."""
-        return self.stages[0].progress() if self.stages else None
+        return self.stage.progress() if self.stage else None
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class _Runner:
             try:
                 mine = lock.enter_context(job.lock())
             except OSError as error:
-                self._finish(job, lock, time.monotonic(), f"{job.output.parent}: {error.strerror}", "")
+                self._finish(job, lock, time.monotonic(), f"{job.output.parent}: {error.strerror}")
                 continue
             if not mine:
                 lock.close()
@@ -274,62 +274,47 @@ class _Runner:
                 self._elsewhere.append(job)
                 self._ask_at = time.monotonic() + _ASK_SECONDS
                 continue
-            running = RunningJob(job, self._free.pop(0), lock, time.monotonic(), [])
-            try:
-                running.stages = list(job.stages(running.slot))
-            except (DitlabError, OSError) as error:
-                self._free.insert(0, running.slot)
-                self._finish(job, lock, running.begun, str(error), "")
-                continue
+            running = RunningJob(job, self._free.pop(0), lock, time.monotonic())
+            running.work = self._work(running)
             self._running.append(running)
-            self._start_stage(running)
-
-    def _start_stage(self, running: RunningJob) -> None:
-        """Starts the first of the stages that are left, or ends the job."""
-        if not running.stages:
-            self._close(running, "", "")
-            return
-        stage = running.stages[0]
-        try:
-            running.process = _start(stage, running.slot, running.job.output)
-        except OSError as error:
-            reason = f"{running.job.output}: could not be written: {error.strerror}"
-            self._close(running, reason, stage.command)
-            return
-        except DitlabError as error:
-            self._close(running, str(error), stage.command)
-            return
-        running.stage_begun, running.cpu_seconds = time.monotonic(), None
-        self._set_state(running.name, stage.name)
+            self._advance(running)
 
     def _check_processes(self) -> None:
-        """Records what processes that have ended made, and starts what comes next."""
         for running in list(self._running):
-            if running.process is None:
-                continue
-            # Read before the poll, which takes an ended process out of the system's list.
-            cpu_seconds = _cpu_seconds(running.process.pid)
-            running.cpu_seconds = running.cpu_seconds if cpu_seconds is None else cpu_seconds
-            if running.process.poll() is None:
-                continue
-            stage, status = running.stages[0], running.process.returncode
-            if status:
-                self._close(running, _failure(running.job, status), stage.command)
-                continue
-            try:
-                stage.record(ResourceUse(round(running.stage_seconds, 1), running.cpu_seconds))
-            except (DitlabError, OSError) as error:
-                self._close(running, str(error), stage.command)
-                continue
-            running.stages.pop(0)
-            self._start_stage(running)
+            self._advance(running)
 
-    def _close(self, running: RunningJob, reason: str, command: str) -> None:
+    def _advance(self, running: RunningJob) -> None:
+        """Goes on with a job as far as it can now, and ends it where it is done or has failed."""
+        reason = command = ""
+        try:
+            next(running.work)
+            return
+        except StopIteration:
+            pass
+        except (DitlabError, OSError) as error:
+            reason, command = str(error), running.stage.command if running.stage else ""
         self._running.remove(running)
         self._free.append(running.slot)
         self._finish(running.job, running.lock, running.begun, reason, command)
 
-    def _finish(self, job: Job, lock: ExitStack, begun: float, reason: str, command: str) -> None:
+    def _work(self, running: RunningJob) -> Iterator[None]:
+        """Runs a job's processes one after the other and records what they made; yields while one runs."""
+        for stage in list(running.job.stages(running.slot)):
+            running.stage = stage
+            process = running.process = _start(stage, running.slot, running.job.output)
+            running.stage_begun, cpu_seconds, status = time.monotonic(), None, None
+            self._set_state(running.name, stage.name)
+            while status is None:
+                yield
+                # Read before the poll, which takes an ended process out of the system's list.
+                now = _cpu_seconds(process.pid)
+                cpu_seconds = cpu_seconds if now is None else now
+                status = process.poll()
+            if status:
+                raise DitlabError(_failure(running.job, status))
+            stage.record(ResourceUse(round(running.stage_seconds, 1), cpu_seconds))
+
+    def _finish(self, job: Job, lock: ExitStack, begun: float, reason: str, command: str = "") -> None:
         seconds = time.monotonic() - begun
         outcome = Outcome(job.name, "failed" if reason else "done", seconds, reason, command)
         self.outcomes[job.name] = outcome
@@ -365,23 +350,26 @@ def _worker(file: Path) -> list[str]:
 
 
 def _start(stage: Stage, slot: Slot, output: Path) -> subprocess.Popen[bytes]:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(stage.file, {"kind": JOB_KIND, "version": JOB_VERSION, **stage.job})
     environment = {**os.environ, "DITLAB_PARENT": str(os.getpid()), "OMP_NUM_THREADS": str(slot.threads)}
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
-    with output.open("ab") as file:
-        file.write(f"$ {stage.command}\n".encode())
-        file.flush()
-        # In a session of its own, Ctrl-C reaches it once, through `end`, and not a second time from the terminal.
-        return subprocess.Popen(
-            _worker(stage.file),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(stage.file, {"kind": JOB_KIND, "version": JOB_VERSION, **stage.job})
+        with output.open("ab") as file:
+            file.write(f"$ {stage.command}\n".encode())
+            file.flush()
+            return subprocess.Popen(
+                _worker(stage.file),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Then Ctrl-C reaches it once, through `end`, and not a second time from the terminal.
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise DitlabError(f"{output}: could not be written: {error.strerror}") from error
 
 
 def _cpu_seconds(pid: int) -> float | None:
@@ -411,19 +399,11 @@ def _failure(job: Job, status: int) -> str:
 
 
 def make_slots(jobs: int, *, device: str, parallel: int | None, memory: int) -> list[Slot]:
-    """Returns as many slots as fit this machine.
+    """Returns as many slots as fit this machine, at most one for each of `jobs`; `parallel` says how many instead.
 
-    On CUDA one for each GPU, or `parallel` spread over them. On the CPU one for each core, with one thread, as many as
-    fit into the free memory; or `parallel` with the cores spread over them.
-
-    Args:
-        jobs: never more slots than these.
-        device: "cpu", "cuda" for all GPUs, or "cuda:N" for one.
-        parallel: how many instead.
-        memory: an estimate of what one process takes on the CPU, in bytes.
-
-    Raises:
-        InvalidConfig: `parallel` is below 1.
+    On CUDA ("cuda", or "cuda:N" for one GPU) one for each GPU, or `parallel` spread over them. On the CPU one for each
+    core, with one thread, as many as fit into the free memory at `memory` bytes each; or `parallel` with the cores
+    spread over them.
     """
     if parallel is not None and parallel < 1:
         raise InvalidConfig(f"`parallel`: expected at least 1, found {parallel}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,15 @@ from ditlab.studies.runner import ResourceUse
 from ditlab.studies.trial import Trial, trial_hash
 from ditlab.training.checkpoint import read_manifest
 
-__all__ = ["State", "Store", "TrialStatus", "measured_alike"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock; there the user must not start two runners on one store
+    fcntl = None
 
+__all__ = ["TRAINED", "State", "Store", "TrialStatus"]
+
+TRAINED = ("cell", "trajectory")
+"""The files of a trial's training."""
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "cell": {"name": str, "split": dict, "spent": dict, "environment": dict, "command": str},
     "trajectory": {"points": list},
@@ -51,6 +58,8 @@ class TrialStatus:
     state: State
     note: str = ""
     """Details, for a table."""
+    command: str | None = None
+    """What repeats the process that failed, if one is known to have failed."""
 
 
 class Store:
@@ -71,13 +80,9 @@ class Store:
         """Returns the folder of a trial's run."""
         return self.root / "runs" / name
 
-    def output(self, name: str) -> Path:
-        """Returns the file of the output of a trial's processes."""
-        return self.root / "runs" / f"{name}.txt"
-
-    def job(self, name: str, stage: str) -> Path:
-        """Returns the file that tells a trial's process what to do."""
-        return self.root / "runs" / f"{name}.{stage}.json"
+    def file(self, name: str, ending: str) -> Path:
+        """Returns a file beside a trial's run: "txt", the output of its processes; "STAGE.json", what one is to do."""
+        return self.root / "runs" / f"{name}.{ending}"
 
     @contextmanager
     def lock(self, name: str) -> Iterator[bool]:
@@ -85,12 +90,10 @@ class Store:
 
         The lock is released when the process ends, however it ends.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock; there the user must not start two runners on one store
+        if fcntl is None:
             yield True
             return
-        path = self.root / "runs" / f"{name}.lock"
+        path = self.file(name, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             for probe in range(_PROBES):
@@ -106,58 +109,58 @@ class Store:
 
     def locked(self, name: str) -> bool:
         """Returns whether a runner works on a trial at this moment."""
-        try:
-            import fcntl
-
-            with (self.root / "runs" / f"{name}.lock").open() as file:
-                try:
-                    # Shared, so that several readers do not block each other.
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return True
-        except (ImportError, OSError):  # no lock was ever made, or it may not be read: no runner works there
+        if fcntl is None:
             return False
+        try:
+            with self.file(name, "lock").open() as file:
+                # Shared, so that several readers do not block each other.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock was ever made, or it may not be read: no runner works there
+            pass
         return False
 
     def record(self, name: str, file: str) -> dict[str, Any] | None:
         """Returns one of a trial's JSON files; None if it is missing or damaged, so that it is made again."""
-        kind, version = (f"study-{file}", 1) if file in ("cell", "trajectory") else _kind(file)
+        kind, version = (f"study-{file}", 1) if file in TRAINED else _kind(file)
         try:
             record = read_json(self.trial(name) / f"{file}.json", kind, version)
         except DitlabError:
             return None
         return record if _whole(record, file) else None
 
-    def trained(self, name: str) -> bool:
-        """Returns whether a trial's training is on record."""
-        return self.record(name, "cell") is not None and self.record(name, "trajectory") is not None
+    def records(self, name: str, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Returns file -> JSON of what is on record of a trial: its training, and analyses with the plan's settings."""
+        records = {}
+        for file in (*TRAINED, *plan.analyses):
+            record = self.record(name, file)
+            if record is not None and (file in TRAINED or _measured_alike(record, plan, file)):
+                records[file] = record
+        return records
 
-    def measured(self, name: str, plan: Plan, analysis: str) -> bool:
-        """Returns whether a trial has an analysis on record that was made with the plan's settings."""
-        record = self.record(name, analysis)
-        return record is not None and measured_alike(record, plan, analysis)
-
-    def complete(self, name: str, plan: Plan) -> bool:
-        """Returns whether everything that a plan asks of a trial is on record."""
-        return self.trained(name) and all(self.measured(name, plan, analysis) for analysis in plan.analyses)
+    def missing(self, name: str, plan: Plan) -> list[str]:
+        """Returns the files that a plan asks of a trial and that are not on record."""
+        records = self.records(name, plan)
+        return [file for file in (*TRAINED, *plan.analyses) if file not in records]
 
     def status(self, name: str, plan: Plan) -> TrialStatus:
         """Returns how far a trial is, from the files on the disk."""
         folder = self.run(name)
         gone = "" if folder.is_dir() else "run folder deleted"
-        if self.complete(name, plan):
+        missing = self.missing(name, plan)
+        if not missing:
             return TrialStatus("done", f"{gone}, its results stay valid" if gone else "")
         if self.locked(name):
             return TrialStatus("running")
-        failure = self.record_failure(name)
-        if failure is not None:
-            return TrialStatus("failed", failure["reason"])
-        if self.trained(name):
-            missing = [a for a in plan.analyses if not self.measured(name, plan, a)]
+        with suppress(DitlabError):
+            failure = read_json(self.file(name, "failed.json"), "study-failure", 1)
+            return TrialStatus("failed", failure["reason"], failure["command"])
+        if not {*TRAINED} & {*missing}:
             todo = f"{' and '.join(missing)} to be measured"
-            return (
-                TrialStatus("empty", f"{gone}, {todo}: to be trained again") if gone else TrialStatus("trained", todo)
-            )
+            if gone:
+                return TrialStatus("empty", f"{gone}, {todo}: to be trained again")
+            return TrialStatus("trained", todo)
         if (folder / "config.json").is_file():
             try:
                 steps = Run.open(folder).checkpoints.steps()
@@ -166,35 +169,20 @@ class Store:
             return TrialStatus("partial", f"step {steps[-1]:,} saved" if steps else "started")
         return TrialStatus("empty")
 
-    def _failure(self, name: str) -> Path:
-        return self.root / "runs" / f"{name}.failed.json"
-
-    def record_failure(self, name: str) -> dict[str, Any] | None:
-        """Returns why a trial failed when it was last tried, and what repeats it; None if it did not fail."""
-        try:
-            return read_json(self._failure(name), "study-failure", 1)
-        except DitlabError:
-            return None
-
     def note_failure(self, name: str, reason: str, command: str) -> None:
         """Records why a trial failed; if the disk is too full for that, only the note is lost."""
         record = {"kind": "study-failure", "version": 1, "reason": reason, "command": command}
-        try:
-            write_json(self._failure(name), record)
-        except DitlabError:
-            return
+        with suppress(DitlabError):
+            write_json(self.file(name, "failed.json"), record)
 
     def forget_failure(self, name: str) -> None:
         """Removes the note of a failure."""
-        self._failure(name).unlink(missing_ok=True)
+        self.file(name, "failed.json").unlink(missing_ok=True)
 
     def record_training(self, trial: Trial, images: Mapping[str, Any], use: ResourceUse | None) -> None:
         """Writes trajectory.json and then cell.json from a finished run's folder.
 
-        Args:
-            trial: the trial.
-            images: what the plan says of its image set.
-            use: what its process used; None if there were several, not all of which are known.
+        `images` is what the plan says of its image set; `use` is None where not all of its processes are known.
 
         Raises:
             DitlabError: the run is not finished, or is another trial's; or the disk is full.
@@ -205,10 +193,11 @@ class Store:
             raise Incompatible(f"run {run.path}: expected the settings of trial {trial.hash}, found those of {actual}")
         if not run.finished:
             raise Incompatible(f"run {run.path}: expected {run.config.training.steps} steps, found fewer")
-        log = run.log
-        folder = self.trial(trial.hash)
+        log, folder = run.log, self.trial(trial.hash)
         names = ("step", "train_psnr", "test_psnr", "psnr_gap", "train_loss", "test_loss")
         points = [{name: line[name] for name in names if name in line} for line in log if "train_loss" in line]
+        config = to_json(run.config)
+        config["data"].pop("path")
         write_json(folder / "trajectory.json", {"kind": "study-trajectory", "version": 1, "points": points})
         write_json(
             folder / "cell.json",
@@ -219,7 +208,7 @@ class Store:
                 "name": trial.name,
                 "images": dict(images),
                 "split": asdict(run.record.split),
-                "config": _without_path(to_json(run.config)),
+                "config": config,
                 "command": run.record.command,
                 "environment": run.record.environment,
                 "step_seconds": round(_step_seconds(log), 1),
@@ -230,12 +219,6 @@ class Store:
 
     def record_analysis(self, trial: Trial, plan: Plan, analysis: str, use: ResourceUse | None) -> None:
         """Copies an analysis from the run's folder to the trial's results, and what it used into cell.json.
-
-        Args:
-            trial: the trial.
-            plan: the plan whose settings it must have.
-            analysis: its name.
-            use: what its process used; None if that is not known.
 
         Raises:
             DitlabError: the analysis is missing, damaged, of other weights or images, or made with other settings; or
@@ -259,7 +242,7 @@ class Store:
             )
         if about.settings.get("images_from", "test") != "test":
             raise Incompatible(f"{path}: expected a result on held-out images, found one on other images")
-        if not measured_alike(record, plan, analysis):
+        if not _measured_alike(record, plan, analysis):
             raise Incompatible(f"{path}: expected a result with the study's settings, found other settings")
         write_json(self.trial(trial.hash) / f"{analysis}.json", record)
         known = self.record(trial.hash, "cell")
@@ -281,14 +264,10 @@ def _whole(record: Mapping[str, Any], file: str) -> bool:
     return all(isinstance(record.get(name), (float, int) if kind is float else kind) for name, kind in fields.items())
 
 
-def measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:
-    """Returns whether a result was measured with a plan's settings."""
+def _measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:
+    """Whether a result was measured with a plan's settings."""
     config = record.get("config", {})
     return all(config.get(name) == value for name, value in plan.analyses[analysis].items())
-
-
-def _without_path(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "data": {name: value for name, value in config["data"].items() if name != "path"}}
 
 
 def _step_seconds(log: list[dict[str, Any]]) -> float:

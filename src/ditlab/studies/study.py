@@ -5,42 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditlab.data import ImageSet, is_source, prepare
+from ditlab.data import ImageSet
 from ditlab.errors import DitlabError, InvalidConfig, NotFound, unknown_name
 from ditlab.files import write_bytes
 from ditlab.progress import SILENT, Reporter
 from ditlab.studies.an2024 import STUDIES
 from ditlab.studies.grid import SCALES, Overrides, Plan, Scale, Study, apply_overrides, merge_plans, resolve
-from ditlab.studies.pipeline import memory_estimate, trial_jobs
+from ditlab.studies.pipeline import image_set, memory_estimate, trial_job
 from ditlab.studies.runner import Outcome, Snapshot, make_slots, run_jobs
 from ditlab.studies.store import Store
 from ditlab.studies.trial import Trial
 
 if TYPE_CHECKING:
     from ditlab.pages.page import Table
+    from ditlab.reporting.report import ReportResult
 
-__all__ = ["StudyReport", "StudyResult", "find_study", "open_study", "run_study", "study_list", "study_report"]
+__all__ = ["StudyResult", "find_study", "open_study", "run_study", "study_list", "study_report"]
 
 Images = str | Path | ImageSet
 
 _AXES = {"data": "images", "network": "network", "attention": "attention", "n": "N", "seed": "seed"}
 """Axis -> its heading in tables."""
-
-
-@dataclass(frozen=True, eq=False)
-class StudyReport:
-    """The page of a study that was written, and its first sentences."""
-
-    path: Path
-    sentences: Sequence[str]
-
-    def _repr_html_(self) -> str:
-        lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
-        return f'<a href="{escape(self.path.resolve().as_uri())}">{escape(str(self.path))}</a><ul>{lines}</ul>'
+_AVERAGES = ("train", "test", "gap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +66,16 @@ class StudyResult:
         for place in self.plan.trials:
             status = self.store.status(place["hash"], self.plan)
             record = {**place, "state": status.state, "note": status.note, "averages": self._averages(place["hash"])}
-            failure = self.store.record_failure(place["hash"]) if status.state == "failed" else None
-            records.append(record if failure is None else {**record, "command": failure["command"]})
+            if status.command is not None:
+                record["command"] = status.command
+            records.append(record)
         return records
 
     def _averages(self, name: str) -> dict[str, Any] | None:
         """Train and test PSNR and the gap of a trial, if they were measured with the plan's settings."""
-        if "psnr-gap" not in self.plan.analyses or not self.store.measured(name, self.plan, "psnr-gap"):
-            return None
-        averages = (self.store.record(name, "psnr-gap") or {}).get("averages", {}).get("mse_mean")
-        numbers = ("train", "test", "gap")
-        whole = isinstance(averages, dict) and all(isinstance(averages.get(k), float | int) for k in numbers)
+        record = self.store.records(name, self.plan).get("psnr-gap", {})
+        averages = record.get("averages", {}).get("mse_mean")
+        whole = isinstance(averages, dict) and all(isinstance(averages.get(k), float | int) for k in _AVERAGES)
         return averages if whole else None
 
     def table(self) -> Table:
@@ -99,9 +87,8 @@ class StudyResult:
         for trial in self.status():
             averages = trial["averages"] or {}
             note = "see below" if "command" in trial else trial["note"]
-            numbers = [averages.get(key) for key in ("train", "test", "gap")]
             places = [trial[axis] for axis in axes]
-            rows.append((f"`{trial['hash'][:8]}`", *places, trial["state"], *numbers, note))
+            rows.append((f"`{trial['hash'][:8]}`", *places, trial["state"], *map(averages.get, _AVERAGES), note))
         columns = ("trial", *(_AXES[axis] for axis in axes), "state", "train, dB", "test, dB", "gap, dB", "note")
         return Table(columns, rows, f"{self.plan.study} at scale {self.plan.scale}")
 
@@ -110,29 +97,20 @@ class StudyResult:
         place = {"study": self.plan.study, "scale": self.plan.scale, "folder": str(self.folder)}
         return {**place, "cells": self.status()}
 
-    def report(self, *, hide_training_images: bool = False, reporter: Reporter = SILENT) -> StudyReport:
+    def report(self, *, hide_training_images: bool = False, reporter: Reporter = SILENT) -> ReportResult:
         """Writes the page of the study at this scale (`study_report`)."""
-        return study_report(
-            self.study,
-            (self.plan.scale,),
-            out=self.store.root,
-            hide_training_images=hide_training_images,
-            reporter=reporter,
-        )
+        scales, hidden = (self.plan.scale,), hide_training_images
+        return study_report(self.study, scales, out=self.store.root, hide_training_images=hidden, reporter=reporter)
 
     def _repr_html_(self) -> str:
-        from ditlab.pages.notebook import table_html
-
-        return table_html(self.table())
+        return self.table()._repr_html_()
 
 
 def find_study(study: str | Study) -> Study:
     """Returns the study of a name, or the study itself; raises NotFound for an unknown name."""
-    if isinstance(study, Study):
-        return study
-    if study not in STUDIES:
+    if isinstance(study, str) and study not in STUDIES:
         raise unknown_name("study", study, STUDIES)
-    return STUDIES[study]
+    return STUDIES[study] if isinstance(study, str) else study
 
 
 def study_list() -> list[dict[str, Any]]:
@@ -164,20 +142,7 @@ def run_study(
 ) -> StudyResult:
     """Trains and measures every trial that is not yet on record, as many at a time as fit; the same call resumes.
 
-    Every trial is checked before anything is trained. A trial that fails does not stop the others.
-
-    Args:
-        study: its name, or the study itself.
-        scale: "smoke" (minutes), "small" (two CPU cores) or "paper" (the paper's own settings).
-        overrides: other values of the axes, and settings.
-        images: image sets of sources that are already open.
-        out: the folder of trials, runs and pages; studies in one folder share their trials.
-        plan_only: only check and plan; an existing plan.json stays as it is.
-        parallel: processes at a time; as many as cores, free memory and GPUs allow if None.
-        device: "cpu", "cuda" (all GPUs) or "cuda:N"; CUDA if there is one and None is given.
-        command: how the user asked for it, for plan.json and the runs' config.json.
-        show: called with a snapshot at each change and twice a second; None draws a bar of the reporter.
-        reporter: takes notes and progress.
+    The rest is as in `ditlab.study`; `images` are sets of sources that are already open.
 
     Raises:
         DitlabError: the study cannot be run as it is asked for. A trial that fails later is in the result.
@@ -191,13 +156,13 @@ def run_study(
     plan, trials, sets = _resolve(study, scale, chosen, command, images or {}, reporter)
     store = Store(out)
     _save_plan(plan, store.plan(study.name, scale), reporter, keep=plan_only)
-    todo = [trial for trial in trials if not store.complete(trial.hash, plan)]
+    todo = [trial for trial in trials if store.missing(trial.hash, plan)]
     counts = f"{len(trials)} trials, {len(trials) - len(todo)} on record, {len(todo)} to do"
     reporter.note(f"{study.name} at scale {scale}: {counts}")
     if plan_only or not todo:
         return StudyResult(study, plan, store)
     slots = make_slots(len(todo), device=place, parallel=parallel, memory=memory_estimate(todo))
-    jobs = trial_jobs(todo, plan, store, sets)
+    jobs = [trial_job(trial, plan, store, sets[trial.data]) for trial in todo]
     outcomes = run_jobs(jobs, slots, title=f"{study.name} {scale}", show=show, reporter=reporter)
     return StudyResult(study, plan, store, outcomes)
 
@@ -211,9 +176,7 @@ def open_study(study: str | Study, scale: str = "small", *, out: Path = Path("st
     study, store = find_study(study), Store(out)
     study.scale(scale)
     path = store.plan(study.name, scale) / "plan.json"
-    if not path.exists():
-        raise _not_planned(study, path)
-    return StudyResult(study, Plan.load(path), store)
+    return StudyResult(study, Plan.load(_planned(study, path)), store)
 
 
 def study_report(
@@ -223,7 +186,7 @@ def study_report(
     out: Path = Path("studies"),
     hide_training_images: bool = False,
     reporter: Reporter = SILENT,
-) -> StudyReport:
+) -> ReportResult:
     """Writes the page of a study from what is on record of its trials; nothing is trained or measured.
 
     It needs plan.json and cells/ alone. Attention maps and token pickers are made if the run folders exist.
@@ -238,34 +201,27 @@ def study_report(
     Raises:
         DitlabError: an unknown study or scale, or a recorded result that is damaged.
     """
-    from ditlab.studies.attention_map_figures import attention_map_figures
-    from ditlab.studies.pickers import study_pickers
+    from ditlab.reporting.report import ReportResult
+    from ditlab.studies.attention_pictures import attention_map_figures, study_pickers
     from ditlab.studies.study_page import StudyPage
 
     study, store = find_study(study), Store(out)
     if not scales or len(set(scales)) != len(scales):
         raise InvalidConfig(f"study report: expected different values of `scale`, found {list(scales)}")
     plans = [_recorded_plan(study, name, store, reporter) for name in scales]
-    folder = store.plan(study.name, scales[0])
-    maps = attention_map_figures(plans, store, folder / "figures", hide_images=hide_training_images, reporter=reporter)
-    pickers = partial(study_pickers, plans, store, hide_images=hide_training_images, reporter=reporter)
-    path, sentences = StudyPage(study, plans, store, maps).save(folder, pickers)
-    return StudyReport(path, sentences)
+    folder, hidden = store.plan(study.name, scales[0]), hide_training_images
+    maps = attention_map_figures(plans, store, folder / "figures", hide_images=hidden, reporter=reporter)
+    pickers = partial(study_pickers, plans, store, hide_images=hidden, reporter=reporter)
+    return ReportResult(*StudyPage(study, plans, store, maps).save(folder, pickers))
 
 
 def _resolve(
     study: Study, name: str, scale: Scale, command: str, images: Mapping[str, ImageSet], reporter: Reporter
 ) -> tuple[Plan, list[Trial], Mapping[str, ImageSet]]:
     """The plan, its trials, and the image set of each name on the data axis."""
-    sets = {source: images.get(source) or _image_set(source, scale.size, reporter) for source in scale.data}
+    sets = {source: images.get(source) or image_set(source, scale.size, reporter) for source in scale.data}
     plan, trials = resolve(study, name, scale, sets, command)
     return plan, trials, {label: sets[str(facts["source"])] for label, facts in plan.images.items()}
-
-
-def _image_set(source: str, size: int, reporter: Reporter) -> ImageSet:
-    if not source:
-        raise InvalidConfig("study: expected `data` with an image set's folder or a source of images, found nothing")
-    return prepare(source, size=size, reporter=reporter) if is_source(source) else ImageSet.open(source)
 
 
 def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> None:
@@ -277,11 +233,11 @@ def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> N
     if keep:
         reporter.note(f"{path} stays as it is; without `plan` this call would change it or add to it")
         return
+    both = None
     try:
         both = merge_plans(Plan.load(path), plan)
     except DitlabError as error:
         reporter.note(str(error))
-        both = None
     if both is None:
         previous = write_bytes(folder / "plan-previous.json", path.read_bytes())
         reporter.note(
@@ -294,15 +250,15 @@ def _save_plan(plan: Plan, folder: Path, reporter: Reporter, *, keep: bool) -> N
     (both or plan).save(folder)
 
 
-def _not_planned(study: Study, path: Path) -> NotFound:
-    return NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+def _planned(study: Study, path: Path) -> Path:
+    if not path.exists():
+        raise NotFound(f"study {study.name}: expected a plan at {path}, found none; `ditlab study run` makes it")
+    return path
 
 
 def _recorded_plan(study: Study, name: str, store: Store, reporter: Reporter) -> Plan:
     """The plan on record, or else that of the scale itself, with every trial possibly empty."""
     scale, path = study.scale(name), store.plan(study.name, name) / "plan.json"
-    if path.exists():
-        return Plan.load(path)
-    if not scale.data:
-        raise _not_planned(study, path)
+    if path.exists() or not scale.data:
+        return Plan.load(_planned(study, path))
     return _resolve(study, name, apply_overrides(study, name, Overrides()), "", {}, reporter)[0]

@@ -1,40 +1,41 @@
 """The page of a study: what its recorded trials show, beside what was published, and which trials are empty.
 
 It is made from plan.json and cells/ alone. Every sentence about a difference comes from the interval of paired seeds;
-nothing here computes a statistic of its own.
+tables and figures are those of the analyses.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ditlab.analyses.attention.figures import locality_by_n, locality_curves, patterns_figure
+from ditlab.analyses import analysis
+from ditlab.analyses.attention.figures import patterns_figure
 from ditlab.analyses.attention.section import MAX_SENTENCES, locality_section
-from ditlab.analyses.psnr_gap.figures import gap_bars, psnr_curves
-from ditlab.analyses.trajectory.comparison import MatchedComparison
-from ditlab.analyses.trajectory.figures import gap_along_training, matched_psnr
+from ditlab.analyses.base import Comparison, Overview, ReportContext
+from ditlab.analyses.groups import differences_table
+from ditlab.analyses.trajectory.comparison import Course
+from ditlab.analyses.trajectory.tables import matched_table
 from ditlab.files import write_bytes, write_json, write_text
+from ditlab.metrics.paired import PairedDifference, mean_interval
 from ditlab.nn.attention_plan import parse_plan
+from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import PAGE_BYTES, PageData, Section, Table, ThemedFigure, page_size, save_page
-from ditlab.pages.theme import Theme, assign
+from ditlab.pages.theme import assign
 from ditlab.pages.token_picker import AttentionPicker
+from ditlab.reporting.first_screen import FirstScreen
 from ditlab.studies.figures import differences_figure
-from ditlab.studies.findings import answer, contrasts, findings, phrase
-from ditlab.studies.grid import Study
+from ditlab.studies.findings import WAYS, answer, findings, headline
+from ditlab.studies.grid import Plan, Study
 from ditlab.studies.published import Published, differing, published, settings_here
-from ditlab.studies.results import ALONG, CONTRASTS, FULL, Facet, facets
+from ditlab.studies.results import ALONG, FULL, Facet, TrialResults, facets
 from ditlab.studies.store import Store
-from ditlab.studies.study_tables import csv_text, differences_table, interval_cells, seed_table, trial_mark
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ditlab.studies.grid import Plan
 
 __all__ = ["StudyPage"]
 
@@ -47,11 +48,14 @@ _THREE_WAYS = (
     "the gap after the same number of steps, the gap at the same train PSNR, and the best test PSNR that each reaches "
     "along training. These three are measured in the same way, along training, and can be compared with each other."
 )
-
-
+_MEANS = "The table has means over seeds; beneath, where there are several, 95 % t intervals."
+_FIRST: Mapping[str, Mapping[str, Any]] = {
+    "psnr-gap": {"train, dB": "train", "test, dB": "test", "gap, dB": "gap"},
+    "attention": {"mean attention distance, tokens": "distance"},
+}
+"""Analysis -> column of the first screen's table -> the quantity in it."""
 _ANSWERS: Mapping[str, Sequence[str]] = {"lowers": ("full", "lowers", "matched")}
 """A claim's question -> the questions whose answers belong to it, if they are several."""
-
 _MAPS = "maps"
 """The section of attention maps and token pickers."""
 
@@ -72,44 +76,72 @@ class StudyPage:
     ) -> tuple[Path, list[str]]:
         """Writes report.html, table.csv, table.json and figures/; returns the path of the page and its sentences.
 
-        Args:
-            folder: where they go.
-            pickers: makes token pickers of at most so many bytes, which is what the rest of the page leaves.
+        `pickers` makes token pickers of at most so many bytes, which is what the rest of the page leaves.
         """
-        sentences = self.sentences()
-        sections, tables, pictures = _first_screen(self.sections())
+        sentences, screens = self.sentences(), self.first_screens()
         rows = [{"scale": f.plan.scale, **trial.row()} for f in self.facets for trial in f.trials]
+        trained = [record for facet in self.facets for record in facet.records("cell").values()]
         data = PageData(
             title=self.study.title,
-            summary=[self.study.question, *sentences],
-            tables=tables,
-            pictures=pictures,
-            sections=sections,
+            summary=[*(line for screen in screens for line in screen.sentences), self.study.question],
+            tables=[screen.table for screen in screens],
+            pictures=[picture for screen in screens for picture in screen.pictures],
+            notes=[note for screen in screens for note in screen.notes],
+            sections=[*self.sections(), _costs(trained, self.plans)],
             labels=list(self.slots),
             commands=[(f"this study, scale {plan.scale}", plan.command) for plan in self.plans if plan.command],
-            environment=self._environment(),
+            environment=trained[0]["environment"] if trained else {},
             downloads={"table.json": rows, **{f"plan-{plan.scale}.json": plan.to_json() for plan in self.plans}},
         )
         chosen = pickers(max(0, PAGE_BYTES - page_size(data)))
-        shown = [replace(section, pickers=chosen) if section.id == _MAPS else section for section in sections]
+        shown = [replace(section, pickers=chosen) if section.id == _MAPS else section for section in data.sections]
         page = save_page(replace(data, sections=shown), folder / "report.html")
         write_json(folder / "table.json", {"kind": "study-table", "version": 1, "cells": rows, "sentences": sentences})
-        write_text(folder / "table.csv", csv_text(rows))
+        write_text(folder / "table.csv", _csv(rows))
         for name, figure in self._figures.items():
             write_bytes(folder / "figures" / f"{name}.png", figure.light)
         return page, sentences
 
     def sentences(self) -> list[str]:
         """Returns what was found, the most important first."""
-        lines = []
-        for facet in self.facets:
-            prefix = f"{self._name(facet)}: " if len(self.facets) > 1 else ""
-            lines += [prefix + line for line in findings(facet, self.study.asks)]
-        return lines
+        return [self._prefix(facet) + line for facet in self.facets for line in findings(facet, self.study.asks)]
 
     def _name(self, facet: Facet) -> str:
         """The name of a facet in headings; with the scale if there are several."""
         return facet.name + (f", scale {facet.plan.scale}" if len(self.plans) > 1 else "")
+
+    def _prefix(self, facet: Facet) -> str:
+        return f"{self._name(facet)}: " if len(self.facets) > 1 else ""
+
+    def first_screens(self) -> list[FirstScreen]:
+        """Returns what a reader sees before scrolling: one screen, or one for each facet that has results."""
+        screens = []
+        for facet in self.facets:
+            overview = self._overview(facet)
+            if overview.cells or len(self.facets) == 1:
+                rows = [(label, n) for n in facet.counts for label in facet.labels]
+                screen = FirstScreen.of(rows, [overview], findings(facet, ())[0])
+                prefix = self._prefix(facet)
+                caption = self._name(facet) if prefix else ""
+                lines = [prefix + line for line in screen.sentences]
+                screens.append(replace(screen, sentences=lines, table=replace(screen.table, caption=caption)))
+        return screens
+
+    def _overview(self, facet: Facet) -> Overview:
+        """The gap of each kind at each N with its differences; where no gap was measured, attention against N."""
+        for name, detail in (("psnr-gap", facet.comparison), ("attention", facet.locality)):
+            if detail is not None:
+                cells = {
+                    (g.label, g.n): {column: _cell(g.averages(what)) for column, what in _FIRST[name].items()}
+                    for g in detail.groups
+                }
+                comparison = self._compared(name, detail)
+                figure = analysis(name).overview(comparison).figure
+                if figure is None and len(facet.counts) > 1:
+                    figure = _distance_by_n(facet)
+                note = f"{self._prefix(facet)}{findings(facet, ())[0]} {_MEANS}"
+                return Overview(cells, headline(facet), figure, note=note)
+        return Overview()
 
     def sections(self) -> list[Section]:
         """Returns every section, facet by facet."""
@@ -117,35 +149,31 @@ class StudyPage:
         for number, facet in enumerate(self.facets, 1):
             tail = "" if number == 1 else f"-{number}"
             name = f" ({self._name(facet)})" if len(self.facets) > 1 else ""
-            sections += [
-                self._grid(facet, tail, name),
-                self._gap(facet, tail, name),
-                self._ways(facet, tail, name),
-                self._curves(facet, tail, name),
-                self._along(facet, tail, name),
-                self._locality(facet, number, tail, name),
-            ]
+            sections.append(self._grid(facet, tail, name))
+            if "psnr-gap" in facet.plan.analyses:
+                sections += [make(facet, tail, name) for make in (self._gap, self._ways, self._curves, self._along)]
+            sections.append(self._locality(facet, number, tail, name))
         sections.append(Section(_MAPS, "Attention maps against N", pictures=self._maps))
         if self.paper is not None:
             sections += [self._claims(self.paper), self._published(self.paper), self._settings(self.paper)]
-        sections.append(self._costs())
         return sections
 
-    def _picture(self, name: str, drawing: Callable[[Theme], Figure], alt: str, caption: str) -> ThemedFigure:
-        self._figures[name] = ThemedFigure.draw(drawing, alt, caption)
+    def _compared(self, room: str, detail: Any) -> Comparison:
+        """The recorded results as a comparison of their analysis, which has its tables and figures."""
+        return Comparison(analysis(room), detail, (), context=ReportContext(slots=self.slots))
+
+    def _picture(self, name: str, drawing: Drawing) -> ThemedFigure:
+        self._figures[name] = ThemedFigure.of(drawing)
         return self._figures[name]
 
     def _grid(self, facet: Facet, tail: str, name: str) -> Section:
         """Which trials are on record."""
-        rows = []
-        for label in facet.labels:
-            for seed in facet.plan.axes["seed"]:
-                trials = {
-                    t.place["n"]: t for t in facet.trials if (t.place["attention"], t.place["seed"]) == (label, seed)
-                }
-                rows.append(
-                    (label, seed, *(trial_mark(trials[n].row()) if n in trials else None for n in facet.counts))
-                )
+        trials = {tuple(t.place[axis] for axis in ("attention", "seed", "n")): t for t in facet.trials}
+        rows = [
+            (label, seed, *(_mark(trials.get((label, seed, n))) for n in facet.counts))
+            for label in facet.labels
+            for seed in facet.plan.axes["seed"]
+        ]
         columns = ("attention", "seed", *(f"N = {n:,}" for n in facet.counts))
         states = Counter(trial.status.state for trial in facet.trials)
         words = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -156,14 +184,14 @@ class StudyPage:
             f"Images: {facts['count']:,} of {facet.data} at {facts['size']}x{facts['size']} pixels (set "
             f"{str(facts['hash'])[:12]}). Network: {facet.network}. Attention plans, one entry for each layer: {plans}."
         )
+        caption = f"Each trial's {what}, or how far it is; {len(facet.trials)} trials: {words}"
         return Section(
             f"cells{tail}",
             f"Trials of the grid{name}",
             [about],
+            verdict=findings(facet, ())[0],
             pictures=self._patterns(facet, tail),
-            tables=[
-                Table(columns, rows, f"Each trial's {what}, or how far it is; {len(facet.trials)} trials: {words}")
-            ],
+            tables=[Table(columns, rows, caption)],
         )
 
     def _patterns(self, facet: Facet, tail: str) -> list[ThemedFigure]:
@@ -174,97 +202,62 @@ class StudyPage:
         for label, text in facet.plan.plans.items():
             plan = parse_plan(text, settings["network.depth"], settings["network.border"])
             if any(pattern.name != "global" for pattern in plan):
-                pictures.append(
-                    self._picture(
-                        f"patterns-{len(pictures) + 1}{tail}",
-                        lambda theme, plan=plan: patterns_figure(plan, (side, side), theme=theme),
-                        f"What a corner, an edge and a middle token see in each layer of {label} attention.",
-                        f"The tokens that {label} attention lets a token see, by layer (An et al., Fig. 5).",
-                    )
+                drawing = Drawing(
+                    lambda theme, plan=plan: patterns_figure(plan, (side, side), theme=theme),
+                    f"What a corner, an edge and a middle token see in each layer of {label} attention.",
+                    f"The tokens that {label} attention lets a token see, by layer (An et al., Fig. 5).",
                 )
+                pictures.append(self._picture(f"patterns-{len(pictures) + 1}{tail}", drawing))
         return pictures
 
     def _gap(self, facet: Facet, tail: str, name: str) -> Section:
         """The gap of each kind at each N, and how it falls with N."""
-        comparison = facet.comparison
-        if comparison is None:
+        if facet.comparison is None:
             return Section(f"gap{tail}", "")
-        rows = []
-        for n in facet.counts:
-            for label in facet.labels:
-                g = comparison.group(label, n)
-                if g is not None:
-                    values = (g.mean("train"), g.mean("test"), g.mean("gap"), g.std())
-                    rows.append((label, n, len(g.seeds), *values))
-        table = Table(("attention", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "std of gap"), rows)
-        trends = []
-        for label in facet.labels:
-            for d in facet.trends(label):
-                trends.append((label, d.second, d.first, *interval_cells(d)))
-        fall = Table(
-            ("attention", "gap at", "minus gap at", "difference, dB", "95 % interval", "seeds"),
-            trends,
-            "The gap minus that at the next smaller N",
-        )
-        bars = self._picture(
-            f"gap-bars{tail}",
-            lambda theme: gap_bars(comparison, slots=self.slots, theme=theme),
-            f"Bars of the average PSNR gap by number of training images, for {' and '.join(facet.labels)}.",
-            "Average over noise levels of the gap, truncated at zero at each level (as Fig. 6). Dots are seeds.",
-        )
-        notes = list(dict.fromkeys(note for t in facet.trials if t.psnr_record for note in t.psnr_record["notes"]))
+        compared = self._compared("psnr-gap", facet.comparison)
+        trends = [
+            (f"gap of {label}", None, difference)
+            for label in facet.labels
+            for few, many in pairwise(facet.counts)
+            if (difference := facet.trend(label, few, many)) is not None
+        ]
+        fall = [differences_table(trends, "The gap minus that at the next smaller N")] if trends else []
+        records = facet.records("psnr-gap")
+        notes = list(dict.fromkeys(note for record in records.values() for note in record["notes"]))
         if facet.alone:
             notes.append(f"Not counted, because no other kind has the same seed: {', '.join(facet.alone)}.")
         return Section(
             f"gap{tail}",
             f"The PSNR gap against N{name}",
-            tables=[table, *([fall] if trends else [])],
+            points=answer(facet, "falls"),
+            tables=[*compared.tables(), *fall],
             notes=notes,
-            pictures=[bars],
-            data={f"psnr-gap{tail}.json": {t.place["hash"]: t.psnr_record for t in facet.trials if t.psnr_record}},
+            pictures=[self._picture(f"gap-bars{tail}", compared.drawings()["gap-bars"])],
+            data={f"psnr-gap{tail}.json": records},
         )
 
     def _ways(self, facet: Facet, tail: str, name: str) -> Section:
         """Two kinds of attention, compared in the full measurement and in three ways along training."""
-        pairs = list(combinations(facet.labels, 2))
-        tables, pictures, points = [], [], []
-        for i, (first, second) in enumerate(pairs):
-            ways = contrasts(facet, first, second)
-            if not any(c.difference is not None for way in ways.values() for c in way):
-                continue
-            tables += [
-                differences_table(
-                    facet.counts, {what: ways[what] for what in ALONG}, f"{second} minus {first}, along training"
-                ),
-                differences_table(facet.counts, {FULL: ways[FULL]}, f"{second} minus {first}, full measurement"),
-            ]
-            points += [
-                c.difference.sentence(f"{phrase(what)}, N = {n:,}")
-                for place, n in enumerate(facet.counts)
-                for what in CONTRASTS
-                if (c := ways[what][place]).difference is not None
-            ]
-            # The full measurement has bars of its own (`_gap`); here are those that were measured in the same way.
-            shown = [(what, {c.n: c.difference for c in ways[what]}) for what in ALONG]
-            if any(d is not None for _, way in shown for d in way.values()):
-                pictures.append(
-                    self._picture(
-                        f"differences{tail}" + (f"-{i + 1}" if len(pairs) > 1 else ""),
-                        lambda theme, shown=shown: differences_figure(shown, theme=theme),
-                        f"Differences {second} minus {first} against N in three plots: {', '.join(ALONG)}.",
-                        f"{second} minus {first} along training, over paired seeds. A lower gap and a higher test PSNR "
-                        "are better.",
-                    )
-                )
+        contrasts = {pair: facet.contrasts(*pair) for pair in combinations(facet.labels, 2)}
+        tables, pictures = [], []
+        for caption, shown in (("Along training", ALONG), ("Full measurement", (FULL,))):
+            every = [(way, c) for ways in contrasts.values() for way in shown for c in ways[way]]
+            rows = [(way, c.n, c.difference) for way, c in every if c.difference is not None]
+            tables += [differences_table(rows, caption)] if rows else []
         if not tables:
             return Section(f"ways{tail}", "")
+        for number, (pair, ways) in enumerate(contrasts.items(), 1):
+            # The full measurement has bars of its own (`_gap`); here are those that were measured in the same way.
+            along = {way: {c.n: c.difference for c in ways[way]} for way in ALONG}
+            if any(difference is not None for way in along.values() for difference in way.values()):
+                ending = f"-{number}" if len(contrasts) > 1 else ""
+                pictures.append(self._picture(f"differences{tail}{ending}", _along_drawing(*pair, along)))
+        two = f"{' against '.join(reversed(facet.labels)).capitalize()}, three ways"
         return Section(
             f"ways{tail}",
-            f"{' against '.join(reversed(facet.labels)).capitalize()}, three ways{name}"
-            if len(facet.labels) == 2
-            else f"The kinds of attention, compared in three ways{name}",
+            (two if len(contrasts) == 1 else "The kinds of attention, compared in three ways") + name,
             [_THREE_WAYS, _instruments(facet)],
-            points=points,
+            points=[line for question in WAYS for line in answer(facet, question)],
             tables=tables,
             notes=[_NOT_CORRECTED],
             pictures=pictures,
@@ -272,81 +265,37 @@ class StudyPage:
         )
 
     def _curves(self, facet: Facet, tail: str, name: str) -> Section:
-        comparison = facet.comparison
-        if comparison is None:
+        if facet.comparison is None:
             return Section(f"curves{tail}", "")
-        picture = self._picture(
-            f"psnr-curves{tail}",
-            lambda theme: psnr_curves(comparison, slots=self.slots, theme=theme),
-            f"Train and test PSNR by diffusion step for {' and '.join(facet.labels)}, a column for each N.",
-            "Solid lines: training images. Dashed lines: held-out images of the same kind (An et al., Fig. 2).",
-        )
+        solid = "Solid lines: training images. Dashed lines: held-out images of the same kind (An et al., Fig. 2)."
+        drawing = replace(self._compared("psnr-gap", facet.comparison).drawings()["psnr-curves"], caption=solid)
+        picture = self._picture(f"psnr-curves{tail}", drawing)
         return Section(f"curves{tail}", f"Train and test PSNR by noise level{name}", pictures=[picture])
 
     def _along(self, facet: Facet, tail: str, name: str) -> Section:
         """PSNR along training, a part for each N."""
         parts = []
-        for n in facet.counts if "psnr-gap" in facet.plan.analyses else ():
-            runs = facet.trajectories(n)
-            if not runs:
-                continue
-            matched = [m for m in facet.matched if m.n == n]
-            only = matched[0] if len(matched) == 1 else None
-            parts.append(
-                Section(
-                    f"along-{n}{tail}",
-                    f"N = {n:,}",
-                    pictures=self._along_pictures(facet, n, tail, only),
-                    tables=[seed_table(m) for m in matched],
-                )
-            )
+        for n in facet.counts:
+            runs = tuple(run for run in facet.trajectories if run.n == n)
+            matched = tuple(m for m in facet.matched if m.n == n)
+            if runs:
+                course = Course(runs, matched, {(n, run.label): () for run in runs})
+                drawings = self._compared("trajectory", course).drawings().items()
+                pictures = [self._picture(f"{file}-n{n}{tail}", drawing) for file, drawing in drawings]
+                tables = [replace(matched_table(m), folded=f"Seed by seed: {m.first} and {m.second}") for m in matched]
+                parts.append(Section(f"along-{n}{tail}", f"N = {n:,}", pictures=pictures, tables=tables))
         note = "Measured with averaged weights at few noise levels, each time with the same images and noise."
         return Section(f"along{tail}", f"Along training{name}", notes=[note] if parts else (), parts=parts)
-
-    def _along_pictures(self, facet: Facet, n: int, tail: str, matched: MatchedComparison | None) -> list[ThemedFigure]:
-        runs, names = facet.trajectories(n), " and ".join(facet.labels)
-        return [
-            self._picture(
-                f"gap-along-training-n{n}{tail}",
-                lambda theme: gap_along_training(runs, slots=self.slots, theme=theme),
-                f"The PSNR gap and the test PSNR of {names} against training steps, N = {n}.",
-                "Thin lines are seeds, thick ones their mean.",
-            ),
-            self._picture(
-                f"matched-psnr-n{n}{tail}",
-                lambda theme: matched_psnr(runs, matched, slots=self.slots, theme=theme),
-                f"Test PSNR against train PSNR along the training of {names}, N = {n}.",
-                "At equal train PSNR, the higher curve generalizes better.",
-            ),
-        ]
 
     def _locality(self, facet: Facet, number: int, tail: str, name: str) -> Section:
         comparison = facet.locality
         if comparison is None:
             return Section(f"locality{tail}", "")
-        results = [r for g in comparison.groups for r in g.results]
-        pictures = [
-            self._picture(
-                f"locality{tail}",
-                lambda theme: locality_curves(results, slots=self.slots, theme=theme),
-                "Mean attention distance by layer and attention by distance, a column for each N.",
-                "Means over heads, noise levels, images and seeds.",
-            )
-        ]
-        if len(comparison.counts) > 1:
-            pictures.insert(
-                0,
-                self._picture(
-                    f"locality-by-n{tail}",
-                    lambda theme: locality_by_n(results, slots=self.slots, theme=theme),
-                    f"Locality of attention against the number of training images for {' and '.join(facet.labels)}.",
-                    "Means over layers, heads, noise levels and images. Small dots are seeds.",
-                ),
-            )
-        records = {t.place["hash"]: t.locality_record for t in facet.trials if t.locality_record}
-        data = {f"attention{tail}.json": records}
+        drawings = self._compared("attention", comparison).drawings().items()
+        pictures = [self._picture(file.removeprefix("attention-") + tail, drawing) for file, drawing in drawings]
         differences = comparison.differences()
         sentences = differences if len(differences) <= MAX_SENTENCES else ()  # else they are in a table
+        data = {f"attention{tail}.json": facet.records("attention")}
         section = locality_section(comparison, pictures, number=number, sentences=sentences, data=data)
         return replace(section, title=f"How local attention is{name}")
 
@@ -355,7 +304,7 @@ class StudyPage:
         parts = []
         for number, claim in enumerate(paper.claims, 1):
             here = [
-                f"{self._name(facet)}: {line}" if len(self.facets) > 1 else line
+                self._prefix(facet) + line
                 for facet in self.facets
                 for question in _ANSWERS.get(claim["about"], (claim["about"],))
                 for line in answer(facet, question)
@@ -368,85 +317,102 @@ class StudyPage:
 
     def _published(self, paper: Published) -> Section:
         """Published gaps and the measured ones, in one table by N."""
-        columns = ("images", "network", "N", "gap, global", "gap, local", "difference", "source")
-        measured = []
-        for facet in self.facets:
-            for n in facet.counts:
-                groups = [facet.comparison and facet.comparison.group(label, n) for label in ("global", "local")]
-                a, b = (None if g is None else g.mean() for g in groups)
-                if a is not None or b is not None:
-                    seeds = max(len(g.seeds) for g in groups if g is not None)
-                    gap = None if a is None or b is None else b - a
-                    size = facet.plan.images[facet.data]["size"]
-                    scale = f", scale {facet.plan.scale}" if len(self.plans) > 1 else ""
-                    place = (f"{facet.data} at {size}x{size}{scale}", facet.network, n)
-                    measured.append((*place, a, b, gap, f"measured here, {seeds} seed{'s' if seeds > 1 else ''}"))
-        reported = []
-        keys = dict.fromkeys((v["images"], v["network"], v["n"]) for v in paper.values if v["quantity"] == "gap")
-        for images, network, n in keys:
-            pair = [
-                paper.value(images=images, network=network, n=n, attention=kind, quantity="gap", source="Fig. 6")
-                for kind in ("global", "local")
-            ]
-            if pair[0] is not None and pair[1] is not None:
-                a, b = pair[0]["value"], pair[1]["value"]
-                reported.append((images, network, n, a, b, b - a, f"{pair[0]['source']}, {pair[0]['certainty']}"))
+        reported = paper.gaps()
         if not reported:
             return Section("published", "")
-        first = reported[0][0]
-        shared = {(facet.network, n) for facet in self.facets for n in facet.counts} & {(r[1], r[2]) for r in reported}
+        measured = [row for facet in self.facets for row in self._measured_gaps(facet)]
+        here = {(facet.network, n) for facet in self.facets for n in facet.counts}
         words = (
             "Trials of this page with a network and an N of the paper are beside its numbers."
-            if shared
+            if any((network, n) in here for _, network, n, *_ in reported)
             else "No trial of this page has a network and an N of the paper, so only the pattern of the numbers can be "
             "compared, not their sizes."
         )
-        mine = Table(columns, [*measured, *(row for row in reported if row[0] == first)], "Average PSNR gap, dB")
-        more = Table(columns, [row for row in reported if row[0] != first], folded="The paper's other image sets")
+        columns = ("images", "network", "N", "gap, global", "gap, local", "difference", "source")
+        first = [row for row in reported if row[0] == reported[0][0]]
+        mine = Table(columns, [*measured, *first], "Average PSNR gap, dB")
+        more = Table(columns, reported[len(first) :], folded="The paper's other image sets")
         return Section("published", "Published and measured gaps", [words], tables=[mine, more])
+
+    def _measured_gaps(self, facet: Facet) -> list[tuple[Any, ...]]:
+        """The gap of global and of local attention at each N, as rows of the table of published ones."""
+        rows, size = [], facet.plan.images[facet.data]["size"]
+        place = f"{facet.data} at {size}x{size}" + (f", scale {facet.plan.scale}" if len(self.plans) > 1 else "")
+        for n in facet.counts:
+            groups = [facet.comparison and facet.comparison.group(label, n) for label in ("global", "local")]
+            a, b = (g and g.mean() for g in groups)
+            if a is not None or b is not None:
+                seeds = max(len(g.seeds) for g in groups if g is not None)
+                source = f"measured here, {seeds} seed{'s' if seeds > 1 else ''}"
+                rows.append((place, facet.network, n, a, b, None if a is None or b is None else b - a, source))
+        return rows
 
     def _settings(self, paper: Published) -> Section:
         """How the settings here differ from the paper's."""
-        parts = []
+        tables, columns = [], ("setting", "the paper", "how that is known", "here")
         for plan in self.plans:
             for network in plan.axes["network"]:
                 rows = [(f"`{name}`", there, sure, here) for name, there, sure, here in differing(paper, plan, network)]
-                columns = ("setting", "the paper", "how that is known", "here")
-                parts.append(Table(columns, rows, f"{network}, scale {plan.scale}"))
+                tables.append(Table(columns, rows, f"{network}, scale {plan.scale}"))
         why = "These settings differ from the paper's. All others are the same, or the paper does not state them."
-        return Section("differs", "How the settings differ from the paper's", [why], tables=parts)
-
-    def _costs(self) -> Section:
-        """What each trial took, and a command that repeats one."""
-        rows, code = [], []
-        for facet in self.facets:
-            for trial in facet.trials:
-                if trial.record is None:
-                    continue
-                spent = trial.record["spent"]
-                cpu = [spent.get(stage, {}).get("cpu_seconds") for stage in ("train", *facet.plan.analyses)]
-                memory = trial.record["memory_bytes"] / 2**20
-                rows.append((f"`{trial.place['hash']}`", trial.record["name"], *cpu, memory))
-                code = code or [("One of the trials", trial.record["command"])]
-        stages = ("train", *(self.plans[0].analyses if self.plans else ()))
-        columns = ("trial", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
-        table = [Table(columns, rows, digits=0, folded=f"Time and memory of each trial ({len(rows)})")] if rows else []
-        return Section("costs", "What the trials took", tables=table, code=code)
-
-    def _environment(self) -> Mapping[str, Any]:
-        records = (trial.record for facet in self.facets for trial in facet.trials)
-        return next((record["environment"] for record in records if record is not None), {})
+        return Section("differs", "How the settings differ from the paper's", [why], tables=tables)
 
 
-def _first_screen(sections: Sequence[Section]) -> tuple[list[Section], list[Table], list[ThemedFigure]]:
-    """The sections, and the table and the figure that answer the question, which stand before them."""
-    place = next((i for i, s in enumerate(sections) if s.id in ("gap", "locality") and not s.empty), None)
-    if place is None:
-        return list(sections), [], []
-    first = sections[place]
-    # The figure is drawn once; the table is small, and its section refers to it.
-    shown = replace(first, pictures=first.pictures[1:])
-    return [*sections[:place], shown, *sections[place + 1 :]], list(first.tables[:1]), list(first.pictures[:1])
+def _costs(trained: Sequence[Mapping[str, Any]], plans: Sequence[Plan]) -> Section:
+    """What each trial took, and a command that repeats one."""
+    stages = ("train", *(plans[0].analyses if plans else ()))
+    rows = []
+    for record in trained:
+        seconds = [record["spent"].get(stage, {}).get("cpu_seconds") for stage in stages]
+        rows.append((f"`{record['hash']}`", record["name"], *seconds, record["memory_bytes"] / 2**20))
+    columns = ("trial", "run", *(f"{stage}, CPU s" for stage in stages), "memory, MiB")
+    table = [Table(columns, rows, digits=0, folded=f"Time and memory of each trial ({len(rows)})")] if rows else []
+    code = [("One of the trials", record["command"]) for record in trained[:1]]
+    return Section("costs", "What the trials took", tables=table, code=code)
+
+
+def _along_drawing(first: str, second: str, ways: Mapping[str, Mapping[int, PairedDifference | None]]) -> Drawing:
+    minus = f"{second} minus {first}"
+    return Drawing(
+        lambda theme: differences_figure(ways, f"{minus} (dB)", theme=theme),
+        f"Differences {minus} against N in three plots: {', '.join(ways)}.",
+        f"{minus} along training, over paired seeds. A lower gap and a higher test PSNR are better.",
+    )
+
+
+def _distance_by_n(facet: Facet) -> Drawing:
+    """The mean attention distance of each kind at each N minus that at the smallest N."""
+    few, *others = facet.counts
+    ways = {f"{label} attention": {n: facet.trend(label, few, n, "distance") for n in others} for label in facet.labels}
+    return Drawing(
+        lambda theme: differences_figure(ways, f"distance minus that at N = {few:,} (tokens)", theme=theme),
+        f"The mean attention distance at each N minus that at N = {few:,}, of {' and '.join(facet.labels)} attention.",
+        f"The mean attention distance minus that at N = {few:,}, over paired seeds.",
+    )
+
+
+def _cell(averages: Mapping[int, float]) -> str:
+    """The mean over seeds and, if there are several, its interval beneath."""
+    values = list(averages.values())
+    interval = mean_interval(values)
+    return f"{sum(values) / len(values):.2f}" + ("" if interval is None else "\n{:.2f} to {:.2f}".format(*interval))
+
+
+def _mark(trial: TrialResults | None) -> str | None:
+    """What the table of the grid shows of a trial: its number, or how far it is."""
+    if trial is None:
+        return None
+    row, state = trial.row(), trial.status.state
+    value = row["gap"] if row["gap"] is not None else row["attention_distance"]
+    return state if value is None else f"{value:.2f}" + ("" if state == "done" else f" ({state})")
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else ["hash"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def _instruments(facet: Facet) -> str:

@@ -19,7 +19,7 @@ from ditlab.data.imageset import ImageSet
 from ditlab.errors import InvalidConfig, unknown_name
 from ditlab.presets import preset
 
-__all__ = ["ADDED_DEFAULTS", "NOT_HASHED", "Trial", "hashed_settings", "trial_config", "trial_hash"]
+__all__ = ["ADDED_DEFAULTS", "NOT_HASHED", "PLACE", "Trial", "hashed_settings", "trial_config", "trial_hash"]
 
 NOT_HASHED = ("preset", "data.path", "sampler.", "guidance.", "training.keep", "training.save_every")
 """Prefixes of settings that affect neither weights nor logs, and so are not part of the hash."""
@@ -46,6 +46,10 @@ _DERIVED = frozenset(
     | {f"network.{name}" for name in ("image_size", "channels", "num_classes", "learn_sigma")}
 )
 """Settings that follow from the axes of a study or from the image set."""
+
+
+PLACE = ("hash", "data", "network", "attention", "n", "seed")
+"""What a plan lists of a trial."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,7 @@ class Trial:
 
     def place(self) -> dict[str, Any]:
         """Returns its hash and its place on the axes, as JSON values."""
-        names = ("hash", "data", "network", "attention", "n", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PLACE}
 
 
 def hashed_settings(config: RunConfig, imageset: str) -> dict[str, Any]:
@@ -91,11 +94,9 @@ def hashed_settings(config: RunConfig, imageset: str) -> dict[str, Any]:
 
 
 def trial_hash(config: RunConfig, imageset: str) -> str:
-    """Returns the hash of a trial: 16 hexadecimal digits of the SHA-256 of `hashed_settings` as canonical JSON.
+    """Returns the hash of a trial, of settings that fit its images and the hash of these.
 
-    Args:
-        config: resolved settings (fitted to the images).
-        imageset: hash of the image set.
+    It is 16 hexadecimal digits of the SHA-256 of `hashed_settings` as canonical JSON.
     """
     text = json.dumps(hashed_settings(config, imageset), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -104,15 +105,9 @@ def trial_hash(config: RunConfig, imageset: str) -> str:
 def trial_config(
     name: str, settings: Mapping[str, Any], images: ImageSet, *, attention: str, n: int, seed: int
 ) -> RunConfig:
-    """Returns the settings of a trial: a preset with changes, fitted to the images.
+    """Returns the settings of a trial: a preset with changes by dotted name ("training.lr"), fitted to the images.
 
-    Args:
-        name: the preset.
-        settings: values by dotted name ("training.lr"), on top of the preset.
-        images: the image set.
-        attention: the attention plan.
-        n: number of training images.
-        seed: of the split, of the initial weights and of training.
+    `seed` is that of the split, of the initial weights and of training.
 
     Raises:
         DitlabError: an unknown preset or setting, or values that do not fit together.
@@ -136,13 +131,8 @@ def trial_config(
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parts, last = dotted.split(".")
-    inner = values
-    for part in parts:
-        inner = inner.get(part)  # pyright: ignore[reportAssignmentType]
-        if not isinstance(inner, dict):
-            break
-    if not isinstance(inner, dict) or last not in inner or isinstance(inner[last], dict):
-        known = {f"{top}.{name}" for top, group in values.items() if isinstance(group, dict) for name in group}
+    group, _, name = dotted.rpartition(".")
+    known = {f"{top}.{inner}" for top, fields in values.items() if isinstance(fields, dict) for inner in fields}
+    if dotted not in known:
         raise unknown_name("study setting", dotted, known)
-    inner[last] = value
+    values[group][name] = value

@@ -37,12 +37,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 
 
 def run_job(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None:
-    """Does what a job says.
-
-    Args:
-        job: the content of its file.
-        reporter: takes notes and progress.
-        stop: when set, training saves and ends.
+    """Does what the content of a job's file says; when `stop` is set, training saves and ends.
 
     Raises:
         DitlabError: the job cannot be done.
@@ -64,15 +59,8 @@ def _train(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None:
 
     use_threads(job["threads"])
     config = from_json(RunConfig, job["config"], "job")
-    create_and_train(
-        config,
-        ImageSet.open(job["images"]),
-        job["out"],
-        device=job["device"],
-        command=job["command"],
-        stop=stop,
-        reporter=reporter,
-    )
+    options = {"device": job["device"], "command": job["command"], "stop": stop, "reporter": reporter}
+    create_and_train(config, ImageSet.open(job["images"]), job["out"], **options)
 
 
 def _analyze(job: Mapping[str, Any], reporter: Reporter, stop: StopFlag) -> None:

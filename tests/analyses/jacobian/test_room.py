@@ -215,7 +215,7 @@ def test_the_tables_have_the_numbers_of_a_terminal(model, tmp_path, undrawn):
     """No number is cut in 80 columns, and r_hom and r_lin are beside every number of the vectors."""
     from rich.console import Console
 
-    from ditlab.cli.tables import rich_table
+    from ditlab.cli.console import rich_table
 
     found = ditlab.jacobian([model("global"), model("3,3", "3,3")], **QUICK, out=tmp_path / "out")
     for table in found.tables():
