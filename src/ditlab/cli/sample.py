@@ -47,7 +47,7 @@ class Sample:
             reporter=output.reporter,
             **keywords(self.compute),
         )
-        if int(os.environ.get("RANK", "0")):
+        if samples is None or int(os.environ.get("RANK", "0")):
             return {}
         settings = samples.settings
         if not samples.drawn:

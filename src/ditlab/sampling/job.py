@@ -90,11 +90,7 @@ class SamplingJob:
         return BatchStore(out, hashlib.sha256(text.encode()).hexdigest())
 
     def stored(self, out: Path) -> dict[str, Any] | None:
-        """Returns samples.json of an output folder that holds exactly these samples; None if there is no such folder.
-
-        Raises:
-            DitlabError: the folder holds something else, or samples with other settings.
-        """
+        """Returns samples.json of a folder that holds exactly these samples; None if there is no such folder."""
         file = out / "samples.json"
         if not file.is_file():
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -129,18 +125,10 @@ class SamplingJob:
         return missing
 
     def draw(self, batches: Sequence[Batch], bar: Bar) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """Draws batches.
+        """Draws batches; `bar` shows how many images are done.
 
-        Args:
-            batches: which.
-            bar: shows how many images are done.
-
-        Yields:
-            Each batch with its arrays: images uint8 [b, H, W, C], seconds, the batch size of the job, and what
-            `TrajectoryRecorder` recorded.
-
-        Raises:
-            DitlabError: an image is not finite.
+        Yields each with its arrays: images uint8 [b, H, W, C], seconds, the batch size of the job, and what
+        `TrajectoryRecorder` recorded. Raises DitlabError where an image is not finite.
         """
         total, done = sum(batch.size for batch in batches), 0
         for batch in batches:
@@ -168,11 +156,7 @@ class SamplingJob:
             bar(done, total)
 
     def save_batch(self, store: BatchStore, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a batch that `draw` yielded, and its PNGs.
-
-        Raises:
-            DitlabError: it cannot be written; batches that were saved before are kept.
-        """
+        """Writes a batch that `draw` yielded, and its PNGs; batches that were saved before are kept if it cannot be."""
         which, start = divmod(batch.start, len(self.seeds))
         with store.writing():
             if self.images:
@@ -227,17 +211,7 @@ class SamplingJob:
 def make_job(
     model: Sampled, config: SampleConfig, device: torch.device | str, reporter: Reporter = SILENT
 ) -> SamplingJob:
-    """Returns the job for a model and settings.
-
-    Args:
-        model: images are drawn from it.
-        config: the settings.
-        device: where it computes.
-        reporter: told when a damaged checkpoint is passed over.
-
-    Raises:
-        DitlabError: anything that cannot be drawn.
-    """
+    """Returns the job for a model and settings; raises DitlabError for anything that cannot be drawn."""
     if config.batch < 1:
         raise InvalidConfig(f"`batch`: expected at least 1, found {config.batch}")
     seeds = parse_seeds(config.seeds if config.seeds is not None else "0-7" if config.guidance_sweep else "0-63")
@@ -343,7 +317,7 @@ def _folder_name(
 
 def about_sampler(config: SamplerConfig) -> dict[str, Any]:
     """Returns a sampler's settings as JSON values."""
-    return {"kind": config.kind, **{name: value for name, value in asdict(config).items() if name != "kind"}}
+    return {"kind": config.kind, **asdict(config)}
 
 
 def _about_guidance(configs: Sequence[GuidanceConfig], channels: int) -> dict[str, Any] | None:

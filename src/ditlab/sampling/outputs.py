@@ -32,12 +32,7 @@ STRIP_STEPS = 8
 
 
 class TrajectoryRecorder:
-    """Records the first images of a batch on their way from noise to image; a callback of the sampler.
-
-    Args:
-        model: decodes latents.
-        count: number of images to record.
-    """
+    """Records the first `count` images of a batch on their way from noise to image; a callback of the sampler."""
 
     def __init__(self, model: Sampled, count: int) -> None:
         self._model, self._count = model, count
