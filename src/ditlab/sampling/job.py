@@ -52,12 +52,8 @@ class SamplingJob:
     seeds: Sequence[int]
     classes: np.ndarray | None
     """Class of each image, int64 [len(seeds)]; None for an unconditional model."""
-    batch: int
-    """Images drawn at once."""
-    strip: int
-    """How many of the first images are shown on their way from noise to image."""
-    images: bool
-    """Whether each image is also written as a PNG."""
+    settings: SampleConfig
+    """What was asked for: `batch`, `strip` and `images` among it."""
     about: Mapping[str, Any]
     """Everything that decides the images and the files, as JSON values; samples.json begins with it."""
     name: str
@@ -119,7 +115,7 @@ class SamplingJob:
         for start, size in [*batches.done(), Batch(self.count, 0)]:
             while place < start:
                 of_this_guidance = len(self.seeds) - place % len(self.seeds)
-                missing.append(Batch(place, min(self.batch, start - place, of_this_guidance)))
+                missing.append(Batch(place, min(self.settings.batch, start - place, of_this_guidance)))
                 place += missing[-1].size
             place = start + size
         return missing
@@ -135,7 +131,7 @@ class SamplingJob:
             which, start = divmod(batch.start, len(self.seeds))
             places = slice(start, start + batch.size)
             label = None if self.classes is None else torch.from_numpy(self.classes[places])
-            recorder = TrajectoryRecorder(self.model, max(0, min(batch.size, self.strip - batch.start)))
+            recorder = TrajectoryRecorder(self.model, max(0, min(batch.size, self.settings.strip - batch.start)))
 
             def after(
                 step: SamplerStep,
@@ -151,7 +147,10 @@ class SamplingJob:
             _check_finite(drawn, self.seeds[places])
             images = np.ascontiguousarray(self.model.decode(drawn).transpose(0, 2, 3, 1))
             seconds = np.asarray(time.perf_counter() - began)
-            yield batch, {"images": images, "seconds": seconds, "batch": np.asarray(self.batch), **recorder.arrays()}
+            yield (
+                batch,
+                {"images": images, "seconds": seconds, "batch": np.asarray(self.settings.batch), **recorder.arrays()},
+            )
             done += batch.size
             bar(done, total)
 
@@ -159,7 +158,7 @@ class SamplingJob:
         """Writes a batch that `draw` yielded, and its PNGs; batches that were saved before are kept if it cannot be."""
         which, start = divmod(batch.start, len(self.seeds))
         with store.writing():
-            if self.images:
+            if self.settings.images:
                 folder = f"scale-{self.guidances[which].scale:g}" if self.sweep else ""
                 seeds = self.seeds[start : start + batch.size]
                 write_pngs(store.folder / "images" / folder, arrays["images"], seeds)
@@ -247,9 +246,7 @@ def make_job(
         config=sampler,
         seeds=seeds,
         classes=None if labels is None else np.array([labels[seed % len(labels)] for seed in seeds]),
-        batch=config.batch,
-        strip=config.strip,
-        images=config.images,
+        settings=config,
         about=about,
         name=_folder_name(config, provenance.step, sampler, guidances[0], seeds_text(seeds), denoiser.shape[0]),
     )

@@ -83,7 +83,7 @@ class Samples:
         if not self._job.sweep:
             with np.load(self.folder / "samples.npz") as arrays:
                 return arrays["arr_0"]
-        if not self._job.images:
+        if not self._job.settings.images:
             raise NotFound(f"{self.folder}: a sweep without `images` has one picture only, {self.folder / 'sweep.png'}")
         scales = [self.folder / "images" / f"scale-{guidance.scale:g}" for guidance in self._job.guidances]
         return np.stack([_read_png(scale / f"{seed:06d}.png") for scale in scales for seed in self.seeds])
