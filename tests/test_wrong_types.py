@@ -60,6 +60,13 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     ("`source`: ", lambda m: ditlab.load(5)),  # pyright: ignore
     ("`data`: ", lambda m: ditlab.open("run", data=5)),  # pyright: ignore
     ("`codec`: ", lambda m: ditlab.encode("set", 5, out="out")),  # pyright: ignore
+    ("`device`: expected text, a device or None, found 5", lambda m: m.sample(device=5)),
+    ("`device`: expected text, a device or None, found 5", lambda m: ditlab.psnr_gap(m, device=5)),
+    ("`device`: expected text or a device, found 5", lambda m: ditlab.load("run", device=5)),  # pyright: ignore
+    ("`denoiser`: expected a Denoiser, found Linear(", lambda m: ditlab.Model(torch.nn.Linear(1, 1))),  # pyright: ignore
+    ("`images`: expected an ImageSet, text, a path or None", lambda m: ditlab.Model(m.source_denoiser, 5)),  # pyright: ignore
+    ("`n`: expected a whole number", lambda m: ditlab.Model(m.source_denoiser, n="x")),  # pyright: ignore
+    ("`module`: expected a Module, found 5", lambda m: ditlab.Model.from_diffusers(5, None)),  # pyright: ignore
 ]
 
 
@@ -71,6 +78,12 @@ def test_a_wrong_type_is_one_sentence(sentence, call, model, tmp_path, monkeypat
     assert str(refusal.value).startswith(sentence)
     assert ", found " in str(refusal.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_device_of_torch_is_a_device(model):
+    drawn = [model.sample(seeds=range(2), steps=2, device=device).images for device in ("cpu", torch.device("cpu"))]
+    assert np.array_equal(*drawn)
+    assert model.device == torch.device("cpu")
 
 
 UNCHECKED = ("psnr_gap", "attention", "jacobian", "agreement", "two_subsets")

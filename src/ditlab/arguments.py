@@ -60,7 +60,7 @@ def checks_arguments(elsewhere: Mapping[str, str]) -> Callable[[FunctionT], Func
 
     def decorator(function: FunctionT) -> FunctionT:
         signature, scope = inspect.signature(function), vars(sys.modules[function.__module__])
-        checked = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+        checked = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"}
 
         @wraps(function)
         def checking(*args: Any, **keywords: Any) -> Any:

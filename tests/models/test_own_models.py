@@ -164,6 +164,14 @@ def test_objects_of_a_users_code(code, images, form):
     assert torch.equal(ditlab.load(f"{place}:denoiser")(y, 0.3), 0.25 * y)
 
 
+def test_a_model_of_a_users_code_keeps_its_own_images(code, images):
+    own = f"{code}.py:model"
+    for name, value in (("data", images.path), ("split", SplitConfig(n=5))):
+        with pytest.raises(InvalidConfig, match=f"`{name}`: expected None for the model of {own}, which has its own"):
+            ditlab.open(own, **{name: value})  # pyright: ignore[reportArgumentType]
+    assert ditlab.open(own, split=SplitConfig()).name == "of-its-own"
+
+
 def test_names_that_do_not_exist(code, images):
     for source, error, says in (
         (f"{code}:nothing", NotFound, f"{code}:nothing: expected the name 'nothing' in {code}, found no such name"),

@@ -29,7 +29,7 @@ def test_averaged_and_raw_weights_of_one_file(tmp_path):
             value.fill_(0.5 if ema else 0.25)
         return ImportedModel("both", VPObjectiveConfig().build().denoiser(network), DDPMConfig(), {}, "0" * 64)
 
-    model = ExternalModel(read, Path(tmp_path))
+    model = ExternalModel(read(True), Path(tmp_path), read_raw=lambda: read(False))
     assert weights(model) == weights(model, ema=True) != ""
     assert weights(model, ema=False) != weights(model)
 

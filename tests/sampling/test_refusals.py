@@ -95,5 +95,5 @@ def test_a_process_whose_rank_0_refuses_returns_nothing(tmp_path, monkeypatch):
     """A library call does not end the program of its caller."""
     model = ditlab.Model(ditlab.Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(3, 4, 4)), out=tmp_path / "mine")
     monkeypatch.setattr(DistributedContext, "raise_together", lambda self, error: False)
-    assert sample_model(model, seeds=range(2), steps=2, out=tmp_path / "samples") is None  # pyright: ignore[reportArgumentType]
+    assert sample_model(model, seeds=range(2), steps=2, out=tmp_path / "samples") is None
     assert not (tmp_path / "samples").exists()

@@ -20,6 +20,7 @@ __all__ = ["as_tuple", "checked", "chosen_reporter", "open_images", "open_set", 
 checked = checks_arguments(
     {
         "ComplexityConfig": "ditlab.analyses.complexity.config",
+        "Device": "ditlab.training.distributed",
         "EncodeConfig": "ditlab.data.encode_config",
         "ImageSet": "ditlab.data.imageset",
         "Images": "ditlab.studies.study",

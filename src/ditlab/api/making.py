@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ditlab.data.encode_config import EncodeConfig
     from ditlab.data.imageset import ImageSet
     from ditlab.models.run import Run
+    from ditlab.training.distributed import Device
 
 __all__ = ["encode", "prepare", "train", "train_config"]
 
@@ -79,7 +80,7 @@ def encode(
     kind: Literal["auto", "kl", "tiny"] = "auto",
     config: EncodeConfig | None = None,
     overwrite: bool = False,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
@@ -152,7 +153,7 @@ def train(
     conditional: bool = False,
     minutes: float | None = None,
     stop: StopFlag | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
@@ -230,25 +231,13 @@ def train_config(
     command: str = "",
     minutes: float | None = None,
     stop: StopFlag | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Run | None:
     """Trains a run of given settings, which are fitted to the images first; otherwise as `train`.
 
-    Args:
-        config: all settings.
-        images: an image set, its folder, or a source.
-        size: side of the images in pixels, where `images` is a source.
-        conditional: give the network the image set's class labels.
-        keep_sigma_data: do not set EDM's sigma_data to the standard deviation of latents.
-        out: the run's folder; `runs/PRESET-DATA-nN-ATTENTION-sSEED` if None.
-        command: how the user asked for it, for config.json.
-        minutes: save and stop after this time.
-        stop: when set, the run is saved and `TrainingInterrupted` raised.
-        device: where it computes.
-        threads: CPU threads.
-        reporter: takes notes and progress.
+    `keep_sigma_data`: do not set EDM's sigma_data to the standard deviation of latents; `command`: how the user asked.
     """
     from ditlab.models.configuring import default_run_folder, fit_run
     from ditlab.models.creating import create_and_train

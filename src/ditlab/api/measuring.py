@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ditlab.models.model import Model
     from ditlab.reporting.report import ReportResult
     from ditlab.sampling.samples import Samples
+    from ditlab.training.distributed import Device
 
 __all__ = [
     "agreement",
@@ -69,7 +70,7 @@ def open(  # the name that the command line and the docs use: `ditlab.open(...)`
 
     place = None if out is None else Path(out)
     if isinstance(source, Model):
-        keep_own(out=place)
+        keep_own("a model that is open already", out=place)
     return open_models(
         [source], data, held_out=held_out, split=split, codec=codec, out=place, reporter=chosen_reporter(reporter)
     )[0]
@@ -78,7 +79,7 @@ def open(  # the name that the command line and the docs use: `ditlab.open(...)`
 @checked
 def sample(
     model: Source, *, codec: str | Path | None = None, reporter: Reporter | None = None, **settings: Any
-) -> Samples:
+) -> Samples | None:
     """Draws images from a model, in memory or into a folder (`out`), where the same call resumes after a kill.
 
     Args:
@@ -91,6 +92,9 @@ def sample(
         >>> samples = ditlab.sample("runs/global", seeds="0-63", out="samples")  # doctest: +SKIP
         >>> samples.images.shape  # doctest: +SKIP
         (64, 32, 32, 3)
+
+    Returns:
+        The samples; None on a rank other than 0 whose rank 0 refused.
 
     Raises:
         DitlabError: anything that cannot be drawn or written.
@@ -114,7 +118,7 @@ def analyze(
     checkpoint: int | None = None,
     raw: bool = False,
     codec: str | Path | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     out: str | Path | None = None,
     reporter: Reporter | None = None,
@@ -262,7 +266,7 @@ def report(
     checkpoint: int | None = None,
     raw: bool = False,
     codec: str | Path | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> ReportResult:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ditlab.studies.quickstart import QuickstartResult
     from ditlab.studies.runner import Snapshot
     from ditlab.studies.study import Images, StudyResult
+    from ditlab.training.distributed import Device
 
 __all__ = ["convert", "quickstart", "study"]
 
@@ -38,7 +39,7 @@ def study(
     out: str | Path = "studies",
     plan: bool = False,
     parallel: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     command: str = "",
     show: Callable[[Snapshot], None] | None = None,
     reporter: Reporter | None = None,
@@ -107,7 +108,7 @@ def study(
 def quickstart(
     out: str | Path = "quickstart",
     *,
-    device: str | None = None,
+    device: Device | None = None,
     command: str = "",
     show: Callable[[Snapshot], None] | None = None,
     reporter: Reporter | None = None,

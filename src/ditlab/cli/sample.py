@@ -42,7 +42,7 @@ class Sample:
         flags = keywords(self)
         flags["out"] = True if self.out is None else self.out
         samples = api.sample(**flags, reporter=output.reporter)
-        if int(os.environ.get("RANK", "0")):
+        if samples is None or int(os.environ.get("RANK", "0")):
             return {}
         settings = samples.settings
         if not samples.drawn:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from ditlab.config import differing_settings
 from ditlab.data import ImageSet, is_source, prepare, prepare_held_out
@@ -21,6 +19,7 @@ from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
+from ditlab.training.distributed import Device
 
 __all__ = ["ModelSet", "OpenedModel", "Source", "check_output", "kinds_of", "open_models"]
 
@@ -56,16 +55,13 @@ class ModelSet(Sequence[Model]):
     """The checkpoint of runs; the newest of each where None."""
     ema: bool = True
     """The averaged weights, or the raw ones."""
-    device: torch.device | str = "cpu"
+    device: Device = "cpu"
 
     def __getitem__(self, place: int) -> Model:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.models[place]
 
     def __len__(self) -> int:
         return len(self.models)
-
-    def __iter__(self) -> Iterator[Model]:
-        return iter(self.models)
 
     def only(self, *places: int) -> ModelSet:
         """Returns the models at these places."""
@@ -80,12 +76,9 @@ class ModelSet(Sequence[Model]):
     @cached_property
     def names(self) -> tuple[str, ...]:
         """A name for each model, no two alike: its own, with the folders above it where several share one."""
-        paths = [model.path.resolve() for model in self.models]
-        plain = [model.name for model in self.models]
-        if len(set(plain)) == len(plain):
-            return tuple(plain)
-        for depth in range(1, max(len(path.parts) for path in paths) + 1):
-            names = ["-".join(path.parts[-depth:]) for path in paths]
+        plain, paths = [model.name for model in self.models], [model.path.resolve().parts for model in self.models]
+        depths = range(1, max(map(len, paths)) + 1)
+        for names in (plain, *(["-".join(parts[-depth:]) for parts in paths] for depth in depths)):
             if len(set(names)) == len(names):
                 return tuple(names)
         return tuple(f"{name}-{number}" for number, name in enumerate(plain, 1))
@@ -96,11 +89,7 @@ class ModelSet(Sequence[Model]):
         return ("",) * len(self) if self.kinds == tuple(kinds_of(self.models)) else self.kinds
 
     def open(self, reporter: Reporter = SILENT) -> list[OpenedModel]:
-        """Loads the weights of every model.
-
-        Raises:
-            DitlabError: a checkpoint that is not there, or no whole one.
-        """
+        """Loads the weights of every model."""
         return [self.open_one(place, reporter) for place in range(len(self))]
 
     def open_one(self, place: int, reporter: Reporter = SILENT) -> OpenedModel:
@@ -135,40 +124,28 @@ def open_models(
     step: int | None = None,
     ema: bool = True,
     codec: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     out: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> ModelSet:
     """Opens models that are to stand side by side, and notes what a reader must know of each.
 
-    Args:
-        sources: models, or strings that name them (`ditlab.models.opening`).
-        data: where the runs' image set lies now, and the image set (or the source of one) to measure other models on.
-        held_out: an image set, or the source of one, whose images take the place of the test images.
-        split: which images stand for the training images of models that are not runs.
-        names: the kind of each model; found from the settings that differ where empty.
-        step: the checkpoint of runs; the newest of each where None.
-        ema: the averaged weights, or the raw ones.
-        codec: where the autoencoder of models of latents lies, if it is not where it was.
-        device: where they compute.
-        out: the folder that is to be written to; also for the results of models that have no folder of their own.
-        reporter: takes the notes.
-
-    Raises:
-        DitlabError: none was named, or one was named twice, or they are of different image sets, or two with one split
-            seed have different test images, or `out` cannot be written to.
+    The settings are those of `ditlab.analyze`; `out` is also for results of models that have no folder of their own.
     """
     check_output(out)
     names = (names,) if isinstance(names, str) and names else names
     if not sources:
         raise InvalidConfig("`models`: expected at least one model, found none")
     if all(isinstance(source, Model) for source in sources):
-        keep_own(data=data, codec=codec, split=None if split == SplitConfig() else split)
+        own_split = None if split == SplitConfig() else split
+        keep_own("a model that is open already", data=data, codec=codec, split=own_split)
     models = [_open(source, data, codec, split, out, reporter) for source in sources]
     if held_out is not None:
         models = [copy.copy(model) for model in models]  # those of the caller keep their own test images
         for model in models:
-            model.use_held_out(_held_out_images(held_out, model, codec, reporter))
+            train, place = model.split.train, str(model.device)
+            images = prepare_held_out(model.images, held_out, train=train, codec=codec, device=place, reporter=reporter)
+            model.use_held_out(images)
     _check_named_once(models)
     _check_images(models)
     if names and len(names) != len(models):
@@ -234,15 +211,6 @@ def _open(
     if height != width:
         raise InvalidConfig(f"`data`: expected a prepared set of {height}x{width} images, found the source '{data}'")
     return open_model(source, prepare(data, size=height, reporter=reporter), codec=codec, split=split, out=out)
-
-
-def _held_out_images(
-    held_out: ImageSet | str | Path, model: Model, codec: str | Path | None, reporter: Reporter
-) -> ImageSet:
-    """Prepares held-out images exactly as the model's image set was; refuses pictures that it was trained on."""
-    return prepare_held_out(
-        model.images, held_out, train=model.split.train, codec=codec, device=str(model.device), reporter=reporter
-    )
 
 
 def kinds_of(models: Sequence[Model]) -> list[str]:

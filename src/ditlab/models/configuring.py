@@ -25,9 +25,6 @@ def unsized(preset_name: str) -> RunConfig:
     """Returns a preset whose network has no image size yet.
 
     So settings such as the patch and the windows are checked against the image set's size, not the preset's.
-
-    Raises:
-        NotFound: there is no such preset.
     """
     recipe = preset(preset_name)
     return replace(recipe, network=replace(recipe.network, image_size=(0, 0)))
@@ -42,17 +39,11 @@ def with_variance(network: Any, objective: Any) -> Any:
 
 
 def change_settings(config: RunConfig, settings: Mapping[str, Any], where: str) -> RunConfig:
-    """Returns a config with some settings changed.
+    """Returns a config with some settings changed; `where` is for errors.
 
-    Args:
-        config: the config.
-        settings: new values by dotted name ("training.lr") or by plain name ("lr"), which is looked for in the training
-            settings first, then in those of network, objective, evaluation, guidance and sampler; or a whole part
-            ("objective", "sampler") as a config object.
-        where: for errors.
-
-    Raises:
-        DitlabError: an unknown setting, or values that do not fit together.
+    `settings` holds new values by dotted name ("training.lr") or by plain name ("lr"), which is looked for in the
+    training settings first, then in those of network, objective, evaluation, guidance and sampler; or a whole part
+    ("objective", "sampler") as a config object.
     """
     whole = {name: value for name, value in settings.items() if name in _PARTS and is_dataclass(value)}
     network = with_variance(whole.get("network", config.network), whole.get("objective", config.objective))
@@ -82,18 +73,8 @@ def fit_run(
 ) -> RunConfig:
     """Returns the config with what follows from the image set and from the other settings.
 
-    The network gets the images' size and channels, a learned variance where the objective learns one, and classes where
-    it is conditional; EDM's sigma_data becomes the standard deviation of latents.
-
-    Args:
-        config: the config.
-        images: the image set.
-        conditional: give the network the image set's class labels.
-        keep_sigma_data: leave sigma_data as it is.
-        reporter: told of a sigma_data that was set.
-
-    Raises:
-        DitlabError: the image set has no classes, or the network takes none, or cannot have this size.
+    The network gets the images' size and channels, a learned variance where the objective learns one, and the set's
+    classes where it is `conditional`; EDM's sigma_data becomes the standard deviation of latents, unless it is kept.
     """
     network: NetworkConfig = config.network
     derived: dict[str, Any] = {"image_size": images.shape[1:], "channels": images.shape[0]}
@@ -120,12 +101,7 @@ def fit_run(
 
 
 def default_run_folder(config: RunConfig, data: str) -> Path:
-    """Returns the folder of a run that was given none: runs/PRESET-DATA-nN-ATTENTION-sSEED.
-
-    Args:
-        config: its settings.
-        data: the source or the image set's folder, as the user named it.
-    """
+    """Returns the folder of a run that was given none: runs/PRESET-DATA-nN-ATTENTION-sSEED."""
     plan = config.network.attention_plan.replace(",", "-").replace("*", "x").replace("@", "-")
     source = Path(data.split(":")[-1]).name or "data"
     split = config.data

@@ -55,32 +55,19 @@ class Converted:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion: from a source to a new file or folder."""
+    """A conversion from a source to a new file or folder; the fields are the settings of `ditlab.convert`."""
 
     source: str
-    """A run's folder or one of its checkpoints, a converted model's folder, an original checkpoint, `diffusers:...` or
-    `hub:...`."""
     out: str
-    """The file or folder to make."""
     to: Format | None = None
-    """The format; by the ending of `out` where None."""
     checkpoint: int | None = None
-    """The checkpoint of a run; the newest where None."""
     raw: bool = False
-    """Take the raw weights instead of the averaged ones."""
     heads: int | None = None
-    """Attention heads of an original checkpoint, where neither its width nor its settings tell."""
     unet: UNetFile = field(default_factory=UNetFile)
-    """What else a checkpoint of improved-diffusion does not say."""
     codec: str | None = None
-    """To diffusers: where the autoencoder of a run on latents is now, if it was moved."""
 
     def run(self, reporter: Reporter = SILENT) -> Converted:
-        """Converts; nothing is left behind where that is refused.
-
-        Raises:
-            DitlabError: the source cannot be opened, the other format cannot express it, or `out` exists.
-        """
+        """Converts; nothing is left behind where that is refused."""
         out, to = Path(self.out), self._format()
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise AlreadyExists(f"{out}: expected a new file or folder, found something there")
@@ -181,16 +168,9 @@ class Conversion:
         return source, _convertible(network), objective
 
     def _autoencoder(self, source: Run | ImportedModel, to: Format, reporter: Reporter) -> Any:
-        """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot.
-
-        Raises:
-            DitlabError: it is not where it should be, or a place was given for one that is not there.
-        """
-        codec = (
-            open_autoencoder(source.decoder)
-            if isinstance(source, ImportedModel) and source.decoder is not None
-            else None
-        )
+        """The library's autoencoder of a model of latents, which goes along to diffusers; a note where it cannot."""
+        stored = source.decoder if isinstance(source, ImportedModel) else None
+        codec = None if stored is None else open_autoencoder(stored)
         record = source.record.codec if isinstance(source, Run) else codec and codec.record
         if self.codec is not None and (not isinstance(source, Run) or record is None or to != "diffusers"):
             raise DitlabError(_NO_CODEC)

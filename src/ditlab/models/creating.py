@@ -32,7 +32,7 @@ from ditlab.networks.registry import build_network
 from ditlab.progress import SILENT, Reporter, StopFlag
 from ditlab.rng import torch_generator
 from ditlab.training.compiling import compile_blocks
-from ditlab.training.distributed import DistributedContext, init_distributed
+from ditlab.training.distributed import Device, DistributedContext, init_distributed
 from ditlab.training.log import TrainingLog
 from ditlab.training.sharding import checkpoint_activations
 from ditlab.training.trainer import Trainer, check_batch
@@ -72,21 +72,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def start(path: str | Path, config: RunConfig, images: ImageSet, *, device: torch.device, command: str = "") -> Run:
-    """Makes a run's folder, or opens the one that is there if it has the same settings.
+    """Makes a run's folder, or opens the one that is there if it has the same settings, already fitted to the images.
 
-    Args:
-        path: the run's folder.
-        config: the settings, already fitted to the images (`config.fit_to_images`).
-        images: the image set.
-        device: noted in the environment.
-        command: the command line that the user typed, or the call; that of a resumed run whose settings changed takes
-            the place of the earlier one.
-
-    Raises:
-        AlreadyExists: the folder holds something else than a run.
-        Incompatible: it holds a run with other settings or images, or that has already made more steps, or that
-            another process is training.
-        DitlabError: the split cannot be made, or the folder cannot be written to.
+    `command`: the command line that the user typed, or the call; that of a resumed run whose settings changed takes the
+    place of the earlier one.
     """
     path = Path(path)
     split = make_split(images, config.data.n, config.data.test, config.data.seed, config.data.skip)
@@ -171,13 +160,7 @@ def _write_record(path: Path, record: RunRecord) -> None:
 def run_lock(folder: Path, wait: float = 30.0) -> Iterator[None]:
     """Holds a run for this process: only one at a time trains it. The lock goes with the process, however it ends.
 
-    Args:
-        folder: the run's folder, which exists.
-        wait: seconds to wait for another process that is just ending.
-
-    Raises:
-        Incompatible: another process still trains the run after that time.
-        DitlabError: the folder cannot be written to.
+    `wait`: seconds to wait for another process that is just ending.
     """
     try:
         import fcntl
@@ -206,7 +189,7 @@ def create_and_train(
     images: ImageSet,
     out: str | Path,
     *,
-    device: str | None = None,
+    device: Device | None = None,
     command: str = "",
     minutes: float | None = None,
     stop: StopFlag | None = None,
@@ -214,22 +197,8 @@ def create_and_train(
 ) -> Run | None:
     """Makes a run or opens an interrupted one, and trains it to its last step; with torchrun, every rank calls it.
 
-    Args:
-        config: the settings, fitted to the images.
-        images: the image set.
-        out: the run's folder.
-        device: "cpu", "cuda" or "cuda:N"; CUDA if there is one and None is given.
-        command: how the user asked for it, for config.json.
-        minutes: save and raise `TrainingInterrupted` after this time.
-        stop: when set, the run is saved and `TrainingInterrupted` raised.
-        reporter: shows notes and progress.
-
-    Returns:
-        The run, trained; None on a rank other than 0 whose rank 0 refused the input.
-
-    Raises:
-        DitlabError: settings that do not fit, or the folder holds something else, or another process trains the run.
-        TrainingInterrupted: it was stopped; the same call resumes it.
+    Raises `TrainingInterrupted` after so many `minutes` or when `stop` is set; the same call resumes. Returns None on a
+    rank other than 0 whose rank 0 refused the input.
     """
     with init_distributed(device) as context, ExitStack() as held:
         run, refusal = None, None
@@ -268,15 +237,7 @@ def train_run(
     stop: StopFlag | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Trains a run until its last step, from its newest whole checkpoint.
-
-    Args:
-        run: from `start`.
-        context: the processes of the job.
-        reporter: receives notes and the progress of training.
-        stop: when set, the run is saved and `ditlab.training.trainer.TrainingInterrupted` raised.
-        minutes: the same after this time.
-    """
+    """Trains a run from `start` until its last step, from its newest whole checkpoint; see `create_and_train`."""
     config = run.config
     network = build_network(config.network, config.training.seed)
     if config.training.checkpoint_activations and not checkpoint_activations(network) and context.is_main:

@@ -6,7 +6,7 @@ Such a model has no images and no split of its own: it is given an image set, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,14 @@ from torch import Tensor
 from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser, hash_of_weights
-from ditlab.diffusion.samplers import SamplerConfig
 from ditlab.errors import Incompatible, NotFound
 from ditlab.interop.imported import ImportedModel
 from ditlab.models.model import RESULTS, Model, Side
 from ditlab.models.split_config import SplitConfig
 from ditlab.networks.base import NetworkConfig
-from ditlab.progress import SILENT, Reporter
-from ditlab.provenance import Provenance
+from ditlab.progress import Reporter
 
-__all__ = ["ExternalModel", "only_averaged"]
+__all__ = ["ExternalModel"]
 
 
 class ExternalModel(Model):
@@ -34,35 +32,32 @@ class ExternalModel(Model):
 
     def __init__(
         self,
-        read: Callable[[bool], ImportedModel],
+        model: ImportedModel,
         path: Path | None = None,
         *,
+        read_raw: Callable[[], ImportedModel] | None = None,
         data: ImageSet | str | Path | None = None,
         codec: str | Path | None = None,
         split: SplitConfig | None = None,
         out: Path | None = None,
     ) -> None:
-        """Reads the model itself; all else is read when it is first needed.
+        """Takes the model itself; all else is read when it is first needed.
 
         Args:
-            read: reads the model, with its averaged weights (True) or the raw ones.
+            model: the model, with its averaged weights.
             path: the folder for results, where the model has one.
+            read_raw: reads it with its raw weights, where it may have some.
             data: the image set.
             codec: the autoencoder of a model of latents, where none is stored with it.
             split: which images stand for its training images.
             out: where a folder NAME-DIGEST for results is made, if there is no `path`.
         """
-        self._read, self.model = read, read(True)
-        self.source_denoiser = self.model.denoiser
-        base = RESULTS if out is None else out
-        self.path = base / f"{self.name}-{self.model.digest[:8]}" if path is None else path
-        self._images, self._codec = data, codec
+        self.model, self._read_raw, self._images, self._codec = model, read_raw, data, codec
+        self.name, self.source_denoiser, self.sampler = model.name, model.denoiser, model.sampler
         self.split_config = split or SplitConfig()
-
-    @property
-    def name(self) -> str:
-        """The name of its checkpoint."""
-        return self.model.name
+        self.knows_training_images = self.split_config.own_split
+        self.conditional = bool(model.denoiser.num_classes)
+        self.path = (out or RESULTS) / f"{self.name}-{model.digest[:8]}" if path is None else path
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -71,11 +66,6 @@ class ExternalModel(Model):
         values = asdict(network) if isinstance(network, NetworkConfig) else {}
         shape = {f"network.{name}": value for name, value in values.items()}
         return {"preset": self.name, "format": self.model.source.get("format"), **shape}
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        """That of its scheduler, or DDPM's."""
-        return self.model.sampler
 
     @property
     def _source(self) -> dict[str, Any]:
@@ -128,11 +118,9 @@ class ExternalModel(Model):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how it was read, and of the images that it is measured on."""
-        notes = list(self.model.notes)
+        notes = [*self.model.notes, *super().notes]
         if self._images is None:
             return tuple(notes)
-        if not self.knows_training_images:
-            notes.append(self._unknown_training_images())
         if self.conditional and not self._labelled:
             notes.append(
                 f"It has {self.model.denoiser.num_classes} classes and the set {self.images.num_classes or 'none'}, so "
@@ -168,23 +156,11 @@ class ExternalModel(Model):
     def _labelled(self) -> bool:
         return self.images.num_classes == self.model.denoiser.num_classes
 
-    def denoiser_and_provenance(
-        self,
-        *,
-        step: int | None = None,
-        ema: bool = True,
-        label: str = "",
-        device: torch.device | str = "cpu",
-        reporter: Reporter = SILENT,
-    ) -> tuple[Denoiser, Provenance]:
-        """See `Model.denoiser_and_provenance`.
-
-        Raises:
-            NotFound: a step was asked for, or raw weights that are not there.
-        """
-        if step is not None:
-            raise NotFound(f"model {self.name}: expected no `checkpoint`, for it has one set of weights, found {step}")
-        model = self.model if ema else self._read(False)
+    def _load(
+        self, step: int | None, ema: bool, device: torch.device, reporter: Reporter
+    ) -> tuple[Denoiser, int | None, str]:
+        self._check_weights(step, ema or self._read_raw is not None)
+        model = self.model if ema or self._read_raw is None else self._read_raw()
         if self._images is not None:
             model.fit(self.images.shape)
         denoiser = model.denoiser
@@ -194,17 +170,4 @@ class ExternalModel(Model):
         denoiser.pixel_space = denoiser.shape[0] in (1, 3) and not latent
         self.device = device
         # The file's digest says how it was read; its averaged and raw weights, and those changed in memory, differ.
-        weights = hash_of_weights(denoiser, model.digest)
-        return denoiser, replace(self.provenance(ema=ema, label=label), weights=weights)
-
-
-def only_averaged(read: Callable[[], ImportedModel]) -> Callable[[bool], ImportedModel]:
-    """Returns a reader of a model with one set of weights, which count as averaged ones."""
-
-    def either(ema: bool) -> ImportedModel:
-        model = read()
-        if not ema:
-            raise NotFound(f"model {model.name}: expected raw weights beside averaged ones, found one set only")
-        return model
-
-    return either
+        return denoiser, None, hash_of_weights(denoiser, model.digest)

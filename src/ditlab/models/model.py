@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditlab.arguments import checks_arguments
 from ditlab.config import SplitRecord
 from ditlab.data.autoencoder import Autoencoder, Identity
 from ditlab.data.autoencoder_record import AutoencoderRecord
@@ -32,6 +33,7 @@ from ditlab.errors import Incompatible, NotFound
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
 from ditlab.provenance import Provenance
+from ditlab.training.distributed import Device
 
 if TYPE_CHECKING:
     from ditlab.sampling.samples import Samples
@@ -53,13 +55,30 @@ class Model:
         >>> ditlab.psnr_gap([mine, "runs/global"]).table()  # doctest: +SKIP
     """
 
+    name: str
+    """What results call it."""
     path: Path
     """The folder for what is measured: analysis/, samples/, report.html."""
-    device: torch.device | str = "cpu"
+    conditional: bool
+    """Whether the network takes class labels."""
+    sampler: SamplerConfig
+    """How samples are drawn by default."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """How strongly samples are pulled towards their class by default: not at all."""
+    mirrored: bool = False
+    """Whether training mirrored images left to right."""
+    knows_training_images: bool
+    """Whether the training images of the split are those that the denoiser was trained on."""
+    command: str = ""
+    """The command that trained it, where that is known."""
+    environment: Mapping[str, str] = {}
+    """Versions and machine of the training, where they are known."""
+    device: torch.device = torch.device("cpu")
     """Where its denoiser was last put; latents are decoded there too."""
     held_out: ImageSet | None = None
     """Images of a set of their own that take the place of the split's test images; see `use_held_out`."""
 
+    @checks_arguments({})
     def __init__(
         self,
         denoiser: Denoiser,
@@ -92,15 +111,19 @@ class Model:
             autoencoder: what turns latents into pictures; that of the image set where None.
             mirrored: whether training mirrored images left to right.
         """
-        self.source_denoiser, self._name, self._mirrored = denoiser, name, mirrored
-        self._images = images
+        self.name, self.mirrored, self.knows_training_images = name, mirrored, own_split
+        self.source_denoiser, self._images, self._autoencoder = denoiser, images, autoencoder
         self.split_config = SplitConfig(n, test, seed, own_split)
-        self._sampler, self._autoencoder = sampler, autoencoder
+        self.conditional = bool(denoiser.num_classes)
+        discrete = hasattr(denoiser.levels, "steps")
+        usual = DDIMConfig(steps="50") if discrete else HeunConfig(sigma_min=0.02, sigma_max=80.0)
+        self.sampler = usual if sampler is None else sampler
         # What cannot be hashed as a whole is told apart by its code and by what it holds.
         digest = hash_of_weights(denoiser) or fingerprint(denoiser).strip(UNKNOWN)
         self.path = Path(out) if out is not None else RESULTS / f"{name}-{digest[:8]}"
 
     @staticmethod
+    @checks_arguments({})
     def from_diffusers(
         module: nn.Module,
         scheduler: Any,
@@ -118,33 +141,19 @@ class Model:
         Args:
             module: a `UNet2DModel` or a `DiTTransformer2DModel`; it is put in evaluation mode.
             scheduler: a scheduler of a discrete VP process.
-            images: the image set, or its folder; None for a model that only samples.
-            n: number of training images; all but the test images where None.
-            test: number of test images.
-            seed: of the split.
-            own_split: whether the network was trained on exactly these training images.
-            name: what results call it.
-            out: the folder for results; `external/NAME-DIGEST` in the current folder where None.
+            images: as for `Model`, like all that follow.
 
         Raises:
             DitlabError: diffusers is not installed, or module or scheduler is of another kind.
         """
         from ditlab.interop.diffusers_models import import_diffusers
-        from ditlab.models.external import ExternalModel, only_averaged
+        from ditlab.models.external import ExternalModel
 
-        split = SplitConfig(n, test, seed, own_split)
-        imported = import_diffusers(module, scheduler, name)
-        return ExternalModel(
-            only_averaged(lambda: imported), None if out is None else Path(out), data=images, split=split
-        )
+        model, split = import_diffusers(module, scheduler, name), SplitConfig(n, test, seed, own_split)
+        return ExternalModel(model, None if out is None else Path(out), data=images, split=split)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, results in {str(self.path)!r})"
-
-    @property
-    def name(self) -> str:
-        """What results call it."""
-        return self._name
 
     @cached_property
     def images(self) -> ImageSet:
@@ -199,24 +208,6 @@ class Model:
         self.held_out = images
 
     @property
-    def conditional(self) -> bool:
-        """Whether the network takes class labels."""
-        return bool(self.source_denoiser.num_classes)
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        """How samples are drawn by default."""
-        if self._sampler is not None:
-            return self._sampler
-        discrete = hasattr(self.source_denoiser.levels, "steps")
-        return DDIMConfig(steps="50") if discrete else HeunConfig(sigma_min=0.02, sigma_max=80.0)
-
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """How strongly samples are pulled towards their class by default: not at all."""
-        return GuidanceConfig()
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         """Every known setting by its dotted name ("network.attention"), as JSON values; kinds are told apart by it."""
         return {"preset": self.name}
@@ -227,13 +218,7 @@ class Model:
         return None
 
     def provenance(self, step: int | None = None, *, ema: bool = True, label: str = "") -> Provenance:
-        """Returns what a result keeps about the model.
-
-        Args:
-            step: training step of the weights.
-            ema: whether they are the averaged ones.
-            label: the kind of model.
-        """
+        """Returns what a result keeps about the model, with a label of its kind and these weights of it."""
         about = Provenance(self.name, label, step=step, ema=ema, settings={"model": self._source})
         if self._images is None:
             return about
@@ -257,7 +242,7 @@ class Model:
         step: int | None = None,
         ema: bool = True,
         label: str = "",
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         reporter: Reporter = SILENT,
     ) -> tuple[Denoiser, Provenance]:
         """Returns what an analysis needs: the denoiser, and what its result keeps about these weights.
@@ -272,30 +257,41 @@ class Model:
         Raises:
             DitlabError: a checkpoint or raw weights that are not there.
         """
-        if step is not None:
-            raise NotFound(f"model {self.name}: expected no `checkpoint`, for it has one set of weights, found {step}")
-        if not ema:
-            raise NotFound(f"model {self.name}: expected raw weights beside averaged ones, found one set only")
+        denoiser, step, weights = self._load(step, ema, torch.device(device), reporter)
+        return denoiser, replace(self.provenance(step, ema=ema, label=label), weights=weights)
+
+    def _load(
+        self, step: int | None, ema: bool, device: torch.device, reporter: Reporter
+    ) -> tuple[Denoiser, int | None, str]:
+        """Returns the denoiser with some weights on a device, their step where there are several, and their hash."""
+        self._check_weights(step, ema)
         denoiser = self.source_denoiser
         if denoiser.module is not None:
             denoiser.module.to(device)
             if not isinstance(getattr(type(denoiser), "device", None), property):  # else it follows the weights
-                denoiser.device = torch.device(device)
+                denoiser.device = device
         self.device = denoiser.device
-        return denoiser, replace(self.provenance(label=label), weights=hash_of_weights(denoiser))
+        return denoiser, None, hash_of_weights(denoiser)
+
+    def _check_weights(self, step: int | None, ema: bool) -> None:
+        """Refuses other weights than the only set of them."""
+        if step is not None:
+            raise NotFound(f"model {self.name}: expected no `checkpoint`, for it has one set of weights, found {step}")
+        if not ema:
+            raise NotFound(f"model {self.name}: expected raw weights beside averaged ones, found one set only")
 
     def denoiser(
         self,
         *,
         step: int | None = None,
         ema: bool = True,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         reporter: Reporter = SILENT,
     ) -> Denoiser:
         """Returns the denoiser alone; arguments as for `denoiser_and_provenance`."""
         return self.denoiser_and_provenance(step=step, ema=ema, device=device, reporter=reporter)[0]
 
-    def sample(self, **settings: Any) -> Samples:
+    def sample(self, **settings: Any) -> Samples | None:
         """Draws images, in memory or into a folder (`out`), where the same call resumes after a kill.
 
         Args:
@@ -305,12 +301,15 @@ class Model:
             >>> samples = ditlab.open("runs/global").sample(seeds=range(64))  # doctest: +SKIP
             >>> samples.save("samples")  # doctest: +SKIP
 
+        Returns:
+            The samples; None on a rank other than 0 whose rank 0 refused.
+
         Raises:
             DitlabError: anything that cannot be drawn or written.
         """
         from ditlab.sampling.samples import sample_model
 
-        return sample_model(self, **settings)  # pyright: ignore[reportArgumentType]  # cached properties of Self
+        return sample_model(self, **settings)
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -318,49 +317,23 @@ class Model:
         return []
 
     @property
-    def knows_training_images(self) -> bool:
-        """Whether the training images of the split are those that the denoiser was trained on."""
-        return self.split_config.own_split
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the images that the model is measured on, one sentence each."""
-        if self._images is None or self.knows_training_images:
+        if self.knows_training_images or self._images is None:
             return ()
-        return (self._unknown_training_images(),)
-
-    def _unknown_training_images(self) -> str:
         split = self.split_record
-        return (
+        unknown = (
             f"The training images of this model are unknown: the {split.train} training and {split.test} test images "
             f"of {self.images.path} are a split that ditlab made (seed {split.seed}), so a gap of 0 does not show that "
             "it does not memorize."
         )
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether training mirrored images left to right."""
-        return self._mirrored
-
-    @property
-    def command(self) -> str:
-        """The command that trained it, where that is known."""
-        return ""
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Versions and machine of the training, where they are known."""
-        return {}
+        return (unknown,)
 
     def batch(self, side: Side, count: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the first train or test images as the denoiser sees them, and their labels.
-
-        Args:
-            side: "train" or "test".
-            count: how many, at most.
+        """Returns the first train or test images as the denoiser sees them, and their labels if it takes any.
 
         Returns:
-            float32 [B, C, H, W]; int64 [B], or None where the model takes no labels.
+            float32 [B, C, H, W], B at most `count`; int64 [B], or None where the model takes no labels.
         """
         images, indices = self.images, getattr(self.split, side)[:count]
         if side == "test" and self.held_out is not None:
@@ -376,7 +349,9 @@ class Model:
         """
         if not self.mirrored:
             return None
-        indices = self.split.train[:count]
+        return self._mirrored(self.split.train[:count])
+
+    def _mirrored(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         return self.images.batch(indices, mirrored=torch.ones(len(indices), dtype=torch.bool))
 
     @cached_property
@@ -403,15 +378,10 @@ class Model:
 
         Samples are compared with these: for latents, with what the autoencoder makes of them.
 
-        Args:
-            indices: places in the image set.
-            mirrored: mirrored left to right.
-
         Raises:
             DitlabError: mirrored latents are needed and were not stored.
         """
-        flips = torch.ones(len(indices), dtype=torch.bool) if mirrored else None
-        return self.decode(self.images.batch(indices, mirrored=flips))
+        return self.decode(self._mirrored(indices) if mirrored else self.images.batch(indices))
 
     def decoded_held_out(self, count: int) -> np.ndarray:
         """Returns pictures, uint8 [B, C, H, W], of what the denoiser sees of the first test images."""

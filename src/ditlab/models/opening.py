@@ -19,10 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ditlab.arguments import checks_arguments
@@ -34,11 +34,12 @@ from ditlab.interop.converted import RECORD, is_converted, open_converted
 from ditlab.interop.diffusers_models import open_diffusers
 from ditlab.interop.hub import download
 from ditlab.interop.original_files import SUFFIXES
-from ditlab.models.external import ExternalModel, only_averaged
+from ditlab.models.external import ExternalModel
 from ditlab.models.model import RESULTS, Model
 from ditlab.models.run import Run
 from ditlab.models.split_config import SplitConfig
 from ditlab.progress import SILENT, Reporter
+from ditlab.training.distributed import Device, pick_device
 
 __all__ = ["keep_own", "load", "open_model"]
 
@@ -55,42 +56,31 @@ def open_model(
 ) -> Model:
     """Opens what a source string names; see the module. A model is returned as it is, and takes no other images.
 
-    Args:
-        source: as a user typed it, or a model.
-        data: where a run's image set is now, if it was moved; the image set to measure any other model on.
-        codec: the same for the autoencoder.
-        split: which images stand for the training images of a model that is not a run.
-        out: the folder for results of models that have no folder of their own, each under its name.
-
-    Raises:
-        DitlabError: there is nothing of that name, or it cannot be used.
+    `data`, `codec`: where a run's image set and autoencoder are now, if they were moved; those of any other model.
+    `split`: which images stand for the training images of a model that is not a run.
+    `out`: the folder for results of models that have no folder of their own, each under its name.
     """
     if isinstance(source, Model):
-        keep_own(data=data, codec=codec, split=split, out=out)
+        keep_own("a model that is open already", data=data, codec=codec, split=split, out=out)
         return source
-    text, base = str(source), RESULTS if out is None else out
-
-    def external(read: Callable[[bool], Any], path: Path | None = None) -> ExternalModel:
-        return ExternalModel(read, path, data=data, codec=codec, split=split, out=out)
-
+    text, path = str(source), Path(source)
+    external = partial(ExternalModel, data=data, codec=codec, split=split, out=out)
     if text.startswith("diffusers:"):
-        return external(only_averaged(lambda: open_diffusers(text.removeprefix("diffusers:"))))
+        return external(open_diffusers(text.removeprefix("diffusers:")))
     if text.startswith("hub:"):
         name = text.removeprefix("hub:")
         listing = download(name, ["*.json"])
         if _is_run(listing):
-            return Run.open(download(name), data, codec, results=base / name.replace("/", "--"))
+            return Run.open(download(name), data, codec, results=(out or RESULTS) / name.replace("/", "--"))
         if is_converted(listing):
-            folder = download(name)
-            return external(only_averaged(lambda: replace(open_converted(folder), name=name.replace("/", "--"))))
-        return external(only_averaged(lambda: open_diffusers(name)))
-    path = Path(text)
+            return external(replace(open_converted(download(name)), name=name.replace("/", "--")))
+        return external(open_diffusers(name))
     if (named := _OBJECT.fullmatch(text)) is not None and not path.exists():
         return _open_object(named["place"], named["name"], data, split, out)
     if path.suffix in SUFFIXES and not path.is_dir():
-        return external(lambda ema: open_checkpoint(path, ema=ema))
+        return external(open_checkpoint(path), read_raw=lambda: open_checkpoint(path, ema=False))
     if path.is_dir() and is_converted(path):
-        return external(only_averaged(lambda: open_converted(path)), path)
+        return external(open_converted(path), path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         return Run.open(path.parent.parent, data, codec, step=int(path.name))
     if path.is_dir() and (path / "model_index.json").is_file():
@@ -98,11 +88,11 @@ def open_model(
     return Run.open(path, data, codec)
 
 
-def keep_own(**settings: Any) -> None:
+def keep_own(what: str, **settings: Any) -> None:
     """Raises InvalidConfig where a setting is not None: a model that is an object already keeps its own."""
     for name, value in settings.items():
         if value is not None:
-            raise InvalidConfig(f"`{name}`: expected None for a model that is open already, found {value!r:.80}")
+            raise InvalidConfig(f"`{name}`: expected None for {what}, found {value!r:.80}")
 
 
 @checks_arguments({})
@@ -111,7 +101,7 @@ def load(
     *,
     step: int | None = None,
     ema: bool = True,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     reporter: Reporter = SILENT,
 ) -> Denoiser:
     """Loads the denoiser of a trained network.
@@ -130,7 +120,7 @@ def load(
     Raises:
         DitlabError: for anything that is not a whole model of a known kind.
     """
-    return open_model(source).denoiser(step=step, ema=ema, device=device, reporter=reporter)
+    return open_model(source).denoiser(step=step, ema=ema, device=pick_device(device), reporter=reporter)
 
 
 def _open_object(
@@ -146,7 +136,9 @@ def _open_object(
     if callable(value) and not isinstance(value, Denoiser | nn.Module) and _takes_nothing(value):
         with _own_code(where):
             value = value()
+    split = split or SplitConfig()
     if isinstance(value, Model):
+        keep_own(f"the model of {where}, which has its own", data=data, split=None if split == SplitConfig() else split)
         return value
     if not isinstance(value, Denoiser):
         if not callable(value):
@@ -156,19 +148,10 @@ def _open_object(
                 f"{where}: the shape of its images is not known; give an image set as `data`, or return "
                 "Denoiser.wrap(network, shape)"
             )
-        images = data if isinstance(data, ImageSet) else ImageSet.open(data)
-        value = Denoiser.wrap(cast(Callable[..., Tensor], value), shape=images.shape)
-    config = split or SplitConfig()
+        data = data if isinstance(data, ImageSet) else ImageSet.open(data)
+        value = Denoiser.wrap(cast(Callable[..., Tensor], value), shape=data.shape)
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-    model = Model(
-        value,
-        data,
-        n=config.n,
-        test=config.test,
-        seed=config.split_seed,
-        own_split=config.own_split,
-        name=slug,
-    )
+    model = Model(value, data, n=split.n, test=split.test, seed=split.split_seed, own_split=split.own_split, name=slug)
     if out is not None:
         model.path = out / model.path.name
     return model

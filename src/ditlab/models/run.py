@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditlab.config import RunConfig, RunRecord, SplitRecord, flat, read_record
+from ditlab.config import RunConfig, RunRecord, flat, read_record
 from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser
-from ditlab.diffusion.guidance_config import GuidanceConfig
 from ditlab.diffusion.objective_configs import VPObjectiveConfig
 from ditlab.diffusion.samplers import DDIMConfig, DDPMConfig, SamplerConfig
 from ditlab.errors import DitlabError, NotFound
@@ -36,21 +35,27 @@ from ditlab.training.log import read_log
 
 
 class Run(Model):
-    """One run's folder, opened for reading."""
+    """One run's folder, opened for reading; its images, codec and settings are those that it was trained with."""
+
+    knows_training_images = True
 
     def __init__(
         self,
         path: Path,
         record: RunRecord,
-        data: ImageSet | Path | None = None,
+        data: ImageSet | str | Path | None = None,
         codec: str | Path | None = None,
         *,
         step: int | None = None,
         results: Path | None = None,
     ) -> None:
         """See `open`."""
-        self.home, self.path, self.record = path, path if results is None else results, record
-        self._data, self._codec, self._step = data, codec, step
+        self.record, self.config = record, record.config
+        self.home, self.path = path, path if results is None else results
+        self.name, self._data, self._codec, self._step = self.path.resolve().name, data, codec, step
+        self.command, self.environment, self.split_record = record.command, record.environment, record.split
+        self.sampler, self.guidance = _own_sampler(self.config), self.config.guidance
+        self.conditional, self.mirrored = bool(self.config.network.classes), self.config.training.flip
 
     @staticmethod
     def open(
@@ -80,54 +85,13 @@ class Run(Model):
             if folder.is_file() and folder.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
                 content = "a pickle, which could run code and is not opened"
             raise NotFound(f"run {folder}: expected a run's folder, found {content}")
-        record = read_record(folder / "config.json")
-        return Run(folder, record, Path(data) if isinstance(data, str) else data, codec, step=step, results=results)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.resolve().name
-
-    @property
-    def config(self) -> RunConfig:
-        """The resolved settings."""
-        return self.record.config
+        return Run(folder, read_record(folder / "config.json"), data, codec, step=step, results=results)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting by its dotted name; for a run on latents also `codec`, the autoencoder's source."""
         codec = self.record.codec
         return flat(self.config) | ({} if codec is None else {"codec": codec.source})
-
-    @cached_property
-    def split_record(self) -> SplitRecord:
-        """The split that config.json keeps."""
-        return self.record.split
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        """The sampler of its settings; all steps of a process that has fewer than the sampler takes by default."""
-        config, objective = self.config.sampler, self.config.objective
-        if isinstance(config, (DDPMConfig, DDIMConfig)) and isinstance(objective, VPObjectiveConfig):
-            usual = type(config)().steps
-            if config.steps == usual and objective.steps < int(usual):
-                return replace(config, steps=str(objective.steps))
-        return config
-
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """The guidance of its settings."""
-        return self.config.guidance
-
-    @property
-    def command(self) -> str:
-        """The command that started it."""
-        return self.record.command
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Versions and machine when it was started."""
-        return self.record.environment
 
     @property
     def newest_step(self) -> int | None:
@@ -163,11 +127,11 @@ class Run(Model):
     @cached_property
     def images(self) -> ImageSet:
         """The image set that it was trained on."""
-        if self._data is None and not self.config.data.path:
-            raise NotFound(f"run {self.name}: its images did not come with it; give their set's folder as `data`")
         if isinstance(self._data, ImageSet):
             return self._data
-        return ImageSet.open(self._data if self._data is not None else self.home / self.config.data.path)
+        if self._data is None and not self.config.data.path:
+            raise NotFound(f"run {self.name}: its images did not come with it; give their set's folder as `data`")
+        return ImageSet.open(self.home / self.config.data.path if self._data is None else self._data)
 
     @cached_property
     def codec(self) -> Autoencoder:
@@ -179,11 +143,6 @@ class Run(Model):
         if self.record.codec is None:
             return Identity()
         return reopen_autoencoder(self.record.codec, self.home, self._codec)
-
-    @property
-    def conditional(self) -> bool:
-        """Whether the network takes class labels."""
-        return bool(self.config.network.classes)
 
     def checkpoint(self, step: int | None = None, reporter: Reporter = SILENT) -> Checkpoint:
         """The checkpoint of a step, the one that stands for the run, or the newest whole one.
@@ -209,46 +168,28 @@ class Run(Model):
         load_network(network, checkpoint.ema if ema else checkpoint.model, checkpoint.path)
         return network.eval().requires_grad_(False)
 
-    def denoiser_and_provenance(
-        self,
-        *,
-        step: int | None = None,
-        ema: bool = True,
-        label: str = "",
-        device: torch.device | str = "cpu",
-        reporter: Reporter = SILENT,
-    ) -> tuple[Denoiser, Provenance]:
-        """See `Model.denoiser_and_provenance`."""
+    def _load(
+        self, step: int | None, ema: bool, device: torch.device, reporter: Reporter
+    ) -> tuple[Denoiser, int | None, str]:
         checkpoint = self.checkpoint(step, reporter)
-        network = self.network(checkpoint, ema=ema).to(device)
-        denoiser = self.config.objective.build().denoiser(network)
+        denoiser = self.config.objective.build().denoiser(self.network(checkpoint, ema=ema).to(device))
         denoiser.pixel_space = self.record.codec is None
         self.device = device
-        about = self.provenance(checkpoint.step, ema=ema, label=label)
-        return denoiser, replace(about, weights=checkpoint.weights_hash(ema))
+        return denoiser, checkpoint.step, checkpoint.weights_hash(ema)
 
     def provenance(self, step: int | None = None, *, ema: bool = True, label: str = "") -> Provenance:
         """See `Model.provenance`."""
         config = self.config
-        settings = {
-            "preset": config.preset,
-            "attention": config.network.attention_plan,
-            "training_seed": config.training.seed,
-            "image_set": self.record.split.imageset,
-        }
+        settings = {"preset": config.preset, "attention": config.network.attention_plan}
+        settings |= {"training_seed": config.training.seed, "image_set": self.split_record.imageset}
         return self._with_split(Provenance(self.name, label, step=step, ema=ema, settings=settings))
 
-    @property
-    def mirrored(self) -> bool:
-        """Whether training mirrored images left to right."""
-        return self.config.training.flip
 
-    @property
-    def knows_training_images(self) -> bool:
-        """Always: it was trained on its split."""
-        return True
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """None: a run knows its training images."""
-        return ()
+def _own_sampler(config: RunConfig) -> SamplerConfig:
+    """The sampler of a run's settings; all steps of a process that has fewer than the sampler takes by default."""
+    sampler, objective = config.sampler, config.objective
+    if isinstance(sampler, (DDPMConfig, DDIMConfig)) and isinstance(objective, VPObjectiveConfig):
+        usual = type(sampler)().steps
+        if sampler.steps == usual and objective.steps < int(usual):
+            return replace(sampler, steps=str(objective.steps))
+    return sampler

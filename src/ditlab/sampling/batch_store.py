@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,40 +42,25 @@ class Batch(NamedTuple):
     """Number of images."""
 
 
-@runtime_checkable
-class Batches(Protocol):
-    """The finished batches of a job."""
-
-    def done(self) -> list[Batch]:
-        """Returns the finished batches in the order of their places; no two share an image."""
-        ...
-
-    def array(self, batch: Batch, name: str) -> np.ndarray:
-        """Returns an array of a finished batch."""
-        ...
-
-
 class MemoryBatches:
-    """Finished batches in memory."""
+    """The finished batches of a job, in memory."""
 
     def __init__(self) -> None:
         self.arrays: dict[Batch, dict[str, np.ndarray]] = {}
 
     def done(self) -> list[Batch]:
-        """See `Batches.done`."""
+        """Returns the finished batches in the order of their places; no two share an image."""
         return sorted(self.arrays)
 
     def array(self, batch: Batch, name: str) -> np.ndarray:
-        """See `Batches.array`."""
+        """Returns an array of a finished batch."""
         return self.arrays[batch][name]
 
 
 class BatchStore:
-    """Finished batches on disk, in the hidden folder of one job.
+    """The finished batches of a job on disk, in a hidden folder that will become `out`.
 
-    Args:
-        out: the folder that it will become.
-        key: hash of everything that decides the images.
+    `key`: hash of everything that decides the images.
     """
 
     def __init__(self, out: Path, key: str) -> None:
@@ -84,14 +69,7 @@ class BatchStore:
 
     @contextmanager
     def locked(self, *, restart: bool = False) -> Iterator[None]:
-        """Makes the folder and locks other jobs out of it; removes it at the end if it has no finished batch.
-
-        Args:
-            restart: remove batches that are already there.
-
-        Raises:
-            DitlabError: another process works in it, or it cannot be made.
-        """
+        """Makes the folder and locks other jobs out of it; removes it at the end if it has no finished batch."""
         made = [folder for folder in (self.folder, *self.out.absolute().parents) if not folder.exists()]
         lock: int | None = None
         try:
@@ -101,8 +79,10 @@ class BatchStore:
                 if lock is None and os.name != "nt":
                     raise AlreadyExists(f"samples {self.out}: another process is drawing them")
                 if restart:
-                    for name in ("samples.json", "parts", "images"):
-                        _remove(self.folder / name)
+                    (self.folder / "samples.json").unlink(missing_ok=True)
+                    for folder in (self.folder / "parts", self.folder / "images"):
+                        if folder.exists():
+                            shutil.rmtree(folder)
                 (self.folder / "parts").mkdir(exist_ok=True)
                 for leftover in (self.folder / "parts").glob("*.tmp"):
                     leftover.unlink()
@@ -137,11 +117,11 @@ class BatchStore:
         return self.folder / "parts" / f"{batch.start:08d}-{batch.size}.npz"
 
     def done(self) -> list[Batch]:
-        """See `Batches.done`."""
+        """Returns the finished batches in the order of their places; no two share an image."""
         return _batches(self.folder)
 
     def array(self, batch: Batch, name: str) -> np.ndarray:
-        """See `Batches.array`."""
+        """Returns an array of a finished batch."""
         with np.load(self.path(batch)) as arrays:
             return arrays[name]
 
@@ -156,10 +136,7 @@ class BatchStore:
     def add(self, start: int, *, images: np.ndarray, **arrays: np.ndarray) -> None:
         """Writes a finished batch, whole or not at all, even if the power fails.
 
-        Args:
-            start: place of its first image among those of the job.
-            images: uint8 [b, H, W, C].
-            arrays: what else belongs to it.
+        `start`: place of its first image among those of the job; `images`: uint8 [b, H, W, C].
         """
         path = self.path(Batch(start, len(images)))
         temporary = path.with_suffix(".tmp")
@@ -193,6 +170,9 @@ class BatchStore:
                 os.close(lock)
 
 
+Batches = MemoryBatches | BatchStore
+
+
 def first_images(batches: Batches, count: int) -> np.ndarray:
     """Returns the first images, uint8 [n, H, W, C], at most `count`."""
     arrays: list[np.ndarray] = []
@@ -207,11 +187,7 @@ def first_images(batches: Batches, count: int) -> np.ndarray:
 def write_npz(path: Path, batches: Batches, count: int, classes: np.ndarray | None) -> None:
     """Writes the file that ADM's evaluator reads, byte by byte as `np.savez` would.
 
-    Args:
-        path: the file: arr_0 uint8 [N, H, W, C], and arr_1 the classes.
-        batches: all batches of a job.
-        count: number of images N.
-        classes: class of each image, int64 [N].
+    It holds arr_0, the N images uint8 [N, H, W, C], and arr_1, their classes int64 [N].
     """
     shape = (count, *batches.array(batches.done()[0], "images").shape[1:])
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
@@ -240,10 +216,3 @@ def _count_images(folder: Path) -> int:
         return int(json.loads((folder / "samples.json").read_text())["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -23,12 +23,7 @@ __all__ = ["draw", "draw_batch", "with_guidance"]
 
 
 def with_guidance(model: Sampled, denoiser: Denoiser, config: GuidanceConfig | None = None) -> Denoiser:
-    """Returns the model's denoiser with guidance.
-
-    Args:
-        model: where it comes from.
-        denoiser: its denoiser.
-        config: the guidance; the model's own where None.
+    """Returns the model's denoiser with guidance, the model's own where None.
 
     Raises:
         DitlabError: it cannot be guided, or was never trained without labels.
@@ -63,17 +58,9 @@ def draw(
     label: Tensor | None = None,
     bar: Bar | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Returns one image for each seed, as the denoiser sees images, on the CPU.
+    """Returns one image for each seed, as the denoiser sees images, on the CPU, so many drawn at once.
 
-    Each depends on its own seed and label alone.
-
-    Args:
-        denoiser: any.
-        config: which sampler, and its settings.
-        seeds: of the images.
-        batch: images drawn at once.
-        label: class of each image, int64 [len(seeds)].
-        bar: shows how many are drawn.
+    Each depends on its own seed and class (`label`, int64 [len(seeds)]) alone.
     """
     parts = []
     for start in range(0, len(seeds), batch):

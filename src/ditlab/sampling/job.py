@@ -52,12 +52,8 @@ class SamplingJob:
     seeds: Sequence[int]
     classes: np.ndarray | None
     """Class of each image, int64 [len(seeds)]; None for an unconditional model."""
-    batch: int
-    """Images drawn at once."""
-    strip: int
-    """How many of the first images are shown on their way from noise to image."""
-    images: bool
-    """Whether each image is also written as a PNG."""
+    settings: SampleConfig
+    """What was asked for: `batch`, `strip` and `images` among it."""
     about: Mapping[str, Any]
     """Everything that decides the images and the files, as JSON values; samples.json begins with it."""
     name: str
@@ -90,11 +86,7 @@ class SamplingJob:
         return BatchStore(out, hashlib.sha256(text.encode()).hexdigest())
 
     def stored(self, out: Path) -> dict[str, Any] | None:
-        """Returns samples.json of an output folder that holds exactly these samples; None if there is no such folder.
-
-        Raises:
-            DitlabError: the folder holds something else, or samples with other settings.
-        """
+        """Returns samples.json of a folder that holds exactly these samples; None if there is no such folder."""
         file = out / "samples.json"
         if not file.is_file():
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -123,31 +115,23 @@ class SamplingJob:
         for start, size in [*batches.done(), Batch(self.count, 0)]:
             while place < start:
                 of_this_guidance = len(self.seeds) - place % len(self.seeds)
-                missing.append(Batch(place, min(self.batch, start - place, of_this_guidance)))
+                missing.append(Batch(place, min(self.settings.batch, start - place, of_this_guidance)))
                 place += missing[-1].size
             place = start + size
         return missing
 
     def draw(self, batches: Sequence[Batch], bar: Bar) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """Draws batches.
+        """Draws batches; `bar` shows how many images are done.
 
-        Args:
-            batches: which.
-            bar: shows how many images are done.
-
-        Yields:
-            Each batch with its arrays: images uint8 [b, H, W, C], seconds, the batch size of the job, and what
-            `TrajectoryRecorder` recorded.
-
-        Raises:
-            DitlabError: an image is not finite.
+        Yields each with its arrays: images uint8 [b, H, W, C], seconds, the batch size of the job, and what
+        `TrajectoryRecorder` recorded. Raises DitlabError where an image is not finite.
         """
         total, done = sum(batch.size for batch in batches), 0
         for batch in batches:
             which, start = divmod(batch.start, len(self.seeds))
             places = slice(start, start + batch.size)
             label = None if self.classes is None else torch.from_numpy(self.classes[places])
-            recorder = TrajectoryRecorder(self.model, max(0, min(batch.size, self.strip - batch.start)))
+            recorder = TrajectoryRecorder(self.model, max(0, min(batch.size, self.settings.strip - batch.start)))
 
             def after(
                 step: SamplerStep,
@@ -163,19 +147,18 @@ class SamplingJob:
             _check_finite(drawn, self.seeds[places])
             images = np.ascontiguousarray(self.model.decode(drawn).transpose(0, 2, 3, 1))
             seconds = np.asarray(time.perf_counter() - began)
-            yield batch, {"images": images, "seconds": seconds, "batch": np.asarray(self.batch), **recorder.arrays()}
+            yield (
+                batch,
+                {"images": images, "seconds": seconds, "batch": np.asarray(self.settings.batch), **recorder.arrays()},
+            )
             done += batch.size
             bar(done, total)
 
     def save_batch(self, store: BatchStore, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a batch that `draw` yielded, and its PNGs.
-
-        Raises:
-            DitlabError: it cannot be written; batches that were saved before are kept.
-        """
+        """Writes a batch that `draw` yielded, and its PNGs; batches that were saved before are kept if it cannot be."""
         which, start = divmod(batch.start, len(self.seeds))
         with store.writing():
-            if self.images:
+            if self.settings.images:
                 folder = f"scale-{self.guidances[which].scale:g}" if self.sweep else ""
                 seeds = self.seeds[start : start + batch.size]
                 write_pngs(store.folder / "images" / folder, arrays["images"], seeds)
@@ -227,17 +210,7 @@ class SamplingJob:
 def make_job(
     model: Sampled, config: SampleConfig, device: torch.device | str, reporter: Reporter = SILENT
 ) -> SamplingJob:
-    """Returns the job for a model and settings.
-
-    Args:
-        model: images are drawn from it.
-        config: the settings.
-        device: where it computes.
-        reporter: told when a damaged checkpoint is passed over.
-
-    Raises:
-        DitlabError: anything that cannot be drawn.
-    """
+    """Returns the job for a model and settings; raises DitlabError for anything that cannot be drawn."""
     if config.batch < 1:
         raise InvalidConfig(f"`batch`: expected at least 1, found {config.batch}")
     seeds = parse_seeds(config.seeds if config.seeds is not None else "0-7" if config.guidance_sweep else "0-63")
@@ -273,9 +246,7 @@ def make_job(
         config=sampler,
         seeds=seeds,
         classes=None if labels is None else np.array([labels[seed % len(labels)] for seed in seeds]),
-        batch=config.batch,
-        strip=config.strip,
-        images=config.images,
+        settings=config,
         about=about,
         name=_folder_name(config, provenance.step, sampler, guidances[0], seeds_text(seeds), denoiser.shape[0]),
     )
@@ -343,7 +314,7 @@ def _folder_name(
 
 def about_sampler(config: SamplerConfig) -> dict[str, Any]:
     """Returns a sampler's settings as JSON values."""
-    return {"kind": config.kind, **{name: value for name, value in asdict(config).items() if name != "kind"}}
+    return {"kind": config.kind, **asdict(config)}
 
 
 def _about_guidance(configs: Sequence[GuidanceConfig], channels: int) -> dict[str, Any] | None:

@@ -20,22 +20,10 @@ __all__ = ["Sampled"]
 class Sampled(Protocol):
     """A model that images are drawn from."""
 
+    name: str
     path: Path
-
-    @property
-    def name(self) -> str:
-        """What results call it."""
-        ...
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        """How samples are drawn by default."""
-        ...
-
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """How strongly samples are pulled towards their class by default."""
-        ...
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
 
     @property
     def settings(self) -> Mapping[str, Any]:

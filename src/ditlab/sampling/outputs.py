@@ -32,12 +32,7 @@ STRIP_STEPS = 8
 
 
 class TrajectoryRecorder:
-    """Records the first images of a batch on their way from noise to image; a callback of the sampler.
-
-    Args:
-        model: decodes latents.
-        count: number of images to record.
-    """
+    """Records the first `count` images of a batch on their way from noise to image; a callback of the sampler."""
 
     def __init__(self, model: Sampled, count: int) -> None:
         self._model, self._count = model, count
@@ -78,7 +73,7 @@ def write_outputs(job: SamplingJob, batches: Batches, folder: Path) -> None:
     else:
         (folder / "grid.png").write_bytes(overview_png(job, batches))
         write_npz(folder / "samples.npz", batches, len(job.seeds), job.classes)
-    if job.strip:
+    if job.settings.strip:
         (folder / "strip.png").write_bytes(_strip_png(job, batches))
 
 
@@ -97,16 +92,17 @@ def overview_png(job: SamplingJob, batches: Batches) -> bytes:
 
 def _strip_png(job: SamplingJob, batches: Batches) -> bytes:
     """Returns the PNG of the first images' trajectories: two rows for each, the state and the estimate."""
+    count = job.settings.strip
     columns: dict[str, list[np.ndarray]] = {"states": [], "estimates": [], "images": []}
     sigmas = np.empty(0)
-    for batch in (batch for batch in batches.done() if batch.start < job.strip):
+    for batch in (batch for batch in batches.done() if batch.start < count):
         sigmas = batches.array(batch, "sigmas")
         for name, arrays in columns.items():
             arrays.append(batches.array(batch, name))
-    images = np.concatenate(columns["images"])[: job.strip, None]
+    images = np.concatenate(columns["images"])[:count, None]
     rows = [np.concatenate([np.concatenate(columns[name]), images], 1) for name in ("states", "estimates")]
     table = np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]).transpose(0, 1, 4, 2, 3)
-    labels = [text for i in range(job.strip) for text in (f"{job.image_label(i)}\nstate", "estimate of\nthe image")]
+    labels = [text for i in range(count) for text in (f"{job.image_label(i)}\nstate", "estimate of\nthe image")]
     return png(labelled_grid(table, labels, [*(_level(job.denoisers[0], float(s)) for s in sigmas), "image"]))
 
 

@@ -25,17 +25,10 @@ __all__ = ["quick_sampler", "sampler_config", "sampler_name"]
 def sampler_config(
     model: Sampled, sampler: str = "run", steps: int | str | None = None, schedule: Spacing | None = None
 ) -> SamplerConfig:
-    """Returns the sampler that a user named.
+    """Returns the sampler that a user named, "run" for the model's own, with its own steps and spacing where None.
 
-    Args:
-        model: whose own sampler is the default.
-        sampler: its name; euler is Heun's without the correction. On a denoiser with numbered steps the samplers of
-            higher order take those steps, unless a schedule is given.
-        steps: its steps, or None for its default.
-        schedule: spacing of its noise levels, or None for its default; not for DDPM and DDIM.
-
-    Raises:
-        DitlabError: there is no such sampler, or it does not take these steps or this schedule.
+    euler is Heun's without the correction. On a denoiser with numbered steps the samplers of higher order take those
+    steps, unless a schedule is given; DDPM and DDIM take none.
     """
     if sampler not in get_args(SamplerName):
         raise unknown_name("sampler", sampler, get_args(SamplerName))

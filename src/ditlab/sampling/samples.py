@@ -23,7 +23,7 @@ from ditlab.sampling.options import GuidanceFlags, SampleConfig
 from ditlab.sampling.outputs import overview_png
 from ditlab.sampling.seeds import seed_list, seeds_text
 from ditlab.threads import use_threads
-from ditlab.training.distributed import DistributedContext, init_distributed, pick_device
+from ditlab.training.distributed import Device, DistributedContext, init_distributed, pick_device
 
 if TYPE_CHECKING:
     from ditlab.sampling.model import Sampled
@@ -83,7 +83,7 @@ class Samples:
         if not self._job.sweep:
             with np.load(self.folder / "samples.npz") as arrays:
                 return arrays["arr_0"]
-        if not self._job.images:
+        if not self._job.settings.images:
             raise NotFound(f"{self.folder}: a sweep without `images` has one picture only, {self.folder / 'sweep.png'}")
         scales = [self.folder / "images" / f"scale-{guidance.scale:g}" for guidance in self._job.guidances]
         return np.stack([_read_png(scale / f"{seed:06d}.png") for scale in scales for seed in self.seeds])
@@ -118,11 +118,11 @@ def sample_model(
     config: SampleConfig | None = None,
     *,
     out: str | Path | Literal[True] | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
-) -> Samples | Any:
+) -> Samples | None:
     """Draws images from a model. Each depends on its own seed and class alone, whatever the batch size.
 
     With `out` the batches are kept on disk: the same call resumes after a kill, and returns at once when all is done.

@@ -23,7 +23,7 @@ from ditlab.studies.pipeline import image_set, train_job, training_progress
 from ditlab.studies.quickstart_config import QuickstartConfig
 from ditlab.studies.runner import Job, Slot, Snapshot, Stage, run_jobs
 from ditlab.studies.trial import trial_config
-from ditlab.training.distributed import pick_device
+from ditlab.training.distributed import Device, pick_device
 
 if TYPE_CHECKING:
     from ditlab.reporting.report import ReportResult
@@ -56,7 +56,7 @@ def run_quickstart(
     config: QuickstartConfig,
     out: Path = Path("quickstart"),
     *,
-    device: str | None = None,
+    device: Device | None = None,
     command: str = "",
     show: Callable[[Snapshot], None] | None = None,
     reporter: Reporter = SILENT,

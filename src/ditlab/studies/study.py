@@ -22,6 +22,7 @@ from ditlab.studies.trial import Trial
 if TYPE_CHECKING:
     from ditlab.pages.page import Table
     from ditlab.reporting.report import ReportResult
+    from ditlab.training.distributed import Device
 
 __all__ = ["StudyResult", "find_study", "open_study", "run_study", "study_list", "study_report"]
 
@@ -135,7 +136,7 @@ def run_study(
     out: Path = Path("studies"),
     plan_only: bool = False,
     parallel: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     command: str = "",
     show: Callable[[Snapshot], None] | None = None,
     reporter: Reporter = SILENT,

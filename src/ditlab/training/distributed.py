@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from ditlab.errors import DitlabError, InvalidConfig, NotFound
 
-__all__ = ["DistributedContext", "init_distributed", "no_sync", "pick_device", "replicate"]
+__all__ = ["Device", "DistributedContext", "init_distributed", "no_sync", "pick_device", "replicate"]
+
+Device = str | torch.device
+"""Where to compute: "cpu", "cuda", "cuda:N", or torch's own object."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def no_sync(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
     return runner.no_sync() if more and isinstance(runner, _Replica) else nullcontext()
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name: Device | None) -> torch.device:
     """Returns the named device, which must exist here; without a name CUDA where there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +117,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
+def init_distributed(device: Device | None = None) -> Iterator[DistributedContext]:
     """Yields the context of the processes that `torchrun` started, with a process group, else of this one alone."""
     picked = pick_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
