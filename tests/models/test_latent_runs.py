@@ -124,6 +124,14 @@ def test_moments_of_a_kl_autoencoder(place, write_kl, tmp_path):
     assert once.sample(seeds=range(2), steps=2).images.shape == (2, 8, 8, 3)
 
 
+def test_a_denoiser_of_ones_own_on_latents(latents, latent):
+    """Its pictures are made by the autoencoder of the image set."""
+    denoiser = ditlab.Denoiser.wrap(lambda y, sigma, label: y / (1 + sigma.view(-1, 1, 1, 1) ** 2), shape=(4, 4, 4))
+    model = ditlab.Model(denoiser, latents, n=30, test=10)
+    images, _ = model.batch("test", 3)
+    assert np.array_equal(model.decode(images), Run.open(latent).decode(images))
+
+
 def test_edm_on_latents(place, latents):
     run = Run.open(place.trained("latent-edm", images=latents, preset="dit-nano/1-edm", sigma_data=0.7))
     assert not run.denoiser().pixel_space

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder, reopen_autoencoder
+from ditlab.data.autoencoder import Autoencoder, Identity, open_autoencoder
 from ditlab.data.imageset import ImageSet
 from ditlab.diffusion.denoisers import Denoiser, hash_of_weights
 from ditlab.errors import Incompatible, NotFound
@@ -98,22 +98,14 @@ class ExternalModel(Model):
 
     @cached_property
     def codec(self) -> Autoencoder:
-        """The autoencoder that was given, that is stored with the model, or that its images were encoded with.
-
-        Raises:
-            NotFound: a model of latents without any.
-        """
-        if self._own_codec is not None:
-            return self._own_codec
-        channels = self.model.denoiser.shape[0]
-        if self._images is not None and (latents := self.images.latents) is not None:
-            return reopen_autoencoder(latents.record.codec, self.images.path)
-        if channels not in (1, 3):
+        """See `Model.codec`; NotFound for a model of latents without any."""
+        codec, channels = super().codec, self.source_denoiser.shape[0]
+        if isinstance(codec, Identity) and channels not in (1, 3):
             raise NotFound(
                 f"model {self.name}: its images have {channels} channels, so they are latents, and no autoencoder is "
                 "stored with it to make pictures of them; give one as `codec`, such as stabilityai/sd-vae-ft-ema"
             )
-        return Identity(channels)
+        return codec
 
     @property
     def notes(self) -> tuple[str, ...]:

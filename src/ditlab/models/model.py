@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ditlab.arguments import checks_arguments
 from ditlab.config import SplitRecord
-from ditlab.data.autoencoder import Autoencoder, Identity
+from ditlab.data.autoencoder import Autoencoder, Identity, reopen_autoencoder
 from ditlab.data.autoencoder_record import AutoencoderRecord
 from ditlab.data.imageset import ImageSet
 from ditlab.data.pixels import to_uint8
@@ -356,8 +356,16 @@ class Model:
 
     @cached_property
     def codec(self) -> Autoencoder:
-        """What turns images as the denoiser sees them into pictures: an autoencoder, or the identity for pixels."""
-        return self._autoencoder or Identity(self.source_denoiser.shape[0])
+        """The model's own autoencoder, else the one its images were encoded with, else the identity."""
+        if (own := self._own_codec) is not None:
+            return own
+        if self._images is not None and (latents := self.images.latents) is not None:
+            return reopen_autoencoder(latents.record.codec, self.images.path)
+        return Identity(self.source_denoiser.shape[0])
+
+    @cached_property
+    def _own_codec(self) -> Autoencoder | None:
+        return self._autoencoder
 
     @property
     def autoencoder_record(self) -> AutoencoderRecord:
