@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 	@echo "  ditlab train dit-nano/2 --data folder:PICTURES --size 16 --n 100 --test 50 --minutes 4 --out runs/mine"
 	@echo "  ditlab report runs/mine"
 
-# In the order of collection, because files with few tests are often the long ones and would come last.
+# In the order that conftest.py gives, long files first; xdist would put files with few tests last.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

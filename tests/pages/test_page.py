@@ -38,6 +38,8 @@ from ditlab.pages.page import (
 from ditlab.pages.token_picker import BUDGET, AttentionPicker, pack_run
 from ditlab.provenance import Provenance
 
+pytestmark = pytest.mark.usefixtures("both_themes")
+
 
 def result(label: str, gap_db: float, seed: int) -> PSNRResult:
     mse = np.full((3, 4, 1), 0.1)
