@@ -1,7 +1,8 @@
 """Bands of noise levels: averages that are not mixed over levels where an effect has opposite signs.
 
-An et al. (2410.21273) average over timesteps that are spread evenly, of which 40 % lie above sigma = 6, where a denoiser
-returns little more than the mean of its training images. The bands are ours, and declared before results are read.
+An et al. (2410.21273) average over timesteps that are spread evenly. Of these, 40 % lie above sigma = 6, where a
+denoiser returns little more than the mean of its training images. The bands are ours, and declared before results are
+read.
 """
 
 from __future__ import annotations
