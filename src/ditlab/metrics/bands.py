@@ -2,7 +2,7 @@
 
 An et al. (2410.21273) average over timesteps that are spread evenly. Of these, 40 % lie above sigma = 6, where a
 denoiser returns little more than the mean of its training images. The bands are ours, and declared before results are
-read.
+read. Nothing is imported here but Python's own, for settings that name bands.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-import numpy as np
 
 from ditlab.errors import InvalidConfig
 
@@ -32,21 +30,13 @@ class Band:
     high: float
 
     @property
-    def label(self) -> str:
-        """Name and range, as tables print them: "low (0.1-1.5)"."""
-        span = f"above {self.low:g}" if math.isinf(self.high) else f"{self.low:g}-{self.high:g}"
-        return f"{self.name} ({span})" if self.name in NAMES else span
+    def span(self) -> str:
+        """The range, as tables print it: "0.1-1.5"."""
+        return f"above {self.low:g}" if math.isinf(self.high) else f"{self.low:g}-{self.high:g}"
 
-    def holds(self, levels: Sequence[float]) -> np.ndarray:
-        """Returns which levels sigma [L] lie inside, bool [L]."""
-        sigmas = np.asarray(levels, dtype=float)
-        return (self.low <= sigmas) & (sigmas < self.high)
-
-    def mean(self, values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-        """Returns the mean over the band's levels of values [..., L]: float64 [...]; NaN where it holds no level."""
-        inside = self.holds(levels)
-        values = np.asarray(values, dtype=float)
-        return values[..., inside].mean(-1) if inside.any() else np.full(values.shape[:-1], np.nan)
+    def places(self, levels: Sequence[float]) -> list[int]:
+        """Returns the places of the levels sigma that lie inside."""
+        return [place for place, sigma in enumerate(levels) if self.low <= sigma < self.high]
 
 
 def noise_bands(edges: Sequence[float] = EDGES) -> tuple[Band, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditlab.analyses.base import Analysis, Comparison, Overview, ReportContext
 from ditlab.analyses.psnr_gap.config import PSNRConfig, PSNROptions
+from ditlab.metrics.bands import noise_bands
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import Section, Table, ThemedFigure
 from ditlab.progress import SILENT, Reporter
@@ -15,8 +16,8 @@ from ditlab.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ditlab.analyses.psnr_gap.comparison import PSNRComparison
-    from ditlab.analyses.psnr_gap.result import PSNRResult
+    from ditlab.analyses.psnr_gap.comparison import PSNRComparison, PSNRGroup
+    from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity
     from ditlab.models.comparing import ModelSet, OpenedModel
 
 __all__ = ["PSNRConfig", "PSNRGap", "PSNROptions"]
@@ -81,13 +82,10 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         from ditlab.analyses.psnr_gap.figures import overview_curves
 
         gap, slots = comparison.detail, comparison.slots
-        cells = {}
-        for g in gap.groups:
-            values = {what: (g.mean(what), *g.interval(what)) for what in ("train", "test", "gap")}
-            cells[g.label, g.n] = {
-                f"{what}, dB": f"{mean:.2f}\n{low:.2f}{'–' if low >= 0 else ' to '}{high:.2f}"
-                for what, (mean, low, high) in values.items()
-            }
+        cells = {
+            (g.label, g.n): {f"{what}, dB": _with_interval(g, what) for what in ("train", "test", "gap")}
+            for g in gap.groups
+        }
         curves = Drawing(
             lambda theme: overview_curves(gap, slots=slots, theme=theme),
             f"Curves of train and test PSNR by noise level for {' and '.join(gap.labels)}.",
@@ -116,18 +114,32 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         return super().save([result for result in results if not result.baseline], models, out)
 
     def tables(self, comparison: Comparison) -> list[Table]:
-        """Returns one row for each kind of model and N, then one for each baseline."""
+        """Returns one row for each kind of model and N, then one for each baseline; and the same by band."""
         gap: PSNRComparison = comparison.detail
-        rows: list[tuple[Any, ...]] = [
-            (g.label, g.n, len(g.seeds), g.mean("train"), g.mean("test"), g.mean("gap"), g.std()) for g in gap.groups
+        columns = ("denoiser", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "train - test, dB")
+        levels = len(gap.first.levels)
+        over_all = Table(columns, _rows(gap), f"PSNR averaged over {levels} noise levels, with 95 % intervals")
+        by_band = [
+            (row[0], row[1], f"{band.name}, {band.span}", len(inside.first.levels), *row[3:])
+            for band, inside in gap.by_band.items()
+            for row in _rows(inside)
         ]
-        for r in gap.baselines:
-            sign = "≥ " if r.bounded else ""
-            train, test, difference = (r.average(what) for what in ("train", "test", "gap"))
-            row = (f"{sign}{train:.2f}", f"{test:.2f}", f"{sign}{difference:.2f}")
-            rows.append((r.about.name, r.about.n, None, *row, None))
-        columns = ("denoiser", "N", "seeds", "train PSNR, dB", "test PSNR, dB", "gap, dB", "std of gap")
-        return [Table(columns, rows, f"PSNR averaged over {len(gap.first.levels)} noise levels")]
+        if not by_band:
+            return [over_all]
+        caption = "The same by band of noise levels (sigma); an average over all levels hides effects of opposite signs"
+        return [over_all, Table((*columns[:2], "band", "levels", *columns[3:]), by_band, caption)]
+
+    def notes(self, comparison: Comparison) -> list[str]:
+        gap: PSNRComparison = comparison.detail
+        notes = [*super().notes(comparison), *gap.readings()]
+        *_, high = noise_bands(gap.first.config.bands)
+        inside, levels = len(high.places(gap.first.levels)), len(gap.first.levels)
+        if 0 < inside < levels:
+            notes.append(
+                f"Of the {levels} noise levels, {inside} lie above sigma = {high.low:g}. There an estimate can show "
+                "little more than the mean of the training images, and the average over all levels counts them alike."
+            )
+        return notes
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
         from ditlab.analyses.psnr_gap.figures import gap_bars, gap_differences, psnr_curves
@@ -160,7 +172,13 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         from ditlab.analyses.groups import differences_table
 
         gap: PSNRComparison = comparison.detail
-        rows = [("average PSNR gap", n, d) for n, d in gap.differences]
+        bands = [("", gap), *((f", {band.name} band", inside) for band, inside in gap.by_band.items())]
+        rows = [
+            (f"{name}{where}", triple.n, triple.all[what])
+            for where, inside in bands
+            for triple in inside.triples
+            for what, name in _QUANTITIES.items()
+        ]
         bars = Section(
             "gap",
             "The gap" if not rows else "The gap, and how kinds differ",
@@ -182,6 +200,36 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         gap: PSNRComparison = comparison.detail
         baselines = {f"{_file_name(r)}-psnr-gap.json": r.to_json() for r in gap.baselines}
         return {"comparison.json": gap.to_json(), **super().data(comparison), **baselines}
+
+
+_QUANTITIES: dict[Quantity, str] = {
+    "train": "train PSNR",
+    "test": "test PSNR",
+    "gap": "gap",
+    "gap_untruncated": "train - test PSNR",
+}
+
+
+def _with_interval(group: PSNRGroup, what: Quantity) -> str:
+    """A mean, and its interval in small print."""
+    mean, interval = f"{group.mean(what):.2f}", group.interval(what)
+    if interval is None:
+        return mean
+    low, high = interval
+    return f"{mean}\n{low:.2f}{'–' if low >= 0 else ' to '}{high:.2f}"
+
+
+def _rows(gap: PSNRComparison) -> list[tuple[Any, ...]]:
+    """Rows of kinds with their intervals, then of baselines."""
+    rows: list[tuple[Any, ...]] = [
+        (g.label, g.n, len(g.seeds), *(_with_interval(g, what) for what in _QUANTITIES)) for g in gap.groups
+    ]
+    for r in gap.baselines:
+        # An exact estimate counts as `EXACT_DB`, so that what rests on it is a lower bound.
+        signs = {what: "≥ " if r.bounded and what != "test" else "" for what in _QUANTITIES}
+        values = [f"{signs[what]}{r.average(what):.2f}" for what in _QUANTITIES]
+        rows.append((r.about.name, r.about.n, None, *values))
+    return rows
 
 
 def _file_name(baseline: PSNRResult) -> str:

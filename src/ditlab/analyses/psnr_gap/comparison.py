@@ -7,7 +7,8 @@ where trained on the same number of images, on the same ones. Anything else is r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ import numpy as np
 from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
 from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity, Side
 from ditlab.errors import Incompatible, InvalidConfig
+from ditlab.metrics.bands import Band
 from ditlab.metrics.paired import PairedDifference, mean_interval, paired_difference
 
 
@@ -31,9 +33,53 @@ class PSNRGroup(SeedGroup):
         """Mean over seeds of a curve in dB, float64 [L]."""
         return np.mean([r.gap() if what == "gap" else r.curve(what) for r in self.results], axis=0)
 
-    def interval(self, what: Quantity = "gap") -> tuple[float, float]:
-        """Returns the 95 % interval of `mean`, in dB: over seeds, or over images where there is one seed."""
+    def interval(self, what: Quantity = "gap") -> tuple[float, float] | None:
+        """Returns the 95 % interval of `mean`, in dB: over seeds, or over images where there is one seed.
+
+        None for one seed and one image.
+        """
         return mean_interval(list(self.averages(what).values())) or self.results[0].interval(what)
+
+
+@dataclass(frozen=True)
+class Triple:
+    """Differences of train PSNR, test PSNR and gap between two kinds at one N; a gap alone does not say which moved."""
+
+    n: int | None
+    train: PairedDifference
+    test: PairedDifference
+    gap: PairedDifference
+    gap_untruncated: PairedDifference
+
+    @classmethod
+    def between(cls, first: PSNRGroup, second: PSNRGroup, margin: float | None) -> Triple:
+        """Returns second - first over the seeds that both have."""
+        return cls(
+            first.n,
+            *(
+                paired_difference(first.label, second.label, first.averages(what), second.averages(what), margin=margin)
+                for what in get_args(Quantity)
+            ),
+        )
+
+    @property
+    def all(self) -> dict[Quantity, PairedDifference]:
+        """The differences by quantity."""
+        return {what: getattr(self, what) for what in get_args(Quantity)}
+
+    @property
+    def reading(self) -> str:
+        """Which side a difference of the gap comes from, in a few words; "" where none is seen."""
+        if not self.gap.seen:
+            return ""
+        lower = self.gap.mean < 0
+        # A smaller gap is better only where test PSNR is higher.
+        test = self.test.seen and (self.test.mean > 0) == lower
+        train = self.train.seen and (self.train.mean < 0) == lower
+        moved = [f"test PSNR is {'higher' if lower else 'lower'}"] * test
+        moved += [f"train PSNR is {'lower' if lower else 'higher'}"] * train
+        unseen = "" if test else "; test PSNR is not seen to be " + ("higher" if lower else "lower")
+        return (" and ".join(moved) or "neither side is seen to move alone") + unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +87,40 @@ class PSNRComparison(GroupedResults):
     """PSNR and gap of each kind of model at each N, and the differences of the gap between kinds."""
 
     groups: tuple[PSNRGroup, ...]
-    differences: tuple[tuple[int | None, PairedDifference], ...]
-    """For each N, the difference of the average gap between each two labels: (N, second - first)."""
     baselines: tuple[PSNRResult, ...] = ()
     """Closed-form denoisers of the training images, measured alike."""
+    margin: float | None = None
+    """In dB, as in `ditlab.metrics.paired.paired_difference`."""
+
+    @cached_property
+    def triples(self) -> tuple[Triple, ...]:
+        """For each N, the differences between each two labels."""
+        return tuple(
+            Triple.between(first, second, self.margin)
+            for n in dict.fromkeys(g.n for g in self.groups)
+            for first, second in combinations([g for g in self.groups if g.n == n], 2)
+        )
+
+    @property
+    def differences(self) -> tuple[tuple[int | None, PairedDifference], ...]:
+        """For each N, the difference of the average gap between each two labels: (N, second - first)."""
+        return tuple((triple.n, triple.gap) for triple in self.triples)
+
+    @cached_property
+    def by_band(self) -> dict[Band, PSNRComparison]:
+        """The same comparison at the levels of each band, of the first result's bands, that has any."""
+
+        def inside(result: PSNRResult, band: Band) -> PSNRResult:
+            return replace(result, config=replace(result.config, bands=self.first.config.bands)).by_band()[band]
+
+        return {
+            band: PSNRComparison(
+                tuple(PSNRGroup(tuple(inside(r, band) for r in g.results)) for g in self.groups),
+                tuple(inside(r, band) for r in self.baselines),
+                self.margin,
+            )
+            for band in self.first.by_band()
+        }
 
     @property
     def average_gap(self) -> float | list[float]:
@@ -66,7 +142,16 @@ class PSNRComparison(GroupedResults):
             lines.append(f"{g.name}: {sides}, {spread}.")
         for n, difference in self.differences:
             lines.append(difference.sentence("Average PSNR gap" if n is None else f"Average PSNR gap at N = {n}"))
-        return tuple(lines)
+        return (*lines, *self.readings())
+
+    def readings(self) -> list[str]:
+        """Returns a sentence for each difference of the gap that is seen: which side it comes from."""
+        return [
+            f"{'The' if t.n is None else f'At N = {t.n:,} the'} gap of {t.gap.second} is "
+            f"{'smaller' if t.gap.mean < 0 else 'larger'} than that of {t.gap.first}: {t.reading}."
+            for t in self.triples
+            if t.reading
+        ]
 
     def verdict(self) -> str:
         """Returns the answer in one sentence, which claims no more than its intervals allow."""
@@ -90,11 +175,21 @@ class PSNRComparison(GroupedResults):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the numbers of every group and difference (the results have their own files)."""
-        sides = get_args(Quantity)
         return {
             "kind": "psnr-comparison",
             "version": 1,
             "reduction": self.first.config.reduction,
+            **self._numbers(),
+            "bands": [
+                {"name": band.name, "from": band.low, "levels": len(inside.first.levels), **inside._numbers()}
+                for band, inside in self.by_band.items()
+            ],
+            "sentences": list(self.sentences()),
+        }
+
+    def _numbers(self) -> dict[str, Any]:
+        sides = get_args(Quantity)
+        return {
             "groups": [
                 {
                     "label": g.label,
@@ -103,13 +198,18 @@ class PSNRComparison(GroupedResults):
                     "runs": [r.about.name for r in g.results],
                     "mean": {w: g.mean(w) for w in sides},
                     "std": {w: g.std(w) for w in sides},
+                    "interval": {w: g.interval(w) for w in sides},
                     "by_seed": {w: {str(s): v for s, v in g.averages(w).items()} for w in sides},
                 }
                 for g in self.groups
             ],
-            "differences": [{"n": n, **asdict(d), "seen": d.seen, "similar": d.similar} for n, d in self.differences],
-            "sentences": list(self.sentences()),
+            "differences": [{"n": n, **_record(d)} for n, d in self.differences],
+            "triples": [{"n": t.n, **{w: _record(d) for w, d in t.all.items()}} for t in self.triples],
         }
+
+
+def _record(difference: PairedDifference) -> dict[str, Any]:
+    return {**asdict(difference), "seen": difference.seen, "similar": difference.similar}
 
 
 def _name(group: PSNRGroup) -> str:
@@ -118,12 +218,13 @@ def _name(group: PSNRGroup) -> str:
 
 def _gap_sentence(group: PSNRGroup) -> str:
     """What one kind's gap and its interval allow to be said."""
-    low, high = group.interval("gap_untruncated")
+    interval = group.interval("gap_untruncated")
+    size = f"average gap {group.mean():.2f} dB; train minus test PSNR {group.mean('gap_untruncated'):+.2f} dB"
+    if interval is None:
+        return f"{group.label}: one image and one seed cannot tell how much the gap varies ({size})."
+    low, high = interval
     over = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "images, one seed"
-    size = (
-        f"average gap {group.mean():.2f} dB; train minus test PSNR {group.mean('gap_untruncated'):+.2f} dB, 95 % "
-        f"interval {low:+.2f} to {high:+.2f} over {over}"
-    )
+    size = f"{size}, 95 % interval {low:+.2f} to {high:+.2f} over {over}"
     which = "training images" if group.n is None else f"{group.n:,} training images"
     if low > 0:
         return f"{group.label} denoises its {which} better than held-out ones ({size})."
@@ -164,13 +265,9 @@ def compare(results: Sequence[PSNRResult], *, margin: float | None = None) -> PS
         raise InvalidConfig("comparison: expected at least one psnr-gap result, found none")
     for other in results[1:]:
         _check_comparable(results[0], other)
-    groups = grouped(results, PSNRGroup, "comparison")
-    differences = []
-    for n in dict.fromkeys(g.n for g in groups):
-        for first, second in combinations([g for g in groups if g.n == n], 2):
-            pair = paired_difference(first.label, second.label, first.averages(), second.averages(), margin=margin)
-            differences.append((n, pair))
-    return PSNRComparison(groups, tuple(differences), baselines)
+    comparison = PSNRComparison(grouped(results, PSNRGroup, "comparison"), baselines, margin)
+    _ = comparison.triples  # labels without a common seed are refused here
+    return comparison
 
 
 def _check_comparable(first: PSNRResult, second: PSNRResult) -> None:

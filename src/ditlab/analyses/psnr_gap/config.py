@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ditlab.analyses.sigmas import check_sigmas
 from ditlab.errors import InvalidConfig
+from ditlab.metrics.bands import EDGES, noise_bands
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
 
 __all__ = ["PSNRConfig", "PSNROptions"]
@@ -26,6 +27,9 @@ class PSNRConfig:
     """The reported number: PSNR of the mean error (An et al.) or mean of the images' PSNR (Kadkhodaie et al.)."""
     draws: int = 1
     """Noise draws per image and level (at least; more where there are fewer images than asked for)."""
+    bands: tuple[float, ...] = EDGES
+    """Noise levels (sigma) at which bands begin, the last without an end; tables show each band's averages beside those
+    over all levels. Does not change what is measured."""
     noise_seed: int = 0
     """Seed of the noise. Equal seeds give every denoiser the same noise."""
     clip: bool = False
@@ -43,6 +47,7 @@ class PSNRConfig:
             )
         if self.sigmas is not None:
             check_sigmas(self.sigmas, "psnr-gap")
+        noise_bands(self.bands)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,11 +16,12 @@ from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.errors import Damaged
 from ditlab.files import write_text
+from ditlab.metrics.bands import Band, noise_bands
 from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
 from ditlab.provenance import Provenance
 
-__all__ = ["PSNRResult", "Side"]
+__all__ = ["PSNRResult", "Quantity", "Side"]
 
 Side = Literal["train", "test"]
 Quantity = Literal["train", "test", "gap", "gap_untruncated"]
@@ -65,6 +67,20 @@ class PSNRResult(StoredResult):
             return float(self.curve(what, reduction).mean())
         return float(self.gap(reduction, truncated=what == "gap").mean())
 
+    def by_band(self) -> dict[Band, PSNRResult]:
+        """Returns the same result at the levels of each band that has any (`config.bands`)."""
+        bands = {}
+        for band in noise_bands(self.config.bands):
+            if places := band.places(self.levels):
+                bands[band] = replace(
+                    self,
+                    levels=tuple(self.levels[i] for i in places),
+                    timesteps=None if self.timesteps is None else tuple(self.timesteps[i] for i in places),
+                    train_mse=self.train_mse[places],
+                    test_mse=self.test_mse[places],
+                )
+        return bands
+
     @property
     def average_gap(self) -> float:
         """The reported number: the mean over levels of the truncated gap, in dB."""
@@ -72,27 +88,36 @@ class PSNRResult(StoredResult):
 
     def interval(
         self, what: Quantity, confidence: float = 0.95, reduction: Reduction | None = None
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float] | None:
         """Returns the interval of `average(what)` over images, in dB: what other images of the same kind might give.
 
         A percentile bootstrap: the images of each side are drawn again with replacement, the same images at all levels,
-        2,000 times from a fixed seed. It says nothing about another seed of training.
+        2,000 times from a fixed seed. It says nothing about another seed of training. None where a side has one image.
         """
-        rng, reduction = np.random.default_rng(0), reduction or self.config.reduction
-        train, test = (self._resampled(side, rng, reduction) for side in ("train", "test"))
-        gap = train - test
-        draws = {"train": train, "test": test, "gap": np.maximum(gap, 0.0), "gap_untruncated": gap}[what].mean(1)
+        if reduction not in (None, self.config.reduction):
+            return replace(self, config=replace(self.config, reduction=reduction)).interval(what, confidence)
+        if min(self.train_mse.shape[1], self.test_mse.shape[1]) < 2:
+            return None
         tail = 50 * (1 - confidence)
-        low, high = np.percentile(draws, [tail, 100 - tail])
+        low, high = np.percentile(self._bootstrap[what], [tail, 100 - tail])
         return float(low), float(high)
 
-    def _resampled(self, side: Side, rng: np.random.Generator, reduction: Reduction) -> np.ndarray:
+    @cached_property
+    def _bootstrap(self) -> dict[str, np.ndarray]:
+        """Each average for resampled images, float64 [RESAMPLES]."""
+        rng = np.random.default_rng(0)
+        train, test = (self._resampled(side, rng) for side in ("train", "test"))
+        gap = train - test
+        curves = {"train": train, "test": test, "gap": np.maximum(gap, 0.0), "gap_untruncated": gap}
+        return {what: curve.mean(1) for what, curve in curves.items()}
+
+    def _resampled(self, side: Side, rng: np.random.Generator) -> np.ndarray:
         """PSNR of resampled images, float64 [RESAMPLES, L]."""
         mse = self.mse(side)
         images = mse.shape[1]
         weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-        if reduction == "psnr_mean":
-            return weights @ np.stack([psnr_of(mse[:, [i]], self.peak, reduction) for i in range(images)])
+        if self.config.reduction == "psnr_mean":
+            return weights @ np.stack([psnr_of(mse[:, [i]], self.peak, "psnr_mean") for i in range(images)])
         mean = weights @ mse.mean(2).T
         return 10 * np.log10(self.peak**2 / np.maximum(mean, mse_floor(self.peak)))
 
@@ -146,12 +171,19 @@ class PSNRResult(StoredResult):
             "images": {s: self.mse(s).shape[1] for s in sides},
             "draws": {s: self.mse(s).shape[2] for s in sides},
             "notes": list(self.notes),
-            "averages": {r: {what: self.average(what, r) for what in get_args(Quantity)} for r in REDUCTIONS},
+            "averages": self._averages(),
+            "bands": [
+                {"name": band.name, "from": band.low, "levels": len(result.levels), "averages": result._averages()}
+                for band, result in self.by_band().items()
+            ],
             "curves": {
                 r: {s: self.curve(s, r).tolist() for s in sides} | {"gap": self.gap(r).tolist()} for r in REDUCTIONS
             },
             "input_psnr": self.input_psnr.tolist(),
         }
+
+    def _averages(self) -> dict[str, dict[str, float]]:
+        return {r: {what: self.average(what, r) for what in get_args(Quantity)} for r in REDUCTIONS}
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"train_mse": self.train_mse, "test_mse": self.test_mse}
