@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ditlab.analyses.psnr_gap import PSNRGap
 from ditlab.analyses.psnr_gap.comparison import compare
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.psnr_gap.result import PSNRResult
-from ditlab.errors import InvalidConfig
+from ditlab.errors import Incompatible, InvalidConfig
 from ditlab.provenance import Provenance
 
 LEVELS = (0.05, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -133,3 +134,28 @@ def test_one_image_has_no_interval():
     (group,) = compare([result("global", [30.0] * 6, [25.0] * 6, images=1)]).groups
     assert group.interval("gap") is None
     assert "one image and one seed cannot tell" in compare(group.results).verdict()
+
+
+def test_models_of_other_steps_or_weights_are_labelled():
+    first, second = GLOBAL[0], LOCAL[0]
+
+    def notes(**changes: object) -> list[str]:
+        other = replace(second, about=replace(second.about, **changes))
+        return compare([first, other]).labels_of_unlike()
+
+    assert notes() == []
+    assert notes(step=400) == [
+        "The models were measured at different training steps (step 9: global-0; step 400: local-0)."
+    ]
+    assert notes(ema=False) == ["Raw weights were measured of local-0, averaged weights of the others."]
+    with pytest.raises(Incompatible, match="were measured with different draws"):
+        compare([first, replace(second, config=replace(second.config, draws=2))])
+
+
+def test_high_noise_below_the_wiener_denoiser_is_said():
+    analysis = PSNRGap()
+    wiener = result("Wiener", [30.0] * 6, [14.0] * 6)
+    wiener = replace(wiener, about=replace(wiener.about, name="Wiener", settings={"baseline": True}))
+    notes = analysis.notes(Comparison(analysis, analysis.compare([*GLOBAL, wiener]), GLOBAL))
+    assert notes[-1].startswith("Of the 6 noise levels, 1 lie above sigma = 6.")
+    assert notes[-1].endswith("below that of the Wiener denoiser there: global, N = 30 10.0 dB against 14.0 dB.")

@@ -131,14 +131,25 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
 
     def notes(self, comparison: Comparison) -> list[str]:
         gap: PSNRComparison = comparison.detail
-        notes = [*super().notes(comparison), *gap.readings()]
+        floors = dict.fromkeys(f"{r.about.name}: {r.notes[0]}" for r in gap.baselines if r.floor)
+        notes = list(dict.fromkeys([*super().notes(comparison), *floors]))
+        notes += [*gap.labels_of_unlike(), *gap.readings()]
         *_, high = noise_bands(gap.first.config.bands)
         inside, levels = len(high.places(gap.first.levels)), len(gap.first.levels)
-        if 0 < inside < levels:
-            notes.append(
-                f"Of the {levels} noise levels, {inside} lie above sigma = {high.low:g}. There an estimate can show "
-                "little more than the mean of the training images, and the average over all levels counts them alike."
-            )
+        if not 0 < inside < levels:
+            return notes
+        above = gap.by_band[high]
+        wiener = {r.about.n: r.average("test") for r in above.baselines if r.about.name == "Wiener"}
+        below = [
+            f"{g.name} {g.mean('test'):.1f} dB against {wiener[g.n]:.1f} dB"
+            for g in above.groups
+            if g.n in wiener and g.mean("test") < wiener[g.n]
+        ]
+        worse = f" Here test PSNR is below that of the Wiener denoiser there: {'; '.join(below)}." if below else ""
+        notes.append(
+            f"Of the {levels} noise levels, {inside} lie above sigma = {high.low:g}. There an estimate can show little "
+            f"more than the mean of the training images, and the average over all levels counts them alike.{worse}"
+        )
         return notes
 
     def figures(self, comparison: Comparison) -> Mapping[str, Drawing]:
@@ -148,7 +159,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
         names = " and ".join(gap.labels)
         drawings = {
             "psnr-curves": Drawing(
-                lambda theme: psnr_curves(gap, gap.baselines, slots=slots, theme=theme),
+                lambda theme: psnr_curves(gap, [r for r in gap.baselines if not r.floor], slots=slots, theme=theme),
                 f"Curves of train and test PSNR by diffusion step for {names}, with the gap below.",
                 "Solid lines: training images. Dashed lines: held-out images of the same kind. The empirical-Bayes "
                 "denoiser knows only the training images (the limit of memorization). The Wiener denoiser knows their "

@@ -153,6 +153,21 @@ class PSNRComparison(GroupedResults):
             if t.reading
         ]
 
+    def labels_of_unlike(self) -> list[str]:
+        """Returns a sentence for each way in which the weights of the models are not of one kind."""
+        results, sentences = [r for g in self.groups for r in g.results], []
+        steps: dict[int, list[str]] = {}
+        for r in results:
+            if r.about.step is not None:
+                steps.setdefault(r.about.step, []).append(r.about.name)
+        if len(steps) > 1:
+            parts = "; ".join(f"step {step:,}: {', '.join(names)}" for step, names in sorted(steps.items()))
+            sentences.append(f"The models were measured at different training steps ({parts}).")
+        raw = [r.about.name for r in results if r.about.ema is False]
+        if raw and any(r.about.ema for r in results):
+            sentences.append(f"Raw weights were measured of {', '.join(raw)}, averaged weights of the others.")
+        return sentences
+
     def verdict(self) -> str:
         """Returns the answer in one sentence, which claims no more than its intervals allow."""
         several = [(n, d) for n, d in self.differences if d.low is not None]
@@ -279,7 +294,7 @@ def _check_comparable(first: PSNRResult, second: PSNRResult) -> None:
             f"{first.levels[0]:.4g} to {first.levels[-1]:.4g}, {len(second.levels)} from {second.levels[0]:.4g} to "
             f"{second.levels[-1]:.4g}); measure both at the same levels"
         )
-    for what in ("reduction", "noise_seed", "images", "clip"):
+    for what in ("reduction", "noise_seed", "images", "draws", "clip"):
         mine, theirs = getattr(first.config, what), getattr(second.config, what)
         if mine != theirs:
             raise Incompatible(f"comparison: {names} were measured with different {what} ({mine} and {theirs})")

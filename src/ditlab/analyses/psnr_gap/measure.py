@@ -17,11 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ditlab.analyses.psnr_gap.config import PSNRConfig
-from ditlab.analyses.psnr_gap.result import PSNRResult
+from ditlab.analyses.psnr_gap.result import FLOOR, PSNRResult
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
 from ditlab.errors import Incompatible, InvalidConfig
@@ -39,18 +40,42 @@ def measure_model(opened: OpenedModel, config: PSNRConfig, reporter: Reporter = 
     return _measure(opened.model, opened.denoiser, config, opened.provenance, reporter)
 
 
+FLOOR_IMAGES = 3000
+"""Images on neither side that the floor's denoiser is made of, at most."""
+
+
 def measure_baselines(
     models: ModelSet, config: PSNRConfig, sigmas: Sequence[float], reporter: Reporter = SILENT
 ) -> list[PSNRResult]:
-    """Measures the empirical-Bayes and the Wiener denoiser of the training images of the first model with each N."""
+    """Measures closed-form denoisers for the first model with each N.
+
+    Empirical Bayes and Wiener are made of its training images. The floor is a Wiener denoiser of images of the set that
+    are on neither side, where there are at least two: training and test images are not the same, so even a denoiser
+    that saw neither has a "gap" on them.
+    """
     config, results = replace(config, sigmas=tuple(sigmas)), []
     for n, model in sorted({model.split_record.train: model for model in reversed(models)}.items()):
         images, about = model.batch("train", n)[0].to(models.device), model.provenance(0)
-        about = replace(about, label="", step=None, ema=None, settings={**about.settings, "baseline": True})
-        for name, denoiser in (("empirical Bayes", EmpiricalBayesDenoiser(images)), ("Wiener", WienerDenoiser(images))):
+        settings = {**about.settings, "baseline": True}
+        about = replace(about, label="", step=None, ema=None, settings=settings)
+        baselines: list[tuple[Denoiser, Provenance]] = [
+            (EmpiricalBayesDenoiser(images), replace(about, name="empirical Bayes")),
+            (WienerDenoiser(images), replace(about, name="Wiener")),
+        ]
+        if len(others := _on_neither_side(model)) > 1:
+            settings = {**settings, "floor": len(others)}
+            floor = WienerDenoiser(model.images.batch(others).to(models.device))
+            baselines.append((floor, replace(about, name=FLOOR, settings=settings)))
+        for denoiser, facts in baselines:
             denoiser.pixel_space = model.images.latents is None
-            results.append(_measure(model, denoiser, config, replace(about, name=name), reporter))
+            results.append(_measure(model, denoiser, config, facts, reporter))
     return results
+
+
+def _on_neither_side(model: Model) -> np.ndarray:
+    """Returns places of images that are neither training nor test images, spread over the set."""
+    rest = np.setdiff1d(np.arange(len(model.images)), np.concatenate([model.split.train, model.split.test]))
+    return rest[np.linspace(0, len(rest) - 1, min(len(rest), FLOOR_IMAGES)).astype(int)] if len(rest) else rest
 
 
 def _measure(model: Model, denoiser: Denoiser, config: PSNRConfig, about: Provenance, reporter: Reporter) -> PSNRResult:

@@ -25,6 +25,8 @@ __all__ = ["PSNRResult", "Quantity", "Side"]
 
 Side = Literal["train", "test"]
 Quantity = Literal["train", "test", "gap", "gap_untruncated"]
+FLOOR = "floor"
+"""Name of the baseline that saw neither side."""
 RESAMPLES = 2000
 """Draws of a bootstrap."""
 
@@ -132,6 +134,11 @@ class PSNRResult(StoredResult):
         return bool(self.about.settings.get("baseline", False))
 
     @property
+    def floor(self) -> int:
+        """Of how many images on neither side the floor's denoiser was made; 0 for any other result."""
+        return int(self.about.settings.get("floor", 0))
+
+    @property
     def bounded(self) -> bool:
         """Whether an estimate was exact to `EXACT_DB`, so that averages depend on that bound."""
         return float(min(self.train_mse.min(), self.test_mse.min())) <= mse_floor(self.peak)
@@ -145,6 +152,11 @@ class PSNRResult(StoredResult):
     def notes(self) -> tuple[str, ...]:
         """What a reader must know about how this was measured, one sentence each."""
         notes = []
+        if self.floor:
+            notes.append(
+                f"a Wiener denoiser of {self.floor:,} images on neither side. Its gap is what the difficulty of the "
+                "images alone gives, so a gap of this size is no sign of memorization."
+            )
         if self.latents:
             notes.append(
                 f"PSNRs are those of latents, with M = {self.peak:g} by convention, not of pictures; the gap does not "
