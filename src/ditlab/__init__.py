@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         report,
         sample,
         study,
+        swap_gap,
         train,
         two_subsets,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "report",
     "sample",
     "study",
+    "swap_gap",
     "train",
     "two_subsets",
 ]

@@ -19,6 +19,7 @@ __all__ = ["ROOMS", "analysis", "analysis_names", "unusable_analyses"]
 ROOMS: dict[str, str] = {
     "samples": "ditlab.analyses.samples:Samples",
     "psnr-gap": "ditlab.analyses.psnr_gap:PSNRGap",
+    "swap-gap": "ditlab.analyses.swap_gap:SwapGap",
     "trajectory": "ditlab.analyses.trajectory:AlongTraining",
     "scaling": "ditlab.analyses.scaling:Scaling",
     "attention": "ditlab.analyses.attention:Attention",

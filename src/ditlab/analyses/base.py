@@ -319,7 +319,10 @@ class Analysis(Generic[ConfigT, OptionsT]):
         return comparisons
 
     def renamed(self, result: Any, name: str, kind: str) -> Any:
-        """Returns a result with the name and the kind that a page gives its model."""
+        """Returns a result with the name and the kind that a page gives its model, the first one of several."""
+        if isinstance(result.about, tuple):
+            first, *others = result.about
+            return replace(result, about=(replace(first, name=name, label=""), *others))
         return replace(result, about=replace(result.about, name=name, label=kind))
 
     def report_result(

@@ -17,6 +17,7 @@ from ditlab.api.measuring import (
     psnr_gap,
     report,
     sample,
+    swap_gap,
     two_subsets,
 )
 from ditlab.api.studying import convert, quickstart, study
@@ -36,6 +37,7 @@ __all__ = [
     "report",
     "sample",
     "study",
+    "swap_gap",
     "train",
     "two_subsets",
 ]

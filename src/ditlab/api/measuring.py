@@ -33,6 +33,7 @@ __all__ = [
     "psnr_gap",
     "report",
     "sample",
+    "swap_gap",
     "two_subsets",
 ]
 
@@ -229,6 +230,17 @@ def agreement(model: Source, **settings: Any) -> Comparison:
         settings: those of `ditlab.analyses.agreement.AgreementConfig`, and the keywords of `analyze`.
     """
     return analyze("agreement", model, **settings)
+
+
+def swap_gap(first: Source, second: Source, **settings: Any) -> Comparison:
+    """Measures how much better each of two models is on its own training images than the other, on the same noise.
+
+    Args:
+        first: a model.
+        second: another one, without a training image in common: trained with `skip` = N.
+        settings: those of `ditlab.analyses.psnr_gap.PSNRConfig`, and the keywords of `analyze`.
+    """
+    return analyze("swap-gap", [first, second], **settings)
 
 
 def two_subsets(first: Source, second: Source, **settings: Any) -> Comparison:

@@ -42,6 +42,23 @@ def psnr_of(mse: np.ndarray, peak: float, reduction: Reduction = "mse_mean") -> 
     return (10 * np.log10(peak**2 / np.maximum(mse, floor))).mean(axis=(1, 2))
 
 
+def resampled_psnr(mse: np.ndarray, weights: np.ndarray, peak: float, reduction: Reduction = "mse_mean") -> np.ndarray:
+    """Returns the PSNR in dB of images drawn again with replacement, for a bootstrap.
+
+    Args:
+        mse: float64 [L, images, draws], mean squared errors.
+        weights: float64 [R, images], how often each image is drawn, as shares that sum to 1.
+        peak: the intensity range M.
+        reduction: as in `psnr_of`.
+
+    Returns:
+        float64 [R, L].
+    """
+    if reduction == "psnr_mean":
+        return weights @ np.stack([psnr_of(mse[:, [i]], peak, reduction) for i in range(mse.shape[1])])
+    return 10 * np.log10(peak**2 / np.maximum(weights @ mse.mean(2).T, mse_floor(peak)))
+
+
 @dataclass(frozen=True)
 class PSNRPoint:
     """One point of a training trajectory: averages over levels, in dB."""

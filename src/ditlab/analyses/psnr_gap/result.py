@@ -17,7 +17,7 @@ from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.errors import Damaged
 from ditlab.files import write_text
 from ditlab.metrics.bands import Band, noise_bands
-from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of
+from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of, resampled_psnr
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
 from ditlab.provenance import Provenance
 
@@ -118,10 +118,7 @@ class PSNRResult(StoredResult):
         mse = self.mse(side)
         images = mse.shape[1]
         weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-        if self.config.reduction == "psnr_mean":
-            return weights @ np.stack([psnr_of(mse[:, [i]], self.peak, "psnr_mean") for i in range(images)])
-        mean = weights @ mse.mean(2).T
-        return 10 * np.log10(self.peak**2 / np.maximum(mean, mse_floor(self.peak)))
+        return resampled_psnr(mse, weights, self.peak, self.config.reduction)
 
     @property
     def input_psnr(self) -> np.ndarray:

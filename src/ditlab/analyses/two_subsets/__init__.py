@@ -93,8 +93,3 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
 
     def data(self, comparison: Comparison) -> dict[str, Any]:
         return {f"two-subsets-{place}.json": result.to_json() for place, result in enumerate(comparison.results, 1)}
-
-    def renamed(self, result: TwoSubsetsResult, name: str, kind: str) -> TwoSubsetsResult:
-        """Returns the result with the name of the first run; the second one need not be on the page."""
-        first, second = result.about
-        return replace(result, about=(replace(first, name=name, label=""), second))
