@@ -138,6 +138,19 @@ def test_deleted_run_folders(unbroken, copied, commands, ditlab):
     assert numbers(folder) == numbers(unbroken)
 
 
+def test_a_record_of_before_a_setting_has_its_default(copied, commands, ditlab):
+    """Results without `bands` were measured with the bands of today; other bands are another measurement."""
+    first, second, *_ = [cell["hash"] for cell in plan_of(copied).trials]
+    for name, bands in ((first, None), (second, [0.2, 2.0])):
+        path = copied / "out" / "cells" / name / "psnr-gap.json"
+        record = json.loads(path.read_text())
+        del record["config"]["bands"]
+        path.write_text(json.dumps(record | {"config": record["config"] | ({"bands": bands} if bands else {})}))
+    rows = {row["hash"]: row for row in json.loads(ditlab(copied, *commands.status).out)["cells"]}
+    assert rows[first]["state"] == "done"
+    assert rows[second]["state"] != "done"
+
+
 def test_a_damaged_record_is_measured_again_and_nothing_trained(unbroken, copied, commands, ditlab):
     folder = copied
     name = plan_of(folder).trials[0]["hash"]

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ditlab.analyses import analysis as find_analysis
+from ditlab.analyses.stored import config_from_json, stored_config
 from ditlab.config import to_json
-from ditlab.errors import Damaged, DitlabError, Incompatible
+from ditlab.errors import Damaged, DitlabError, Incompatible, InvalidConfig
 from ditlab.files import read_json, write_json
 from ditlab.models.run import Run
 from ditlab.provenance import Provenance
@@ -265,8 +266,11 @@ def _whole(record: Mapping[str, Any], file: str) -> bool:
 
 
 def _measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:
-    """Whether a result was measured with a plan's settings."""
-    config = record.get("config", {})
+    """Whether a result was measured with a plan's settings; one that an older record does not name has its default."""
+    try:
+        config = stored_config(config_from_json(find_analysis(analysis).Config, record.get("config", {})))
+    except (TypeError, InvalidConfig):
+        return False
     return all(config.get(name) == value for name, value in plan.analyses[analysis].items())
 
 
