@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import ditlab
 from ditlab import analyses
 from ditlab.cli.main import _AFTER, _BEFORE, _help
 
@@ -104,13 +105,14 @@ def installed(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_analysis_of_another_package(installed, tmp_path):
+def test_an_analysis_of_another_package(installed, tmp_path, monkeypatch, in_process):
+    """In a process of its own for the help texts, then in this one, with the package on its path."""
     paths = [str(installed), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
-    def ditlab(*words: object) -> str:
+    def help_of(*words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "ditlab", *map(str, words)],
+            [sys.executable, "-m", "ditlab", *words, "--help"],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -118,19 +120,25 @@ def test_an_analysis_of_another_package(installed, tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return " ".join(done.stdout.split())
 
-    assert "brightness" in ditlab("--help")
-    assert "How many of the first training images." in " ".join(ditlab("brightness", "--help").split())
-    ditlab("data", "prepare", "photos", "sets/photos", "--size", 8)
-    train = ("train", "dit-nano/2", "--data", "sets/photos", "--n", 20, "--test", 20, "--training.steps", 2)
-    ditlab(*train, "--out", "runs/a")
-    found = json.loads(ditlab("brightness", "runs/a", "--images", 5, "--json"))
-    (mean,) = found["means"]
-    record = json.loads((tmp_path / "runs/a/analysis/brightness.json").read_text())
-    assert record["mean"] == mean
-    assert record["config"] == {"images": 5}
-    ditlab("report", "runs/a", "--samples", 0)
+    assert "brightness" in help_of()
+    assert "How many of the first training images." in help_of("brightness")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(installed))
+    analyses._places.cache_clear()
+    try:
+        images = ditlab.prepare("photos", size=8, out="sets/photos")
+        ditlab.train("dit-nano/2", images, n=20, test=20, steps=2, out="runs/a")
+        printed = in_process("brightness", "runs/a", "--images", 5, "--json")
+        assert printed.status == 0, printed.err
+        (mean,) = json.loads(printed.out)["means"]
+        record = json.loads((tmp_path / "runs/a/analysis/brightness.json").read_text())
+        assert record["mean"] == mean
+        assert record["config"] == {"images": 5}
+        ditlab.report("runs/a", samples=0)
+    finally:
+        analyses._places.cache_clear()
     page = (tmp_path / "runs/a/report.html").read_text()
     assert 'id="brightness"' in page
     assert "How bright are the training images?" in page

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ditlab.studies import study_report
+
 pytestmark = pytest.mark.slow
 
 
@@ -28,7 +30,7 @@ def smoke(tmp_path_factory) -> Path:
     said = ditlab(folder, "study", "run", "an2024/fig4", "--scale", "smoke", "--device", "cpu")
     assert "2 trials, 2 on record, 0 to do" in said
     for study in ("an2024/fig4", "an2024/fig6"):
-        ditlab(folder, "study", "report", study, "--scale", "smoke")
+        study_report(study, ("smoke",), out=folder / "studies")
     return folder
 
 

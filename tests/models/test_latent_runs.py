@@ -166,8 +166,8 @@ def test_baselines_are_marked_as_latents_too(place, plain, latent):
     for run, latents in ((plain, False), (latent, True)):
         gap = ditlab.psnr_gap(place.copy(run), images=3, sigmas=(0.5, 1.0))
         baselines = gap.baselines
-        assert [result.about.name for result in baselines] == ["empirical Bayes", "Wiener"]
-        assert [result.latents for result in baselines] == [latents, latents]
+        assert [result.about.name for result in baselines] == ["empirical Bayes", "Wiener", "floor"]
+        assert [result.latents for result in baselines] == [latents] * 3
 
 
 @pytest.mark.parametrize("where", ["near", "far"])

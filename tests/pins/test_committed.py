@@ -18,7 +18,7 @@ UNKNOWN = {f"about{place}.weights: new ('')" for place in ("", "[0]", "[1]")}
 KINDS = ("attention-locality", "jacobian", "agreement", "two-subsets")
 """Those that load without arrays beside them, which are not committed (a "psnr-gap" needs them)."""
 
-RECOMPUTED = {"uniform_distance", "pattern_distance", "pattern_mass", "sentences"}
+RECOMPUTED = {"pattern_mass", "sentences", "notes"}
 """Values that follow from the others and are not read: older files hold another definition, wording or rounding."""
 
 

@@ -358,7 +358,8 @@ class Analysis(Generic[ConfigT, OptionsT]):
         measured here does not take the place of NAME.json, which `save` writes.
         """
         for result in find_results(self, opened.model, reporter):
-            if result.about.same_measurement(opened.provenance) and same_config(result.config, config):
+            alike = result.about.same_measurement(opened.provenance) and same_config(result.config, config)
+            if alike and not getattr(result, "outdated", False):  # which results of other packages need not say
                 return replace(result, about=replace(opened.provenance, settings=result.about.settings))
         result = measure()
         save_result(result, opened.model.path / "analysis", self.name, aside=True)

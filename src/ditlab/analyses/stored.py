@@ -36,6 +36,11 @@ class StoredResult:
     config: Any
     """The settings, a dataclass."""
 
+    @property
+    def outdated(self) -> bool:
+        """Whether a measure has had another definition since: such a result is shown, and never taken for a new one."""
+        return False
+
     def numbers(self) -> dict[str, Any]:
         """Returns what was measured, as JSON values."""
         raise NotImplementedError

@@ -232,6 +232,7 @@ def agreement(model: Source, **settings: Any) -> Comparison:
     return analyze("agreement", model, **settings)
 
 
+@checked
 def swap_gap(first: Source, second: Source, **settings: Any) -> Comparison:
     """Measures how much better each of two models is on its own training images than the other, on the same noise.
 

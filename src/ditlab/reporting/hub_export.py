@@ -120,7 +120,11 @@ def send_run(
 
 def _stored(name: str, run: Run, about: Provenance, reporter: Reporter) -> Any | None:
     """The newest result of these weights, on held-out images if there is one."""
-    results = [result for result in find_results(find_analysis(name), run, reporter) if result.about.same_model(about)]
+    results = [
+        result
+        for result in find_results(find_analysis(name), run, reporter)
+        if result.about.same_model(about) and not result.outdated
+    ]
     return min(results, key=lambda result: _images_of(result) != "test", default=None)
 
 

@@ -116,6 +116,20 @@ def test_cosines_in_the_order_of_their_frequency_are_harmonic():
     assert abs(harmonicity(values, frequencies(shuffled, (1, 8, 8)))) < 0.3
 
 
+def test_vectors_on_single_patches_are_harmonic_too():
+    """The number does not tell waves from patches: Haar vectors on 2x2 patches are ordered by frequency as well."""
+    kinds = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).reshape(4, 2, 2) / 2
+    basis = []
+    for kind in kinds:
+        for row, column in np.ndindex(8, 8):
+            vector = np.zeros((16, 16))
+            vector[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = kind
+            basis.append(vector.ravel())
+    basis = np.stack(basis)
+    assert np.allclose(basis @ basis.T, np.eye(256))
+    assert harmonicity(np.linspace(1, 0.5, 256), frequencies(basis, (1, 16, 16))) == pytest.approx(0.86, abs=0.01)
+
+
 def test_negligible_and_trailing_vectors_do_not_count():
     values, rising = np.array([1.0, 0.5, 0.2, 1e-9, 1e-9]), np.array([0.1, 0.2, 0.3, 0.0, 0.0])
     assert harmonicity(values, rising) == pytest.approx(1)

@@ -137,6 +137,8 @@ def same_levels(first: Sequence[float], second: Sequence[float]) -> bool:
 
 def _check_comparable(first: LocalityResult, second: LocalityResult) -> None:
     names = f"'{first.about.name}' and '{second.about.name}'"
+    if first.outdated != second.outdated:
+        raise Incompatible(f"attention: {names} have different definitions of distance; measure both again")
     if not same_levels(first.levels, second.levels):
         mine, theirs = (", ".join(f"{s:.3g}" for s in r.levels) for r in (first, second))
         raise Incompatible(f"attention: {names} were measured at different noise levels ({mine} and {theirs})")

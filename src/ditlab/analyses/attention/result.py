@@ -37,6 +37,7 @@ RADII = (0, 1, 2, 3, 4, 5, 6)
 
 BY_IMAGE = ("distance", "entropy", "position_invariance")
 """The values that are stored of each image."""
+OLDER = "distances are of an older definition, the larger of rows and columns"
 _FACTS = ("levels", "timesteps", "layers", "depth", "heads", "grid", "patch")
 
 
@@ -88,17 +89,27 @@ class LocalityResult(StoredResult):
     """Distance, entropy and position invariance of each image, float32 [images, levels, layers, heads]; None if
     there is only the JSON."""
 
+    older_uniform: tuple[float, tuple[float, ...]] | None = None
+    """Mean distances of uniform attention over the grid and within each layer's pattern, of a result whose distances
+    were measured under an older definition, the larger of rows and columns; else None."""
+
     kind = "attention-locality"
     file = "attention"
 
     @property
+    def outdated(self) -> bool:
+        return self.older_uniform is not None
+
+    @property
     def uniform_distance(self) -> float:
-        """The mean distance of uniform attention over the grid, in tokens."""
-        return uniform_distance(self.grid)
+        """The mean distance of uniform attention over the grid, in tokens, as the result defines distance."""
+        return uniform_distance(self.grid) if self.older_uniform is None else self.older_uniform[0]
 
     @property
     def pattern_distance(self) -> np.ndarray:
         """The mean distance of uniform attention within each layer's pattern, in tokens, float64 [layers]."""
+        if self.older_uniform is not None:
+            return np.array(self.older_uniform[1])
         return np.array([pattern_distance(pattern, self.grid) for pattern in self.patterns])
 
     def uniform_mass(self) -> np.ndarray:
@@ -136,6 +147,8 @@ class LocalityResult(StoredResult):
     def notes(self) -> tuple[str, ...]:
         """What a reader must know about how this was measured, one sentence each."""
         notes = []
+        if self.outdated:
+            notes.append(f"{OLDER[0].upper()}{OLDER[1:]}. They are not comparable with distances of today.")
         if self.images < self.config.images:
             notes.append(f"Only {self.images} images exist where {self.config.images} were asked for.")
         if self.extra:
@@ -198,6 +211,8 @@ class LocalityResult(StoredResult):
                 raise Damaged(f"attention result: expected {name} of shape {shape}, found {array.shape}")
         facts: dict[str, Any] = {name: tuples(record[name]) for name in (*_FACTS, "images", "extra")}
         facts |= {name: values[name] for name in QUANTITIES}
+        stored, today = record["uniform_distance"], uniform_distance(facts["grid"])
+        older = None if abs(stored - today) < 1e-6 * today else (stored, tuples(record["pattern_distance"]))
         return cls(
             about=Provenance(**record["about"]),
             config=config_from_json(AttentionConfig, record["config"]),
@@ -205,6 +220,7 @@ class LocalityResult(StoredResult):
             patterns=tuple(pattern_from_json(p) for p in record["patterns"]),
             mass={int(n.removeprefix("mass ")): v for n, v in values.items() if n.startswith("mass ")},
             by_image={name: arrays[name] for name in BY_IMAGE} if arrays else None,
+            older_uniform=older,
         )
 
 

@@ -25,6 +25,7 @@ from ditlab.analyses.attention.figures import (
     patterns_figure,
 )
 from ditlab.analyses.attention.maps import attention_layers
+from ditlab.analyses.attention.result import OLDER
 from ditlab.nn.patterns import Grid, Pattern
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import Section, Table, ThemedFigure
@@ -81,7 +82,7 @@ def attention_tables(locality: LocalityComparison) -> list[Table]:
     caption = (
         f"Locality of attention: means over {len(first.layers)} layers, {first.heads} heads, {first.images} images and "
         f"noise levels σ = {levels}; uniform attention over the whole grid has a mean distance of "
-        f"{first.uniform_distance:.2f} tokens"
+        f"{first.uniform_distance:.2f} tokens{f'; {OLDER}' if first.outdated else ''}"
     )
     tables = [Table(columns, rows, caption)]
     differences = [(None, d) for _, d in locality.between_counts()] + [*locality.between_labels()]
