@@ -77,6 +77,11 @@ def test_the_same_measurement_is_not_made_again(run, measured):
     assert measured == ["run"]
     np.testing.assert_array_equal(first.results[0].train_mse, again.results[0].train_mse)
     assert files(run.path) == ["psnr-gap.json"]
+    # Other bands show the same measurement otherwise.
+    banded = ditlab.psnr_gap(run.path, **QUICK, bands=(0.5, 5.0))
+    assert measured == ["run"]
+    assert banded.results[0].config.bands == (0.5, 5.0)
+    assert files(run.path) == ["psnr-gap.json"]
     # Names and labels are those of this call, and the same weights in another folder are the same measurement.
     named = ditlab.psnr_gap(run.path, **QUICK, names=("mine",))
     assert named.results[0].about.label == "mine"

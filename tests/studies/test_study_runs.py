@@ -139,15 +139,15 @@ def test_deleted_run_folders(unbroken, copied, commands, ditlab):
 
 
 def test_a_record_of_before_a_setting_has_its_default(copied, commands, ditlab):
-    """Results without `bands` were measured with the bands of today; other bands are another measurement."""
-    first, second, *_ = [cell["hash"] for cell in plan_of(copied).trials]
-    for name, bands in ((first, None), (second, [0.2, 2.0])):
+    """Results without `draws` were measured with one draw; two are another measurement, other bands are not."""
+    first, second, third, *_ = [cell["hash"] for cell in plan_of(copied).trials]
+    for name, changes in ((first, {}), (second, {"draws": 2}), (third, {"draws": 1, "bands": [0.2, 2.0]})):
         path = copied / "out" / "cells" / name / "psnr-gap.json"
         record = json.loads(path.read_text())
-        del record["config"]["bands"]
-        path.write_text(json.dumps(record | {"config": record["config"] | ({"bands": bands} if bands else {})}))
+        del record["config"]["draws"], record["config"]["bands"]
+        path.write_text(json.dumps(record | {"config": record["config"] | changes}))
     rows = {row["hash"]: row for row in json.loads(ditlab(copied, *commands.status).out)["cells"]}
-    assert rows[first]["state"] == "done"
+    assert rows[first]["state"] == rows[third]["state"] == "done"
     assert rows[second]["state"] != "done"
 
 

@@ -360,7 +360,8 @@ class Analysis(Generic[ConfigT, OptionsT]):
         for result in find_results(self, opened.model, reporter):
             alike = result.about.same_measurement(opened.provenance) and same_config(result.config, config)
             if alike and not getattr(result, "outdated", False):  # which results of other packages need not say
-                return replace(result, about=replace(opened.provenance, settings=result.about.settings))
+                about = replace(opened.provenance, settings=result.about.settings)
+                return replace(result, about=about, config=config)
         result = measure()
         save_result(result, opened.model.path / "analysis", self.name, aside=True)
         return result

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["find_current", "find_results", "same_config", "save_result"]
 
-_NOT_COMPARED = ("batch_size", "chunk")
-"""Settings that do not change a number beyond rounding."""
+_NOT_COMPARED = ("batch_size", "chunk", "bands")
+"""Settings that do not change what is measured beyond rounding."""
 _SUFFIXES = (".json", ".npz", ".csv")
 
 
@@ -89,5 +89,7 @@ def _key(record: Mapping[str, Any]) -> str:
         {k: v for k, v in part.items() if k not in ("name", "label")} if isinstance(part, dict) else part
         for part in (about if isinstance(about, list) else [about])
     ]
-    text = json.dumps([parts, record.get("config", record.get("settings"))], sort_keys=True, default=str)
+    config = record.get("config", record.get("settings")) or {}
+    compared = {name: value for name, value in config.items() if name not in _NOT_COMPARED}
+    text = json.dumps([parts, compared], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -11,10 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ditlab.errors import InvalidConfig
 
-__all__ = ["EDGES", "Band", "noise_bands"]
+__all__ = ["EDGES", "Band", "noise_bands", "places_by_band"]
 
 EDGES = (0.1, 1.5, 6.0)
 """Noise levels sigma at which the bands begin; the last has no upper end."""
@@ -38,6 +39,10 @@ class Band:
         """Returns the places of the levels sigma that lie inside."""
         return [place for place, sigma in enumerate(levels) if self.low <= sigma < self.high]
 
+    def facts(self, levels: Sequence[float]) -> dict[str, Any]:
+        """Returns name, lower end and number of levels, as JSON values."""
+        return {"name": self.name, "from": self.low, "levels": len(self.places(levels))}
+
 
 def noise_bands(edges: Sequence[float] = EDGES) -> tuple[Band, ...]:
     """Returns the bands that begin at these noise levels, the last one open; three are named low, middle and high.
@@ -51,3 +56,8 @@ def noise_bands(edges: Sequence[float] = EDGES) -> tuple[Band, ...]:
         raise InvalidConfig(f"`bands`: expected noise levels above 0, ascending, found {list(edges)}")
     names = NAMES if len(ends) == 3 else tuple(f"band {i + 1}" for i in range(len(ends)))
     return tuple(Band(name, a, b) for name, (a, b) in zip(names, pairwise([*ends, math.inf]), strict=True))
+
+
+def places_by_band(edges: Sequence[float], levels: Sequence[float]) -> dict[Band, list[int]]:
+    """Returns the places of the levels sigma in each band that has any (`noise_bands`)."""
+    return {band: places for band in noise_bands(edges) if (places := band.places(levels))}

@@ -21,8 +21,8 @@ __all__ = ["SD_FLOOR", "SMALLEST_EFFECT", "Contrast", "contrasts", "half_width",
 SMALLEST_EFFECT = 0.1
 """Smallest difference of interest, in dB. Ours."""
 SD_FLOOR = 0.05
-"""Floor under the standard deviation over seeds of a paired difference, in dB: the smallest that runs of six to eight
-seeds had here. Ours."""
+"""Floor under the standard deviation over seeds of a paired difference, in dB: half the smallest
+effect. Ours."""
 
 Verdict = Literal["higher", "lower", "similar", "not resolved", "one seed"]
 

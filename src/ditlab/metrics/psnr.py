@@ -22,6 +22,10 @@ EXACT_DB = 100.0
 image gets there (8-bit images are themselves rounded at 59 dB), and without a bound its average would be infinite."""
 
 
+RESAMPLES = 2000
+"""Draws of a bootstrap over images."""
+
+
 def mse_floor(peak: float) -> float:
     """Returns the mean squared error that counts as exact: `EXACT_DB` below the peak."""
     return peak**2 * 10 ** (-EXACT_DB / 10)
@@ -40,6 +44,11 @@ def psnr_of(mse: np.ndarray, peak: float, reduction: Reduction = "mse_mean") -> 
     if reduction == "mse_mean":
         return 10 * np.log10(peak**2 / np.maximum(mse.mean(axis=(1, 2)), floor))
     return (10 * np.log10(peak**2 / np.maximum(mse, floor))).mean(axis=(1, 2))
+
+
+def resampling_weights(images: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns how often each image is drawn by a bootstrap of `RESAMPLES` draws, as shares: float64 [R, images]."""
+    return rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
 
 
 def resampled_psnr(mse: np.ndarray, weights: np.ndarray, peak: float, reduction: Reduction = "mse_mean") -> np.ndarray:

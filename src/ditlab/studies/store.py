@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ditlab.analyses import analysis as find_analysis
-from ditlab.analyses.stored import config_from_json, stored_config
+from ditlab.analyses.cache import same_config
+from ditlab.analyses.stored import config_from_json
 from ditlab.config import to_json
 from ditlab.errors import Damaged, DitlabError, Incompatible, InvalidConfig
 from ditlab.files import read_json, write_json
@@ -266,12 +267,13 @@ def _whole(record: Mapping[str, Any], file: str) -> bool:
 
 
 def _measured_alike(record: Mapping[str, Any], plan: Plan, analysis: str) -> bool:
-    """Whether a result was measured with a plan's settings; one that an older record does not name has its default."""
+    """Whether a plan's settings are those of a result; one that an older record does not name had its default."""
+    kind, config = find_analysis(analysis).Config, record.get("config", {})
     try:
-        config = stored_config(config_from_json(find_analysis(analysis).Config, record.get("config", {})))
+        measured, wanted = (config_from_json(kind, c) for c in (config, {**config, **plan.analyses[analysis]}))
     except (TypeError, InvalidConfig):
         return False
-    return all(config.get(name) == value for name, value in plan.analyses[analysis].items())
+    return same_config(measured, wanted)
 
 
 def _step_seconds(log: list[dict[str, Any]]) -> float:

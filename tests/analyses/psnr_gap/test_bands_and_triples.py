@@ -99,7 +99,7 @@ def test_a_smaller_gap_says_which_side_moved():
 
     assert reading(worse_fit) == "train PSNR is lower; test PSNR is not seen to be higher"
     assert reading(better) == "test PSNR is higher"
-    assert reading(both_fall) == "train PSNR is lower; test PSNR is not seen to be higher"
+    assert reading(both_fall) == "train PSNR is lower; test PSNR is lower, too"
     sentences = compare([*kind("global", *base, scale=0.2), *worse_fit]).sentences()
     assert sentences[-1] == (
         "At N = 30 the gap of worse is smaller than that of global: train PSNR is lower; test PSNR is not seen to be "
@@ -141,7 +141,7 @@ def test_models_of_other_steps_or_weights_are_labelled():
 
     def notes(**changes: object) -> list[str]:
         other = replace(second, about=replace(second.about, **changes))
-        return compare([first, other]).labels_of_unlike()
+        return compare([first, other]).unlike_weights()
 
     assert notes() == []
     assert notes(step=400) == [

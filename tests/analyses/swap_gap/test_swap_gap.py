@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import ditlab
+from ditlab.analyses.base import Comparison
 from ditlab.analyses.psnr_gap.config import PSNRConfig
+from ditlab.analyses.swap_gap import SwapGap
 from ditlab.analyses.swap_gap.result import SwapResult
 from ditlab.diffusion.baselines import EmpiricalBayesDenoiser, WienerDenoiser
 from ditlab.diffusion.denoisers import Denoiser
@@ -51,7 +53,7 @@ def test_memorizers_have_one(digits):
     result = swapped([EmpiricalBayesDenoiser(images) for images in sides], sides)
     low, _ = result.interval
     assert low > 3
-    assert result.sentences()[0].startswith("a and b: each denoises the images it was trained on better")
+    assert "images are denoised better by the model that was trained on them" in result.sentences()[0]
     by_band = {band.name: inside.average for band, inside in result.by_band().items()}
     assert by_band["low"] > by_band["middle"] > by_band["high"]
 
@@ -96,6 +98,9 @@ def test_two_runs(digits, tmp_path, monkeypatch):
     with pytest.raises(Incompatible, match="expected models without a training image in common, found 20 that first"):
         ditlab.swap_gap(first, ditlab.train(preset, digits, out="runs/third", seed=0, attention="3*4", **rest))
     ditlab.swap_gap(first, second, images=20, sigmas=SIGMAS, device="cpu")
+    again = ditlab.swap_gap(first, second, images=20, sigmas=SIGMAS, bands=(1.0,), device="cpu").results[0]
+    assert np.array_equal(again.own_mse, result.own_mse)
+    assert again.config.bands == (1.0,)
     ditlab.report(first, out="report.html", samples=0, device="cpu")
     assert 'id="swap-gap"' in (tmp_path / "report.html").read_text()
 
@@ -106,6 +111,20 @@ def test_models_of_different_sets(digits, tmp_path, monkeypatch):
     models = []
     for name, images in (("a", digits), ("b", small)):
         half = ditlab.Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=images.shape)
-        models.append(ditlab.Model(half, images, n=10, test=10, name=name))
+        models.append(ditlab.Model(half, images, n=10, test=10, name=name, own_split=True))
     with pytest.raises(ditlab.DitlabError, match="different"):
         ditlab.swap_gap(*models)
+
+
+def test_unknown_training_images_and_other_steps(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    half = ditlab.Denoiser.wrap(lambda y, sigma, label: 0.5 * y, shape=(3, 8, 8))
+    models = [ditlab.Model(half, digits, n=10, test=10, name=name) for name in "ab"]
+    with pytest.raises(
+        Incompatible, match="expected models whose training images are known, found a; `own_split` says"
+    ):
+        ditlab.swap_gap(*models)
+    errors = np.full((2, 4, 3, 1), 0.01)
+    result = SwapResult((Provenance("a", step=3), Provenance("b", step=9)), PSNRConfig(), SIGMAS, 2.0, errors, errors)
+    notes = SwapGap().notes(Comparison(SwapGap(), result, [result]))
+    assert notes == ["a was trained for 3 steps, b for 9."]

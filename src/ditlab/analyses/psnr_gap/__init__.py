@@ -132,8 +132,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
     def notes(self, comparison: Comparison) -> list[str]:
         gap: PSNRComparison = comparison.detail
         floors = dict.fromkeys(f"{r.about.name}: {r.notes[0]}" for r in gap.baselines if r.floor)
-        notes = list(dict.fromkeys([*super().notes(comparison), *floors]))
-        notes += [*gap.labels_of_unlike(), *gap.readings()]
+        notes = [*super().notes(comparison), *floors, *gap.unlike_weights()]
         *_, high = noise_bands(gap.first.config.bands)
         inside, levels = len(high.places(gap.first.levels)), len(gap.first.levels)
         if not 0 < inside < levels:
@@ -201,7 +200,7 @@ class PSNRGap(Analysis[PSNRConfig, PSNROptions]):
             "Train and test PSNR, and the gap between them",
             verdict=gap.verdict(),
             tables=self.tables(comparison),
-            notes=self.notes(comparison),
+            notes=[*gap.readings(), *self.notes(comparison)],
             pictures=[figure for name, figure in figures.items() if name == "psnr-curves"],
             parts=[bars],
             data=self.data(comparison),

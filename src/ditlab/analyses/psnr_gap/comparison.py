@@ -7,7 +7,7 @@ where trained on the same number of images, on the same ones. Anything else is r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ import numpy as np
 from ditlab.analyses.groups import GroupedResults, SeedGroup, grouped
 from ditlab.analyses.psnr_gap.result import PSNRResult, Quantity, Side
 from ditlab.errors import Incompatible, InvalidConfig
-from ditlab.metrics.bands import Band
+from ditlab.metrics.bands import Band, places_by_band
 from ditlab.metrics.paired import PairedDifference, mean_interval, paired_difference
 
 
@@ -78,8 +78,9 @@ class Triple:
         train = self.train.seen and (self.train.mean < 0) == lower
         moved = [f"test PSNR is {'higher' if lower else 'lower'}"] * test
         moved += [f"train PSNR is {'lower' if lower else 'higher'}"] * train
-        unseen = "" if test else "; test PSNR is not seen to be " + ("higher" if lower else "lower")
-        return (" and ".join(moved) or "neither side is seen to move alone") + unseen
+        better, worse = ("higher", "lower") if lower else ("lower", "higher")
+        other = f"test PSNR is {worse}, too" if self.test.seen else f"test PSNR is not seen to be {better}"
+        return (" and ".join(moved) or "neither side is seen to move alone") + ("" if test else f"; {other}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +110,13 @@ class PSNRComparison(GroupedResults):
     @cached_property
     def by_band(self) -> dict[Band, PSNRComparison]:
         """The same comparison at the levels of each band, of the first result's bands, that has any."""
-
-        def inside(result: PSNRResult, band: Band) -> PSNRResult:
-            return replace(result, config=replace(result.config, bands=self.first.config.bands)).by_band()[band]
-
         return {
             band: PSNRComparison(
-                tuple(PSNRGroup(tuple(inside(r, band) for r in g.results)) for g in self.groups),
-                tuple(inside(r, band) for r in self.baselines),
+                tuple(PSNRGroup(tuple(r.at(places) for r in g.results)) for g in self.groups),
+                tuple(r.at(places) for r in self.baselines),
                 self.margin,
             )
-            for band in self.first.by_band()
+            for band, places in places_by_band(self.first.config.bands, self.first.levels).items()
         }
 
     @property
@@ -153,7 +150,7 @@ class PSNRComparison(GroupedResults):
             if t.reading
         ]
 
-    def labels_of_unlike(self) -> list[str]:
+    def unlike_weights(self) -> list[str]:
         """Returns a sentence for each way in which the weights of the models are not of one kind."""
         results, sentences = [r for g in self.groups for r in g.results], []
         steps: dict[int, list[str]] = {}
@@ -195,10 +192,7 @@ class PSNRComparison(GroupedResults):
             "version": 1,
             "reduction": self.first.config.reduction,
             **self._numbers(),
-            "bands": [
-                {"name": band.name, "from": band.low, "levels": len(inside.first.levels), **inside._numbers()}
-                for band, inside in self.by_band.items()
-            ],
+            "bands": [{**band.facts(self.first.levels), **inside._numbers()} for band, inside in self.by_band.items()],
             "sentences": list(self.sentences()),
         }
 

@@ -29,7 +29,7 @@ class PSNRConfig:
     """Noise draws per image and level (at least; more where there are fewer images than asked for)."""
     bands: tuple[float, ...] = EDGES
     """Noise levels (sigma) at which bands begin, the last without an end; tables show each band's averages beside those
-    over all levels. Does not change what is measured."""
+    over all levels. A cached result is shown with any bands."""
     noise_seed: int = 0
     """Seed of the noise. Equal seeds give every denoiser the same noise."""
     clip: bool = False

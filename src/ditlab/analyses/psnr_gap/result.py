@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,8 @@ from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.stored import StoredResult, config_from_json, tuples
 from ditlab.errors import Damaged
 from ditlab.files import write_text
-from ditlab.metrics.bands import Band, noise_bands
-from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of, resampled_psnr
+from ditlab.metrics.bands import Band, places_by_band
+from ditlab.metrics.psnr import EXACT_DB, mse_floor, psnr_of, resampled_psnr, resampling_weights
 from ditlab.metrics.reduction import REDUCTIONS, Reduction
 from ditlab.provenance import Provenance
 
@@ -27,8 +27,6 @@ Side = Literal["train", "test"]
 Quantity = Literal["train", "test", "gap", "gap_untruncated"]
 FLOOR = "floor"
 """Name of the baseline that saw neither side."""
-RESAMPLES = 2000
-"""Draws of a bootstrap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +69,18 @@ class PSNRResult(StoredResult):
 
     def by_band(self) -> dict[Band, PSNRResult]:
         """Returns the same result at the levels of each band that has any (`config.bands`)."""
-        bands = {}
-        for band in noise_bands(self.config.bands):
-            if places := band.places(self.levels):
-                bands[band] = replace(
-                    self,
-                    levels=tuple(self.levels[i] for i in places),
-                    timesteps=None if self.timesteps is None else tuple(self.timesteps[i] for i in places),
-                    train_mse=self.train_mse[places],
-                    test_mse=self.test_mse[places],
-                )
-        return bands
+        places_in = places_by_band(self.config.bands, self.levels)
+        return {band: self.at(places) for band, places in places_in.items()}
+
+    def at(self, places: Sequence[int]) -> PSNRResult:
+        """Returns the same result at some of its levels."""
+        return replace(
+            self,
+            levels=tuple(self.levels[i] for i in places),
+            timesteps=None if self.timesteps is None else tuple(self.timesteps[i] for i in places),
+            train_mse=self.train_mse[places],
+            test_mse=self.test_mse[places],
+        )
 
     @property
     def average_gap(self) -> float:
@@ -94,7 +93,7 @@ class PSNRResult(StoredResult):
         """Returns the interval of `average(what)` over images, in dB: what other images of the same kind might give.
 
         A percentile bootstrap: the images of each side are drawn again with replacement, the same images at all levels,
-        2,000 times from a fixed seed. It says nothing about another seed of training. None where a side has one image.
+        `RESAMPLES` times from a fixed seed. It says nothing of another seed of training. None for a side of one image.
         """
         if reduction not in (None, self.config.reduction):
             return replace(self, config=replace(self.config, reduction=reduction)).interval(what, confidence)
@@ -108,17 +107,13 @@ class PSNRResult(StoredResult):
     def _bootstrap(self) -> dict[str, np.ndarray]:
         """Each average for resampled images, float64 [RESAMPLES]."""
         rng = np.random.default_rng(0)
-        train, test = (self._resampled(side, rng) for side in ("train", "test"))
+        train, test = (
+            resampled_psnr(mse, resampling_weights(mse.shape[1], rng), self.peak, self.config.reduction)
+            for mse in (self.train_mse, self.test_mse)
+        )
         gap = train - test
         curves = {"train": train, "test": test, "gap": np.maximum(gap, 0.0), "gap_untruncated": gap}
         return {what: curve.mean(1) for what, curve in curves.items()}
-
-    def _resampled(self, side: Side, rng: np.random.Generator) -> np.ndarray:
-        """PSNR of resampled images, float64 [RESAMPLES, L]."""
-        mse = self.mse(side)
-        images = mse.shape[1]
-        weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-        return resampled_psnr(mse, weights, self.peak, self.config.reduction)
 
     @property
     def input_psnr(self) -> np.ndarray:
@@ -182,8 +177,7 @@ class PSNRResult(StoredResult):
             "notes": list(self.notes),
             "averages": self._averages(),
             "bands": [
-                {"name": band.name, "from": band.low, "levels": len(result.levels), "averages": result._averages()}
-                for band, result in self.by_band().items()
+                {**band.facts(self.levels), "averages": result._averages()} for band, result in self.by_band().items()
             ],
             "curves": {
                 r: {s: self.curve(s, r).tolist() for s in sides} | {"gap": self.gap(r).tolist()} for r in REDUCTIONS

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ditlab.analyses.base import Analysis, Comparison
-from ditlab.analyses.cache import save_result
+from ditlab.analyses.base import Comparison, NoOptions
+from ditlab.analyses.cache import find_results, same_config
+from ditlab.analyses.pairs import PairAnalysis, same_pair
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.pages.drawing import Drawing
 from ditlab.pages.page import Table
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ditlab.analyses.swap_gap.result import SwapResult
     from ditlab.models.comparing import ModelSet
 
-__all__ = ["SwapGap", "SwapOptions"]
+__all__ = ["SwapGap"]
 
 
-@dataclass(frozen=True)
-class SwapOptions:
-    """Nothing but the settings."""
-
-
-class SwapGap(Analysis[PSNRConfig, SwapOptions]):
+class SwapGap(PairAnalysis[PSNRConfig, NoOptions]):
     """Compares two models that were trained on disjoint images, each on the training images of both.
 
     The images and the noise are the same for both models, so the difficulty of the images cancels, as it does not in
@@ -38,21 +32,22 @@ class SwapGap(Analysis[PSNRConfig, SwapOptions]):
     name = "swap-gap"
     question = "How much better is a model on its own training images than one that was trained on others?"
     heading = "Two runs, each on the training images of both"
-    Config, Options = PSNRConfig, SwapOptions
+    Config, Options = PSNRConfig, NoOptions
     Result = "ditlab.analyses.swap_gap.result:SwapResult"
-    models = (2, 2)
 
     def measure(
-        self, models: ModelSet, config: PSNRConfig, options: SwapOptions, reporter: Reporter = SILENT
+        self, models: ModelSet, config: PSNRConfig, options: NoOptions, reporter: Reporter = SILENT
     ) -> list[SwapResult]:
-        """Returns the result of the pair, alone in a list."""
-        from ditlab.analyses.swap_gap.measure import measure_swap
+        """Returns the result of the pair, alone in a list; from the first model's folder if it is there."""
+        from ditlab.analyses.swap_gap.measure import check_pair, measure_swap
 
-        return [measure_swap(list(models.open(reporter)), config, reporter)]
-
-    def save(self, results: Sequence[SwapResult], models: ModelSet, out: Path) -> list[Path]:
-        """Writes the result, which is about both models, into `out`."""
-        return [save_result(result, out, self.name) for result in results]
+        opened = list(models.open(reporter))
+        check_pair(opened)
+        for result in find_results(self, opened[0].model, reporter):
+            if same_pair(result, opened) and same_config(result.config, config):
+                first, second = (part.provenance for part in opened)
+                return [replace(result, about=(first, second), config=config)]
+        return [measure_swap(opened, config, reporter)]
 
     def legend(self, comparison: Comparison) -> str:
         return (
@@ -83,6 +78,3 @@ class SwapGap(Analysis[PSNRConfig, SwapOptions]):
                 "Thin lines: on the training images of each model. Thick line: their mean. Zero: no memorization.",
             )
         }
-
-    def data(self, comparison: Comparison) -> dict[str, Any]:
-        return {f"swap-gap-{place}.json": result.to_json() for place, result in enumerate(comparison.results, 1)}

@@ -25,9 +25,15 @@ __all__ = ["check_pair", "measure_swap"]
 
 
 def check_pair(opened: Sequence[OpenedModel]) -> None:
-    """Raises Incompatible unless two models have training images of one image set and none in common."""
+    """Raises Incompatible unless two models have known training images of one image set and none in common."""
     first, second = (part.model for part in opened)
     names = f"{first.name} and {second.name}"
+    for model in (first, second):
+        if not model.knows_training_images:
+            raise Incompatible(
+                f"swap-gap: expected models whose training images are known, found {model.name}; `own_split` says that "
+                "a model was trained on the images of its split"
+            )
     if first.images.hash != second.images.hash:
         raise Incompatible(f"swap-gap: expected models of one image set, found {names} with different sets")
     shared = len(np.intersect1d(first.split.train, second.split.train))
@@ -41,10 +47,14 @@ def check_pair(opened: Sequence[OpenedModel]) -> None:
 def measure_swap(opened: Sequence[OpenedModel], config: PSNRConfig, reporter: Reporter = SILENT) -> SwapResult:
     """Measures both models on as many training images of each as both have, `config.images` at most.
 
+    Args:
+        opened: a pair that `check_pair` has accepted.
+        config: the settings; levels are those of the first model where it names none.
+        reporter: shows the progress.
+
     Raises:
-        Incompatible: the models do not make a pair (`check_pair`), or lack a level of the first one.
+        DitlabError: the second model lacks a level of the first one, or an estimate is not finite.
     """
-    check_pair(opened)
     levels = config.sigmas or grid_levels(opened[0].denoiser, config.points)
     opened[1].denoiser.check_levels(np.asarray(levels))
     count = min(config.images, *(len(part.model.split.train) for part in opened))

@@ -12,8 +12,8 @@ import numpy as np
 from ditlab.analyses.psnr_gap.config import PSNRConfig
 from ditlab.analyses.stored import StoredResult, config_from_json, stored_config, tuples
 from ditlab.errors import Damaged
-from ditlab.metrics.bands import Band, noise_bands
-from ditlab.metrics.psnr import psnr_of, resampled_psnr
+from ditlab.metrics.bands import Band, places_by_band
+from ditlab.metrics.psnr import psnr_of, resampled_psnr, resampling_weights
 from ditlab.provenance import Provenance
 
 __all__ = ["SwapResult"]
@@ -67,8 +67,7 @@ class SwapResult(StoredResult):
         rng, draws = np.random.default_rng(0), []
         for own, other in zip(self.own_mse, self.other_mse, strict=True):
             # The same images for both models: what makes them hard or easy cancels.
-            images = own.shape[1]
-            weights = rng.multinomial(images, np.full(images, 1 / images), 2000) / images
+            weights = resampling_weights(own.shape[1], rng)
             own, other = (resampled_psnr(mse, weights, self.peak, self.config.reduction) for mse in (own, other))
             draws.append((own - other).mean(1))
         low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
@@ -77,11 +76,10 @@ class SwapResult(StoredResult):
     def by_band(self) -> dict[Band, SwapResult]:
         """Returns the same result at the levels of each band that has any."""
         bands = {}
-        for band in noise_bands(self.config.bands):
-            if places := band.places(self.levels):
-                own, other = self.own_mse[:, places], self.other_mse[:, places]
-                levels = tuple(self.levels[i] for i in places)
-                bands[band] = replace(self, levels=levels, own_mse=own, other_mse=other)
+        for band, places in places_by_band(self.config.bands, self.levels).items():
+            levels = tuple(self.levels[i] for i in places)
+            own, other = self.own_mse[:, places], self.other_mse[:, places]
+            bands[band] = replace(self, levels=levels, own_mse=own, other_mse=other)
         return bands
 
     def sentences(self) -> tuple[str, ...]:
@@ -92,8 +90,10 @@ class SwapResult(StoredResult):
         low, high = self.interval
         size = f"{size}, 95 % interval {low:+.2f} to {high:+.2f} over images, one pair of trainings"
         if low > 0:
-            return (f"{self.names}: each denoises the images it was trained on better than the other does ({size}).",)
-        return (f"{self.names}: no advantage is seen on the images that each was trained on ({size}).",)
+            verdict = "images are denoised better by the model that was trained on them than by the other one"
+        else:
+            verdict = "no advantage is seen of the model that was trained on the images"
+        return (f"{self.names}, on average over the images of both: {verdict} ({size}).",)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,10 +107,7 @@ class SwapResult(StoredResult):
             "draws": self.own_mse.shape[3],
             **self._numbers(),
             "curves": [self.curve(side).tolist() for side in (0, 1)],
-            "bands": [
-                {"name": band.name, "from": band.low, "levels": len(inside.levels), **inside._numbers()}
-                for band, inside in self.by_band().items()
-            ],
+            "bands": [{**band.facts(self.levels), **inside._numbers()} for band, inside in self.by_band().items()],
             "sentences": list(self.sentences()),
         }
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditlab.analyses.base import Analysis, Comparison
-from ditlab.analyses.cache import find_results, save_result
+from ditlab.analyses.base import Comparison
+from ditlab.analyses.cache import find_results
+from ditlab.analyses.pairs import PairAnalysis
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig, TwoSubsetsOptions
 from ditlab.pages.page import Table
 from ditlab.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ditlab.analyses.two_subsets.result import TwoSubsetsResult
     from ditlab.models.comparing import ModelSet
     from ditlab.pages.drawing import Drawing
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["TwoSubsets", "TwoSubsetsConfig", "TwoSubsetsOptions"]
 
 
-class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
+class TwoSubsets(PairAnalysis[TwoSubsetsConfig, TwoSubsetsOptions]):
     """Compares two runs that were trained on disjoint images: their samples from the same noise with each other, and
     with their closest training images (Kadkhodaie et al. 2024).
 
@@ -35,7 +34,6 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
     heading = "Two runs that share no training image"
     Config, Options = TwoSubsetsConfig, TwoSubsetsOptions
     Result = "ditlab.analyses.two_subsets.result:TwoSubsetsResult"
-    models = (2, 2)
 
     def measure(
         self, models: ModelSet, config: TwoSubsetsConfig, options: TwoSubsetsOptions, reporter: Reporter = SILENT
@@ -54,19 +52,12 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
                 return [replace(result, about=(opened[0].provenance, opened[1].provenance))]
         return [measure_runs(runs, opened, config, reporter)]
 
-    def save(self, results: Sequence[TwoSubsetsResult], models: ModelSet, out: Path) -> list[Path]:
-        """Writes the result, which is about both runs, into `out`."""
-        return [save_result(result, out, self.name) for result in results]
-
     def notes(self, comparison: Comparison) -> list[str]:
         """Returns in what else the runs of a pair differ: steps, and the recipe of training if both are at hand."""
         from ditlab.analyses.two_subsets.compatibility import differing_recipes
 
         notes = [] if comparison.number or comparison.models is None else differing_recipes(*comparison.models)
-        for first, second in (result.about for result in comparison.results):
-            if first.step != second.step:
-                notes.append(f"{first.name} was trained for {first.step} steps, {second.name} for {second.step}.")
-        return notes
+        return notes + super().notes(comparison)
 
     def legend(self, comparison: Comparison) -> str:
         return (
@@ -90,6 +81,3 @@ class TwoSubsets(Analysis[TwoSubsetsConfig, TwoSubsetsOptions]):
 
         models = () if comparison.number else comparison.models or ()
         return drawings(models, comparison.results[place], comparison.hides_training_images)
-
-    def data(self, comparison: Comparison) -> dict[str, Any]:
-        return {f"two-subsets-{place}.json": result.to_json() for place, result in enumerate(comparison.results, 1)}

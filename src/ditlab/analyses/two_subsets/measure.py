@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
+from ditlab.analyses.pairs import same_pair
 from ditlab.analyses.two_subsets.config import TwoSubsetsConfig
 from ditlab.analyses.two_subsets.result import Closest, TwoSubsetsResult
 from ditlab.diffusion.samplers import evaluations
@@ -88,9 +89,9 @@ def is_current(
     result: TwoSubsetsResult, runs: tuple[Run, Run], opened: Sequence[OpenedModel], config: TwoSubsetsConfig
 ) -> bool:
     """Returns whether a saved result is of these weights, images and settings."""
-    same = all(a.same_measurement(b.provenance) for a, b in zip(result.about, opened, strict=True))
     wanted = {**sampling_record(runs[0], config), "batch": result.settings.get("batch")}
-    return same and dict(result.settings) == wanted and result.mean_removed == (not config.keep_mean)
+    alike = dict(result.settings) == wanted and result.mean_removed == (not config.keep_mean)
+    return alike and same_pair(result, opened)
 
 
 def closest(images: UInt8[np.ndarray, "n c h w"], parts: Parts, *, mean_removed: bool = True) -> Closest:
